@@ -1,0 +1,154 @@
+"""`python -m mlpmem_jax COMMAND --config FILE [section.key=value …]`."""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from mlpmem_jax import __version__
+from mlpmem_jax.config.describe import describe
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.errors import EXIT_USER_ERROR, UserError
+from mlpmem_jax.failures import explain, user_error_in
+from mlpmem_jax.pipeline import COMMANDS, Options, run_command
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0, 1 for a run that failed, 2 for a mistake of the user, 130 after
+        an interrupt.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        _complain("interrupted; the same command continues where this one stopped")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left (`| head`): nothing to say, nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("MLPMEM_TRACEBACK") == "1":
+            raise
+        mistake = user_error_in(error)
+        if mistake:
+            for message in mistake.messages:
+                _complain(message)
+            return mistake.exit_code
+        reason = explain(error)
+        if reason is None:
+            raise
+        _complain(f"{reason} (MLPMEM_TRACEBACK=1 shows where)")
+        return EXIT_USER_ERROR
+
+
+def _main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if arguments else EXIT_USER_ERROR
+    if arguments[0] == "--version":
+        print(f"mlpmem_jax {__version__}")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        raise UserError(_unknown_command(command))
+    flags = _parser(command).parse_intermixed_args(rest)
+    assigned: dict[str, Any] = {}
+    if flags.workdir is not None:
+        assigned["workdir"] = flags.workdir
+    if getattr(flags, "prompt", None):
+        assigned["generate.prompts"] = flags.prompt
+    config = load_config(flags.config, flags.overrides, assigned)
+    options = Options(
+        workdir=config.workdir,
+        dry_run=flags.dry_run,
+        rebuild=flags.rebuild,
+        without_memory=getattr(flags, "without_memory", False),
+    )
+    return run_command(command, config, options)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are user errors like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        dashed = re.search(r"unrecognized arguments:.*?--([a-z_]+\.[\w.]+)(=\S*)?", message)
+        if dashed:
+            message += f"; write {dashed[1]}{dashed[2] or '=value'} without dashes"
+        raise UserError(f"{message} (`{self.prog} --help` lists what there is)")
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    """Returns the parser of one command; its help lists the keys that the command reads."""
+    entry = COMMANDS[command]
+    parser = _Parser(
+        prog=f"mlpmem {command}",
+        usage=f"mlpmem {command} --config FILE [--workdir DIR] [flags] [section.key=value ...]",
+        description=f"{command}: {entry.summary}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", required=True, help="YAML file")
+    parser.add_argument("--workdir", metavar="DIR", help="the run's directory (sets workdir)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration, the plan and its cost; make nothing",
+    )
+    parser.add_argument(
+        "--rebuild",
+        action="store_true",
+        help="remove and make again what was made from something else",
+    )
+    if command == "generate":
+        parser.add_argument(
+            "--prompt",
+            metavar="TEXT",
+            action="append",
+            help="text to continue, may be repeated (sets generate.prompts)",
+        )
+        parser.add_argument(
+            "--without-memory", action="store_true", help="the decoder alone, to compare"
+        )
+    parser.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", help="overrides, values in YAML"
+    )
+    parser.epilog = f"keys that {command} reads:\n\n{describe(entry.sections)}"
+    return parser
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {c.summary}" for name, c in COMMANDS.items())
+    return (
+        "usage: mlpmem COMMAND --config FILE [--workdir DIR] [--dry-run] [--rebuild] "
+        "[section.key=value ...]\n\n"
+        "Language models with an MLP Memory, from text to a table that compares them.\n\n"
+        f"commands:\n{commands}\n\n"
+        "`mlpmem COMMAND --help` lists the keys that a command reads, with types and defaults."
+    )
+
+
+def _unknown_command(command: str) -> str:
+    near = difflib.get_close_matches(command, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else "commands: " + ", ".join(COMMANDS)
+    return f"{command}: unknown command; {hint}"
+
+
+def _complain(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Configuration: what can be set (`schema`), and how it is read (`load`)."""

@@ -1,0 +1,179 @@
+"""Rules that span keys or sections. Each mistake names the keys and their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlpmem_jax.config.schema import Config
+
+
+def cross_section_mistakes(config: Config) -> list[str]:
+    """Returns one line for each rule that is broken."""
+    rules: tuple[Callable[[Config], Iterator[str]], ...] = (
+        _sources, _heads, _layers, _windows, _storage, _batches, _arrays, _mesh,
+        _schedules, _names, _candidates,
+    )  # fmt: skip
+    return [mistake for rule in rules for mistake in rule(config)]
+
+
+def _must_divide(small: str, small_value: int, large: str, large_value: int) -> Iterator[str]:
+    if large_value % small_value:
+        yield f"{small}={small_value} must divide {large}={large_value}"
+
+
+def _sources(config: Config) -> Iterator[str]:
+    corpus = config.corpus
+    explicit = [s for s in ("train", "valid", "test") if getattr(corpus, s).paths]
+    if explicit and len(explicit) < 3:
+        yield (
+            "corpus.train.paths, corpus.valid.paths and corpus.test.paths go together: only "
+            + " and ".join(f"corpus.{s}.paths" for s in explicit)
+            + " given"
+        )
+    for name, source in [("corpus", corpus)] + [
+        (f"corpus.more.{i}", s) for i, s in enumerate(corpus.more)
+    ]:
+        needs_paths = source.source in ("text", "jsonl")
+        if needs_paths and not source.paths and not (name == "corpus" and explicit):
+            yield f"{name}.source={source.source} needs {name}.paths (files or globs)"
+        if source.source == "huggingface" and not source.dataset:
+            yield f"{name}.source=huggingface needs {name}.dataset (a name)"
+        if source.source in ("stdlib", "huggingface") and source.paths:
+            yield (
+                f"{name}.paths={list(source.paths)} is not read by "
+                f"{name}.source={source.source} (text and jsonl read paths)"
+            )
+    if explicit and corpus.source in ("stdlib", "huggingface"):
+        yield (
+            f"corpus.source={corpus.source} has no explicit splits: set corpus.source=text or "
+            "jsonl, or drop corpus.train/valid/test"
+        )
+    if not explicit and corpus.valid_fraction + corpus.test_fraction >= 1:
+        yield (
+            f"corpus.valid_fraction={corpus.valid_fraction} and corpus.test_fraction="
+            f"{corpus.test_fraction} leave nothing to train on (their sum must be below 1)"
+        )
+
+
+def _heads(config: Config) -> Iterator[str]:
+    decoder = config.decoder
+    if decoder.head_width == "auto":
+        yield from _must_divide(
+            "decoder.num_heads", decoder.num_heads, "decoder.width", decoder.width
+        )
+    if decoder.num_kv_heads != "auto":
+        yield from _must_divide(
+            "decoder.num_kv_heads", decoder.num_kv_heads, "decoder.num_heads", decoder.num_heads
+        )
+    if decoder.head_width == "auto":
+        head_width = decoder.width // decoder.num_heads
+        origin = f"decoder.width={decoder.width} / decoder.num_heads={decoder.num_heads}"
+    else:
+        head_width, origin = decoder.head_width, f"decoder.head_width={decoder.head_width}"
+    divides = decoder.head_width != "auto" or decoder.width % decoder.num_heads == 0
+    if decoder.positions == "rope" and divides and head_width % 2:
+        yield f"{origin} must be even for decoder.positions=rope"
+    if config.memory.head == "tied" and config.memory.width != decoder.width:
+        yield (
+            f"memory.head=tied needs memory.width={config.memory.width} equal to "
+            f"decoder.width={decoder.width}"
+        )
+
+
+def _layers(config: Config) -> Iterator[str]:
+    num_layers = config.decoder.num_layers
+    for name in ("key", "input"):
+        site = getattr(config.datastore, name)
+        if site.block(num_layers) > num_layers:
+            yield (f"datastore.{name}.layer={site.layer} is beyond decoder.num_layers={num_layers}")
+
+
+def _windows(config: Config) -> Iterator[str]:
+    context = config.decoder.context_tokens
+    windows = {
+        "datastore.window_tokens": config.embedding_window_tokens,
+        "pretrain.window_tokens": config.pretrain_window_tokens,
+    }
+    if config.train.inputs == "online":
+        windows["train.window_tokens"] = config.train_window_tokens
+    for name, tokens in windows.items():
+        if tokens > context:
+            yield f"{name}={tokens} is longer than decoder.context_tokens={context}"
+    yield from _must_divide(
+        "datastore.stride_tokens",
+        config.embedding_stride_tokens,
+        "datastore.window_tokens",
+        config.embedding_window_tokens,
+    )
+
+
+def _storage(config: Config) -> Iterator[str]:
+    store = config.datastore
+    shard = ("datastore.shard_rows", store.shard_rows)
+    yield from _must_divide("datastore.chunk_rows", store.chunk_rows, *shard)
+    yield from _must_divide("datastore.window_tokens", config.embedding_window_tokens, *shard)
+
+
+def _batches(config: Config) -> Iterator[str]:
+    for name in ("pretrain", "train"):
+        section = getattr(config, name)
+        yield from _must_divide(
+            f"{name}.accumulation_steps",
+            section.accumulation_steps,
+            f"{name}.batch_size",
+            section.batch_size,
+        )
+
+
+def _arrays(config: Config) -> Iterator[str]:
+    missing = {"label", "logprob"} - set(config.datastore.arrays)
+    if missing:
+        yield f"datastore.arrays must hold label and logprob: {sorted(missing)} missing"
+
+
+def _mesh(config: Config) -> Iterator[str]:
+    inferred = [axis for axis in ("data", "fsdp", "tensor") if getattr(config.mesh, axis) == "auto"]
+    if len(inferred) > 1:
+        yield (
+            "only one mesh size may be auto, not "
+            + " and ".join(f"mesh.{axis}" for axis in inferred)
+        )
+    if config.mesh.data != "auto":
+        yield from _must_divide(
+            "mesh.dcn_data", config.mesh.dcn_data, "mesh.data", config.mesh.data
+        )
+
+
+def _names(config: Config) -> Iterator[str]:
+    for section in ("decoder", "memory", "datastore", "targets"):
+        name = getattr(config, section).name
+        if name in (".", ".."):
+            yield f"{section}.name={name} must be the name of a directory to make"
+
+
+def _candidates(config: Config) -> Iterator[str]:
+    retrieval = config.retrieval
+    if retrieval.num_reorder != "auto" and retrieval.num_reorder <= retrieval.num_neighbors:
+        yield (
+            f"retrieval.num_reorder={retrieval.num_reorder} must be more than "
+            f"retrieval.num_neighbors={retrieval.num_neighbors} (the own row is found too)"
+        )
+    if retrieval.num_leaves != "auto" and retrieval.num_leaves_to_search != "auto":
+        visited, leaves = retrieval.num_leaves_to_search, retrieval.num_leaves
+        if visited > leaves:
+            yield (
+                f"retrieval.num_leaves_to_search={visited} is more than "
+                f"retrieval.num_leaves={leaves}"
+            )
+
+
+def _schedules(config: Config) -> Iterator[str]:
+    for name in ("pretrain", "train"):
+        section = getattr(config, name)
+        if section.optimizer.warmup_steps > section.num_steps:
+            yield (
+                f"{name}.optimizer.warmup_steps={section.optimizer.warmup_steps} is more than "
+                f"{name}.num_steps={section.num_steps}"
+            )

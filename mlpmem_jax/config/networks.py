@@ -1,0 +1,76 @@
+"""Sections about networks and the devices they run on: decoder, memory, mesh."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mlpmem_jax.config.base import Section, runtime, setting
+from mlpmem_jax.config.data import Auto, PositiveInt
+
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
+
+
+class DecoderConfig(Section):
+    """A decoder-only Transformer of the GPT-2 or the Llama family, by these keys."""
+
+    name: str = setting("base", "name of the decoder", pattern=r"^[A-Za-z0-9._-]+$")
+    width: PositiveInt = setting(128, "width of the residual stream, D")
+    num_layers: PositiveInt = setting(6, "blocks")
+    num_heads: PositiveInt = setting(4, "attention heads, H")
+    num_kv_heads: PositiveInt | Auto = setting("auto", "key/value heads, G; auto: num_heads")
+    head_width: PositiveInt | Auto = setting("auto", "width of a head, A; auto: width / num_heads")
+    ffn_width: PositiveInt | Auto = setting(
+        "auto", "feed-forward width, F; auto: 4 D for gelu, 8/3 D rounded up to 64 for swiglu"
+    )
+    context_tokens: PositiveInt = setting(256, "longest window that the decoder reads")
+    norm: Literal["rms", "layer"] = setting("rms", "rms: Llama; layer: GPT-2")
+    positions: Literal["rope", "learned"] = setting("rope", "rope: Llama; learned: GPT-2")
+    activation: Literal["swiglu", "gelu"] = setting("swiglu", "swiglu: Llama; gelu: GPT-2")
+    biases: Literal["none", "all"] = setting("none", "none: Llama; all: GPT-2")
+    head: Literal["tied", "untied"] = setting("untied", "untied: Llama; tied to embeddings: GPT-2")
+    rope_theta: float = setting(10000.0, "base wavelength of rotary positions", gt=0)
+    norm_epsilon: float = setting(1e-5, "added to the variance in norms", gt=0)
+    init_scale: float = setting(0.02, "standard deviation of initial weights", gt=0)
+    compute_dtype: ComputeDtype = setting("auto", "auto: float32 on CPU, bfloat16 elsewhere")
+    remat: Literal["none", "full", "dots"] = runtime(
+        "none", "what the backward pass recomputes: nothing, blocks, all but matrix products"
+    )
+    layer_loop: Literal["auto", "scan", "unroll"] = runtime(
+        "auto", "auto: unrolled on CPU up to 12 blocks, scanned elsewhere"
+    )
+    attention: Literal["auto", "xla", "cudnn", "blocked"] = runtime(
+        "auto", "attention implementation; auto: what was measured to be fastest on the backend"
+    )
+
+
+class MemoryConfig(Section):
+    """The MLP Memory (paper, section 3.1): no token mixing."""
+
+    name: str = setting("base", "name of the memory", pattern=r"^[A-Za-z0-9._-]+$")
+    width: PositiveInt = setting(128, "width of the residual stream, E")
+    num_layers: PositiveInt = setting(4, "feed-forward blocks")
+    ffn_width: PositiveInt | Auto = setting("auto", "feed-forward width, F; as in decoder")
+    block: Literal["swiglu", "gelu"] = setting(
+        "swiglu", "swiglu with RMSNorm (Llama), gelu with LayerNorm and biases (GPT-2)"
+    )
+    input_norm: Literal["none", "rms", "standardize"] = setting(
+        "standardize", "how the decoder's state is scaled before the first block"
+    )
+    head: Literal["untied", "tied"] = setting("untied", "own output head, or the decoder's")
+    norm_epsilon: float = setting(1e-5, "added to the variance in norms", gt=0)
+    init_scale: float = setting(0.02, "standard deviation of initial weights", gt=0)
+    compute_dtype: ComputeDtype = setting("auto", "auto: float32 on CPU, bfloat16 elsewhere")
+    remat: Literal["none", "full", "dots"] = runtime("none", "as in decoder")
+    layer_loop: Literal["auto", "scan", "unroll"] = runtime("auto", "as in decoder")
+
+
+MeshSize = Annotated[int, Field(ge=1)] | Auto
+
+
+class MeshConfig(Section):
+    """How devices are arranged; one size may be inferred."""
+
+    data: MeshSize = runtime("auto", "copies of the model; auto: all devices that are left")
+    fsdp: MeshSize = runtime(1, "parts into which parameters are cut, gathered for use")
+    tensor: MeshSize = runtime(1, "parts into which widths and the vocabulary are cut")
+    dcn_data: PositiveInt = runtime(1, "slices joined by the data-centre network, part of data")

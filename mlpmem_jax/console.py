@@ -1,0 +1,53 @@
+"""What a person sees while a command runs. Process 0 alone speaks."""
+
+import os
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+def is_speaker() -> bool:
+    """Returns whether this process may print (process 0 of a run).
+
+    Does not start a JAX backend: before any device is touched there is one speaker too.
+    """
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return True
+    return bool(jax.process_index() == 0)
+
+
+def say(line: str = "") -> None:
+    """Prints one line on standard output."""
+    if is_speaker():
+        print(line, flush=True)
+
+
+def warn(line: str) -> None:
+    """Prints one line on standard error."""
+    if is_speaker():
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def progress(total: int | None, unit: str, description: str, initial: int = 0) -> Any:
+    """Returns a progress bar with rate and time left, on standard error.
+
+    Where standard error is no terminal the bar prints a line every ten seconds, so that
+    logs of unattended runs stay readable.
+    """
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=initial,
+        unit=unit,
+        unit_scale=True,
+        desc=description,
+        dynamic_ncols=terminal,
+        mininterval=0.2 if terminal else 10.0,
+        maxinterval=1.0 if terminal else 10.0,
+        ascii=not terminal,
+        leave=terminal,
+        disable=not is_speaker() or os.environ.get("MLPMEM_PROGRESS") == "off",
+        file=sys.stderr,
+    )

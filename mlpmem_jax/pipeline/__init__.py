@@ -1,0 +1,88 @@
+"""The commands, one thin module each.
+
+This registry imports none of them, so `--help` and mistakes in the configuration are
+answered without starting JAX. A command's module has `main(config, options) -> int`.
+"""
+
+import importlib
+from dataclasses import dataclass
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.pipeline.options import Options
+
+__all__ = ["COMMANDS", "Command", "Options", "run_command"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        module: Its module in this package.
+        summary: One line for `--help`.
+        sections: The sections, or single keys, of the configuration that it reads.
+    """
+
+    module: str
+    summary: str
+    sections: tuple[str, ...]
+
+
+_RUN = ("workdir", "seed")
+
+COMMANDS: dict[str, Command] = {
+    "tokenize": Command(
+        "tokenize",
+        "text into documents, splits and tokens",
+        (*_RUN, "corpus", "tokenizer"),
+    ),
+    "pretrain": Command(
+        "pretrain",
+        "train the decoder on the tokens",
+        (*_RUN, "corpus.attention", "decoder", "mesh", "pretrain"),
+    ),
+    "embed": Command(
+        "embed",
+        "run the decoder over the corpus and store its states",
+        (*_RUN, "corpus.attention", "decoder", "mesh", "datastore"),
+    ),
+    "index": Command(
+        "index",
+        "build the search index over the stored keys",
+        (*_RUN, "mesh", "datastore", "retrieval"),
+    ),
+    "retrieve": Command(
+        "retrieve",
+        "find neighbours and turn them into next-token distributions",
+        (*_RUN, "mesh", "datastore", "retrieval", "targets"),
+    ),
+    "train": Command(
+        "train",
+        "train the MLP Memory on those distributions",
+        (*_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore", "targets", "train"),
+    ),
+    "evaluate": Command(
+        "evaluate",
+        "compare decoder, kNN-LM and memory on held-out text",
+        (
+            *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore", "retrieval",
+            "targets", "evaluate",
+        ),
+    ),
+    "generate": Command(
+        "generate",
+        "continue prompts with decoder and memory",
+        (*_RUN, "tokenizer", "decoder", "memory", "mesh", "generate"),
+    ),
+    "run": Command(
+        "run",
+        "all of the above in order; what is complete and current is skipped",
+        tuple(Config.model_fields),
+    ),
+}  # fmt: skip
+
+
+def run_command(name: str, config: Config, options: Options) -> int:
+    """Imports a command's module, runs it, and returns its exit code."""
+    module = importlib.import_module(f"{__name__}.{COMMANDS[name].module}")
+    return int(module.main(config, options))

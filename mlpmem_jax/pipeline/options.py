@@ -1,0 +1,20 @@
+"""What the command line says beside the configuration."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of one command.
+
+    Attributes:
+        workdir: The run's directory, as in `config.workdir`.
+        dry_run: Print the resolved configuration and the plan, make nothing.
+        rebuild: Remove and make again what is stale, instead of refusing.
+        without_memory: `generate` only: the decoder alone.
+    """
+
+    workdir: str
+    dry_run: bool = False
+    rebuild: bool = False
+    without_memory: bool = False

@@ -1,0 +1,60 @@
+"""What all tests share. JAX is configured through the environment, so that the processes
+which tests start inherit it and tests that need no JAX do not import it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Before anything imports JAX: an accidental broadcast over ranks is an error.
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("MLPMEM_PROGRESS", "off")
+
+import pytest
+
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.config.schema import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "unit" / "golden"
+UPDATE = "MLPMEM_UPDATE_GOLDEN"
+
+
+@pytest.fixture
+def root() -> Path:
+    """The project's directory."""
+    return ROOT
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., Config]:
+    """Returns a maker of tiny configurations: make_config("decoder.num_layers=3", …)."""
+
+    def make(*overrides: str, workdir: Path | None = None) -> Config:
+        return load_config(
+            ROOT / "configs" / "tiny.yaml",
+            overrides,
+            {"workdir": str(workdir or tmp_path / "run")},
+        )
+
+    return make
+
+
+@pytest.fixture
+def tiny_config(make_config: Callable[..., Config]) -> Config:
+    """The tiny configuration, with a work directory of the test's own."""
+    return make_config()
+
+
+@pytest.fixture
+def check_golden() -> Callable[[Path | str, str], None]:
+    """Compares a text with a stored one (a name in tests/unit/golden, or a path)."""
+
+    def check(name: Path | str, text: str) -> None:
+        path = GOLDEN / name
+        if os.environ.get(UPDATE) == "1":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        stored = path.read_text(encoding="utf-8") if path.exists() else ""
+        assert text == stored, f"{path} is not current; {UPDATE}=1 bash launch/test.sh writes it"
+
+    return check

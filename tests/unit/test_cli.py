@@ -1,0 +1,228 @@
+"""The command line: parsing, dispatch, and what a user sees of a failure."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mlpmem_jax import __main__ as cli
+from mlpmem_jax.errors import ArtifactError, RunFailed, UserError
+from mlpmem_jax.failures import explain
+from mlpmem_jax.pipeline import COMMANDS, Options
+from tests.conftest import ROOT
+
+CONFIG = str(ROOT / "configs" / "tiny.yaml")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Takes the place of the commands; holds what they were called with."""
+    found = []
+
+    def record(name, config, options):
+        found.append((name, config, options))
+        return 0
+
+    monkeypatch.setattr(cli, "run_command", record)
+    return found
+
+
+def fail_with(monkeypatch, error):
+    def raise_it(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "run_command", raise_it)
+    monkeypatch.delenv("MLPMEM_TRACEBACK", raising=False)
+
+
+def test_overrides_and_flags_may_be_mixed(calls, tmp_path):
+    code = cli.main(
+        ["train", "seed=4", "--config", CONFIG, "decoder.norm=layer", "--rebuild",
+         "--workdir", str(tmp_path), "--dry-run", "train.alpha=0.5"]
+    )  # fmt: skip
+    ((name, config, options),) = calls
+    assert (code, name) == (0, "train")
+    assert (config.seed, config.decoder.norm, config.train.alpha) == (4, "layer", 0.5)
+    assert config.workdir == str(tmp_path)
+    assert options == Options(workdir=str(tmp_path), dry_run=True, rebuild=True)
+
+
+def test_generate_takes_prompts(calls):
+    code = cli.main(
+        ["generate", "--config", CONFIG, "--prompt", "def f(x): [", "--prompt", "",
+         "--without-memory"]
+    )  # fmt: skip
+    ((_, config, options),) = calls
+    assert code == 0
+    assert config.generate.prompts == ("def f(x): [", "")
+    assert options.without_memory
+
+
+def test_prompt_belongs_to_generate_alone(calls, capsys):
+    assert cli.main(["train", "--config", CONFIG, "--prompt", "x"]) == 2
+    assert "error: unrecognized arguments: --prompt" in capsys.readouterr().err
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["pretrian", "--config", CONFIG], "pretrian: unknown command; did you mean pretrain?"),
+        (["xyz"], "xyz: unknown command; commands: tokenize, pretrain, embed"),
+        (["train"], "the following arguments are required: --config"),
+        (["train", "--config"], "argument --config: expected one argument"),
+        (["train", "--config", CONFIG, "--train.alpha=1"], "write train.alpha=1"),
+        (["train", "--config", CONFIG, "--conf", "x"], "unrecognized arguments: --conf"),
+        (["train", "--config", "none.yaml"], "none.yaml: no such file"),
+    ],
+)
+def test_mistakes_on_the_command_line(calls, capsys, arguments, expected):
+    assert cli.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and expected in err
+    assert len(err.splitlines()) == 1
+    assert not calls
+
+
+def test_issue_example_exits_2_with_both_mistakes_and_writes_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mlpmem_jax", "pretrain", "--config",
+         str(ROOT / "configs" / "quickstart.yaml"), "decodr.num_layers=2", "train.batch_size=-1"],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "error: decodr.num_layers=2: unknown key; did you mean decoder.num_layers?",
+        "error: train.batch_size=-1: must be a whole number of at least 1",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_each_command(capsys, name):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([name, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert COMMANDS[name].summary in text
+    assert "workdir" in text and "--dry-run" in text
+    assert ("--prompt" in text) == (name == "generate")
+
+
+def test_help_does_not_import_jax():
+    program = (
+        "import sys\nfrom mlpmem_jax.__main__ import main\n"
+        "try:\n    main(['run', '--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit('jax imported' if 'jax' in sys.modules else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "evaluate.bootstrap_samples" in done.stdout
+
+
+def test_overview_and_version(capsys):
+    for arguments, code in ((["--help"], 0), ([], 2)):
+        assert cli.main(arguments) == code
+        text = capsys.readouterr().out
+        assert all(f"  {name} " in text for name in COMMANDS)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("mlpmem_jax ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (UserError(["a", "b"]), 2, ["error: a", "error: b"]),
+        (ArtifactError("tokens: damaged"), 2, ["error: tokens: damaged"]),
+        (RunFailed("loss is nan"), 1, ["error: loss is nan"]),
+        (ExceptionGroup("reads", [UserError("a file")]), 2, ["error: a file"]),
+        (KeyboardInterrupt(), 130, ["error: interrupted; the same command continues where"]),
+        (OSError(errno.ENOSPC, "x", "/w/a"), 2, ["error: /w/a: no space left on the disk"]),
+        (PermissionError(errno.EACCES, "x", "/w/a"), 2, ["error: /w/a: permission denied"]),
+        (FileNotFoundError(errno.ENOENT, "x", "/w/a"), 2, ["error: /w/a: no such file"]),
+    ],
+)
+def test_failures_are_lines_and_codes(monkeypatch, capsys, error, code, lines):
+    fail_with(monkeypatch, error)
+    assert cli.main(["train", "--config", CONFIG]) == code
+    found = capsys.readouterr().err.splitlines()
+    assert len(found) == len(lines)
+    assert all(line.startswith(start) for line, start in zip(found, lines, strict=True))
+
+
+def test_errors_of_the_program_keep_their_traceback(monkeypatch):
+    fail_with(monkeypatch, ValueError("shapes (2, 3) and (4,) do not fit"))
+    with pytest.raises(ValueError, match="shapes"):
+        cli.main(["train", "--config", CONFIG])
+
+
+def test_traceback_on_request(monkeypatch):
+    fail_with(monkeypatch, UserError("a"))
+    monkeypatch.setenv("MLPMEM_TRACEBACK", "1")
+    with pytest.raises(UserError):
+        cli.main(["train", "--config", CONFIG])
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            ValueError(
+                'RESOURCE_EXHAUSTED: Error writing "c/0": Failed to write file: "/w/c/0" '
+                "[OS error 28: ENOSPC No space left on device]"
+            ),
+            "/w/c/0: no space left on the disk",
+        ),
+        (
+            ValueError('PERMISSION_DENIED: Failed to open: "/w/zarr.json" [OS error 13: EACCES]'),
+            "/w/zarr.json: permission denied",
+        ),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
+            "out of memory; lower",
+        ),
+        (MemoryError(), "out of memory; lower"),
+        (OSError(errno.ENOSPC, "x"), "no space left on the disk"),
+        (OSError("Disk quota exceeded"), "the disk quota is used up"),
+    ],
+)
+def test_words_of_libraries_are_translated(error, expected):
+    assert (explain(error) or "").startswith(expected)
+
+
+def test_causes_are_looked_at():
+    try:
+        try:
+            raise OSError(errno.ENOSPC, "x", "/w/checkpoint")
+        except OSError as error:
+            raise RuntimeError("saving failed") from error
+    except RuntimeError as error:
+        assert (explain(error) or "").startswith("/w/checkpoint: no space left")
+
+
+def test_a_file_that_was_rightly_missing_explains_nothing():
+    try:
+        try:
+            raise FileNotFoundError(errno.ENOENT, "x", "/w/optional")
+        except FileNotFoundError:
+            raise KeyError("bug")  # noqa: B904
+    except KeyError as error:
+        assert explain(error) is None
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("bad"), RuntimeError("x"), KeyError("a"), OSError(errno.EINTR, "x")]
+)
+def test_other_errors_are_not_explained(error):
+    assert explain(error) is None
+
+
+def test_output_that_nobody_reads_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m mlpmem_jax run --help | head -1", shell=True, cwd=ROOT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("usage") and done.stderr == ""

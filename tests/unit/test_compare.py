@@ -1,0 +1,106 @@
+"""Choices on validation, numbers on test, intervals of paired differences."""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlpmem_jax.evaluation import compare as compare_module
+from mlpmem_jax.evaluation import metrics
+from mlpmem_jax.evaluation.compare import SplitScores, compare
+
+SEPARATOR = 0
+
+
+def make_scores(seed: int, num_documents: int = 40, knn_gain: float = 0.5) -> SplitScores:
+    """A split whose parts help on some tokens and hurt on others."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(5, 60, num_documents)
+    offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
+    tokens = rng.integers(1, 100, offsets[-1])
+    tokens[offsets[:-1]] = SEPARATOR
+    counts = metrics.count_documents(tokens[1:], SEPARATOR, offsets, lengths // 2, lengths * 4)
+    num_rows = len(tokens) - 1
+    decoder_N = -rng.gamma(4.0, 1.0, num_rows)
+    knn_N = np.minimum(decoder_N + 2 * rng.standard_normal(num_rows) + knn_gain, -1e-3)
+    knn_N[rng.random(num_rows) < 0.2] = -np.inf
+    memory_N = np.minimum(decoder_N + 2 * rng.standard_normal(num_rows) + 0.2, -1e-3)
+    return SplitScores(counts, decoder_N, knn_N, memory_N)
+
+
+def run(valid: SplitScores, test: SplitScores) -> dict[str, Any]:
+    return compare(
+        valid, test, temperature=5.0, bootstrap_samples=200, confidence=0.9, seed=0
+    )  # fmt: skip
+
+
+def test_numbers_agree_with_a_direct_computation():
+    valid, test = make_scores(1), make_scores(2)
+    found = run(valid, test)
+    json.dumps(found, allow_nan=False)
+    scored = test.counts.scored_N
+    nats = {"decoder": -test.decoder_N[scored].mean()}
+    for name in ("knn", "memory"):
+        weight = found["systems"][name]["interpolation"]
+        grid = np.linspace(0.001, 0.999, 999)
+        rows = valid.counts.scored_N
+        base, part = np.exp(valid.decoder_N[rows]), np.exp(valid.part(name)[rows])
+        best = min(-np.log(w * part + (1 - w) * base).mean() for w in grid)
+        assert found["systems"][name]["valid_nats"] <= best + 1e-9
+        mixture = weight * np.exp(test.part(name)) + (1 - weight) * np.exp(test.decoder_N)
+        nats[name] = -np.log(mixture[scored]).mean()
+    for name, value in nats.items():
+        assert found["systems"][name]["test_nats"] == pytest.approx(value)
+    memory = found["systems"]["memory"]
+    assert memory["difference_nats"] == pytest.approx(nats["memory"] - nats["decoder"])
+    share = (nats["decoder"] - nats["memory"]) / (nats["decoder"] - nats["knn"])
+    assert memory["gain_recovered"] == pytest.approx(share)
+    assert memory["gain_recovered_low"] < share < memory["gain_recovered_high"]
+    assert memory["difference_low"] < memory["difference_nats"] < memory["difference_high"]
+    assert found["systems"]["knn"]["gain_recovered"] == pytest.approx(1.0)
+    assert found["systems"]["knn"]["gain_recovered_low"] == pytest.approx(1.0)
+
+
+def test_lambda_is_chosen_without_looking_at_test():
+    valid = make_scores(1)
+    weights = {
+        run(valid, make_scores(seed))["systems"]["memory"]["interpolation"] for seed in (2, 3)
+    }
+    assert len(weights) == 1
+
+
+def test_curves_pass_through_the_ends_and_the_minimum():
+    valid = make_scores(1)
+    found = run(valid, make_scores(2))
+    decoder = found["systems"]["decoder"]["valid_nats"]
+    for name in ("knn", "memory"):
+        assert found["curves"][name][0] == pytest.approx(decoder)
+        finite = [nats for nats in found["curves"][name] if nats is not None]
+        assert min(finite) >= found["systems"][name]["valid_nats"] - 1e-9
+    assert found["curves"]["knn"][-1] is None  # λ = 1 gives some labels no probability
+
+
+def test_a_useless_retriever_leaves_nothing_to_recover():
+    valid, test = make_scores(1), make_scores(2)
+    valid = dataclasses.replace(valid, knn_N=np.full_like(valid.decoder_N, -np.inf))
+    test = dataclasses.replace(test, knn_N=np.full_like(test.decoder_N, -np.inf))
+    found = run(valid, test)
+    assert found["systems"]["knn"]["interpolation"] == 0
+    assert found["systems"]["memory"]["gain_recovered"] is None
+    assert any("gains nothing" in note for note in found["notes"])
+
+
+def test_one_document_has_no_interval_and_few_are_remarked():
+    valid = make_scores(1)
+    one = run(valid, make_scores(2, num_documents=1))
+    assert one["systems"]["memory"]["difference_low"] is None
+    assert any("1 documents" in note for note in one["notes"])
+    assert not run(valid, make_scores(2))["notes"]
+
+
+def test_very_many_documents_are_thinned_for_the_picture(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compare_module, "_MOST_DOCUMENTS_DRAWN", 7)
+    found = run(make_scores(1), make_scores(2))
+    assert {len(column) for column in found["documents"].values()} == {7}

@@ -1,0 +1,57 @@
+"""The configurations that are shipped, the reference page, and the help texts."""
+
+import re
+
+import pytest
+
+from mlpmem_jax.config.describe import describe, markdown, select
+from mlpmem_jax.config.keys import all_keys
+from mlpmem_jax.config.load import dump_config, load_config
+from mlpmem_jax.pipeline import COMMANDS
+from tests.conftest import ROOT
+
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_configuration_loads_and_says_what_it_is_for(path):
+    config = load_config(path)
+    assert config.workdir == f"runs/{path.stem}"
+    header = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))
+    assert header, "no header"
+    for word in ("command:", "hardware:", "time:", "result:"):
+        assert word in header[0]
+    assert f"configs/{path.name}" in header[0]
+    assert re.search(r"\((estimated|measured)\b", header[0])
+
+
+def test_resolved_quickstart_is_as_stored(check_golden):
+    check_golden("quickstart.yaml", dump_config(load_config(ROOT / "configs" / "quickstart.yaml")))
+
+
+def test_reference_page_is_current(check_golden):
+    check_golden(ROOT / "docs" / "configuration.md", markdown())
+
+
+def test_every_key_has_a_meaning():
+    assert [key.path for key in all_keys().values() if not key.description.strip()] == []
+
+
+def test_every_key_is_read_by_a_command():
+    read = {key.path for name, c in COMMANDS.items() if name != "run" for key in select(c.sections)}
+    assert set(all_keys()) == read
+    assert set(all_keys()) == {key.path for key in select(COMMANDS["run"].sections)}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_lists_each_key_with_type_default_and_meaning(name):
+    text = " ".join(describe(COMMANDS[name].sections, width=100).split())
+    for key in select(COMMANDS[name].sections):
+        assert f" {key.path} " in f" {text} "
+        assert " ".join(key.description.split()) in text
+    assert "seed int ≥ 0, default 0" in text
+
+
+def test_help_fits_its_width():
+    lines = describe(("decoder", "train"), width=100).splitlines()
+    assert max(map(len, lines)) <= 100

@@ -1,0 +1,135 @@
+"""The stream of pieces: splits, weights, limits, and continuing from any piece."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlpmem_jax.config.data import CorpusConfig
+from mlpmem_jax.corpus import documents
+from mlpmem_jax.corpus.sample import sample_texts
+from mlpmem_jax.corpus.splits import split_of
+from mlpmem_jax.corpus.stream import Corpus, Position
+from mlpmem_jax.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(300):
+        (tmp_path / f"{number:03}.txt").write_text(f"document {number % 200}\n" * 5)
+    return tmp_path
+
+
+def corpus(folder: Path, **config: Any) -> Corpus:
+    config = {"source": "text", "paths": [f"{folder}/*.txt"], **config}
+    return Corpus(CorpusConfig(**config))
+
+
+def test_duplicates_share_a_split(folder: Path) -> None:
+    splits: dict[str, set[str]] = {}
+    counts = dict.fromkeys(("train", "valid", "test"), 0)
+    for piece in corpus(folder, valid_fraction=0.1, test_fraction=0.2).pieces():
+        splits.setdefault(piece.text, set()).add(piece.split)
+        counts[piece.split] += 1
+    assert all(len(found) == 1 for found in splits.values())
+    assert sum(counts.values()) == 300
+    assert 10 < counts["valid"] < 60 < 2 * counts["test"] < 200
+
+
+def test_splits_are_permanent() -> None:
+    # Splits of published runs must not change with the software.
+    drawn = "".join(split_of(b"%d" % n, 0.2, 0.3)[1] for n in range(24))
+    assert drawn == "aaerraerrrerrerraeaaaaar"
+
+
+def test_explicit_splits(folder: Path) -> None:
+    given = {"train": ["0*"], "valid": ["1*"], "test": ["2*"]}
+    found = corpus(
+        folder,
+        paths=[],
+        **{split: {"paths": [f"{folder}/{p}.txt" for p in paths]} for split, paths in given.items()},
+        more=[{"source": "text", "paths": [f"{folder}/29*.txt"]}],
+    )
+    splits = [piece.split for piece in found.pieces()]
+    assert splits == ["train"] * 100 + ["valid"] * 100 + ["test"] * 100 + ["train"] * 10
+
+
+def test_weight_keeps_a_share_by_content(folder: Path) -> None:
+    kept = [piece.text for piece in corpus(folder, weight=0.3).pieces()]
+    assert 50 < len(kept) < 130
+    assert kept == [piece.text for piece in corpus(folder, weight=0.3).pieces()]
+    more = corpus(
+        folder, weight=0.3, more=[{"source": "text", "paths": [f"{folder}/0*.txt"]}]
+    ).pieces()
+    assert [piece.text for piece in more][: len(kept)] == kept
+
+
+def test_max_bytes_stops_before_the_document_that_passes_it(folder: Path) -> None:
+    sizes = [piece.num_bytes for piece in corpus(folder).pieces()]
+    for limit in (sizes[0], sum(sizes[:7]), sum(sizes[:7]) + sizes[7] - 1):
+        taken = [piece.num_bytes for piece in corpus(folder, max_bytes=limit).pieces()]
+        assert taken == sizes[: 1 if limit == sizes[0] else 7]
+    assert not list(corpus(folder, max_bytes=sizes[0] - 1).pieces())
+
+
+def test_max_bytes_never_cuts_a_document_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_CHARS", 10)
+    (tmp_path / "a.txt").write_text("# a\n" + "word\n" * 10 + "# b\n" + "word\n" * 10)
+    for limit, begun in ((53, 0), (54, 1), (107, 1), (108, 2)):
+        found = list(corpus(tmp_path, document_regex="# ", max_bytes=limit).pieces())
+        assert sum(piece.begins for piece in found) == begun
+        assert sum(piece.num_bytes for piece in found) == 54 * begun
+
+
+@pytest.mark.parametrize("max_bytes", [None, 700])
+def test_every_position_continues_the_same_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int | None
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_CHARS", 10)
+    for number in range(6):
+        (tmp_path / f"{number}.txt").write_text(f"# a{number}\nlonger than ten\n# b\nc\n" * 3)
+        (tmp_path / f"{number}a.txt").write_bytes(b"\xff")
+    (tmp_path / "x.jsonl").write_text('{"text": "one and two"}\n\n{"text": "three"}\n' * 2)
+    text = corpus(
+        tmp_path,
+        document_regex="# ",
+        on_error="skip",
+        weight=0.7,
+        max_bytes=max_bytes,
+        more=[{"source": "jsonl", "paths": [f"{tmp_path}/x.jsonl"]}],
+    )
+    pieces = list(text.pieces())
+    end = text.position
+    assert end.skipped_files == 6
+    for number, piece in enumerate(pieces):
+        resumed = Position(**piece.position.to_json())
+        assert list(text.pieces(resumed)) == pieces[number + 1 :]
+        assert text.position == end
+    assert list(text.pieces(end)) == []
+    assert text.position == end
+
+
+def test_a_file_that_is_no_text_stops_or_is_left_out(folder: Path) -> None:
+    (folder / "000a.txt").write_bytes(b"ok \xfe")
+    with pytest.raises(UserError, match=r"000a.txt: not UTF-8 text at byte 3"):
+        list(corpus(folder).pieces())
+    text = corpus(folder, on_error="skip")
+    assert len(list(text.pieces())) == 300
+    assert text.position.skipped_files == 1
+
+
+def test_the_sample_is_bounded_and_of_the_training_split(folder: Path) -> None:
+    (folder / "big").mkdir()
+    (folder / "big" / "z.txt").write_text("zzz é\n" * 10_000)
+    text = corpus(folder, more=[{"source": "text", "paths": [f"{folder}/big/z.txt"]}])
+    found = list(sample_texts(text, 3001))
+    assert sum(len(one.encode()) for one in found) in (3000, 3001, 3002)
+    train = [piece.text for piece in text.pieces() if piece.split == "train"]
+    assert all(any(whole.startswith(one) for whole in train) for one in found)
+    everything = list(sample_texts(text, 10_000_000))
+    assert everything == train
+    limited = corpus(folder, max_bytes=5000)
+    few = [piece.text for piece in limited.pieces() if piece.split == "train"]
+    assert list(sample_texts(limited, 10_000_000)) == few
