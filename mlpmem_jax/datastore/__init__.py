@@ -1,0 +1,1 @@
+"""Artifacts on disk: their layout, their arrays and the manifests that vouch for them."""

@@ -1,0 +1,145 @@
+"""Where the artifacts of a run lie, and what arrays they hold.
+
+The one place that knows names, dtypes, shapes and chunking; writers and readers import it.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+from etils import epath
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.datastore.store import DTYPES
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+# Tokens are read in windows and in embedding order: large shards, small readable pieces.
+TOKEN_SHARD_ROWS = 1 << 20
+TOKEN_CHUNK_ROWS = 1 << 14
+DOCUMENT_SHARD_ROWS = 1 << 16
+DOCUMENT_CHUNK_ROWS = 1 << 13
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """Shape, dtype and chunking of one array.
+
+    Attributes:
+        tail: Shape after the rows.
+        dtype: NumPy dtype.
+        shard_rows: Rows of a shard.
+        chunk_rows: Rows of a readable piece.
+    """
+
+    tail: tuple[int, ...]
+    dtype: Any
+    shard_rows: int
+    chunk_rows: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return int(np.prod(self.tail, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+def token_dtype(vocab_size: int) -> Any:
+    """Returns the smallest unsigned dtype that holds every token id."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+class Layout:
+    """The artifacts of a run directory, by the names in the configuration."""
+
+    def __init__(self, config: Config):
+        self._config = config
+        self.workdir = epath.Path(config.workdir)
+
+    def _artifact(self, relative: str, kind: str) -> Artifact:
+        return Artifact(self.workdir, relative, kind)
+
+    @property
+    def tokenizer(self) -> Artifact:
+        """tokenizer.json."""
+        return self._artifact("tokenizer", "tokenizer")
+
+    @property
+    def tokens(self) -> Artifact:
+        """The three splits: token ids, document offsets, byte and word counts."""
+        return self._artifact("tokens", "tokens")
+
+    @property
+    def decoder(self) -> Artifact:
+        """Checkpoints of the decoder."""
+        return self._artifact(f"decoder/{self._config.decoder.name}", "decoder")
+
+    def datastore(self, split: Split) -> Artifact:
+        """Keys, inputs, labels and decoder log-probabilities of a split."""
+        return self._artifact(f"datastore/{self._config.datastore.name}/{split}", "datastore")
+
+    @property
+    def index(self) -> Artifact:
+        """The neighbour index over the training split's keys."""
+        return self._artifact(f"index/{self._config.datastore.name}", "index")
+
+    def neighbors(self, split: Split) -> Artifact:
+        """The K nearest training rows of each row."""
+        return self._artifact(f"neighbors/{self._config.datastore.name}/{split}", "neighbors")
+
+    def targets(self, split: Split) -> Artifact:
+        """Sparse kNN distributions."""
+        return self._artifact(f"targets/{self._config.targets.name}/{split}", "targets")
+
+    @property
+    def memory(self) -> Artifact:
+        """Checkpoints of the memory."""
+        return self._artifact(f"memory/{self._config.memory.name}", "memory")
+
+    @property
+    def results(self) -> Artifact:
+        """The table, as JSON, CSV and picture."""
+        return self._artifact(f"results/{self._config.memory.name}", "results")
+
+    def datastore_arrays(self) -> dict[str, ArraySpec]:
+        """Arrays of a datastore split (design: key_ND, input_ND, label_N, logprob_N)."""
+        store = self._config.datastore
+        chunking = (store.shard_rows, store.chunk_rows)
+        state = ArraySpec((self._config.decoder.width,), DTYPES[store.dtype], *chunking)
+        specs = {
+            "key": state,
+            "input": state,
+            "label": ArraySpec((), np.int32, *chunking),
+            "logprob": ArraySpec((), np.float32, *chunking),
+        }
+        wanted = [name for name in specs if name in store.arrays]
+        if store.key == store.input and "key" in wanted and "input" in wanted:
+            wanted.remove("input")  # The same state is stored once.
+        return {name: specs[name] for name in wanted}
+
+    def input_array(self) -> str:
+        """Name of the array that holds the memory's input."""
+        return "input" if "input" in self.datastore_arrays() else "key"
+
+    def neighbors_arrays(self) -> dict[str, ArraySpec]:
+        """Arrays of neighbours: row (int64) and squared distance (float32)."""
+        store = self._config.datastore
+        tail = (self._config.retrieval.num_neighbors,)
+        chunking = (store.shard_rows, store.chunk_rows)
+        return {
+            "row": ArraySpec(tail, np.int64, *chunking),
+            "distance": ArraySpec(tail, np.float32, *chunking),
+        }
+
+    def targets_arrays(self, vocab_size: int) -> dict[str, ArraySpec]:
+        """Arrays of sparse targets: id_NS, prob_NS, mass_N, and label_N to compare sides."""
+        store = self._config.datastore
+        tail = (self._config.targets.num_tokens,)
+        chunking = (store.shard_rows, store.chunk_rows)
+        return {
+            "id": ArraySpec(tail, token_dtype(vocab_size), *chunking),
+            "prob": ArraySpec(tail, DTYPES[self._config.targets.dtype], *chunking),
+            "mass": ArraySpec((), np.float32, *chunking),
+            "label": ArraySpec((), np.int32, *chunking),
+        }

@@ -1,0 +1,277 @@
+"""Artifacts: directories whose manifest is written last.
+
+An artifact is *missing* (nothing there), *partial* (begun: `building.json` says with which
+settings, so that the next start continues) or *complete* (`manifest.json`). One that was
+made with other settings, or from other artifacts, is refused with both fingerprints.
+"""
+
+import dataclasses
+import enum
+import hashlib
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from mlpmem_jax.datastore.files import crc32_of, read_json, write_json
+from mlpmem_jax.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+BUILDING = "building.json"
+_SOFTWARE = ("mlpmem_jax", "jax", "flax", "orbax-checkpoint", "tensorstore", "scann", "tokenizers")
+
+
+class Status(enum.Enum):
+    """How far an artifact is."""
+
+    MISSING = "missing"
+    PARTIAL = "partial"
+    COMPLETE = "complete"
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What an artifact is and what it was made from.
+
+    Attributes:
+        kind: What sort of artifact, for example "tokens".
+        recipe: The settings that decide its content.
+        made_from: Fingerprint of each upstream artifact, by its path in the run directory.
+        counts: Numbers of rows, tokens, steps and the like.
+        arrays: Shape and dtype of each array, by path in the artifact.
+        files: Bytes and CRC-32 of files whose format has no checksum, by path.
+        measured: What was observed while making it (seconds, recall); not fingerprinted.
+        fingerprint: Identifies kind, recipe, origin, counts, arrays and files.
+        software: Versions of what made it; not fingerprinted.
+        created: Seconds since the epoch; not fingerprinted.
+    """
+
+    kind: str
+    recipe: Mapping[str, Any]
+    made_from: Mapping[str, str]
+    counts: Mapping[str, Any]
+    arrays: Mapping[str, Any]
+    files: Mapping[str, Any]
+    measured: Mapping[str, Any]
+    fingerprint: str
+    software: Mapping[str, str]
+    created: float
+    schema_version: int = SCHEMA_VERSION
+
+
+def fingerprint_of(value: Any) -> str:
+    """Returns 16 hexadecimal digits that identify a JSON-ready value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _content_fingerprint(manifest: Mapping[str, Any]) -> str:
+    names = ("schema_version", "kind", "recipe", "made_from", "counts", "arrays", "files")
+    return fingerprint_of({name: manifest[name] for name in names})
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def software_versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that decide results."""
+    versions = {"python": platform.python_version()}
+    for name in _SOFTWARE:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _differences(made: Any, asked: Any, path: str = "") -> list[str]:
+    if isinstance(made, Mapping) and isinstance(asked, Mapping):
+        lines = []
+        for name in sorted(set(made) | set(asked)):
+            inner = f"{path}.{name}" if path else name
+            lines += _differences(made.get(name), asked.get(name), inner)
+        return lines
+    if made == asked:
+        return []
+    shown = [json.dumps(v, ensure_ascii=False) for v in (made, asked)]
+    shown = [text if len(text) <= 60 else text[:57] + "…" for text in shown]
+    return [f"{path}={shown[0]}, now {shown[1]}"]
+
+
+class Artifact:
+    """One artifact of a run directory."""
+
+    def __init__(self, workdir: str | epath.Path, relative: str, kind: str):
+        self.workdir = epath.Path(workdir)
+        self.relative = relative
+        self.kind = kind
+        self.path = self.workdir / relative
+
+    def __repr__(self) -> str:
+        return f"Artifact({str(self.path)!r}, kind={self.kind!r})"
+
+    def load(self) -> Manifest:
+        """Reads the manifest.
+
+        Raises:
+            ArtifactError: The artifact is missing or incomplete, or its manifest is damaged.
+        """
+        file = self.path / MANIFEST
+        if not file.exists():
+            state = "is not finished" if (self.path / BUILDING).exists() else "does not exist"
+            raise ArtifactError(f"{self.path}: {state}; make it with the command `{self.command}`")
+        raw = read_json(file)
+        try:
+            manifest = Manifest(**raw)
+            intact = manifest.fingerprint == _content_fingerprint(raw)
+        except (TypeError, KeyError):
+            intact = False
+        if not intact:
+            raise ArtifactError(
+                f"{file}: damaged (it does not match its own fingerprint); "
+                f"make {self.relative} again with --rebuild"
+            )
+        if manifest.schema_version != SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{file}: schema version {manifest.schema_version}, this software reads "
+                f"{SCHEMA_VERSION}; make {self.relative} again with --rebuild"
+            )
+        return manifest
+
+    @property
+    def command(self) -> str:
+        """The command that makes this kind of artifact."""
+        return {
+            "tokenizer": "tokenize",
+            "tokens": "tokenize",
+            "decoder": "pretrain",
+            "datastore": "embed",
+            "index": "index",
+            "neighbors": "retrieve",
+            "targets": "retrieve",
+            "memory": "train",
+            "results": "evaluate",
+        }[self.kind]
+
+    def verify(self) -> Manifest:
+        """Reads the manifest and compares the checksum of every file that it lists.
+
+        Raises:
+            ArtifactError: As `load`, or a file is missing, truncated or changed; it is named.
+        """
+        manifest = self.load()
+        for name, expected in manifest.files.items():
+            verify_file(self.path / name, expected)
+        return manifest
+
+    def status(self, recipe: Mapping[str, Any], made_from: Mapping[str, str]) -> Status:
+        """Tells how far the artifact is.
+
+        Raises:
+            ArtifactError: It was made, or begun, with another recipe or from other artifacts.
+        """
+        if (self.path / MANIFEST).exists():
+            manifest = self.load()
+            self._refuse_if_other("made", manifest.recipe, manifest.made_from, recipe, made_from)
+            return Status.COMPLETE
+        if (self.path / BUILDING).exists():
+            begun = read_json(self.path / BUILDING)
+            self._refuse_if_other("begun", begun["recipe"], begun["made_from"], recipe, made_from)
+            return Status.PARTIAL
+        return Status.MISSING
+
+    def _refuse_if_other(
+        self,
+        verb: str,
+        old_recipe: Mapping[str, Any],
+        old_from: Mapping[str, str],
+        recipe: Mapping[str, Any],
+        made_from: Mapping[str, str],
+    ) -> None:
+        old = {"recipe": old_recipe, "made_from": old_from}
+        new = _as_json({"recipe": recipe, "made_from": made_from})
+        if old == new:
+            return
+        lines = _differences(old["recipe"], new["recipe"])
+        lines += [
+            f"from another {line}" for line in _differences(old["made_from"], new["made_from"])
+        ]
+        shown = "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
+        raise ArtifactError(
+            f"{self.path}: was {verb} otherwise (fingerprint {fingerprint_of(old)}, asked for "
+            f"{fingerprint_of(new)}): {shown}; make it again with --rebuild, or use another workdir"
+        )
+
+    def begin(self, recipe: Mapping[str, Any], made_from: Mapping[str, str]) -> None:
+        """Records what is about to be made, so that an interrupted start is continued."""
+        if not (self.path / BUILDING).exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / BUILDING, {"recipe": recipe, "made_from": made_from})
+
+    def finish(
+        self,
+        *,
+        counts: Mapping[str, Any] | None = None,
+        arrays: Mapping[str, Any] | None = None,
+        files: Sequence[str] = (),
+        measured: Mapping[str, Any] | None = None,
+    ) -> Manifest:
+        """Writes the manifest; from now on the artifact is complete."""
+        begun = read_json(self.path / BUILDING)
+        content: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": self.kind,
+            "recipe": begun["recipe"],
+            "made_from": begun["made_from"],
+            "counts": dict(counts or {}),
+            "arrays": dict(arrays or {}),
+            "files": {name: describe_file(self.path / name) for name in files},
+        }
+        content = _as_json(content)
+        content["fingerprint"] = _content_fingerprint(content)
+        content |= {
+            "measured": _as_json(dict(measured or {})),
+            "software": software_versions(),
+            "created": time.time(),
+        }
+        write_json(self.path / MANIFEST, content)
+        (self.path / BUILDING).unlink(missing_ok=True)
+        return Manifest(**content)
+
+    def remove(self) -> None:
+        """Removes the artifact, its manifest first, so that a kill leaves it partial."""
+        if not self.path.exists():
+            return
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        self.path.rmtree()
+
+
+def describe_file(path: epath.Path) -> dict[str, Any]:
+    """Returns size and CRC-32 of a file."""
+    size, crc = crc32_of(path)
+    return {"bytes": size, "crc32": f"{crc:08x}"}
+
+
+def verify_file(path: epath.Path, expected: Mapping[str, Any]) -> None:
+    """Compares a file with its recorded size and checksum.
+
+    Raises:
+        ArtifactError: It is missing, truncated or changed.
+    """
+    if not path.exists():
+        raise ArtifactError(f"{path}: missing, though its manifest lists it")
+    found = describe_file(path)
+    if found["bytes"] != expected["bytes"]:
+        raise ArtifactError(
+            f"{path}: truncated or changed, {found['bytes']} bytes and not {expected['bytes']}"
+        )
+    if found["crc32"] != expected["crc32"]:
+        raise ArtifactError(
+            f"{path}: damaged, checksum {found['crc32']} and not {expected['crc32']}"
+        )

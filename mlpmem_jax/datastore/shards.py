@@ -1,0 +1,127 @@
+"""Rows that arrive in pieces, written as whole shards in the background."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from mlpmem_jax.datastore.files import check_free_space
+from mlpmem_jax.datastore.layout import ArraySpec
+from mlpmem_jax.datastore.store import (
+    PendingWrite,
+    create_array,
+    describe,
+    finished_shards,
+    write_rows,
+)
+from mlpmem_jax.errors import RunFailed
+
+_MAX_PENDING_SHARDS = 2
+
+
+class ShardWriter:
+    """Collects rows of several parallel arrays and writes each shard once it is full.
+
+    Attributes:
+        shard_rows: Rows of a shard.
+    """
+
+    def __init__(self, path: epath.Path, specs: Mapping[str, ArraySpec], num_rows: int):
+        """Opens the arrays, created or left by an interrupted start.
+
+        Args:
+            path: Directory of the arrays.
+            specs: The arrays; all have the same shard size.
+            num_rows: Rows of each.
+        """
+        self._path = path
+        self._specs = specs
+        self._num_rows = num_rows
+        (self.shard_rows,) = {spec.shard_rows for spec in specs.values()}
+        self._stores = {
+            name: create_array(
+                path / name,
+                shape=(num_rows, *spec.tail),
+                dtype=spec.dtype,
+                shard_rows=spec.shard_rows,
+                chunk_rows=spec.chunk_rows,
+            )
+            for name, spec in specs.items()
+        }
+        self._open: dict[int, tuple[dict[str, np.ndarray], int]] = {}
+        self._pending: list[list[PendingWrite]] = []
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of each array."""
+        return -(-self._num_rows // self.shard_rows)
+
+    def missing_shards(self) -> list[int]:
+        """Returns the shards that some array lacks, ascending; checks that they will fit."""
+        done = frozenset.intersection(*(finished_shards(store) for store in self._stores.values()))
+        missing = [shard for shard in range(self.num_shards) if shard not in done]
+        rows = sum(self._shard_length(shard) for shard in missing)
+        row_bytes = sum(spec.row_bytes for spec in self._specs.values())
+        check_free_space(self._path, rows * row_bytes, f"{self._path.name} ({rows} rows)")
+        return missing
+
+    def _shard_length(self, shard: int) -> int:
+        return min(self.shard_rows, self._num_rows - shard * self.shard_rows)
+
+    def put(self, first_row: int, rows: Mapping[str, np.ndarray]) -> None:
+        """Takes consecutive rows that lie in one shard.
+
+        Args:
+            first_row: Number of the first row.
+            rows: For each array its rows.
+
+        Raises:
+            RunFailed: A floating-point value is not finite.
+        """
+        shard, place = divmod(first_row, self.shard_rows)
+        length = self._shard_length(shard)
+        if shard not in self._open:
+            buffers = {
+                name: np.empty((length, *spec.tail), spec.dtype)
+                for name, spec in self._specs.items()
+            }
+            self._open[shard] = (buffers, 0)
+        buffers, filled = self._open[shard]
+        count = len(next(iter(rows.values())))
+        for name, buffer in buffers.items():
+            buffer[place : place + count] = rows[name]
+        self._open[shard] = (buffers, filled + count)
+        if filled + count == length:
+            self._write(shard, self._open.pop(shard)[0])
+
+    def _write(self, shard: int, buffers: Mapping[str, np.ndarray]) -> None:
+        for name, buffer in buffers.items():
+            self._refuse_non_finite(name, shard, buffer)
+        start = shard * self.shard_rows
+        self._pending.append(
+            [write_rows(self._stores[name], start, buffer) for name, buffer in buffers.items()]
+        )
+        if len(self._pending) > _MAX_PENDING_SHARDS:
+            self._finish_oldest()
+
+    def _refuse_non_finite(self, name: str, shard: int, buffer: np.ndarray) -> None:
+        if not np.issubdtype(buffer.dtype, np.integer):
+            bad = int(buffer.size - np.count_nonzero(np.isfinite(buffer.astype(np.float32))))
+            if bad:
+                raise RunFailed(
+                    f"{self._path / name}: {bad} values of shard {shard} are not finite in "
+                    f"{buffer.dtype.name}; set datastore.dtype to bfloat16 or float32, and look "
+                    "at the decoder's loss"
+                )
+
+    def _finish_oldest(self) -> None:
+        for write in self._pending.pop(0):
+            write.result()
+
+    def close(self) -> dict[str, Any]:
+        """Waits for all writes; returns the arrays as the manifest describes them."""
+        assert not self._open, f"shards not filled: {sorted(self._open)}"
+        while self._pending:
+            self._finish_oldest()
+        return {name: describe(store) for name, store in self._stores.items()}

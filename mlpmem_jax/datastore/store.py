@@ -1,0 +1,255 @@
+"""Arrays on disk: zarr v3 through TensorStore, sharded, with checksums.
+
+A shard is one file and has one writer; it is written whole, so a kill leaves it absent or
+complete. A missing shard is an error on reading, never a fill value.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from mlpmem_jax.datastore.files import is_local
+from mlpmem_jax.errors import ArtifactError
+
+DTYPES: Mapping[str, Any] = {
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float32": np.float32,
+}
+
+
+def _kvstore(path: str | epath.Path) -> dict[str, str] | str:
+    text = str(path).rstrip("/") + "/"
+    return {"driver": "file", "path": text} if is_local(text) else text
+
+
+def _codecs(chunk_shape: list[int]) -> list[dict[str, Any]]:
+    checked_bytes = [
+        {"name": "bytes", "configuration": {"endian": "little"}},
+        {"name": "crc32c"},
+    ]
+    return [
+        {
+            "name": "sharding_indexed",
+            "configuration": {
+                "chunk_shape": chunk_shape,
+                "codecs": checked_bytes,
+                "index_codecs": checked_bytes,
+            },
+        }
+    ]
+
+
+def create_array(
+    path: str | epath.Path,
+    *,
+    shape: tuple[int, ...],
+    dtype: Any,
+    shard_rows: int,
+    chunk_rows: int,
+) -> ts.TensorStore:
+    """Creates an array, or opens the one that an interrupted start left.
+
+    Args:
+        path: Directory of the array.
+        shape: Rows first.
+        dtype: NumPy dtype, `ml_dtypes.bfloat16` included.
+        shard_rows: Rows of a shard, the unit of writing.
+        chunk_rows: Rows of the smallest readable piece; divides `shard_rows`.
+
+    Returns:
+        An array open for reading and writing.
+    """
+    tail = [max(1, n) for n in shape[1:]]
+    metadata = {
+        "shape": list(shape),
+        "data_type": np.dtype(dtype).name,
+        "fill_value": 0,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_rows, *tail]}},
+        "codecs": _codecs([chunk_rows, *tail]),
+    }
+    spec = {
+        "driver": "zarr3",
+        "kvstore": _kvstore(path),
+        "metadata": metadata,
+        # Zeros are data: without this an all-zero shard would not be written.
+        "store_data_equal_to_fill_value": True,
+    }
+    return _opened(path, spec, create=True, open=True)
+
+
+def open_array(path: str | epath.Path) -> ts.TensorStore:
+    """Opens an array for reading.
+
+    Raises:
+        ArtifactError: There is none, or its metadata is damaged.
+    """
+    spec = {
+        "driver": "zarr3",
+        "kvstore": _kvstore(path),
+        "fill_missing_data_reads": False,
+    }
+    return _opened(path, spec, open=True, read=True)
+
+
+def _opened(path: str | epath.Path, spec: dict[str, Any], **mode: bool) -> ts.TensorStore:
+    try:
+        return ts.open(spec, **mode).result()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise _storage_error(path, error) from None
+
+
+def _storage_error(path: str | epath.Path, error: Exception) -> Exception:
+    text = re.split(r" \[(?:source locations|\w*spec)=", str(error))[0]
+    if "No space left" in text or "RESOURCE_EXHAUSTED" in text:
+        return OSError(28, "No space left on device", str(path))
+    if "ermission denied" in text or "PERMISSION_DENIED" in text:
+        return PermissionError(13, "Permission denied", str(path))
+    if "NOT_FOUND" in text:
+        return ArtifactError(f"{path}: a part is missing ({text})")
+    return ArtifactError(f"{path}: damaged or unreadable ({text})")
+
+
+def read_rows(store: ts.TensorStore, start: int, stop: int) -> np.ndarray:
+    """Reads rows [start, stop).
+
+    Raises:
+        ArtifactError: A shard is missing, truncated or damaged; the message names it.
+    """
+    try:
+        return np.asarray(store[start:stop].read().result())
+    except (ValueError, RuntimeError, OSError) as error:
+        raise _storage_error(array_path(store), error) from None
+
+
+def array_path(store: ts.TensorStore) -> str:
+    """Returns the directory of an open array."""
+    return str(store.kvstore.path if store.kvstore else "array").rstrip("/")
+
+
+def write_rows(store: ts.TensorStore, start: int, array: np.ndarray) -> "PendingWrite":
+    """Begins to write rows from `start` on; whole shards only (the last may be short)."""
+    return PendingWrite(store, store[start : start + len(array)].write(array))
+
+
+class PendingWrite:
+    """A write under way."""
+
+    def __init__(self, store: ts.TensorStore, futures: ts.WriteFutures):
+        self._store = store
+        self._futures = futures
+
+    def result(self) -> None:
+        """Waits until the rows are on disk.
+
+        Raises:
+            OSError: The disk is full, or may not be written.
+        """
+        try:
+            self._futures.result()
+        except (ValueError, RuntimeError, OSError) as error:
+            raise _storage_error(array_path(self._store), error) from None
+
+
+def finished_shards(store: ts.TensorStore) -> frozenset[int]:
+    """Returns the numbers of the shards that are on disk."""
+    keys = (key.decode() for key in store.kvstore.list().result())
+    return frozenset(int(key.split("/")[1]) for key in keys if key.startswith("c/"))
+
+
+def describe(store: ts.TensorStore) -> dict[str, Any]:
+    """Returns shape and dtype, as manifests record them."""
+    return {"shape": list(store.shape), "dtype": store.dtype.name}
+
+
+class Appender:
+    """Writes an array of unknown length, a whole shard at a time.
+
+    Between two appends `state` is everything needed to continue after a kill: rows on disk
+    and the rows of the unfinished shard.
+    """
+
+    def __init__(
+        self,
+        path: str | epath.Path,
+        dtype: Any,
+        shard_rows: int,
+        chunk_rows: int,
+        width: int | None = None,
+        state: Mapping[str, np.ndarray] | None = None,
+    ):
+        self._dtype = np.dtype(dtype)
+        self._tail = () if width is None else (width,)
+        self._shard_rows = shard_rows
+        rows = 0 if state is None else int(state["rows"])
+        if state is None:
+            epath.Path(path).rmtree(missing_ok=True)
+            shape = (0, *self._tail)
+            self._store = create_array(
+                path, shape=shape, dtype=dtype, shard_rows=shard_rows, chunk_rows=chunk_rows
+            )
+        else:
+            spec = {"driver": "zarr3", "kvstore": _kvstore(path)}
+            spec["store_data_equal_to_fill_value"] = True
+            self._store = _opened(path, spec, open=True)
+        self._rows = rows
+        self._pending: list[np.ndarray] = []
+        self._num_pending = 0
+        if state is not None:
+            self._add(np.asarray(state["remainder"], self._dtype))
+
+    def _add(self, rows: np.ndarray) -> None:
+        if len(rows):
+            self._pending.append(rows)
+            self._num_pending += len(rows)
+
+    @property
+    def rows(self) -> int:
+        """Rows appended so far."""
+        return self._rows + self._num_pending
+
+    def append(self, rows: np.ndarray) -> bool:
+        """Adds rows; returns whether a shard was written, so that `state` is worth saving."""
+        self._add(np.asarray(rows, self._dtype))
+        if self._num_pending < self._shard_rows:
+            return False
+        self._flush(self._num_pending - self._num_pending % self._shard_rows)
+        return True
+
+    def _flush(self, count: int) -> None:
+        rows = np.concatenate(self._pending) if self._pending else np.empty((0, *self._tail))
+        stop = self._rows + count
+        if stop > self._store.shape[0]:
+            bound = [stop, *self._tail]
+            self._store = self._store.resize(exclusive_max=bound, expand_only=True).result()
+        if count:
+            write_rows(self._store, self._rows, rows[:count].astype(self._dtype)).result()
+        self._rows = stop
+        # A copy: a slice would keep the whole concatenation alive.
+        self._pending = [rows[count:].copy()] if len(rows) > count else []
+        self._num_pending -= count
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns what a later Appender needs to continue."""
+        remainder = (
+            np.concatenate(self._pending)
+            if self._pending
+            else np.empty((0, *self._tail), self._dtype)
+        )
+        return {"rows": np.int64(self._rows), "remainder": remainder}
+
+    def close(self) -> int:
+        """Writes the last, short shard and returns the number of rows."""
+        self._flush(self._num_pending)
+        if self._rows < self._store.shape[0]:  # A longer array of an earlier, killed start.
+            self._store = self._store.resize(exclusive_max=[self._rows, *self._tail]).result()
+        return self._rows
+
+    def describe(self) -> dict[str, Any]:
+        """Returns shape and dtype, as manifests record them."""
+        return describe(self._store)

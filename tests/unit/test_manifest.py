@@ -1,0 +1,117 @@
+"""Artifacts: missing, partial, complete, refused, damaged."""
+
+import json
+
+import pytest
+
+from mlpmem_jax.datastore.files import check_free_space, write_bytes
+from mlpmem_jax.datastore.manifest import Artifact, Status
+from mlpmem_jax.errors import ArtifactError, UserError
+
+RECIPE = {"tokenizer": {"vocab_size": 4096}, "paths": ("a", "b")}
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    return Artifact(tmp_path, "tokens", "tokens")
+
+
+def _finished(artifact):
+    artifact.begin(RECIPE, {"tokenizer": "1234"})
+    (artifact.path / "part.bin").write_bytes(b"content")
+    return artifact.finish(counts={"rows": 3}, files=["part.bin"], measured={"seconds": 1.0})
+
+
+def test_life_of_an_artifact(artifact):
+    assert artifact.status(RECIPE, {"tokenizer": "1234"}) is Status.MISSING
+    with pytest.raises(ArtifactError, match="does not exist.*`tokenize`"):
+        artifact.load()
+    artifact.begin(RECIPE, {"tokenizer": "1234"})
+    assert artifact.status(RECIPE, {"tokenizer": "1234"}) is Status.PARTIAL
+    with pytest.raises(ArtifactError, match="is not finished"):
+        artifact.load()
+    manifest = _finished(artifact)
+    assert artifact.status(RECIPE, {"tokenizer": "1234"}) is Status.COMPLETE
+    assert artifact.verify() == artifact.load() == manifest
+    artifact.remove()
+    assert artifact.status(RECIPE, {"tokenizer": "1234"}) is Status.MISSING
+
+
+def test_the_fingerprint_depends_on_content_and_not_on_measurements(artifact, tmp_path):
+    first = _finished(artifact)
+    artifact.remove()
+    artifact.begin(RECIPE, {"tokenizer": "1234"})
+    (artifact.path / "part.bin").write_bytes(b"content")
+    same = artifact.finish(counts={"rows": 3}, files=["part.bin"], measured={"seconds": 2.0})
+    assert same.fingerprint == first.fingerprint
+    artifact.remove()
+    artifact.begin(RECIPE, {"tokenizer": "1234"})
+    (artifact.path / "part.bin").write_bytes(b"contenT")
+    other = artifact.finish(counts={"rows": 3}, files=["part.bin"])
+    assert other.fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("finish", [True, False])
+def test_another_recipe_is_refused_with_both_fingerprints(artifact, finish):
+    artifact.begin(RECIPE, {"tokenizer": "1234"})
+    if finish:
+        artifact.finish()
+    asked = {"tokenizer": {"vocab_size": 1024}, "paths": ("a", "b")}
+    with pytest.raises(ArtifactError) as caught:
+        artifact.status(asked, {"tokenizer": "5678"})
+    message = str(caught.value)
+    assert "tokenizer.vocab_size=4096, now 1024" in message
+    assert 'from another tokenizer="1234", now "5678"' in message
+    assert message.count("fingerprint") == 1 and "asked for" in message and "--rebuild" in message
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "missing"])
+def test_a_damaged_file_is_named(artifact, damage):
+    _finished(artifact)
+    file = artifact.path / "part.bin"
+    if damage == "truncate":
+        file.write_bytes(b"conte")
+    elif damage == "flip":
+        file.write_bytes(b"contenu")
+    else:
+        file.unlink()
+    with pytest.raises(ArtifactError, match="part.bin: (truncated|damaged|missing)"):
+        artifact.verify()
+
+
+@pytest.mark.parametrize("edit", [lambda t: t[:-20], lambda t: t.replace('"rows": 3', '"rows": 4')])
+def test_a_damaged_manifest_is_named(artifact, edit):
+    _finished(artifact)
+    file = artifact.path / "manifest.json"
+    file.write_text(edit(file.read_text()))
+    with pytest.raises(ArtifactError, match="manifest.json: damaged"):
+        artifact.load()
+
+
+def test_a_manifest_of_another_schema_is_refused(artifact):
+    _finished(artifact)
+    file = artifact.path / "manifest.json"
+    raw = json.loads(file.read_text()) | {"schema_version": 99}
+    file.write_text(json.dumps(raw))
+    with pytest.raises(ArtifactError, match="damaged|schema version"):
+        artifact.load()
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "f.json"
+    write_bytes(file, b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_bytes(file, b"new content")
+    assert file.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
+
+
+def test_free_space_is_checked_beforehand(tmp_path):
+    check_free_space(tmp_path / "not" / "yet", 1, "embedding")
+    with pytest.raises(UserError, match="embedding needs .* are free"):
+        check_free_space(tmp_path, 1 << 60, "embedding")
