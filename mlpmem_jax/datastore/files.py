@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import uuid
 import zlib
 from typing import Any
 
@@ -25,7 +24,8 @@ def write_bytes(path: str | epath.Path, data: bytes) -> None:
     if not is_local(path):
         path.write_bytes(data)  # Object stores put objects atomically.
         return
-    temporary = f"{os.fspath(path)}.{uuid.uuid4().hex[:8]}.tmp"
+    # One name a target: what a kill left is overwritten by the next start.
+    temporary = f"{os.fspath(path)}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -77,7 +77,7 @@ def test_empty_text_is_no_document() -> None:
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_a_huge_file_needs_little_memory(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"huge.txt{suffix}"
-    block = ("# title\n" + "some text of a line\n" * 50).encode() * 1000
+    block = ("# title\n" + ("some text of a line " * 12 + "\n") * 4).encode() * 1000
     many = 20  # 20 MB
     if suffix == ".gz":
         with gzip.open(path, "wb", compresslevel=1) as file:

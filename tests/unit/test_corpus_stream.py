@@ -47,7 +47,9 @@ def test_explicit_splits(folder: Path) -> None:
     found = corpus(
         folder,
         paths=[],
-        **{split: {"paths": [f"{folder}/{p}.txt" for p in paths]} for split, paths in given.items()},
+        **{
+            split: {"paths": [f"{folder}/{p}.txt" for p in paths]} for split, paths in given.items()
+        },
         more=[{"source": "text", "paths": [f"{folder}/29*.txt"]}],
     )
     splits = [piece.split for piece in found.pieces()]

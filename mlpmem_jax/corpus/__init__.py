@@ -1,0 +1,1 @@
+"""From text to tokens: sources, documents, splits, the tokenizer, windows of tokens."""

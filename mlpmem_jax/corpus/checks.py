@@ -1,0 +1,145 @@
+"""What a corpus must hold, found out before anything is written where that is cheap."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+
+from mlpmem_jax.config.data import CorpusConfig
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.corpus.sample import sample_texts
+from mlpmem_jax.corpus.stream import Corpus
+from mlpmem_jax.corpus.tokenizer import TextTokenizer, train_tokenizer
+from mlpmem_jax.datastore.layout import SPLITS
+from mlpmem_jax.errors import UserError
+
+# A scan reads hundreds of megabytes a second: what is small is looked at as a whole.
+_SCAN_BYTES = 64 << 20
+# So many bytes of text in a window are surely more tokens than the window has.
+_BYTES_PER_TOKEN = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """What the beginning of a corpus holds, by split.
+
+    Attributes:
+        documents: Documents seen.
+        num_bytes: Bytes seen.
+        complete: Whether this is all of the corpus.
+    """
+
+    documents: Mapping[str, int]
+    num_bytes: Mapping[str, int]
+    complete: bool
+
+
+def scan_corpus(corpus: Corpus) -> Scan:
+    """Reads the corpus, or the beginning of a large one; a remote dataset is not touched.
+
+    Raises:
+        UserError: Text that cannot be used; file and place are named.
+    """
+    documents: Counter[str] = Counter()
+    num_bytes: Counter[str] = Counter()
+    complete = all(part.source.source != "huggingface" for part in corpus.parts)
+    for piece in corpus.pieces() if complete else ():
+        documents[piece.split] += piece.begins
+        num_bytes[piece.split] += piece.num_bytes
+        if num_bytes.total() > _SCAN_BYTES:
+            complete = False
+            break
+    return Scan(documents, num_bytes, complete)
+
+
+def check_before(config: Config, corpus: Corpus, given: TextTokenizer | None) -> Scan:
+    """Refuses a corpus that cannot do, as far as a scan shows it.
+
+    Args:
+        config: The configuration.
+        corpus: Its text.
+        given: The tokenizer, unless it is to be trained.
+
+    Raises:
+        UserError: An empty split, less than a window to train on, or text that is none.
+    """
+    scan = scan_corpus(corpus)
+    if not scan.complete:
+        return scan
+    check_splits(scan.documents, config.corpus)
+    window = config.pretrain_window_tokens
+    if scan.num_bytes["train"] <= _BYTES_PER_TOKEN * (window + 1):
+        tokenizer = given or tokenizer_for(config, corpus)
+        pieces = [piece for piece in corpus.pieces() if piece.split == "train"]
+        tokens = tokenizer.encode([piece.text for piece in pieces])
+        check_window(scan.documents["train"] + sum(map(len, tokens)), config)
+    return scan
+
+
+def tokenizer_for(
+    config: Config, corpus: Corpus, on_progress: Callable[[int], object] = abs
+) -> TextTokenizer:
+    """Trains the tokenizer that the configuration describes.
+
+    Args:
+        config: The configuration.
+        corpus: Its text.
+        on_progress: Called with the number of characters of each text that is read.
+    """
+
+    def texts() -> Iterator[str]:
+        for text in sample_texts(corpus, config.tokenizer.train_bytes):
+            on_progress(len(text))
+            yield text
+
+    return train_tokenizer(texts(), config.tokenizer.vocab_size, config.tokenizer.separator)
+
+
+def check_splits(documents: Mapping[str, int], corpus: CorpusConfig) -> None:
+    """Refuses empty splits.
+
+    Raises:
+        UserError: One line for each, with the sizes of all and the keys to change.
+    """
+    sizes = ", ".join(f"{split} {documents.get(split, 0)}" for split in SPLITS)
+    mistakes = []
+    for split in SPLITS:
+        if documents.get(split, 0):
+            continue
+        if corpus.train.paths:
+            way_out = f"corpus.{split}.paths={list(getattr(corpus, split).paths)} hold no text"
+        elif split == "train":
+            way_out = (
+                f"give more text, or lower corpus.valid_fraction={corpus.valid_fraction} and "
+                f"corpus.test_fraction={corpus.test_fraction}"
+            )
+        else:
+            name = f"corpus.{split}_fraction"
+            way_out = (
+                f"raise {name}={getattr(corpus, f'{split}_fraction')}, give more documents, cut "
+                "them with corpus.document_regex, or name the files of each split in "
+                "corpus.train.paths, corpus.valid.paths and corpus.test.paths"
+            )
+        if corpus.max_bytes is not None:
+            way_out += f" (corpus.max_bytes={corpus.max_bytes})"
+        mistakes.append(f"corpus: the {split} split is empty (documents: {sizes}): {way_out}")
+    if mistakes:
+        raise UserError(mistakes)
+
+
+def check_window(num_tokens: int, config: Config) -> None:
+    """Refuses a training split that does not fill one window and its labels.
+
+    Raises:
+        UserError: Both numbers and the keys to change.
+    """
+    window = config.pretrain_window_tokens
+    if num_tokens <= window:
+        key = (
+            "decoder.context_tokens"
+            if config.pretrain.window_tokens == "auto"
+            else "pretrain.window_tokens"
+        )
+        raise UserError(
+            f"corpus: the train split has {num_tokens} tokens and one window takes {window + 1} "
+            f"({key}={window} and the last label): give more text or lower {key}"
+        )

@@ -1,0 +1,173 @@
+"""The token stream of a split, as it lies on disk.
+
+A split is one stream: each document is the separator and its tokens. Row n of everything
+that follows speaks of token n and of its label, token n + 1, so a stream of T tokens has
+N = T - 1 rows.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+from mlpmem_jax.datastore import layout
+from mlpmem_jax.datastore.layout import ArraySpec, Split, token_dtype
+from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.datastore.store import array_path, open_array, read_rows
+from mlpmem_jax.errors import ArtifactError
+
+# A smaller split is read once and kept: windows of it cost no further reads.
+_RESIDENT_BYTES = 256 << 20
+
+
+def tokens_arrays(vocab_size: int) -> dict[str, ArraySpec]:
+    """Arrays of a split: token_T, document_offset (D+1), document_bytes_D, document_words_D."""
+    document = ArraySpec((), np.int64, layout.DOCUMENT_SHARD_ROWS, layout.DOCUMENT_CHUNK_ROWS)
+    return {
+        "token": ArraySpec(
+            (), token_dtype(vocab_size), layout.TOKEN_SHARD_ROWS, layout.TOKEN_CHUNK_ROWS
+        ),
+        "document_offset": document,
+        "document_bytes": document,
+        "document_words": document,
+    }
+
+
+class TokenReader(Protocol):
+    """What windows need of a token stream."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the stream, T."""
+        ...
+
+    @property
+    def separator_id(self) -> int:
+        """The token that starts each document."""
+        ...
+
+    def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Reads tokens [start, start + length) for each start; int32 [B, length]."""
+        ...
+
+
+class TokenSplit:
+    """Reads one split of a tokens artifact.
+
+    Attributes:
+        split: Which one.
+        num_tokens: T.
+        num_documents: D.
+        num_bytes: UTF-8 bytes of its text; separators count nothing.
+        num_words: Its whitespace-separated words.
+        separator_id: The token that starts each document.
+        vocab_size: Token ids are below this, V.
+        padded_vocab: V as the models round it up.
+    """
+
+    def __init__(self, artifact: Artifact, split: Split):
+        """Opens a split.
+
+        Raises:
+            ArtifactError: The artifact is missing, unfinished or damaged.
+        """
+        manifest = artifact.load()
+        self.artifact = artifact
+        self.split = split
+        self.num_tokens = int(manifest.counts[f"{split}_tokens"])
+        self.num_documents = int(manifest.counts[f"{split}_documents"])
+        self.num_bytes = int(manifest.counts[f"{split}_bytes"])
+        self.num_words = int(manifest.counts[f"{split}_words"])
+        self.separator_id = int(manifest.counts["separator_id"])
+        self.vocab_size = int(manifest.counts["vocab_size"])
+        self.padded_vocab = int(manifest.counts["padded_vocab"])
+        self._store = open_array(artifact.path / split / "token")
+        if self._store.shape[0] != self.num_tokens:
+            raise ArtifactError(
+                f"{array_path(self._store)}: {self._store.shape[0]} tokens, the manifest says "
+                f"{self.num_tokens}"
+            )
+        small = self.num_tokens * self._store.dtype.numpy_dtype.itemsize <= _RESIDENT_BYTES
+        self._resident = read_rows(self._store, 0, self.num_tokens) if small else None
+        self._documents: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def open(cls, artifact: Artifact, split: Split) -> "TokenSplit":
+        """Opens a split; as the constructor."""
+        return cls(artifact, split)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, N = T - 1."""
+        return max(0, self.num_tokens - 1)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Reads tokens [start, stop) as int32."""
+        if self._resident is not None:
+            return self._resident[start:stop].astype(np.int32)
+        return read_rows(self._store, start, stop).astype(np.int32)
+
+    def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Reads windows of tokens.
+
+        Args:
+            starts: int64 [B] first tokens.
+            length: Tokens in a window.
+
+        Returns:
+            int32 [B, length]; separators behind the end of the stream.
+
+        Raises:
+            ArtifactError: A shard is missing or damaged.
+        """
+        starts = np.asarray(starts, np.int64)
+        if self._resident is not None:
+            places = starts[:, None] + np.arange(length)
+            inside = places < self.num_tokens
+            tokens = self._resident[np.where(inside, places, 0)].astype(np.int32)
+            return np.where(inside, tokens, np.int32(self.separator_id))
+        out = np.full((len(starts), length), self.separator_id, np.int32)
+        stops = np.minimum(starts + length, self.num_tokens)
+        reads = [
+            self._store[int(start) : int(stop)].read()
+            for start, stop in zip(starts, stops, strict=True)
+        ]
+        for place, read, start, stop in zip(out, reads, starts, stops, strict=True):
+            try:
+                tokens = read.result()
+            except (ValueError, RuntimeError, OSError):
+                tokens = read_rows(self._store, int(start), int(stop))  # Its error is clear.
+            place[: len(tokens)] = tokens
+        return out
+
+    @property
+    def document_offset(self) -> np.ndarray:
+        """First token of each document, then T: int64 [D + 1]."""
+        return self._document_array("document_offset", self.num_documents + 1)
+
+    @property
+    def document_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of each document: int64 [D]."""
+        return self._document_array("document_bytes", self.num_documents)
+
+    @property
+    def document_words(self) -> np.ndarray:
+        """Whitespace-separated words of each document: int64 [D]."""
+        return self._document_array("document_words", self.num_documents)
+
+    def document_of(self, tokens: np.ndarray) -> np.ndarray:
+        """Returns the document that each token (by number) belongs to, int64."""
+        return np.searchsorted(self.document_offset, tokens, side="right").astype(np.int64) - 1
+
+    def document_of_label(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the document that the label of each row (token n + 1) belongs to, int64."""
+        return self.document_of(np.asarray(rows, np.int64) + 1)
+
+    def _document_array(self, name: str, length: int) -> np.ndarray:
+        if name not in self._documents:
+            store = open_array(self.artifact.path / self.split / name)
+            if store.shape[0] != length:
+                raise ArtifactError(
+                    f"{array_path(store)}: {store.shape[0]} entries and not {length}"
+                )
+            self._documents[name] = read_rows(store, 0, length)
+        return self._documents[name]

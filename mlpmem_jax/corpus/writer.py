@@ -1,0 +1,260 @@
+"""Writes the token stream of each split, in whole shards, so that a kill costs seconds."""
+
+import io
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from mlpmem_jax.corpus.stream import Corpus, Piece, Position
+from mlpmem_jax.corpus.tokenizer import TextTokenizer
+from mlpmem_jax.corpus.tokens import tokens_arrays
+from mlpmem_jax.datastore.files import write_bytes
+from mlpmem_jax.datastore.layout import SPLITS, Split
+from mlpmem_jax.datastore.store import Appender
+from mlpmem_jax.errors import ArtifactError, UserError
+
+PROGRESS_FILE = "progress.npz"
+# Text that is encoded at once; encodings take some 60 times its size in memory.
+_BATCH_BYTES_PER_CORE = 1 << 20
+_MAX_BATCH_BYTES = 16 << 20
+_SAVE_SECS = 2.0
+
+
+class SplitWriter:
+    """The arrays of one split: tokens, document offsets, bytes and words of documents."""
+
+    def __init__(
+        self,
+        path: epath.Path,
+        tokenizer: TextTokenizer,
+        state: Mapping[str, np.ndarray] | None,
+    ):
+        specs = tokens_arrays(tokenizer.vocab_size)
+        self._tokenizer = tokenizer
+        self._separator = np.full(1, tokenizer.separator_id, np.uint32)
+        self._arrays = {
+            name: Appender(
+                path / name,
+                spec.dtype,
+                spec.shard_rows,
+                spec.chunk_rows,
+                state=None
+                if state is None
+                else {key: state[f"{name}.{key}"] for key in ("rows", "remainder")},
+            )
+            for name, spec in specs.items()
+        }
+        # The document under way: bytes, words, and whether a word touches its end.
+        self._open = np.zeros(3, np.int64) if state is None else state["open"].copy()
+        self.num_bytes = 0 if state is None else int(state["num_bytes"])
+        self.num_words = 0 if state is None else int(state["num_words"])
+        self.crc = 0 if state is None else int(state["crc"])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far, separators included."""
+        return self._arrays["token"].rows
+
+    @property
+    def num_documents(self) -> int:
+        """Documents so far, the one under way included."""
+        return self._arrays["document_offset"].rows
+
+    def add(self, pieces: list[Piece], tokens: list[np.ndarray]) -> bool:
+        """Appends pieces of documents; returns whether a shard went to disk.
+
+        Raises:
+            UserError: The tokenizer takes text of a document for the separator.
+        """
+        stream: list[np.ndarray] = []
+        offsets: list[int] = []
+        sizes: list[int] = []
+        words: list[int] = []
+        position = self.num_tokens
+        for piece, ids in zip(pieces, tokens, strict=True):
+            if piece.begins:
+                if self.num_documents + len(offsets):
+                    sizes.append(int(self._open[0]))
+                    words.append(int(self._open[1]))
+                self._open = np.zeros(3, np.int64)
+                offsets.append(position)
+                stream.append(self._separator)
+                position += 1
+            num_words = len(piece.text.split())
+            if self._open[2] and not piece.text[0].isspace():
+                num_words -= 1  # The piece goes on with the last one's word.
+            self._open += (piece.num_bytes, num_words, 0)
+            self._open[2] = not piece.text[-1].isspace()
+            self.num_bytes += piece.num_bytes
+            self.num_words += num_words
+            stream.append(ids)
+            position += len(ids)
+        token = np.concatenate(stream)
+        if np.count_nonzero(token == self._separator) != len(offsets):
+            raise UserError(
+                f"tokenizer.separator={self._tokenizer.separator!r}: this tokenizer also makes it "
+                "from the text of documents; choose a special token of its vocabulary"
+            )
+        self.crc = zlib.crc32(token.tobytes(), self.crc)
+        written = [
+            self._arrays["token"].append(token),
+            self._arrays["document_offset"].append(np.asarray(offsets, np.int64)),
+            self._arrays["document_bytes"].append(np.asarray(sizes, np.int64)),
+            self._arrays["document_words"].append(np.asarray(words, np.int64)),
+        ]
+        return any(written)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns what a later writer needs to continue."""
+        state = {
+            f"{name}.{key}": value
+            for name, array in self._arrays.items()
+            for key, value in array.state().items()
+        }
+        state["num_bytes"] = np.asarray(self.num_bytes)
+        state["num_words"] = np.asarray(self.num_words)
+        state["crc"] = np.asarray(self.crc, np.int64)
+        state["open"] = self._open
+        return state
+
+    def close(self) -> tuple[dict[str, int], dict[str, Any]]:
+        """Ends the split; returns its counts and the arrays' shapes and dtypes."""
+        counts = {
+            "tokens": self.num_tokens,
+            "documents": self.num_documents,
+            "bytes": self.num_bytes,
+            "words": self.num_words,
+            # Part of the fingerprint: text changed in the middle of a file makes other tokens.
+            "crc32": self.crc,
+        }
+        if self.num_documents:
+            self._arrays["document_bytes"].append(self._open[:1])
+            self._arrays["document_words"].append(self._open[1:2])
+        self._arrays["document_offset"].append(np.asarray([self.num_tokens], np.int64))
+        for array in self._arrays.values():
+            array.close()
+        return counts, {name: array.describe() for name, array in self._arrays.items()}
+
+
+class TokenWriter:
+    """All splits, and how far the corpus has been read."""
+
+    def __init__(self, path: epath.Path, tokenizer: TextTokenizer):
+        """Starts, or continues where a killed start left its progress file."""
+        self._path = path
+        self._tokenizer = tokenizer
+        saved = _read_progress(path / PROGRESS_FILE)
+        self.position, self.seconds, states = Position(), 0.0, dict[str, Any]()
+        if saved is not None:
+            about = json.loads(saved.pop("about").item())
+            self.position, self.seconds = Position(**about["position"]), about["seconds"]
+            for name, value in saved.items():
+                split, _, rest = name.partition("/")
+                states.setdefault(split, {})[rest] = value
+        self.splits: dict[Split, SplitWriter] = {
+            split: SplitWriter(path / split, tokenizer, states.get(split)) for split in SPLITS
+        }
+        self._since = self._saved = time.monotonic()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of text written so far."""
+        return sum(split.num_bytes for split in self.splits.values())
+
+    def write(self, corpus: Corpus, on_progress: Callable[[int], object]) -> None:
+        """Encodes and writes what the corpus still holds.
+
+        Args:
+            corpus: The text.
+            on_progress: Called with the number of bytes of each batch.
+        """
+        for pieces, tokens in self._encoded(batches(corpus.pieces(self.position), _batch_bytes())):
+            written = self._add(pieces, tokens)
+            self.position = pieces[-1].position
+            if written or time.monotonic() - self._saved > _SAVE_SECS:
+                self.save()
+            on_progress(sum(piece.num_bytes for piece in pieces))
+        self.position = corpus.position
+        self.save()
+
+    def _encoded(
+        self, source: Iterator[list[Piece]]
+    ) -> Iterator[tuple[list[Piece], list[np.ndarray]]]:
+        """Yields batches in order; one is encoded while others are read and written."""
+        with ThreadPoolExecutor(1) as encoder:
+            waiting: tuple[list[Piece], Future[list[np.ndarray]]] | None = None
+            for pieces in source:
+                future = encoder.submit(self._tokenizer.encode, [piece.text for piece in pieces])
+                if waiting:
+                    yield waiting[0], waiting[1].result()
+                waiting = pieces, future
+            if waiting:
+                yield waiting[0], waiting[1].result()
+
+    def _add(self, pieces: list[Piece], tokens: list[np.ndarray]) -> bool:
+        written = False
+        for split, writer in self.splits.items():
+            chosen = [n for n, piece in enumerate(pieces) if piece.split == split]
+            if chosen:
+                written |= writer.add([pieces[n] for n in chosen], [tokens[n] for n in chosen])
+        return written
+
+    def save(self) -> None:
+        """Records what is done, atomically; a kill before repeats the same writes."""
+        now = time.monotonic()
+        self.seconds, self._since, self._saved = self.seconds + now - self._since, now, now
+        about = {"position": self.position.to_json(), "seconds": self.seconds}
+        arrays = {
+            f"{split}/{name}": value
+            for split, writer in self.splits.items()
+            for name, value in writer.state().items()
+        }
+        buffer = io.BytesIO()
+        np.savez(buffer, about=np.asarray(json.dumps(about)), **arrays)  # type: ignore[arg-type]
+        write_bytes(self._path / PROGRESS_FILE, buffer.getvalue())
+
+    def close(self) -> tuple[dict[str, int], dict[str, Any]]:
+        """Ends all splits; returns counts and arrays for the manifest."""
+        counts: dict[str, int] = {}
+        arrays: dict[str, Any] = {}
+        for split, writer in self.splits.items():
+            split_counts, split_arrays = writer.close()
+            counts |= {f"{split}_{name}": number for name, number in split_counts.items()}
+            arrays |= {f"{split}/{name}": spec for name, spec in split_arrays.items()}
+        return {**counts, "skipped_files": self.position.skipped_files}, arrays
+
+
+def batches(pieces: Iterator[Piece], num_bytes: int) -> Iterator[list[Piece]]:
+    """Groups pieces so that each group holds about so many bytes."""
+    batch: list[Piece] = []
+    held = 0
+    for piece in pieces:
+        batch.append(piece)
+        held += piece.num_bytes
+        if held >= num_bytes:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _batch_bytes() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(_MAX_BATCH_BYTES, (cores or 1) * _BATCH_BYTES_PER_CORE)
+
+
+def _read_progress(path: epath.Path) -> dict[str, np.ndarray] | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as archive:
+            return dict(archive)
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise ArtifactError(f"{path}: damaged ({error}); make it again with --rebuild") from None

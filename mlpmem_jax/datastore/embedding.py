@@ -1,0 +1,161 @@
+"""The decoder over a split: keys, inputs, labels and log-probabilities of every row.
+
+While the devices compute a batch, the host takes the results of the one before, and
+TensorStore writes finished shards in the background.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mlpmem_jax.console import progress
+from mlpmem_jax.corpus.tokens import TokenSplit
+from mlpmem_jax.corpus.windows import EmbeddingPlan
+from mlpmem_jax.datastore.layout import ArraySpec
+from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.datastore.shards import ShardWriter
+from mlpmem_jax.models.decoder import Decoder, Site
+from mlpmem_jax.parallel.sharding import batch_sharding
+from mlpmem_jax.training.losses import token_logprob
+
+LOSS_CHUNK_TOKENS = 1024
+
+EmbedStep = Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingSettings:
+    """How rows are made.
+
+    Attributes:
+        states: Name of an array ("key", "input") to the state that it holds.
+        within: Whether attention stays within documents.
+        window_tokens: Tokens that the decoder reads at once, W.
+        stride_tokens: Rows that a window scores, R.
+        batch_size: Windows embedded at once, over all devices.
+    """
+
+    states: Mapping[str, Site]
+    within: bool
+    window_tokens: int
+    stride_tokens: int
+    batch_size: int
+
+
+def make_embed_step(
+    decoder: Decoder, settings: EmbeddingSettings, specs: Mapping[str, ArraySpec]
+) -> EmbedStep:
+    """Returns the jitted forward pass: arrays of windows [B, W] to arrays of rows [B, R, …].
+
+    Only the R scored columns of a window go through the output head and leave the devices,
+    cast to their storage dtypes.
+    """
+    graphdef, weights = nnx.split(decoder)
+    wanted = tuple(dict.fromkeys(settings.states.values()))
+
+    @jax.jit
+    def embed(weights: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        model = nnx.merge(graphdef, weights)
+        segment_BW = batch["segment"] if settings.within else None
+        final_BWD, states = model.hidden(batch["token"], segment_BW, sites=wanted)
+        offset_R = jnp.arange(settings.stride_tokens, dtype=jnp.int32)
+        column_BR = jnp.minimum(batch["offset"][:, None] + offset_R, settings.window_tokens - 1)
+
+        def scored(array_BW: jax.Array) -> jax.Array:
+            index = column_BR.reshape(*column_BR.shape, *(1,) * (array_BW.ndim - 2))
+            return jnp.take_along_axis(array_BW, index, axis=1)
+
+        label_BR = scored(batch["label"])
+        rows = {name: scored(states[site]) for name, site in settings.states.items()}
+        rows |= {
+            "label": label_BR,
+            "logprob": token_logprob(
+                scored(final_BWD),
+                model.head_VD(),
+                label_BR,
+                vocab_size=model.vocab_size,
+                chunk_tokens=LOSS_CHUNK_TOKENS,
+            ),
+        }
+        return {name: rows[name].astype(spec.dtype) for name, spec in specs.items()}
+
+    return lambda batch: embed(weights, batch)
+
+
+def embed_split(
+    decoder: Decoder,
+    tokens: TokenSplit,
+    artifact: Artifact,
+    specs: Mapping[str, ArraySpec],
+    settings: EmbeddingSettings,
+    mesh: jax.sharding.Mesh,
+    description: str,
+) -> dict[str, Any]:
+    """Embeds the shards of a split that are not on disk yet.
+
+    Args:
+        decoder: On the mesh.
+        tokens: The split.
+        artifact: Where the arrays go.
+        specs: What is stored.
+        settings: How.
+        mesh: Devices.
+        description: For the progress bar.
+
+    Returns:
+        The arrays as the manifest describes them.
+
+    Raises:
+        RunFailed: A state is not finite in its storage dtype.
+        OSError: The disk is full; finished shards stay.
+    """
+    plan = EmbeddingPlan(tokens.num_rows, settings.window_tokens, settings.stride_tokens)
+    writer = ShardWriter(artifact.path, specs, tokens.num_rows)
+    todo = [
+        block
+        for shard in writer.missing_shards()
+        for block in plan.shard_blocks(shard, writer.shard_rows)
+    ]
+    step = make_embed_step(decoder, settings, specs)
+    bar = progress(tokens.num_rows, "row", description)
+    bar.update(tokens.num_rows - sum(int(n) for n in plan.blocks(np.array(todo, np.int64)).count))
+    with jax.set_mesh(mesh):
+        for numbers, rows in _computed(step, plan, tokens, todo, settings.batch_size, mesh):
+            blocks = plan.blocks(numbers)
+            host = {name: np.asarray(array) for name, array in rows.items()}
+            for place, (row, count) in enumerate(zip(blocks.row, blocks.count, strict=True)):
+                writer.put(int(row), {name: host[name][place, :count] for name in host})
+                bar.update(int(count))
+    bar.close()
+    return writer.close()
+
+
+def _computed(
+    step: EmbedStep,
+    plan: EmbeddingPlan,
+    tokens: TokenSplit,
+    todo: list[int],
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+) -> Iterator[tuple[np.ndarray, dict[str, jax.Array]]]:
+    """Yields block numbers with their rows, one batch behind what is being computed."""
+    before: tuple[np.ndarray, dict[str, jax.Array]] | None = None
+    for first in range(0, len(todo), batch_size):
+        numbers = np.array(todo[first : first + batch_size], np.int64)
+        # One shape for all batches: the last one repeats its last block.
+        padded = np.pad(numbers, (0, batch_size - len(numbers)), mode="edge")
+        batch = {
+            name: jax.device_put(array, batch_sharding(mesh, array.ndim))
+            for name, array in plan.read(tokens, padded).items()
+        }
+        dispatched = (numbers, step(batch))
+        if before is not None:
+            yield before
+        before = dispatched
+    if before is not None:
+        yield before

@@ -1,0 +1,159 @@
+"""tokenize: text to a tokenizer and to the token stream of each split."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import progress, say
+from mlpmem_jax.corpus.checks import Scan, check_before, check_splits, check_window, tokenizer_for
+from mlpmem_jax.corpus.stream import Corpus
+from mlpmem_jax.corpus.tokenizer import (
+    TOKENIZER_FILE,
+    TextTokenizer,
+    load_tokenizer,
+    read_tokenizer,
+)
+from mlpmem_jax.corpus.writer import PROGRESS_FILE, TokenWriter
+from mlpmem_jax.datastore.files import check_free_space, write_bytes
+from mlpmem_jax.datastore.layout import SPLITS, Layout, token_dtype
+from mlpmem_jax.datastore.manifest import Status
+from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.stage import Completion, Stage
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns the stages tokenizer and tokens.
+
+    Raises:
+        UserError: The sources, the tokenizer or the text cannot do; nothing is written yet.
+    """
+    layout = Layout(config)
+    path = config.tokenizer.path
+    given = None if path is None else read_tokenizer(path, config.tokenizer.separator)
+    corpus = Corpus(config.corpus)
+    listing = corpus.listing()
+    # Attention decides what the decoder sees, not what the tokens are.
+    settings = {k: v for k, v in config.corpus.recipe().items() if k != "attention"}
+    text = {"corpus": settings, "listing": listing}
+    tokenizer = Stage(
+        artifact=layout.tokenizer,
+        recipe=_tokenizer_recipe(config, given, text),
+        upstream=(),
+        build=functools.partial(_make_tokenizer, config, given),
+    )
+    tokens = Stage(
+        artifact=layout.tokens, recipe=text, upstream=(layout.tokenizer,), build=Completion
+    )
+    current = _is_current(tokenizer) and _is_current(tokens)
+    scan = None if current else check_before(config, corpus, given)
+    text_bytes = _text_bytes(config, listing["bytes"], scan)
+    return [
+        tokenizer,
+        dataclasses.replace(
+            tokens,
+            build=functools.partial(_make_tokens, config, text_bytes),
+            estimate=functools.partial(_estimate, config, text_bytes),
+        ),
+    ]
+
+
+def main(config: Config, options: Options) -> int:
+    """Runs the command."""
+    return execute(stages, config, options)
+
+
+def _tokenizer_recipe(
+    config: Config, given: TextTokenizer | None, text: Mapping[str, Any]
+) -> dict[str, Any]:
+    separator = {"separator": config.tokenizer.separator}
+    if given is not None:
+        return {**separator, "given": given.content_digest()}
+    keys = ("vocab_size", "train_bytes")
+    return {**separator, **{key: getattr(config.tokenizer, key) for key in keys}, **text}
+
+
+def _is_current(stage: Stage) -> bool:
+    try:
+        status = stage.artifact.status(stage.recipe, stage.made_from())
+    except ArtifactError:
+        return False
+    return status is Status.COMPLETE
+
+
+def _make_tokenizer(config: Config, given: TextTokenizer | None) -> Completion:
+    tokenizer = given
+    if tokenizer is None:
+        with progress(None, "B", "tokenizer: reading") as bar:
+            tokenizer = tokenizer_for(config, Corpus(config.corpus), bar.update)
+    write_bytes(Layout(config).tokenizer.path / TOKENIZER_FILE, tokenizer.to_json())
+    say(
+        f"tokenizer: {tokenizer.vocab_size} entries (models hold {tokenizer.padded_vocab}), "
+        f"separator {tokenizer.separator!r} = {tokenizer.separator_id}"
+    )
+    return Completion(counts=tokenizer.counts(), files=[TOKENIZER_FILE])
+
+
+def _make_tokens(config: Config, text_bytes: int | None) -> Completion:
+    artifact = Layout(config).tokens
+    needed = _estimate(config, text_bytes).get("disk_bytes", 0)
+    check_free_space(artifact.path, needed, "the token stream")
+    tokenizer = load_tokenizer(Layout(config).tokenizer)
+    started = time.monotonic()
+    writer = TokenWriter(artifact.path, tokenizer)
+    done = writer.num_bytes
+    with progress(text_bytes, "B", "tokenize", initial=done) as bar:
+        writer.write(Corpus(config.corpus), bar.update)
+    rate = (writer.num_bytes - done) / 1e6 / max(time.monotonic() - started, 1e-9)
+    counts, arrays = writer.close()
+    try:
+        check_splits({split: counts[f"{split}_documents"] for split in SPLITS}, config.corpus)
+        check_window(counts["train_tokens"], config)
+    except UserError:
+        artifact.remove()  # Nothing in it can be used, whatever the user changes.
+        raise
+    bytes_per_token: dict[str, float] = {
+        split: round(counts[f"{split}_bytes"] / counts[f"{split}_tokens"], 4) for split in SPLITS
+    }
+    _report(counts, bytes_per_token, rate)
+    (artifact.path / PROGRESS_FILE).unlink(missing_ok=True)
+    measured = {
+        "tokenize_seconds": round(writer.seconds, 3),
+        "megabytes_per_second": round(rate, 3),
+        "bytes_per_token": bytes_per_token,
+    }
+    return Completion({**tokenizer.counts(), **counts}, arrays, measured=measured)
+
+
+def _report(counts: Mapping[str, int], bytes_per_token: Mapping[str, float], rate: float) -> None:
+    for split in SPLITS:
+        say(
+            f"tokens/{split}: {counts[f'{split}_documents']:,} documents, "
+            f"{counts[f'{split}_bytes']:,} bytes, {counts[f'{split}_tokens']:,} tokens, "
+            f"{bytes_per_token[split]:.2f} bytes a token"
+        )
+    if counts["skipped_files"]:
+        say(f"tokens: {counts['skipped_files']} files left out, not UTF-8 text")
+    say(f"tokens: {rate:.1f} MB/s")
+
+
+def _text_bytes(config: Config, listed_bytes: int, scan: Scan | None) -> int | None:
+    """Returns how much text there is, as far as that is known beforehand."""
+    if scan is not None and scan.complete:
+        return sum(scan.num_bytes.values())
+    limit = config.corpus.max_bytes
+    if limit is not None:
+        return min(listed_bytes or limit, limit)
+    return listed_bytes or None
+
+
+def _estimate(config: Config, text_bytes: int | None) -> dict[str, int]:
+    """Returns what the token arrays will take, at three bytes of text a token."""
+    if text_bytes is None:
+        return {}
+    itemsize = token_dtype(config.tokenizer.vocab_size)().itemsize
+    return {"text_bytes": text_bytes, "disk_bytes": text_bytes // 3 * itemsize}

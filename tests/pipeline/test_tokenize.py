@@ -1,0 +1,336 @@
+"""tokenize: the artifacts, what it refuses, and kills at any moment."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.corpus import tokens as tokens_module
+from mlpmem_jax.corpus import writer
+from mlpmem_jax.corpus.stream import Corpus
+from mlpmem_jax.corpus.tokenizer import load_tokenizer
+from mlpmem_jax.corpus.tokens import TokenSplit
+from mlpmem_jax.corpus.windows import TokenWindows
+from mlpmem_jax.datastore import layout as layout_module
+from mlpmem_jax.datastore.layout import SPLITS, Layout
+from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.pipeline.stage import run_stages
+from mlpmem_jax.pipeline.tokenize import stages
+
+WORDS = ["def", "class", "return", "for", "'é'", "🙂", "value", "(", ")", ":", "<|endoftext|>"]
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch.setattr)
+
+
+def shrink(assign: Any) -> None:
+    """Makes shards and batches so small that a tiny corpus has many."""
+    assign(layout_module, "TOKEN_SHARD_ROWS", 256)
+    assign(layout_module, "TOKEN_CHUNK_ROWS", 64)
+    assign(layout_module, "DOCUMENT_SHARD_ROWS", 16)
+    assign(layout_module, "DOCUMENT_CHUNK_ROWS", 8)
+    assign(writer, "_batch_bytes", lambda: 1500)
+
+
+def write_corpus(folder: Path) -> None:
+    draw = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for number in range(60):
+        lines = [" ".join(draw.choice(WORDS, 6)) for _ in range(draw.integers(1, 20))]
+        (folder / f"{number:02}.txt").write_text("\n".join(lines) + "\n")
+
+
+def settings(tmp_path: Path, workdir: str = "run", **changes: Any) -> dict[str, Any]:
+    corpus = {
+        "source": "text",
+        "paths": [f"{tmp_path}/text/*.txt"],
+        "valid_fraction": 0.1,
+        "test_fraction": 0.15,
+        **changes.pop("corpus", {}),
+    }
+    return {
+        "workdir": str(tmp_path / workdir),
+        "corpus": corpus,
+        "tokenizer": {"vocab_size": 300, **changes.pop("tokenizer", {})},
+        "decoder": {"context_tokens": 32, **changes.pop("decoder", {})},
+        **changes,
+    }
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    write_corpus(tmp_path / "text")
+    return tmp_path
+
+
+def make(values: dict[str, Any]) -> Layout:
+    config = Config(**values)
+    run_stages(stages(config))
+    return Layout(config)
+
+
+def contents(workdir: Path) -> dict[str, bytes]:
+    """Everything that must be the same in two runs, by path."""
+    return {
+        str(path.relative_to(workdir)): path.read_bytes()
+        for path in sorted(workdir.rglob("*"))
+        if path.is_file() and path.name != "manifest.json" and path.suffix != ".tmp"
+    }
+
+
+def test_the_stream_decodes_to_the_documents(text: Path) -> None:
+    layout = make(settings(text))
+    tokenizer = load_tokenizer(layout.tokenizer)
+    manifest = layout.tokens.verify()
+    pieces = list(Corpus(Config(**settings(text)).corpus).pieces())
+    for split in SPLITS:
+        stream = TokenSplit.open(layout.tokens, split)
+        documents = [piece.text for piece in pieces if piece.split == split]
+        assert stream.num_documents == len(documents) > 0
+        assert stream.num_rows == stream.num_tokens - 1
+        assert 290 < stream.vocab_size == tokenizer.vocab_size <= 300
+        assert stream.padded_vocab == 384
+        offsets = stream.document_offset
+        assert offsets.dtype == np.int64
+        assert (offsets[0], offsets[-1]) == (0, stream.num_tokens)
+        for number, document in enumerate(documents):
+            ids = stream.read(int(offsets[number]), int(offsets[number + 1]))
+            assert ids[0] == stream.separator_id
+            assert stream.separator_id not in ids[1:]
+            assert tokenizer.decode(ids[1:]) == document
+        assert stream.document_bytes.tolist() == [len(one.encode()) for one in documents]
+        assert stream.document_words.tolist() == [len(one.split()) for one in documents]
+        assert stream.num_bytes == stream.document_bytes.sum()
+        assert stream.num_words == stream.document_words.sum()
+        assert manifest.arrays[f"{split}/token"] == {
+            "shape": [stream.num_tokens], "dtype": "uint16",
+        }  # fmt: skip
+        rows = np.arange(stream.num_rows)
+        label_documents = stream.document_of_label(rows)
+        np.testing.assert_array_equal(
+            label_documents, np.repeat(np.arange(len(documents)), np.diff(offsets))[1:]
+        )
+        windows = TokenWindows(stream, 32, "score").read(np.arange(-(-stream.num_rows // 32)))
+        assert windows["weight"].sum() == stream.num_tokens - len(documents)
+
+
+def test_windows_are_the_same_from_disk(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = make(settings(text))
+    starts = np.asarray([0, 5, 300, TokenSplit.open(layout.tokens, "train").num_tokens - 7])
+    resident = TokenSplit.open(layout.tokens, "train").read_windows(starts, 100)
+    monkeypatch.setattr(tokens_module, "_RESIDENT_BYTES", 0)
+    stream = TokenSplit.open(layout.tokens, "train")
+    np.testing.assert_array_equal(stream.read_windows(starts, 100), resident)
+    assert (resident[3, 7:] == stream.separator_id).all()
+    np.testing.assert_array_equal(stream.read(300, 400), resident[2])
+    shard = layout.tokens.path / "train" / "token" / "c" / "1"
+    shard.write_bytes(shard.read_bytes()[:-40])
+    with pytest.raises(ArtifactError, match="train/token"):
+        TokenSplit.open(layout.tokens, "train").read_windows(starts, 100)
+
+
+def test_a_second_start_does_nothing_and_changed_text_is_refused(
+    text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(settings(text))
+    before = contents(text / "run")
+    capsys.readouterr()
+    make(settings(text))
+    assert capsys.readouterr().out.count("complete") == 2
+    assert contents(text / "run") == before
+    make(settings(text, corpus={"attention": "within"}))
+    (text / "text" / "07.txt").write_text("other text")
+    with pytest.raises(ArtifactError, match=r"tokenizer: was made otherwise.*listing.digest"):
+        make(settings(text))
+
+
+def test_a_rebuild_that_cannot_do_leaves_what_is_there(text: Path) -> None:
+    make(settings(text))
+    before = contents(text / "run")
+    with pytest.raises(UserError, match="the test split is empty"):
+        stages(Config(**settings(text, corpus={"test_fraction": 0.0})))
+    assert contents(text / "run") == before
+
+
+def test_a_given_tokenizer(text: Path) -> None:
+    first = make(settings(text))
+    path = first.tokenizer.path / "tokenizer.json"
+    second = make(settings(text, "other", tokenizer={"path": str(path)}))
+    assert (second.tokenizer.path / "tokenizer.json").read_bytes() == path.read_bytes()
+    one, other = (contents(text / name) for name in ("run", "other"))
+    assert one == other
+
+
+def test_many_ids_take_four_bytes(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make(settings(text)).tokenizer.path / "tokenizer.json"
+    described = json.loads(path.read_bytes())
+    described["model"]["vocab"]["unused"] = 70_000
+    large = text / "large.json"
+    large.write_text(json.dumps(described))
+    layout = make(settings(text, "large", tokenizer={"path": str(large)}))
+    manifest = layout.tokens.load()
+    assert manifest.arrays["train/token"]["dtype"] == "uint32"
+    assert (manifest.counts["vocab_size"], manifest.counts["padded_vocab"]) == (70_001, 70_016)
+
+
+def test_pieces_of_a_document_make_one_document(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(settings(text))
+    # Splits are drawn by first pieces, so explicit splits compare the same documents.
+    files = {
+        split: {"paths": [f"{text}/text/{digit}*.txt"]}
+        for split, digit in zip(SPLITS, "012", strict=True)
+    }
+    given = settings(text, "whole", corpus={"paths": [], **files})
+    make(given)
+    monkeypatch.setattr("mlpmem_jax.corpus.documents.PIECE_CHARS", 40)
+    make({**given, "workdir": str(text / "pieces")})
+    whole, pieces = (
+        TokenSplit.open(Layout(Config(**{**given, "workdir": str(text / name)})).tokens, "train")
+        for name in ("whole", "pieces")
+    )
+    np.testing.assert_array_equal(
+        whole.read(0, whole.num_tokens), pieces.read(0, pieces.num_tokens)
+    )
+    for name in ("document_offset", "document_bytes", "document_words"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(pieces, name))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"corpus": {"valid_fraction": 0.0}}, "the valid split is empty (documents: train"),
+        ({"corpus": {"paths": ["nowhere/*.txt"]}}, "corpus.paths: 'nowhere/*.txt' matches no"),
+        ({"decoder": {"context_tokens": 32768}}, "decoder.context_tokens=32768"),
+        ({"decoder": {"context_tokens": 8192}}, "decoder.context_tokens=8192"),
+        ({"pretrain": {"window_tokens": 9000}, "decoder": {"context_tokens": 16384}},
+         "pretrain.window_tokens=9000"),
+        ({"tokenizer": {"path": "text/00.txt"}}, "is no tokenizer.json"),
+        ({"corpus": {"max_bytes": 3}}, "corpus.max_bytes=3"),
+    ],
+)  # fmt: skip
+def test_what_cannot_do_is_refused_before_anything_is_written(
+    text: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(text)
+    with pytest.raises(UserError) as caught:
+        stages(Config(**settings(text, **changes)))
+    assert message in str(caught.value)
+    assert not (text / "run").exists()
+
+
+def test_binary_files_stop_or_are_counted(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (text / "text" / "30a.txt").write_bytes(b"ab\xff")
+    with pytest.raises(UserError, match="30a.txt: not UTF-8 text at byte 2"):
+        make(settings(text))
+    assert not (text / "run").exists()
+    layout = make(settings(text, corpus={"on_error": "skip"}))
+    assert layout.tokens.load().counts["skipped_files"] == 1
+    assert "1 files left out" in capsys.readouterr().out
+
+
+def test_an_error_in_the_middle_and_then_a_second_start(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(settings(text, "straight"))
+    expected = contents(text / "straight")
+    for failing in (1, 2, 5, 9):
+        name = f"failing{failing}"
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.TokenWriter, "save", failing_at(failing))
+            with pytest.raises(OSError, match="No space"):
+                make(settings(text, name))
+        redone: list[int] = []
+        real = writer.SplitWriter.add
+
+        def counting(self: Any, pieces: Any, tokens: Any, real: Any = real) -> bool:
+            redone.extend(piece.num_bytes for piece in pieces)  # noqa: B023
+            return bool(real(self, pieces, tokens))
+
+        monkeypatch.setattr(writer.SplitWriter, "add", counting)
+        make(settings(text, name))
+        monkeypatch.setattr(writer.SplitWriter, "add", real)
+        assert contents(text / name) == expected
+        total = sum(path.stat().st_size for path in (text / "text").iterdir())
+        assert (sum(redone) < total) == (failing > 1)
+
+
+def failing_at(call: int) -> Any:
+    calls = iter(range(1, 1000))
+    real = writer.TokenWriter.save
+
+    def save(self: Any) -> None:
+        if next(calls) == call:
+            raise OSError(28, "No space left on device")
+        real(self)
+
+    return save
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [{root!r}]
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore import files, store
+from mlpmem_jax.pipeline.stage import run_stages
+from mlpmem_jax.pipeline.tokenize import stages
+import importlib.util
+spec = importlib.util.spec_from_file_location("test_tokenize", {test!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.shrink(setattr)
+
+calls = 0
+def seam(real):
+    def wrapped(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == {kill_before}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    return wrapped
+
+# Every rename, every shard and every resize is a moment to die before.
+os.replace = seam(os.replace)
+store.write_rows = seam(store.write_rows)
+store.create_array = seam(store.create_array)
+run_stages(stages(Config(**{values!r})))
+print("calls", calls)
+"""
+
+
+def start(root: Path, values: dict[str, Any], kill_before: int) -> subprocess.CompletedProcess[str]:
+    program = KILLED.format(root=str(root), test=__file__, kill_before=kill_before, values=values)
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_sigkill_at_any_moment(text: Path, root: Path) -> None:
+    straight = start(root, settings(text, "straight"), 0)
+    assert straight.returncode == 0, straight.stderr
+    expected = contents(text / "straight")
+    calls = int(straight.stdout.split("calls ")[1])
+    values = settings(text, "killed")
+    step = max(2, calls // 6)
+    # Each start dies a little later, each continues the one before.
+    for kill_before in (2, 5, step, step, 2 * step):
+        assert start(root, values, kill_before).returncode == -9
+    finished = start(root, values, 0)
+    assert finished.returncode == 0, finished.stderr
+    assert "continuing" in finished.stdout
+    assert contents(text / "killed") == expected
+    for name in ("tokenizer", "tokens"):
+        one, other = (
+            json.loads((text / run / name / "manifest.json").read_text())["fingerprint"]
+            for run in ("straight", "killed")
+        )
+        assert one == other
