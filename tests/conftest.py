@@ -5,8 +5,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-# Before anything imports JAX: an accidental broadcast over ranks is an error.
-os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("MLPMEM_PROGRESS", "off")
 
 import pytest

@@ -1,0 +1,1 @@
+"""Input of training: windows of tokens and rows, in an order that seed and step decide."""

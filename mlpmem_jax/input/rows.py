@@ -1,0 +1,181 @@
+"""Rows of a datastore with their kNN targets, in windows."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import tensorstore as ts
+
+from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.datastore.store import array_path, open_array
+from mlpmem_jax.errors import ArtifactError
+
+
+class RowReader:
+    """Reads the same ranges of rows of several arrays, all at once.
+
+    Args:
+        artifact: The artifact that holds the arrays.
+        arrays: Name of a result to name of an array in the artifact.
+    """
+
+    def __init__(self, artifact: Artifact, arrays: Mapping[str, str]):
+        self._artifact = artifact
+        self._stores: dict[str, ts.TensorStore] = {
+            name: open_array(artifact.path / array) for name, array in arrays.items()
+        }
+        self.num_rows = int(next(iter(self._stores.values())).shape[0])
+
+    def start(self, starts: np.ndarray, length: int) -> "PendingRows":
+        """Begins to read rows [start, start + length) for each start (int64 [B])."""
+        stops = np.minimum(starts + length, self.num_rows)
+        return PendingRows(
+            {
+                name: (
+                    store,
+                    [store[int(a) : int(b)].read() for a, b in zip(starts, stops, strict=True)],
+                )
+                for name, store in self._stores.items()
+            },
+            length,
+        )
+
+
+class PendingRows:
+    """Reads under way."""
+
+    def __init__(self, futures: Mapping[str, tuple[ts.TensorStore, list[ts.Future]]], length: int):
+        self._futures = futures
+        self._length = length
+
+    def result(self) -> dict[str, np.ndarray]:
+        """Waits; returns arrays [B, length, …], zero behind the last row.
+
+        Raises:
+            ArtifactError: A shard is missing or damaged.
+        """
+        return {name: self._stacked(*item) for name, item in self._futures.items()}
+
+    def _stacked(self, store: ts.TensorStore, futures: list[ts.Future]) -> np.ndarray:
+        shape = (len(futures), self._length, *store.shape[1:])
+        out = np.zeros(shape, store.dtype.numpy_dtype)
+        for place, future in zip(out, futures, strict=True):
+            try:
+                rows = future.result()
+            except (ValueError, RuntimeError, OSError) as error:
+                raise ArtifactError(
+                    f"{array_path(store)}: damaged or incomplete ({error})"
+                ) from None
+            place[: len(rows)] = rows
+        return out
+
+
+def window_starts(windows: np.ndarray, length: int, num_rows: int) -> np.ndarray:
+    """Returns the first row of each window; the last window shifts left.
+
+    Args:
+        windows: int64 [B] numbers of windows.
+        length: Rows in a window.
+        num_rows: Rows in the split.
+    """
+    return np.maximum(0, np.minimum(windows * length, num_rows - length))
+
+
+def compare_labels(stored: np.ndarray, targets: np.ndarray, starts: np.ndarray, names: str) -> None:
+    """Refuses inputs and targets that do not speak of the same tokens.
+
+    Args:
+        stored: int [B, L] labels of one side.
+        targets: int [B, L] labels of the other.
+        starts: int64 [B] first row of each window.
+        names: The two sides, for the message.
+
+    Raises:
+        ArtifactError: A label differs; the row is named.
+    """
+    differs = stored != targets
+    if differs.any():
+        window, place = (int(n) for n in np.argwhere(differs)[0])
+        raise ArtifactError(
+            f"{names}: labels differ at row {int(starts[window]) + place} "
+            f"({int(stored[window, place])} and {int(targets[window, place])}): "
+            "they were made from different tokens"
+        )
+
+
+class TargetReader:
+    """Sparse kNN targets by row."""
+
+    def __init__(self, layout: Layout, split: Split):
+        self.artifact = layout.targets(split)
+        arrays = {
+            "target_id": "id",
+            "target_prob": "prob",
+            "target_mass": "mass",
+            "target_label": "label",
+        }
+        self._reader = RowReader(self.artifact, arrays)
+        self.num_rows = self._reader.num_rows
+
+    def start(self, starts: np.ndarray, length: int) -> PendingRows:
+        """Begins to read."""
+        return self._reader.start(starts, length)
+
+    @staticmethod
+    def prepared(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Casts ids to int32 and probabilities to float32, as the loss reads them."""
+        return {
+            "target_id": rows["target_id"].astype(np.int32),
+            "target_prob": rows["target_prob"].astype(np.float32),
+            "target_mass": rows["target_mass"],
+        }
+
+
+class StoredRows:
+    """Windows of (input, label, log-prob, target) of a datastore split.
+
+    Batches hold input_BLD (storage dtype), label_BL int32, logprob_BL float32, weight_BL
+    float32 (0 where the label is the separator or padding), target_id_BLS int32,
+    target_prob_BLS float32 and target_mass_BL float32.
+    """
+
+    def __init__(self, layout: Layout, split: Split, length: int, separator_id: int):
+        self._length = length
+        self._separator_id = separator_id
+        self._datastore = layout.datastore(split)
+        arrays = {"input": layout.input_array(), "label": "label", "logprob": "logprob"}
+        self._rows = RowReader(self._datastore, arrays)
+        self._targets = TargetReader(layout, split)
+        self.num_rows = self._rows.num_rows
+        if self.num_rows != self._targets.num_rows:
+            raise ArtifactError(
+                f"{self._datastore.path} has {self.num_rows} rows and "
+                f"{self._targets.artifact.path} has {self._targets.num_rows}: "
+                "they were made from different tokens"
+            )
+
+    @property
+    def num_windows(self) -> int:
+        """Windows that cover every row."""
+        return -(-self.num_rows // self._length)
+
+    def read(self, windows: np.ndarray) -> dict[str, np.ndarray]:
+        """Reads windows (int64 [B]) of rows with their targets."""
+        starts = window_starts(windows, self._length, self.num_rows)
+        pending = self._rows.start(starts, self._length), self._targets.start(starts, self._length)
+        rows, targets = (each.result() for each in pending)
+        compare_labels(
+            rows["label"],
+            targets["target_label"],
+            starts,
+            f"{self._datastore.path} and {self._targets.artifact.path}",
+        )
+        exists = starts[:, None] + np.arange(self._length) < self.num_rows
+        scored = exists & (rows["label"] != self._separator_id)
+        return {
+            "input": rows["input"],
+            "label": rows["label"],
+            "logprob": rows["logprob"],
+            "weight": scored.astype(np.float32),
+            **TargetReader.prepared(targets),
+        }

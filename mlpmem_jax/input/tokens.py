@@ -1,0 +1,48 @@
+"""Windows of tokens with the kNN targets of their rows, for training that runs the decoder."""
+
+import numpy as np
+
+from mlpmem_jax.corpus.tokens import TokenSplit
+from mlpmem_jax.corpus.windows import TokenWindows
+from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.input.rows import TargetReader, compare_labels
+
+
+class TokensWithTargets:
+    """Windows of (token, label, segment, target).
+
+    Rows are positions of the corpus, so these windows need not be the embedding windows:
+    targets are looked up by row. Batches hold token_BL, label_BL and segment_BL int32,
+    weight_BL float32 (0 where the label is the separator or padding), target_id_BLS int32,
+    target_prob_BLS float32 and target_mass_BL float32.
+    """
+
+    def __init__(self, layout: Layout, split: Split, length: int):
+        tokens = TokenSplit.open(layout.tokens, split)
+        self._length = length
+        self._windows = TokenWindows(tokens, length, weights="score")
+        self._targets = TargetReader(layout, split)
+        self._names = f"{layout.tokens.path}/{split} and {self._targets.artifact.path}"
+        if tokens.num_rows != self._targets.num_rows:
+            raise ArtifactError(
+                f"{self._names}: {tokens.num_rows} and {self._targets.num_rows} rows: "
+                "the targets were made from different tokens"
+            )
+
+    @property
+    def num_windows(self) -> int:
+        """Windows that cover every row."""
+        return self._windows.num_windows
+
+    def read(self, windows: np.ndarray) -> dict[str, np.ndarray]:
+        """Reads windows (int64 [B]) with the targets of their rows."""
+        starts = self._windows.starts(windows)
+        pending = self._targets.start(starts, self._length)
+        batch = self._windows.read(windows)
+        targets = pending.result()
+        # Padding behind a short split has no targets to compare with.
+        exists = starts[:, None] + np.arange(self._length) < self._targets.num_rows
+        label = np.where(exists, batch["label"], 0)
+        compare_labels(label, targets["target_label"], starts, self._names)
+        return batch | TargetReader.prepared(targets)

@@ -1,0 +1,1 @@
+"""Networks, written for one device: decoder, memory and what combines them."""

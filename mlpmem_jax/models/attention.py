@@ -1,0 +1,170 @@
+"""Causal attention: over a window, and over a key/value cache."""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Implementation = Literal["auto", "xla", "cudnn", "blocked"]
+
+# Masked scores: finite, since -inf - -inf in a row's maximum would be nan.
+MASKED = -1e30
+# Blocked attention cuts the queries in at most so many pieces, none shorter than this.
+MAX_QUERY_BLOCKS = 8
+MIN_QUERY_BLOCK = 64
+
+
+def rotary_angles(position_BL: jax.Array, head_width: int, theta: float) -> jax.Array:
+    """Returns the angles of rotary positions (arXiv 2104.09864), [..., L, A/2] float32."""
+    half = head_width // 2
+    frequency_A = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    return position_BL[..., None].astype(jnp.float32) * frequency_A
+
+
+def rotate(x_BLHA: jax.Array, angle_BLA: jax.Array) -> jax.Array:
+    """Rotates pairs (i, i + A/2) of every head, the pairing of Hugging Face's Llama.
+
+    Args:
+        x_BLHA: Queries or keys.
+        angle_BLA: [L, A/2] or [B, L, A/2] from :func:`rotary_angles`.
+
+    Returns:
+        The same shape and dtype.
+    """
+    cos, sin = (f(angle_BLA)[..., None, :] for f in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x_BLHA.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BLHA.dtype)
+
+
+def resolve_implementation(name: Implementation, masked: bool, dtype: jnp.dtype) -> str:
+    """Chooses how attention is computed; see docs for what was measured.
+
+    Args:
+        name: The configured implementation.
+        masked: Whether there are segment ids.
+        dtype: Of queries, keys and values.
+
+    Returns:
+        "xla", "cudnn" or "blocked".
+    """
+    if name != "auto":
+        return name
+    backend = jax.default_backend()
+    if backend == "cpu":
+        return "blocked"
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    return "cudnn" if backend == "gpu" and half and not masked else "xla"
+
+
+def causal_attention(
+    query_BLHA: jax.Array,
+    key_BLGA: jax.Array,
+    value_BLGA: jax.Array,
+    segment_BL: jax.Array | None,
+    implementation: Implementation,
+) -> jax.Array:
+    """Attends to earlier positions of the same window and, if given, the same segment.
+
+    Args:
+        query_BLHA: Queries; H is a multiple of G (grouped-query attention).
+        key_BLGA: Keys.
+        value_BLGA: Values.
+        segment_BL: int32 document numbers; positions of different numbers do not see each
+            other. None: everything before a position is seen.
+        implementation: Which computation; all give the same result up to rounding.
+
+    Returns:
+        [B, L, H, A] in the queries' dtype; scores and softmax are float32.
+    """
+    chosen = resolve_implementation(implementation, segment_BL is not None, query_BLHA.dtype)
+    if chosen == "blocked":
+        return _blocked(query_BLHA, key_BLGA, value_BLGA, segment_BL)
+    mask = None
+    if segment_BL is not None:
+        mask = (segment_BL[:, :, None] == segment_BL[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        query_BLHA,
+        key_BLGA,
+        value_BLGA,
+        mask=mask,
+        is_causal=True,
+        implementation="cudnn" if chosen == "cudnn" else "xla",
+    )
+
+
+def cached_attention(
+    query_BLHA: jax.Array, key_BMGA: jax.Array, value_BMGA: jax.Array, position_BL: jax.Array
+) -> jax.Array:
+    """Attends to the entries of a cache up to each query's own position.
+
+    Args:
+        query_BLHA: Queries.
+        key_BMGA: Cached keys of M positions, those of the queries included.
+        value_BMGA: Cached values.
+        position_BL: int32 position of each query.
+
+    Returns:
+        [B, L, H, A] in the queries' dtype.
+    """
+    batch, length, heads, width = query_BLHA.shape
+    groups = key_BMGA.shape[2]
+    query = query_BLHA.reshape(batch, length, groups, heads // groups, width)
+    score = jnp.einsum(
+        "blgra,bmga->bgrlm", query, key_BMGA, preferred_element_type=jnp.float32
+    ) / math.sqrt(width)
+    seen_BLM = jnp.arange(key_BMGA.shape[1]) <= position_BL[:, :, None]
+    weight = jax.nn.softmax(jnp.where(seen_BLM[:, None, None], score, MASKED), axis=-1)
+    out = jnp.einsum("bgrlm,bmga->blgra", weight.astype(value_BMGA.dtype), value_BMGA)
+    return out.reshape(query_BLHA.shape).astype(query_BLHA.dtype)
+
+
+def _blocked(
+    query_BLHA: jax.Array,
+    key_BLGA: jax.Array,
+    value_BLGA: jax.Array,
+    segment_BL: jax.Array | None,
+) -> jax.Array:
+    """Cuts the queries into blocks that read only the keys before their end.
+
+    Nearly half of the scores are never computed, and what is divided by the softmax's sum
+    is the output, which is narrower than the scores.
+    """
+    batch, length, heads, width = query_BLHA.shape
+    groups = key_BLGA.shape[2]
+    repeats = heads // groups
+    query = (query_BLHA * width**-0.5).reshape(batch, length, groups, repeats, width)
+    query_BGRLA = query.transpose(0, 2, 3, 1, 4)
+    key_BGLA, value_BGLA = (x.transpose(0, 2, 1, 3) for x in (key_BLGA, value_BLGA))
+    size = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
+    position_L = jnp.arange(length)
+    blocks = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        rows = stop - start
+        # Queries of one group are rows of one product: keys are read once.
+        query_BGXA = query_BGRLA[:, :, :, start:stop].reshape(batch, groups, -1, width)
+        score_BGXM = jnp.einsum(
+            "bgxa,bgma->bgxm", query_BGXA, key_BGLA[:, :, :stop], preferred_element_type=jnp.float32
+        )
+        seen = position_L[start:stop, None] >= position_L[None, :stop]
+        if segment_BL is None:
+            seen_XM = jnp.tile(seen, (repeats, 1))
+        else:
+            seen = seen & (segment_BL[:, start:stop, None] == segment_BL[:, None, :stop])
+            seen_XM = jnp.tile(seen, (1, repeats, 1))[:, None]
+        score_BGXM = jnp.where(seen_XM, score_BGXM, MASKED)
+        highest = jax.lax.stop_gradient(jnp.max(score_BGXM, axis=-1, keepdims=True))
+        weight_BGXM = jnp.exp(score_BGXM - highest)
+        total_BGX1 = jnp.sum(weight_BGXM, axis=-1, keepdims=True)
+        out_BGXA = jnp.einsum(
+            "bgxm,bgma->bgxa",
+            weight_BGXM.astype(value_BGLA.dtype),
+            value_BGLA[:, :, :stop],
+            preferred_element_type=jnp.float32,
+        )
+        out_BGXA = (out_BGXA / total_BGX1).astype(query_BLHA.dtype)
+        blocks.append(out_BGXA.reshape(batch, groups, repeats, rows, width))
+    out_BGRLA = jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0]
+    return out_BGRLA.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)

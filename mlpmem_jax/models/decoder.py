@@ -1,0 +1,263 @@
+"""A decoder-only Transformer of the GPT-2 and Llama families, by the keys of its section."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mlpmem_jax.config.data import StateSite
+from mlpmem_jax.config.networks import DecoderConfig
+from mlpmem_jax.models import layers
+from mlpmem_jax.models.attention import cached_attention, causal_attention, rotary_angles, rotate
+from mlpmem_jax.models.layers import Arrays, norm_shapes, normalize, parameter, project
+from mlpmem_jax.parallel.sharding import constrain, gather_for_use
+
+RESIDUAL_NAMES = ("batch", "length", "state")
+
+
+class Site(NamedTuple):
+    """One hidden state: what block `block` (from 1) feeds its feed-forward, or its output."""
+
+    kind: str
+    block: int
+
+    @classmethod
+    def of(cls, site: StateSite, num_layers: int) -> "Site":
+        """Returns the site that a configuration means."""
+        return cls(site.site, site.block(num_layers))
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens read so far.
+
+    Attributes:
+        key: [layers, B, M, G, A] in the compute dtype.
+        value: The same.
+        length_B: int32, tokens read; entries from there on are garbage and never seen.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    length_B: jax.Array
+
+
+class Decoder(nnx.Module):
+    """The decoder. Parameters are float32; matrix products run in `compute_dtype`."""
+
+    def __init__(self, config: DecoderConfig, vocab_size: int, *, rngs: nnx.Rngs):
+        """Draws initial parameters.
+
+        Args:
+            config: The section `decoder`.
+            vocab_size: V, entries of the tokenizer; the model pads it to 128.
+            rngs: Source of the `params` keys.
+        """
+        self.config = config
+        self.vocab_size = vocab_size
+        self.padded_vocab = layers.padded_vocab_size(vocab_size)
+        self.num_kv_heads = (
+            config.num_heads if config.num_kv_heads == "auto" else config.num_kv_heads
+        )
+        self.head_width = (
+            config.width // config.num_heads if config.head_width == "auto" else config.head_width
+        )
+        self.dtype = layers.resolve_dtype(config.compute_dtype)
+        scale, table = config.init_scale, (self.padded_vocab, config.width)
+        self.embedding = parameter(table, ("vocab", "embed"), scale, rngs)
+        if config.positions == "learned":
+            shape = (config.context_tokens, config.width)
+            self.position = parameter(shape, ("positions", "embed"), scale, rngs)
+        self.blocks = layers.Parameters(self._block_shapes(), rngs)
+        bias = config.biases == "all"
+        self.final = layers.Parameters(norm_shapes("final", config.width, None, bias), rngs)
+        if config.head == "untied":
+            self.head = parameter(table, ("vocab", "embed"), scale, rngs)
+
+    def _block_shapes(self) -> dict[str, Any]:
+        config = self.config
+        num, width, heads, groups = (
+            config.num_layers, config.width, config.num_heads, self.num_kv_heads
+        )  # fmt: skip
+        bias, scale = config.biases == "all", config.init_scale
+        hidden = layers.ffn_width(config.ffn_width, width, config.activation)
+        names = ("layers", "embed", "heads", "head_width")
+        kv_names = ("layers", "embed", "kv_heads", "head_width")
+        kv_shape = (num, width, groups, self.head_width)
+        shapes: dict[str, Any] = {
+            "query": ((num, width, heads, self.head_width), names, scale),
+            "key": (kv_shape, kv_names, scale),
+            "value": (kv_shape, kv_names, scale),
+            "out": (
+                (num, heads, self.head_width, width),
+                ("layers", "heads", "head_width", "embed"),
+                scale / math.sqrt(2 * num),
+            ),
+        }
+        if bias:
+            for name in ("query", "key", "value"):
+                shape, axes, _ = shapes[name]
+                shapes[f"{name}_bias"] = ((num, *shape[2:]), ("layers", *axes[2:]), 0.0)
+            shapes["out_bias"] = ((num, width), ("layers", "state"), 0.0)
+        return {
+            **shapes,
+            **norm_shapes("attention_norm", width, num, bias),
+            **norm_shapes("ffn_norm", width, num, bias),
+            **layers.ffn_shapes(width, hidden, num, config.activation, bias, scale),
+        }
+
+    def head_VD(self) -> jax.Array:
+        """Returns the output head, [padded V, D] float32."""
+        return self.embedding[...] if self.config.head == "tied" else self.head[...]
+
+    def logits(self, final_BLD: jax.Array) -> jax.Array:
+        """Returns [..., padded V] float32 logits of a few tokens, padding at -inf."""
+        return layers.head_logits(final_BLD, self.head_VD(), self.vocab_size)
+
+    def hidden(
+        self,
+        tokens_BL: jax.Array,
+        segment_BL: jax.Array | None = None,
+        sites: Sequence[Site] = (),
+        final: bool = True,
+    ) -> tuple[jax.Array | None, dict[Site, jax.Array]]:
+        """Reads windows of tokens.
+
+        Args:
+            tokens_BL: int32 token ids.
+            segment_BL: int32 document numbers; given, attention stays within a document.
+                Positions count from the window's start either way.
+            sites: States to return.
+            final: Whether the last state is wanted; without it, blocks above the highest
+                site are not computed.
+
+        Returns:
+            The state after the final norm ([B, L, D], compute dtype; None without `final`),
+            and the states at the sites, same shape and dtype.
+        """
+        config = self.config
+        position_L = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)
+        angle = self._angles(position_L)
+
+        def attend(layer: Any, cache: None, query: Any, key: Any, value: Any) -> Any:
+            if angle is not None:
+                query, key = rotate(query, angle), rotate(key, angle)
+            return causal_attention(query, key, value, segment_BL, config.attention), cache
+
+        x_BLD = self._embed(tokens_BL, position_L)
+        last = config.num_layers if final else max((s.block for s in sites), default=0)
+        x_BLD, states, _ = self._run_blocks(x_BLD, None, attend, sites, last)
+        return (self._finish(x_BLD) if final else None), states
+
+    def init_cache(self, batch: int, max_tokens: int) -> Cache:
+        """Returns an empty cache for `batch` sequences of up to `max_tokens` tokens."""
+        shape = (self.config.num_layers, batch, max_tokens, self.num_kv_heads, self.head_width)
+        zeros = jnp.zeros(shape, self.dtype)
+        return Cache(zeros, zeros, jnp.zeros((batch,), jnp.int32))
+
+    def extend(
+        self,
+        tokens_BL: jax.Array,
+        cache: Cache,
+        length_B: jax.Array | None = None,
+        sites: Sequence[Site] = (),
+    ) -> tuple[jax.Array, dict[Site, jax.Array], Cache]:
+        """Reads further tokens: whole prompts into an empty cache, or one token a sequence.
+
+        Args:
+            tokens_BL: int32 ids, left-aligned; what lies beyond a sequence's length is
+                ignored by everything that follows (its own states are garbage).
+            cache: What was read before. Tokens beyond its capacity are dropped silently:
+                callers size it for prompt plus new tokens.
+            length_B: int32 tokens to read of each sequence; None: all L.
+            sites: States to return.
+
+        Returns:
+            The states after the final norm, [B, L, D]; the states at the sites; the cache.
+        """
+        offset_L = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)
+        position_BL = cache.length_B[:, None] + offset_L
+        angle = self._angles(position_BL)
+        row_B1 = jnp.arange(tokens_BL.shape[0])[:, None]
+
+        def attend(layer: Any, pair: Any, query: Any, key: Any, value: Any) -> Any:
+            if angle is not None:
+                query, key = rotate(query, angle), rotate(key, angle)
+            pair = tuple(
+                old.at[layer, row_B1, position_BL].set(new, mode="drop")
+                for old, new in zip(pair, (key, value), strict=True)
+            )
+            key_BMGA, value_BMGA = (cached[layer] for cached in pair)
+            return cached_attention(query, key_BMGA, value_BMGA, position_BL), pair
+
+        pair = (cache.key, cache.value)
+        x_BLD, states, pair = self._run_blocks(
+            self._embed(tokens_BL, position_BL), pair, attend, sites, self.config.num_layers
+        )
+        read_B = tokens_BL.shape[1] if length_B is None else length_B
+        return self._finish(x_BLD), states, Cache(*pair, cache.length_B + read_B)
+
+    def _embed(self, tokens_BL: jax.Array, position: jax.Array) -> jax.Array:
+        table_VD = gather_for_use(self.embedding[...], ("vocab", "embed"))
+        x_BLD = jnp.take(table_VD, tokens_BL, axis=0, mode="clip")
+        if self.config.positions == "learned":
+            x_BLD = x_BLD + jnp.take(self.position[...], position, axis=0, mode="clip")
+        return constrain(x_BLD.astype(self.dtype), *RESIDUAL_NAMES)
+
+    def _angles(self, position: jax.Array) -> jax.Array | None:
+        if self.config.positions == "learned":
+            return None
+        return rotary_angles(position, self.head_width, self.config.rope_theta)
+
+    def _finish(self, x_BLD: jax.Array) -> jax.Array:
+        arrays = self.final.arrays()
+        return normalize(x_BLD, arrays, "final", self.config.norm, self.config.norm_epsilon)
+
+    def _run_blocks(
+        self, x_BLD: jax.Array, cache: Any, attend: Any, sites: Sequence[Site], last: int
+    ) -> tuple[jax.Array, dict[Site, jax.Array], Any]:
+        """Applies blocks 1..last; `attend(layer, cache, q, k, v)` returns (output, cache)."""
+        config, axes = self.config, self.blocks.axes()
+        unroll = layers.unrolls(config.layer_loop, config.num_layers)
+        shape, width = x_BLD.shape, x_BLD.shape[-1]
+        for site in sites:
+            assert 1 <= site.block <= last, f"{site} is not among blocks 1..{last}"
+
+        def block(x_BLD: jax.Array, cache: Any, arrays: Arrays, layer: Any) -> Any:
+            y_BLD = normalize(x_BLD, arrays, "attention_norm", config.norm, config.norm_epsilon)
+            y_TD = y_BLD.reshape(-1, width)
+            query, key, value = (
+                project(y_TD, arrays, axes, name) for name in ("query", "key", "value")
+            )
+            query, key, value = (y.reshape(*shape[:2], *y.shape[1:]) for y in (query, key, value))
+            query = constrain(query, "batch", "length", "heads", "head_width")
+            mixed_BLHA, cache = attend(layer, cache, query, key, value)
+            mixed_THA = mixed_BLHA.reshape(-1, *mixed_BLHA.shape[2:])
+            x_BLD = x_BLD + project(mixed_THA, arrays, axes, "out").reshape(shape)
+            x_BLD = constrain(x_BLD, *RESIDUAL_NAMES)
+            y_BLD = normalize(x_BLD, arrays, "ffn_norm", config.norm, config.norm_epsilon)
+            y_TD = layers.feed_forward(y_BLD.reshape(-1, width), arrays, axes, config.activation)
+            x_BLD = constrain(x_BLD + y_TD.reshape(shape), *RESIDUAL_NAMES)
+            return x_BLD, cache, y_BLD
+
+        block = layers.with_remat(block, config.remat)
+
+        def step(carry: Any, arrays: Arrays, layer: Any) -> Any:
+            x_BLD, cache, states = carry
+            x_BLD, cache, ffn_input_BLD = block(x_BLD, cache, arrays, layer)
+            states = {
+                site: jnp.where(
+                    layer == site.block - 1,
+                    ffn_input_BLD if site.kind == "ffn_input" else x_BLD,
+                    state,
+                )
+                for site, state in states.items()
+            }
+            return x_BLD, cache, states
+
+        states = {site: jnp.zeros(shape, x_BLD.dtype) for site in sites}
+        carry = (x_BLD, cache, states)
+        x_BLD, cache, states = layers.loop_layers(step, carry, self.blocks.arrays(), last, unroll)
+        return x_BLD, states, cache

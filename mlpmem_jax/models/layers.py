@@ -1,0 +1,239 @@
+"""Parts that both networks are made of: parameters, norms, feed-forward, the layer loop."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mlpmem_jax.config.networks import ComputeDtype
+from mlpmem_jax.parallel.sharding import LOGICAL_AXES, Names, gather_for_use
+
+VOCAB_MULTIPLE = 128
+MAX_UNROLLED_LAYERS = 12
+
+Arrays = dict[str, jax.Array]
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rounds V up to a multiple of 128, so that the vocabulary can be cut over devices."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def resolve_dtype(name: ComputeDtype) -> Any:
+    """Returns the dtype of matrix products: float32 on CPU, bfloat16 elsewhere, if "auto"."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def unrolls(layer_loop: Literal["auto", "scan", "unroll"], num_layers: int) -> bool:
+    """Returns whether the blocks are written out one after another."""
+    if layer_loop == "auto":
+        return jax.default_backend() == "cpu" and num_layers <= MAX_UNROLLED_LAYERS
+    return layer_loop == "unroll"
+
+
+def swiglu_width(width: int) -> int:
+    """Returns 8/3 of the width, rounded up to a multiple of 64."""
+    return -(-(8 * width) // (3 * 64)) * 64
+
+
+def ffn_width(given: int | Literal["auto"], width: int, activation: str) -> int:
+    """Returns the feed-forward width F."""
+    if given != "auto":
+        return given
+    return swiglu_width(width) if activation == "swiglu" else 4 * width
+
+
+class Parameters(nnx.Module):
+    """A group of float32 parameters, each with the logical names of its dimensions."""
+
+    def __init__(self, shapes: dict[str, tuple[tuple[int, ...], Names, float]], rngs: nnx.Rngs):
+        """Draws the parameters.
+
+        Args:
+            shapes: For each name its shape, its logical axes and the standard deviation of
+                its normal initial values; 0 means zeros, infinity ones.
+            rngs: Source of the `params` keys.
+        """
+        self.names = tuple(sorted(shapes))
+        for name in self.names:
+            shape, axes, scale = shapes[name]
+            setattr(self, name, parameter(shape, axes, scale, rngs))
+
+    def arrays(self) -> Arrays:
+        """Returns the arrays by name."""
+        return {name: getattr(self, name)[...] for name in self.names}
+
+    def axes(self) -> dict[str, Names]:
+        """Returns the logical axes of each array by name."""
+        return {name: getattr(self, name).get_metadata()[LOGICAL_AXES] for name in self.names}
+
+
+def parameter(shape: tuple[int, ...], axes: Names, scale: float, rngs: nnx.Rngs) -> nnx.Param:
+    """Returns a float32 parameter: normal with deviation `scale`; 0 zeros, infinity ones."""
+    if scale == 0:
+        value = jnp.zeros(shape, jnp.float32)
+    elif math.isinf(scale):
+        value = jnp.ones(shape, jnp.float32)
+    else:
+        value = scale * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, **{LOGICAL_AXES: axes})
+
+
+def norm_shapes(name: str, width: int, num_layers: int | None, bias: bool) -> dict[str, Any]:
+    """Returns the parameters of a norm, stacked over layers where there are any."""
+    shape: tuple[int, ...] = (width,) if num_layers is None else (num_layers, width)
+    axes: Names = ("state",) if num_layers is None else ("layers", "state")
+    shapes = {f"{name}_scale": (shape, axes, math.inf)}
+    if bias:
+        shapes[f"{name}_bias"] = (shape, axes, 0.0)
+    return shapes
+
+
+def ffn_shapes(
+    width: int, hidden: int, num_layers: int, activation: str, bias: bool, init_scale: float
+) -> dict[str, Any]:
+    """Returns the parameters of stacked feed-forward layers."""
+    into = ((num_layers, width, hidden), ("layers", "embed", "ffn"), init_scale)
+    out_scale = init_scale / math.sqrt(2 * num_layers)
+    shapes: dict[str, Any] = {
+        "up": into,
+        "down": ((num_layers, hidden, width), ("layers", "ffn", "embed"), out_scale),
+    }
+    if activation == "swiglu":
+        shapes["gate"] = into
+    if bias:
+        shapes["up_bias"] = ((num_layers, hidden), ("layers", "ffn"), 0.0)
+        shapes["down_bias"] = ((num_layers, width), ("layers", "state"), 0.0)
+        if activation == "swiglu":
+            shapes["gate_bias"] = ((num_layers, hidden), ("layers", "ffn"), 0.0)
+    return shapes
+
+
+def normalize(x_TD: jax.Array, arrays: Arrays, name: str, kind: str, epsilon: float) -> jax.Array:
+    """LayerNorm ("layer") or RMSNorm ("rms") in float32; the result has x's dtype."""
+    x32_TD = x_TD.astype(jnp.float32)
+    if kind == "layer":
+        x32_TD = x32_TD - jnp.mean(x32_TD, axis=-1, keepdims=True)
+    variance_T1 = jnp.mean(jnp.square(x32_TD), axis=-1, keepdims=True)
+    y_TD = x32_TD * jax.lax.rsqrt(variance_T1 + epsilon) * arrays[f"{name}_scale"]
+    if f"{name}_bias" in arrays:
+        y_TD = y_TD + arrays[f"{name}_bias"]
+    return y_TD.astype(x_TD.dtype)
+
+
+def project(x_TD: jax.Array, arrays: Arrays, axes: dict[str, Names], name: str) -> jax.Array:
+    """Multiplies rows by a matrix and adds its bias if it has one.
+
+    Rows are one dimension on purpose: XLA on CPU is up to three times slower at the
+    gradient of a product whose rows are spread over two dimensions.
+
+    Args:
+        x_TD: Rows; the dims of the weight that are contracted are the leading ones.
+        arrays: Parameters of one layer.
+        axes: Their logical axes.
+        name: Which one.
+
+    Returns:
+        [T, ...] in x's dtype, accumulated in float32.
+    """
+    weight = arrays[name].astype(x_TD.dtype)
+    weight = gather_for_use(weight, axes[name][-weight.ndim :])
+    num_contracted = x_TD.ndim - 1
+    contracted = tuple(range(num_contracted))
+    y = jax.lax.dot_general(
+        x_TD,
+        weight,
+        ((tuple(i + 1 for i in contracted), contracted), ((), ())),
+        preferred_element_type=x_TD.dtype,
+    )
+    bias = arrays.get(f"{name}_bias")
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def feed_forward(
+    x_TD: jax.Array, arrays: Arrays, axes: dict[str, Names], activation: str
+) -> jax.Array:
+    """SwiGLU (Llama) or GELU in its tanh form (GPT-2)."""
+    up_TF = project(x_TD, arrays, axes, "up")
+    if activation == "swiglu":
+        h_TF = jax.nn.silu(project(x_TD, arrays, axes, "gate")) * up_TF
+    else:
+        h_TF = jax.nn.gelu(up_TF, approximate=True)
+    return project(h_TF, arrays, axes, "down")
+
+
+def with_remat(block: Callable[..., Any], policy: Literal["none", "full", "dots"]) -> Any:
+    """Makes a block's backward pass recompute its inside: nothing, all, all but products."""
+    if policy == "none":
+        return block
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(block, policy=saved)
+
+
+def loop_layers(
+    block: Callable[[Any, Arrays, Any], Any],
+    carry: Any,
+    stacked: Arrays,
+    num_layers: int,
+    unroll: bool,
+) -> Any:
+    """Applies blocks 0..num_layers-1 of stacked parameters to a carry.
+
+    Args:
+        block: (carry, arrays of one layer, number of the block) → carry. The number is a
+            Python int when unrolled and a traced int32 when scanned.
+        carry: What flows through the blocks.
+        stacked: Parameters with a leading dim of layers.
+        num_layers: How many of them are applied.
+        unroll: Write the blocks out (same parameters, same result).
+
+    Returns:
+        The carry after the last block.
+    """
+    total = next(iter(stacked.values())).shape[0]
+    if unroll:
+        # `split`, since the gradient of slices is a sum of padded arrays.
+        parts = {name: jax.lax.split(array, (1,) * total) for name, array in stacked.items()}
+        for layer in range(num_layers):
+            carry = block(carry, {name: part[layer][0] for name, part in parts.items()}, layer)
+        return carry
+    used = {name: array[:num_layers] for name, array in stacked.items()}
+
+    def step(carry: Any, inputs: tuple[Arrays, jax.Array]) -> tuple[Any, None]:
+        return block(carry, *inputs), None
+
+    numbers = jnp.arange(num_layers, dtype=jnp.int32)
+    return jax.lax.scan(step, carry, (used, numbers))[0] if num_layers else carry
+
+
+def mask_padding(logits_V: jax.Array, vocab_size: int) -> jax.Array:
+    """Sets the logits of padded vocabulary entries (last dim) to -inf."""
+    if logits_V.shape[-1] == vocab_size:
+        return logits_V
+    real_V = jnp.arange(logits_V.shape[-1]) < vocab_size
+    return jnp.where(real_V, logits_V, -jnp.inf)
+
+
+def head_logits(hidden_BD: jax.Array, head_VD: jax.Array, vocab_size: int) -> jax.Array:
+    """Returns all logits of a few tokens (for sampling; losses never build them).
+
+    Args:
+        hidden_BD: [..., D] states after the final norm.
+        head_VD: [padded V, D].
+        vocab_size: Entries that are real.
+
+    Returns:
+        [..., padded V] float32, padding at -inf.
+    """
+    logits = jnp.einsum(
+        "...d,vd->...v",
+        hidden_BD,
+        head_VD.astype(hidden_BD.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return mask_padding(logits, vocab_size)

@@ -1,0 +1,139 @@
+"""The MLP Memory: from a decoder's hidden state to the retriever's distribution (section 3.1)."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mlpmem_jax.config.networks import MemoryConfig
+from mlpmem_jax.models import layers
+from mlpmem_jax.models.layers import Arrays, norm_shapes, normalize, parameter, project
+from mlpmem_jax.parallel.sharding import LOGICAL_AXES, constrain
+
+
+class InputStatistics(nnx.Variable):
+    """Measured once on the data, saved with the network, never touched by the optimiser."""
+
+
+class Memory(nnx.Module):
+    """Pre-norm residual feed-forward blocks over single hidden states: no token mixing."""
+
+    def __init__(
+        self, config: MemoryConfig, input_width: int, vocab_size: int, *, rngs: nnx.Rngs
+    ):
+        """Draws initial parameters.
+
+        Args:
+            config: The section `memory`.
+            input_width: Width of the decoder states that it reads, D.
+            vocab_size: V, as of the decoder.
+            rngs: Source of the `params` keys.
+        """
+        self.config = config
+        self.input_width = input_width
+        self.vocab_size = vocab_size
+        self.padded_vocab = layers.padded_vocab_size(vocab_size)
+        self.dtype = layers.resolve_dtype(config.compute_dtype)
+        self.norm = "rms" if config.block == "swiglu" else "layer"
+        bias, scale, width = config.block == "gelu", config.init_scale, config.width
+        if config.input_norm == "standardize":
+            axes = {LOGICAL_AXES: ("state",)}
+            self.input_mean = InputStatistics(jnp.zeros((input_width,), jnp.float32), **axes)
+            self.input_inverse_std = InputStatistics(jnp.ones((input_width,), jnp.float32), **axes)
+        elif config.input_norm == "rms":
+            shapes = norm_shapes("input_norm", input_width, None, bias=False)
+            self.input = layers.Parameters(shapes, rngs)
+        if input_width != width:
+            # Keeps the scale of the (normalised) input, unlike the small init of the blocks.
+            shape, deviation = (input_width, width), 1 / math.sqrt(input_width)
+            shapes = {"projection": (shape, ("embed", None), deviation)}
+            self.projection = layers.Parameters(shapes, rngs)
+        hidden = layers.ffn_width(config.ffn_width, width, config.block)
+        self.blocks = layers.Parameters(
+            {
+                **norm_shapes("ffn_norm", width, config.num_layers, bias),
+                **layers.ffn_shapes(width, hidden, config.num_layers, config.block, bias, scale),
+            },
+            rngs,
+        )
+        self.final = layers.Parameters(norm_shapes("final", width, None, bias), rngs)
+        if config.head == "untied":
+            self.head = parameter((self.padded_vocab, width), ("vocab", "embed"), scale, rngs)
+
+    def head_VE(self, decoder_head_VD: jax.Array | None = None) -> jax.Array:
+        """Returns the output head, [padded V, E] float32; the decoder's if the two are tied."""
+        if self.config.head == "untied":
+            return self.head[...]
+        assert decoder_head_VD is not None, "memory.head=tied needs the decoder's head"
+        return decoder_head_VD
+
+    def logits(self, hidden_BLE: jax.Array, decoder_head_VD: jax.Array | None = None) -> jax.Array:
+        """Returns [..., padded V] float32 logits of a few tokens, padding at -inf."""
+        return layers.head_logits(hidden_BLE, self.head_VE(decoder_head_VD), self.vocab_size)
+
+    def set_input_statistics(self, mean_D: jax.Array, inverse_std_D: jax.Array) -> None:
+        """Stores what :func:`input_statistics` measured (input_norm=standardize only)."""
+        assert self.config.input_norm == "standardize"
+        self.input_mean[...] = jnp.asarray(mean_D, jnp.float32)
+        self.input_inverse_std[...] = jnp.asarray(inverse_std_D, jnp.float32)
+
+    def hidden(self, input_BLD: jax.Array) -> jax.Array:
+        """Maps decoder states to states for the output head.
+
+        Args:
+            input_BLD: [..., D] decoder states, any float dtype.
+
+        Returns:
+            [..., E] states after the final norm, compute dtype.
+        """
+        config, axes = self.config, self.blocks.axes()
+        x_TE = self._read_input(input_BLD.reshape(-1, self.input_width))
+
+        def block(x_TE: jax.Array, arrays: Arrays, _: Any) -> jax.Array:
+            y_TE = normalize(x_TE, arrays, "ffn_norm", self.norm, config.norm_epsilon)
+            y_TE = layers.feed_forward(y_TE, arrays, axes, config.block)
+            return constrain(x_TE + y_TE, "tokens", "state")
+
+        block = layers.with_remat(block, config.remat)
+        unroll = layers.unrolls(config.layer_loop, config.num_layers)
+        stacked = self.blocks.arrays()
+        x_TE = layers.loop_layers(block, x_TE, stacked, config.num_layers, unroll)
+        x_TE = normalize(x_TE, self.final.arrays(), "final", self.norm, config.norm_epsilon)
+        return x_TE.reshape(*input_BLD.shape[:-1], config.width)
+
+    def _read_input(self, input_TD: jax.Array) -> jax.Array:
+        config = self.config
+        x_TD = input_TD.astype(jnp.float32)
+        if config.input_norm == "standardize":
+            x_TD = (x_TD - self.input_mean[...]) * self.input_inverse_std[...]
+        elif config.input_norm == "rms":
+            arrays = self.input.arrays()
+            x_TD = normalize(x_TD, arrays, "input_norm", "rms", config.norm_epsilon)
+        x_TD = x_TD.astype(self.dtype)
+        if self.input_width != config.width:
+            arrays, axes = self.projection.arrays(), self.projection.axes()
+            x_TD = project(x_TD, arrays, axes, "projection")
+        return constrain(x_TD, "tokens", "state")
+
+
+def input_statistics(
+    input_ND: jax.Array, weight_N: jax.Array | None = None, epsilon: float = 1e-6
+) -> tuple[jax.Array, jax.Array]:
+    """Measures each feature of the memory's input.
+
+    Args:
+        input_ND: [..., D] states, any float dtype.
+        weight_N: [...] weight of each state, 0 for padding; None: all count.
+        epsilon: Added to the variance.
+
+    Returns:
+        Mean and 1/standard deviation, [D] float32 each.
+    """
+    input_ND = input_ND.reshape(-1, input_ND.shape[-1]).astype(jnp.float32)
+    weight = jnp.ones(input_ND.shape[0]) if weight_N is None else weight_N.reshape(-1)
+    weight_N1 = (weight / jnp.maximum(jnp.sum(weight), 1e-9)).astype(jnp.float32)[:, None]
+    mean_D = jnp.sum(weight_N1 * input_ND, axis=0)
+    variance_D = jnp.sum(weight_N1 * jnp.square(input_ND - mean_D), axis=0)
+    return mean_D, jax.lax.rsqrt(variance_D + epsilon)

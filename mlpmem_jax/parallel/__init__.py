@@ -1,0 +1,1 @@
+"""How arrays and work are spread over devices and processes."""

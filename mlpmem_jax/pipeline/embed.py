@@ -1,0 +1,80 @@
+"""The decoder over the corpus: keys, memory inputs, labels and log-probabilities."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.layout import SPLITS, Layout, Split
+from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.stage import Completion, Stage
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    """Returns what decides the rows, besides tokens and decoder."""
+    return {
+        "datastore": config.datastore.recipe(),
+        "corpus": {"attention": config.corpus.attention},
+    }
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns one stage a split."""
+    layout = Layout(config)
+    return [
+        Stage(
+            artifact=layout.datastore(split),
+            recipe=recipe(config),
+            upstream=(layout.tokens, layout.decoder),
+            build=functools.partial(_build, config, split),
+            estimate=functools.partial(_estimate, config, split),
+        )
+        for split in SPLITS
+    ]
+
+
+def _estimate(config: Config, split: Split) -> Mapping[str, Any]:
+    from mlpmem_jax.pipeline.estimates import embedding_estimate
+
+    return embedding_estimate(config, split)
+
+
+def _build(config: Config, split: Split) -> Completion:
+    from mlpmem_jax.corpus.tokens import TokenSplit
+    from mlpmem_jax.datastore.embedding import EmbeddingSettings, embed_split
+    from mlpmem_jax.models.decoder import Site
+    from mlpmem_jax.parallel.mesh import check_batch, make_mesh
+    from mlpmem_jax.training.networks import finished_decoder
+
+    layout = Layout(config)
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, "datastore.batch_size", config.datastore.batch_size)
+    tokens = TokenSplit.open(layout.tokens, split)
+    specs = layout.datastore_arrays()
+    settings = EmbeddingSettings(
+        states={
+            name: Site.of(getattr(config.datastore, name), config.decoder.num_layers)
+            for name in ("key", "input")
+            if name in specs
+        },
+        within=config.corpus.attention == "within",
+        window_tokens=config.embedding_window_tokens,
+        stride_tokens=config.embedding_stride_tokens,
+        batch_size=config.datastore.batch_size,
+    )
+    arrays = embed_split(
+        finished_decoder(config, mesh),
+        tokens,
+        layout.datastore(split),
+        specs,
+        settings,
+        mesh,
+        f"embed {split}",
+    )
+    return Completion(counts={"rows": tokens.num_rows}, arrays=arrays)
+
+
+def main(config: Config, options: Options) -> int:
+    """Runs the command."""
+    return execute(stages, config, options)

@@ -1,0 +1,98 @@
+"""What stages will need, beforehand: rows, bytes, parameters, flops. For `--dry-run`."""
+
+from typing import Any
+
+import numpy as np
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.training.flops import (
+    decoder_flops,
+    decoder_parameters,
+    memory_flops,
+    memory_parameters,
+)
+
+# float32 master weights, gradients and two moments.
+_TRAINING_BYTES_PER_PARAMETER = 16
+
+
+def _vocab_size(config: Config) -> int:
+    """V of the tokenizer that is there, or that will be trained."""
+    try:
+        return int(Layout(config).tokens.load().counts["vocab_size"])
+    except ArtifactError:
+        return config.tokenizer.vocab_size
+
+
+def _num_rows(config: Config, split: Split) -> int | None:
+    try:
+        return max(0, int(Layout(config).tokens.load().counts[f"{split}_tokens"]) - 1)
+    except ArtifactError:
+        return None
+
+
+def _unknown() -> dict[str, Any]:
+    return {"rows": "known once there are tokens"}
+
+
+def pretraining_estimate(config: Config) -> dict[str, Any]:
+    """Parameters, memory, disk and flops of pretraining."""
+    vocab = _vocab_size(config)
+    counts = decoder_parameters(config.decoder, vocab)
+    window = config.pretrain_window_tokens
+    tokens = config.pretrain.num_steps * config.pretrain.batch_size * window
+    return {
+        "parameters": counts.total,
+        "non-embedding parameters": counts.non_embedding,
+        "training tokens": tokens,
+        "model flops": tokens * decoder_flops(config.decoder, vocab, window),
+        "state bytes, over all devices": counts.total * _TRAINING_BYTES_PER_PARAMETER,
+        "logits bytes of a chunk, a device": 4 * vocab * config.pretrain.loss_chunk_tokens,
+        "disk bytes of checkpoints": 12 * counts.total * config.pretrain.keep_checkpoints,
+    }
+
+
+def training_estimate(config: Config) -> dict[str, Any]:
+    """Parameters, memory, disk and flops of training the memory."""
+    vocab = _vocab_size(config)
+    counts = memory_parameters(config.memory, config.decoder.width, vocab)
+    rows = config.train.num_steps * config.train.batch_size * config.train_window_tokens
+    flops = memory_flops(config.memory, config.decoder.width, vocab)
+    if config.train.inputs == "online":
+        flops += decoder_flops(config.decoder, vocab, config.train_window_tokens, training=False)
+    return {
+        "parameters": counts.total,
+        "non-embedding parameters": counts.non_embedding,
+        "training rows": rows,
+        "model flops": rows * flops,
+        "state bytes, over all devices": counts.total * _TRAINING_BYTES_PER_PARAMETER,
+        "disk bytes of checkpoints": 12 * counts.total * config.train.keep_checkpoints,
+    }
+
+
+def embedding_estimate(config: Config, split: Split) -> dict[str, Any]:
+    """Rows, disk, host memory and flops of embedding a split."""
+    rows = _num_rows(config, split)
+    if rows is None:
+        return _unknown()
+    specs = Layout(config).datastore_arrays()
+    row_bytes = sum(spec.row_bytes for spec in specs.values())
+    window, stride = config.embedding_window_tokens, config.embedding_stride_tokens
+    flops = decoder_flops(config.decoder, _vocab_size(config), window, training=False)
+    return {
+        "rows": rows,
+        "disk bytes": rows * row_bytes,
+        "host bytes of shards under way": 4 * config.datastore.shard_rows * row_bytes,
+        "model flops": rows * flops * window / stride,
+    }
+
+
+def targets_bytes(config: Config, split: Split) -> int | None:
+    """Returns the disk bytes of a split's targets, if its tokens are there."""
+    rows = _num_rows(config, split)
+    if rows is None:
+        return None
+    specs = Layout(config).targets_arrays(_vocab_size(config))
+    return int(rows * np.sum([spec.row_bytes for spec in specs.values()]))

@@ -1,0 +1,56 @@
+"""What a command would do: `--dry-run`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlpmem_jax.config.load import dump_config
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import say
+from mlpmem_jax.datastore.files import human_bytes
+from mlpmem_jax.datastore.manifest import Status
+from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.pipeline.stage import Rebuild, Stage
+
+
+def print_plan(config: Config, stages: Sequence[Stage], rebuild: Rebuild) -> None:
+    """Prints the resolved configuration, the state of each artifact and the estimates."""
+    say("# resolved configuration")
+    say(dump_config(config).rstrip())
+    say()
+    say(f"# plan for workdir {config.workdir}")
+    for stage in stages:
+        say(f"{stage.name:<28} {_intention(stage, rebuild)}")
+        for name, value in stage.estimate().items():
+            say(f"  {name:<34} {_shown(name, value)}")
+
+
+def _intention(stage: Stage, rebuild: Rebuild) -> str:
+    try:
+        made_from = stage.made_from()
+    except ArtifactError:
+        return "will be made, after what it is made from"
+    try:
+        status = stage.artifact.status(stage.recipe, made_from)
+    except ArtifactError as error:
+        if rebuild is Rebuild.REFUSE:
+            return f"REFUSED: {error}"
+        return "was made otherwise; will be made again"
+    return {
+        Status.COMPLETE: "complete; will be made again"
+        if rebuild is Rebuild.ALWAYS
+        else "complete; nothing to do",
+        Status.PARTIAL: "begun; will be continued",
+        Status.MISSING: "will be made",
+    }[status]
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_shown(f'{name} {key}', item)}" for key, item in value.items())
+    if isinstance(value, str):
+        return value
+    if "bytes" in name:
+        return human_bytes(value)
+    if "flops" in name:
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

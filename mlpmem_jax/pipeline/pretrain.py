@@ -1,0 +1,53 @@
+"""The decoder, trained on the corpus."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.stage import Completion, Stage
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    """Returns what decides the decoder, besides the tokens."""
+    return {
+        "seed": config.seed,
+        "corpus": {"attention": config.corpus.attention},
+        "decoder": config.decoder.recipe(),
+        "pretrain": config.pretrain.recipe(),
+    }
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns the one stage of this command."""
+    layout = Layout(config)
+    return [
+        Stage(
+            artifact=layout.decoder,
+            recipe=recipe(config),
+            upstream=(layout.tokens,),
+            build=functools.partial(_build, config),
+            estimate=functools.partial(_estimate, config),
+        )
+    ]
+
+
+def _estimate(config: Config) -> Mapping[str, Any]:
+    from mlpmem_jax.pipeline.estimates import pretraining_estimate
+
+    return pretraining_estimate(config)
+
+
+def _build(config: Config) -> Completion:
+    from mlpmem_jax.pipeline.training import train_task
+    from mlpmem_jax.training.pretraining import PretrainTask
+
+    return train_task(config, "pretrain", PretrainTask, Layout(config).decoder)
+
+
+def main(config: Config, options: Options) -> int:
+    """Runs the command."""
+    return execute(stages, config, options)

@@ -1,0 +1,104 @@
+"""A stage makes one artifact: skipped when current, continued when interrupted."""
+
+import dataclasses
+import enum
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mlpmem_jax.console import say
+from mlpmem_jax.datastore.manifest import Artifact, Manifest, Status
+from mlpmem_jax.errors import ArtifactError
+
+
+@dataclasses.dataclass
+class Completion:
+    """What a finished build reports, for the manifest."""
+
+    counts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    arrays: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    files: Sequence[str] = ()
+    measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """How one artifact is made.
+
+    Attributes:
+        artifact: What is made.
+        recipe: The settings that decide its content, JSON-ready.
+        upstream: Artifacts that it is made from; they must be complete when it is built.
+        build: Makes it, continuing what an interrupted start left; returns the report.
+        estimate: Disk, memory and flops beforehand, for `--dry-run`: name to number or text.
+    """
+
+    artifact: Artifact
+    recipe: Mapping[str, Any]
+    upstream: Sequence[Artifact]
+    build: Callable[[], Completion]
+    estimate: Callable[[], Mapping[str, Any]] = dict
+
+    @property
+    def name(self) -> str:
+        """The artifact's path in the run directory."""
+        return self.artifact.relative
+
+    def made_from(self) -> dict[str, str]:
+        """Returns the fingerprints of the upstream artifacts."""
+        return {one.relative: one.load().fingerprint for one in self.upstream}
+
+
+class Rebuild(enum.Enum):
+    """What happens to artifacts that are there already."""
+
+    REFUSE = "refuse"  # One that was made otherwise is an error.
+    STALE = "stale"  # One that was made otherwise is made again.
+    ALWAYS = "always"  # Made again in any case, for example because it is damaged.
+
+
+def run_stages(stages: Sequence[Stage], rebuild: Rebuild = Rebuild.REFUSE) -> None:
+    """Makes the artifacts of the stages, in their order.
+
+    Args:
+        stages: In the order of the data flow.
+        rebuild: What happens to artifacts that are there already.
+
+    Raises:
+        ArtifactError: An upstream artifact is missing, or an artifact was made otherwise.
+    """
+    for stage in stages:
+        run_stage(stage, rebuild)
+
+
+def run_stage(stage: Stage, rebuild: Rebuild = Rebuild.REFUSE) -> Manifest:
+    """Makes one artifact, unless it is complete and current."""
+    made_from = stage.made_from()
+    if rebuild is Rebuild.ALWAYS:
+        stage.artifact.remove()
+    try:
+        status = stage.artifact.status(stage.recipe, made_from)
+    except ArtifactError:
+        if rebuild is Rebuild.REFUSE:
+            raise
+        say(f"{stage.name}: made otherwise; making it again")
+        stage.artifact.remove()
+        status = Status.MISSING
+    if status is Status.COMPLETE:
+        manifest = stage.artifact.load()
+        say(f"{stage.name}: complete ({manifest.fingerprint})")
+        return manifest
+    say(f"{stage.name}: " + ("continuing" if status is Status.PARTIAL else "making"))
+    started = time.monotonic()
+    stage.artifact.begin(stage.recipe, made_from)
+    completion = stage.build()
+    seconds = time.monotonic() - started
+    measured = {"seconds": round(seconds, 3), **completion.measured}
+    manifest = stage.artifact.finish(
+        counts=completion.counts,
+        arrays=completion.arrays,
+        files=completion.files,
+        measured=measured,
+    )
+    say(f"{stage.name}: made in {seconds:.1f} s ({manifest.fingerprint})")
+    return manifest

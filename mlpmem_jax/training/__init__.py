@@ -1,0 +1,1 @@
+"""Training: losses, optimiser, state, checkpoints, metrics and the one loop."""

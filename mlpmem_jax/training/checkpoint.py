@@ -1,0 +1,165 @@
+"""Checkpoints through Orbax, with checksums of our own.
+
+Orbax restores a flipped byte without an error, so each finished checkpoint gets a file
+of checksums; one without it, or that does not match it, is never restored.
+"""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from mlpmem_jax.console import warn
+from mlpmem_jax.datastore.files import read_json, write_json
+from mlpmem_jax.datastore.manifest import Artifact, describe_file, verify_file
+from mlpmem_jax.errors import ArtifactError, RunFailed
+
+CHECKPOINTS = "checkpoints"
+CHECKSUMS = "checksums"
+
+
+class Checkpoints:
+    """The checkpoints of one training run.
+
+    A checkpoint is a mapping of item names to pytrees of arrays; any subset of items can be
+    restored, onto any mesh.
+    """
+
+    def __init__(self, directory: epath.Path, keep: int, item_names: tuple[str, ...]):
+        self._directory = directory
+        self._sums = directory / CHECKSUMS
+        self._sums.mkdir(parents=True, exist_ok=True)
+        self._unverified: int | None = None
+        self._manager = ocp.CheckpointManager(
+            os.fspath(directory / CHECKPOINTS),
+            options=ocp.CheckpointManagerOptions(
+                enable_async_checkpointing=True,
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            ),
+            item_names=item_names,
+        )
+
+    def save(self, step: int, items: Mapping[str, Any]) -> None:
+        """Begins to save; returns as soon as the arrays are copied to the host."""
+        self.wait()
+        if step in self._manager.all_steps():  # A damaged one of that step: replace it.
+            self._sums_file(step).unlink(missing_ok=True)
+            self._manager.delete(step)
+        arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        if not self._manager.save(step, args=ocp.args.Composite(**arguments), force=True):
+            raise RunFailed(f"{self._directory}: the checkpoint of step {step} was not saved")
+        self._unverified = step
+
+    def poll(self) -> None:
+        """Writes the checksums of a checkpoint that has been finished meanwhile."""
+        if self._unverified is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the last save is complete and has its checksums."""
+        self._manager.wait_until_finished()
+        if self._unverified is None:
+            return
+        step, self._unverified = self._unverified, None
+        if jax.process_index() == 0:
+            root = self._directory / CHECKPOINTS / str(step)
+            files = {name: describe_file(root / name) for name in _files_below(root)}
+            write_json(self._sums_file(step), files)
+            kept = {str(s) for s in self._manager.all_steps()}
+            for stale in self._sums.glob("*.json"):
+                if stale.stem not in kept:
+                    stale.unlink(missing_ok=True)
+
+    def _sums_file(self, step: int) -> epath.Path:
+        return self._sums / f"{step}.json"
+
+    def last_good_step(self) -> int | None:
+        """Returns the newest step whose files match their checksums; names damaged ones."""
+        self._manager.reload()
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            if not self._sums_file(step).exists():
+                continue  # The save was killed before its checksums: it proves nothing.
+            root = self._directory / CHECKPOINTS / str(step)
+            try:
+                for name, expected in read_json(self._sums_file(step)).items():
+                    verify_file(root / name, expected)
+            except ArtifactError as error:
+                warn(f"checkpoint of step {step} is skipped: {error}")
+                continue
+            return int(step)
+        return None
+
+    def restore(self, step: int, abstract_items: Mapping[str, Any]) -> dict[str, Any]:
+        """Restores the named items.
+
+        Args:
+            step: A step that `last_good_step` returned.
+            abstract_items: Pytrees of `jax.ShapeDtypeStruct` with shardings.
+
+        Raises:
+            ArtifactError: Shapes or names do not fit what was saved.
+        """
+        return _restored(self._manager, self._directory, step, abstract_items)
+
+    def files(self, step: int) -> list[str]:
+        """Returns the files of a checkpoint, relative to the artifact."""
+        root = self._directory / CHECKPOINTS / str(step)
+        return [f"{CHECKPOINTS}/{step}/{name}" for name in _files_below(root)]
+
+    def close(self) -> None:
+        """Waits for what is under way and releases resources."""
+        self.wait()
+        self._manager.close()
+
+
+def _files_below(root: epath.Path) -> list[str]:
+    found = []
+    stack = [root]
+    while stack:
+        for entry in stack.pop().iterdir():
+            if entry.is_dir():
+                stack.append(entry)
+            else:
+                found.append(os.fspath(entry.relative_to(root)))
+    return sorted(found)
+
+
+def _restored(
+    manager: ocp.CheckpointManager,
+    directory: epath.Path,
+    step: int,
+    abstract_items: Mapping[str, Any],
+) -> dict[str, Any]:
+    arguments = {name: ocp.args.StandardRestore(item) for name, item in abstract_items.items()}
+    try:
+        restored = manager.restore(step, args=ocp.args.Composite(**arguments))
+    except (ValueError, KeyError, TypeError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ArtifactError(
+            f"{directory}/{CHECKPOINTS}/{step}: does not fit the configured network ({first_line})"
+        ) from None
+    return {name: restored[name] for name in abstract_items}
+
+
+def restore_finished(artifact: Artifact, abstract_items: Mapping[str, Any]) -> dict[str, Any]:
+    """Restores items of the final checkpoint of a finished artifact.
+
+    Args:
+        artifact: A decoder or memory whose training is complete.
+        abstract_items: Item names to pytrees of `jax.ShapeDtypeStruct` with shardings.
+
+    Raises:
+        ArtifactError: The artifact is not finished, or a file of it is damaged (named).
+    """
+    step = artifact.verify().counts["steps"]
+    manager = ocp.CheckpointManager(
+        os.fspath(artifact.path / CHECKPOINTS),
+        options=ocp.CheckpointManagerOptions(read_only=True),
+        item_names=tuple(abstract_items),
+    )
+    with contextlib.closing(manager):
+        return _restored(manager, artifact.path, step, abstract_items)

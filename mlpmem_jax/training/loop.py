@@ -1,0 +1,130 @@
+"""The training loop, one for all networks. A task says what is trained and on what."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+from etils import epath
+from flax import nnx
+
+from mlpmem_jax.config.stages import TrainingConfig
+from mlpmem_jax.input.feed import Batch
+from mlpmem_jax.training.checkpoint import Checkpoints
+from mlpmem_jax.training.monitor import Monitor
+from mlpmem_jax.training.optimizer import make_optimizer
+from mlpmem_jax.training.state import ITEM_NAMES, Blueprint, TrainState
+from mlpmem_jax.training.step import LossParts, make_train_step
+
+
+class Batches(Protocol):
+    """Global batches of consecutive steps."""
+
+    wait_secs: float
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+
+class Task(Protocol):
+    """What is trained.
+
+    Attributes:
+        name: For metrics and messages, for example "pretrain".
+        frozen: Arrays that the loss reads and nothing changes.
+        tokens_per_step: Tokens (or rows) in a global batch.
+        flops_per_step: Model flops of a step, forward and backward.
+    """
+
+    name: str
+    frozen: Any
+    tokens_per_step: int
+    flops_per_step: float
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Makes the network."""
+        ...
+
+    def prepare(self, state: TrainState) -> TrainState:
+        """Measures what a fresh state needs from data (the memory's input statistics)."""
+        ...
+
+    def loss(self, model: nnx.Module, frozen: Any, batch: Batch) -> LossParts:
+        """Returns sums over a batch: loss, weight, and metrics."""
+        ...
+
+    def feed(self, steps: range) -> Batches:
+        """Returns the batches of the given steps."""
+        ...
+
+    def validate(self, state: TrainState) -> Mapping[str, float]:
+        """Returns metrics on validation data."""
+        ...
+
+
+@dataclasses.dataclass
+class Fit:
+    """A finished run."""
+
+    state: TrainState
+    files: list[str]
+    measured: dict[str, Any]
+
+
+def fit(
+    task: Task,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+    directory: epath.Path,
+    metrics_directory: epath.Path,
+) -> Fit:
+    """Trains until `config.num_steps`, from the last good checkpoint if there is one.
+
+    Args:
+        task: What is trained.
+        config: Steps, optimiser, intervals.
+        seed: Of the initial weights; the data order is the task's.
+        mesh: Devices.
+        directory: The artifact's directory; checkpoints go below it.
+        metrics_directory: Where metrics go.
+
+    Raises:
+        RunFailed: The loss or a norm is not finite.
+    """
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    blueprint = Blueprint(task.build, optimizer, seed, mesh)
+    checkpoints = Checkpoints(directory, config.keep_checkpoints, ITEM_NAMES)
+    state, start = _begin(task, blueprint, checkpoints)
+    monitor = Monitor(task, config, start, metrics_directory, checkpoints)
+    train_step = make_train_step(task.loss, blueprint.graphdef, optimizer, config)
+    with jax.set_mesh(mesh):
+        feed = task.feed(range(start, config.num_steps))
+        for step in range(start, config.num_steps):
+            batch = next(feed)
+            state, metrics = train_step(state, task.frozen, batch)
+            monitor.dispatched(step + 1, metrics, feed.wait_secs)
+            if _due(step + 1, config.eval_interval_steps, config.num_steps):
+                monitor.validation(step + 1, task.validate(state))
+            if _due(step + 1, config.checkpoint_interval_steps, config.num_steps):
+                monitor.settle()  # A poisoned state must not become a checkpoint.
+                checkpoints.save(step + 1, state.items())
+    monitor.settle()
+    checkpoints.close()
+    monitor.close()
+    return Fit(state, checkpoints.files(config.num_steps), monitor.summary())
+
+
+def _due(step: int, interval: int, last: int) -> bool:
+    return step % interval == 0 or step == last
+
+
+def _begin(task: Task, blueprint: Blueprint, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+    step = checkpoints.last_good_step()
+    if step is None:
+        return task.prepare(blueprint.create()), 0
+    abstract = blueprint.abstract()
+    items = abstract.items()
+    return abstract.with_items(checkpoints.restore(step, items)), step

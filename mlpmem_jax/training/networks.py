@@ -1,0 +1,75 @@
+"""How the configured networks are made, and restored from finished training runs."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+from flax import nnx
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.models.decoder import Decoder
+from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.parallel.sharding import abstract_state
+from mlpmem_jax.training.checkpoint import restore_finished
+from mlpmem_jax.training.state import flatten, unflatten
+
+Network = TypeVar("Network", bound=nnx.Module)
+
+
+def vocab_size(config: Config) -> int:
+    """Returns V of the run's tokenizer, unpadded."""
+    return int(Layout(config).tokens.load().counts["vocab_size"])
+
+
+def decoder_builder(config: Config, vocab_size: int) -> Callable[[nnx.Rngs], Decoder]:
+    """Returns a function that makes the decoder."""
+    return lambda rngs: Decoder(config.decoder, vocab_size, rngs=rngs)
+
+
+def memory_builder(config: Config, vocab_size: int) -> Callable[[nnx.Rngs], Memory]:
+    """Returns a function that makes the memory."""
+    return lambda rngs: Memory(config.memory, config.decoder.width, vocab_size, rngs=rngs)
+
+
+def finished_decoder(config: Config, mesh: jax.sharding.Mesh) -> Decoder:
+    """Restores the run's decoder.
+
+    Raises:
+        ArtifactError: It is missing, damaged, of another shape, or of another vocabulary
+            than the tokens.
+    """
+    layout = Layout(config)
+    artifact = layout.decoder
+    trained, wanted = artifact.load().counts["vocab_size"], vocab_size(config)
+    if trained != wanted:
+        raise ArtifactError(
+            f"{artifact.path}: the decoder has a vocabulary of {trained} tokens and "
+            f"{layout.tokens.path} one of {wanted}; use the tokenizer that it was trained with"
+        )
+    return _restored(decoder_builder(config, wanted), artifact, mesh)
+
+
+def finished_memory(config: Config, mesh: jax.sharding.Mesh) -> Memory:
+    """Restores the run's memory.
+
+    Raises:
+        ArtifactError: It is missing, damaged or of another shape.
+    """
+    return _restored(memory_builder(config, vocab_size(config)), Layout(config).memory, mesh)
+
+
+def _restored(
+    build: Callable[[nnx.Rngs], Network], artifact: Artifact, mesh: jax.sharding.Mesh
+) -> Network:
+    abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    graphdef = nnx.split(abstract, nnx.Param, ...)[0]
+
+    def states() -> tuple[nnx.State, nnx.State]:
+        return nnx.split(build(nnx.Rngs(0)), nnx.Param, ...)[1:]
+
+    params, fixed = abstract_state(states, mesh)
+    flat = restore_finished(artifact, {"params": flatten(params), "fixed": flatten(fixed)})
+    return nnx.merge(graphdef, unflatten(params, flat["params"]), unflatten(fixed, flat["fixed"]))
