@@ -8,6 +8,7 @@ import importlib
 from dataclasses import dataclass
 
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import quiet_libraries
 from mlpmem_jax.pipeline.options import Options
 
 __all__ = ["COMMANDS", "Command", "Options", "run_command"]
@@ -84,5 +85,6 @@ COMMANDS: dict[str, Command] = {
 
 def run_command(name: str, config: Config, options: Options) -> int:
     """Imports a command's module, runs it, and returns its exit code."""
+    quiet_libraries()
     module = importlib.import_module(f"{__name__}.{COMMANDS[name].module}")
     return int(module.main(config, options))

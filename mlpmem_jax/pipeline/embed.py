@@ -45,6 +45,7 @@ def _build(config: Config, split: Split) -> Completion:
     from mlpmem_jax.datastore.embedding import EmbeddingSettings, embed_split
     from mlpmem_jax.models.decoder import Site
     from mlpmem_jax.parallel.mesh import check_batch, make_mesh
+    from mlpmem_jax.pipeline.estimates import embedding_estimate
     from mlpmem_jax.training.networks import finished_decoder
 
     layout = Layout(config)
@@ -72,7 +73,10 @@ def _build(config: Config, split: Split) -> Completion:
         mesh,
         f"embed {split}",
     )
-    return Completion(counts={"rows": tokens.num_rows}, arrays=arrays)
+    flops = embedding_estimate(config, split)["model flops"]
+    return Completion(
+        counts={"rows": tokens.num_rows}, arrays=arrays, measured={"model_flops": flops}
+    )
 
 
 def main(config: Config, options: Options) -> int:

@@ -1,0 +1,130 @@
+"""The quickstart with several seeds, beside two controls of equal cost.
+
+    python benchmarks/quickstart_seeds.py [--config FILE] [--seeds 0 1 2] [--workdir DIR]
+
+For each seed: the whole pipeline; the memory trained with cross-entropy only (alpha 0);
+and the same decoder trained for as many more steps as embedding and memory training cost
+in model flops. Everything is resumable: a second start only prints. The result is written
+to `<workdir>/seeds.json` and printed as Markdown.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.corpus.tokens import TokenSplit
+from mlpmem_jax.datastore.files import read_json, write_json
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.store import open_array, read_rows
+from mlpmem_jax.pipeline import embed
+from mlpmem_jax.pipeline.stage import run_stages
+
+ROWS = ("decoder", "longer decoder", "+ kNN-LM", "+ memory", "+ memory, CE only")
+
+
+def command(name: str, config: str, workdir: Path, *overrides: str) -> float:
+    """Runs a command in a process of its own; returns its wall time in seconds."""
+    arguments = [name, "--config", config, "--workdir", str(workdir), *overrides]
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-m", "mlpmem_jax", *arguments], check=True)
+    return time.monotonic() - started
+
+
+def longer_overrides(config: Config) -> list[str]:
+    """Pretraining steps that cost what decoder, embedding and memory training cost together."""
+    layout = Layout(config)
+    pretraining = layout.decoder.load().measured["model_flops"]
+    extra = layout.memory.load().measured["model_flops"]
+    extra += layout.datastore("train").load().measured["model_flops"]
+    steps = round(config.pretrain.num_steps * (pretraining + extra) / pretraining)
+    return [f"pretrain.num_steps={steps}", "decoder.name=longer", "datastore.name=longer"]
+
+
+def decoder_nats(config: Config) -> float:
+    """Test nats per scored token of the configured decoder, from its datastore."""
+    layout = Layout(config)
+    run_stages([s for s in embed.stages(config) if s.name.endswith("/test")])
+    folder = layout.datastore("test").path
+    stores = {name: open_array(folder / name) for name in ("label", "logprob")}
+    label, logprob = (read_rows(s, 0, s.shape[0]) for s in stores.values())
+    scored = label != TokenSplit.open(layout.tokens, "test").separator_id
+    return float(-np.mean(logprob[scored], dtype=np.float64))
+
+
+def one_seed(path: str, seed: int, workdir: Path) -> dict[str, float]:
+    """Runs the pipeline and the controls of one seed."""
+    own = (f"seed={seed}",)
+    wall = command("run", path, workdir, *own)
+    config = load_config(path, own, {"workdir": str(workdir)})
+    systems = read_json(Layout(config).results.path / "evaluate.json")["systems"]
+    timing = workdir / "wall.json"
+    if not timing.exists():
+        write_json(timing, {"run_secs": wall})
+    ce_only = (*own, "memory.name=ce-only", "train.alpha=0.0")
+    command("train", path, workdir, *ce_only)
+    command("evaluate", path, workdir, *ce_only)
+    ce = load_config(path, ce_only, {"workdir": str(workdir)})
+    ce_systems = read_json(Layout(ce).results.path / "evaluate.json")["systems"]
+    longer = (*own, *longer_overrides(config))
+    command("pretrain", path, workdir, *longer)
+    return {
+        "decoder": systems["decoder"]["test_nats"],
+        "longer decoder": decoder_nats(load_config(path, longer, {"workdir": str(workdir)})),
+        "+ kNN-LM": systems["knn"]["test_nats"],
+        "+ memory": systems["memory"]["test_nats"],
+        "+ memory, CE only": ce_systems["memory"]["test_nats"],
+        "gain": -systems["memory"]["difference_nats"],
+        "gain_low": -systems["memory"]["difference_high"],
+        "gain_high": -systems["memory"]["difference_low"],
+        "recovered": systems["memory"]["gain_recovered"],
+        "longer_steps": float(longer[1].split("=")[1]),
+        "run_secs": json.loads(timing.read_text())["run_secs"],
+    }
+
+
+def as_markdown(results: dict[str, dict[str, float]]) -> str:
+    """Returns a table: test nats per token by seed, and their mean."""
+    seeds = list(results)
+    lines = [
+        "| test nats per token | " + " | ".join(f"seed {s}" for s in seeds) + " | mean |",
+        "|---" * (len(seeds) + 2) + "|",
+    ]
+    shown = {row: ("{:.3f}", row) for row in ROWS}
+    shown |= {
+        "memory's gain": ("{:.3f}", "gain"),
+        "… interval, low": ("{:.3f}", "gain_low"),
+        "… interval, high": ("{:.3f}", "gain_high"),
+        "share of the kNN-LM's gain": ("{:.0%}", "recovered"),
+        "seconds of `run`": ("{:.0f}", "run_secs"),
+    }
+    for title, (form, key) in shown.items():
+        values = [results[s][key] for s in seeds]
+        cells = [form.format(v) for v in (*values, statistics.mean(values))]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workdir", type=Path, default=Path("runs/seeds"))
+    flags = parser.parse_args()
+    results = {
+        str(seed): one_seed(flags.config, seed, flags.workdir / f"seed-{seed}")
+        for seed in flags.seeds
+    }
+    write_json(flags.workdir / "seeds.json", results)
+    print(as_markdown(results))
+
+
+if __name__ == "__main__":
+    main()

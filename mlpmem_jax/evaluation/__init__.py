@@ -1,0 +1,1 @@
+"""Scores, intervals, the table and the picture."""

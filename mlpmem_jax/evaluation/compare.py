@@ -1,0 +1,191 @@
+"""Decoder, + kNN-LM and + memory compared: choices on validation, numbers on test.
+
+Suffixes: N rows of a split, D documents, M systems and then tokens.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mlpmem_jax.evaluation.bootstrap import (
+    FEW_DOCUMENTS,
+    Interval,
+    bootstrap_sums,
+    interval,
+)
+from mlpmem_jax.evaluation.metrics import DocumentCounts, score
+from mlpmem_jax.evaluation.mixing import mixture_logprob, solve
+
+# The order of the table; the decoder is what the others are compared with.
+SYSTEMS = {"decoder": "decoder", "knn": "+ kNN-LM", "memory": "+ memory"}
+_TOKENS = len(SYSTEMS)
+_CURVE = np.linspace(0.0, 1.0, 51)
+_MOST_DOCUMENTS_DRAWN = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitScores:
+    """What each part gives the labels of a split.
+
+    Attributes:
+        counts: Documents and scored rows.
+        decoder_N: log p_LM(label).
+        knn_N: log p_kNN(label) over all K neighbours; -inf where none holds the label.
+        memory_N: log p_MEM(label).
+    """
+
+    counts: DocumentCounts
+    decoder_N: np.ndarray
+    knn_N: np.ndarray
+    memory_N: np.ndarray
+
+    def part(self, system: str) -> np.ndarray:
+        """Returns the log-probabilities that a system adds to the decoder."""
+        return self.knn_N if system == "knn" else self.memory_N
+
+    def nats_by_document(self, system: str, weight: float) -> np.ndarray:
+        """Returns negative log-probabilities of a system summed by document, float64 [D]."""
+        if system == "decoder":
+            return -self.counts.sum_by_document(self.decoder_N)
+        mixture_N = mixture_logprob(self.part(system), self.decoder_N, weight)
+        return -self.counts.sum_by_document(mixture_N)
+
+
+def tuned_weight(scores: SplitScores, system: str) -> float:
+    """Returns the λ that minimises a system's nats on a split."""
+    scored_N = scores.counts.scored_N
+    return solve(scores.part(system)[scored_N], scores.decoder_N[scored_N]).weight
+
+
+def compare(
+    valid: SplitScores,
+    test: SplitScores,
+    *,
+    temperature: float,
+    bootstrap_samples: int,
+    confidence: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Chooses λ on validation and reports on test.
+
+    Args:
+        valid: Validation split, for the choices.
+        test: Test split, for the report.
+        temperature: τ of the kNN distribution, as chosen on validation.
+        bootstrap_samples: Draws of documents.
+        confidence: Level of the intervals.
+        seed: Seed of the draws.
+
+    Returns:
+        What `evaluate.json` holds of scores: systems, curves, documents, notes.
+    """
+    weights = {"decoder": 0.0} | {s: tuned_weight(valid, s) for s in ("knn", "memory")}
+    valid_D = {s: valid.nats_by_document(s, w) for s, w in weights.items()}
+    test_D = {s: test.nats_by_document(s, w) for s, w in weights.items()}
+    values_DM = np.stack([*test_D.values(), test.counts.tokens_D], axis=1)
+    sums_RM = bootstrap_sums(values_DM, bootstrap_samples, seed)
+    notes = []
+    num_documents = int(np.count_nonzero(test.counts.tokens_D))
+    if num_documents < FEW_DOCUMENTS:
+        notes.append(f"test has {num_documents} documents: intervals over so few are too narrow")
+
+    systems = {}
+    for place, (name, label) in enumerate(SYSTEMS.items()):
+        metrics = score(test_D[name], test.counts)
+        systems[name] = {
+            "label": label,
+            "test_nats": metrics.nats_per_token,
+            "valid_nats": score(valid_D[name], valid.counts).nats_per_token,
+            "token_perplexity": _finite(metrics.token_perplexity),
+            "word_perplexity": _finite(metrics.word_perplexity),
+            "bits_per_byte": _finite(metrics.bits_per_byte),
+            "interpolation": None if name == "decoder" else weights[name],
+            "temperature": temperature if name == "knn" else None,
+        } | _against_decoder(values_DM, sums_RM, place, confidence, num_documents)
+    if systems["memory"]["gain_recovered"] is None:
+        notes.append("the kNN-LM gains nothing on test: a share of its gain is not defined")
+    elif systems["memory"]["gain_recovered_low"] is None and num_documents > 1:
+        notes.append("the kNN-LM's gain is too uncertain for an interval of the share recovered")
+    return {
+        "valid": valid.counts.totals,
+        "test": test.counts.totals,
+        "confidence": confidence,
+        "bootstrap_samples": bootstrap_samples,
+        "seed": seed,
+        "systems": systems,
+        "curves": _curves(valid),
+        "documents": _documents(test, test_D),
+        "notes": notes,
+    }
+
+
+def _against_decoder(
+    values_DM: np.ndarray,
+    sums_RM: np.ndarray,
+    place: int,
+    confidence: float,
+    num_documents: int,
+) -> dict[str, float | None]:
+    """Returns difference to the decoder and share of the kNN-LM's gain, with intervals."""
+    names = ("difference_nats", "gain_recovered")
+    if place == 0:
+        nothing: dict[str, float | None] = dict.fromkeys(names)
+        return nothing | _bounds(names[0], None) | _bounds(names[1], None)
+
+    def difference(sums: np.ndarray) -> np.ndarray:
+        return (sums[..., place] - sums[..., 0]) / sums[..., _TOKENS]
+
+    def share(sums: np.ndarray) -> np.ndarray:
+        gain = sums[..., 0] - sums[..., 1]
+        # Without a gain there is nothing to recover: undefined, not negative.
+        return np.where(gain > 0, (sums[..., 0] - sums[..., place]) / gain, np.nan)
+
+    total_M = values_DM.sum(axis=0)
+    found: dict[str, float | None] = {}
+    for name, statistic in zip(names, (difference, share), strict=True):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = float(statistic(total_M))
+        defined = bool(np.isfinite(value))
+        found[name] = value if defined else None
+        # The kNN-LM's own share is 1 by definition.
+        wanted = defined and num_documents > 1 and (name, place) != ("gain_recovered", 1)
+        found |= _bounds(name, interval(statistic, sums_RM, confidence) if wanted else None)
+    return found
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _bounds(name: str, found: Interval | None) -> dict[str, float | None]:
+    prefix = name.removesuffix("_nats")
+    return {
+        f"{prefix}_low": found.low if found else None,
+        f"{prefix}_high": found.high if found else None,
+    }
+
+
+def _curves(valid: SplitScores) -> dict[str, list[float | None]]:
+    """Returns validation nats per token of both systems while λ goes from 0 to 1.
+
+    None where they are infinite: at λ = 1 a label may have no probability left.
+    """
+    scored_N = valid.counts.scored_N
+    curves: dict[str, list[float | None]] = {"interpolation": _CURVE.tolist()}
+    for name in ("knn", "memory"):
+        base, part = valid.decoder_N[scored_N], valid.part(name)[scored_N]
+        nats = [float(-mixture_logprob(part, base, weight).mean()) for weight in _CURVE]
+        curves[name] = [value if np.isfinite(value) else None for value in nats]
+    return curves
+
+
+def _documents(test: SplitScores, test_D: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+    """Returns tokens and nats of test documents, evenly chosen where there are very many."""
+    with_tokens = np.flatnonzero(test.counts.tokens_D)
+    if len(with_tokens) > _MOST_DOCUMENTS_DRAWN:
+        places = np.linspace(0, len(with_tokens) - 1, _MOST_DOCUMENTS_DRAWN).astype(int)
+        with_tokens = with_tokens[places]
+    documents = {"tokens": test.counts.tokens_D[with_tokens].tolist()}
+    return documents | {name: nats[with_tokens].tolist() for name, nats in test_D.items()}

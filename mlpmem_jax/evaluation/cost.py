@@ -1,0 +1,57 @@
+"""What each system costs: parameters, and bytes that must be kept to use it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.store import DTYPES
+from mlpmem_jax.evaluation.compare import SYSTEMS
+from mlpmem_jax.models.decoder import Decoder
+from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.training.flops import ParameterCounts, decoder_parameters, memory_parameters
+
+
+def network_cost(network: nnx.Module, counts: ParameterCounts) -> dict[str, int]:
+    """Returns parameters, those without embeddings and output head, and bytes of a network."""
+    leaves = jax.tree.leaves(nnx.state(network))
+    return {
+        "parameters": counts.total,
+        "non_embedding_parameters": counts.non_embedding,
+        "parameter_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+    }
+
+
+def datastore_bytes(layout: Layout) -> int:
+    """Returns the bytes of keys, labels and index that a kNN-LM searches."""
+    arrays = layout.datastore("train").load().arrays
+    stored = sum(_array_bytes(arrays[name]) for name in ("key", "label"))
+    files = layout.index.load().files
+    return stored + sum(int(file["bytes"]) for file in files.values())
+
+
+def _array_bytes(array: Mapping[str, Any]) -> int:
+    dtype = np.dtype(DTYPES.get(array["dtype"], array["dtype"]))
+    return int(np.prod(array["shape"], dtype=np.int64)) * dtype.itemsize
+
+
+def costs(config: Config, decoder: Decoder, memory: Memory) -> dict[str, dict[str, int]]:
+    """Returns parameters and bytes of each system."""
+    vocab = decoder.vocab_size
+    alone = network_cost(decoder, decoder_parameters(config.decoder, vocab))
+    added = network_cost(memory, memory_parameters(config.memory, config.decoder.width, vocab))
+    table = {}
+    for system in SYSTEMS:
+        cost = dict(alone)
+        if system == "memory":
+            cost = {name: value + added[name] for name, value in alone.items()}
+        searched = datastore_bytes(Layout(config)) if system == "knn" else 0
+        table[system] = cost | {
+            "datastore_bytes": searched,
+            "stored_bytes": cost["parameter_bytes"] + searched,
+        }
+    return table

@@ -1,0 +1,95 @@
+"""The explicit kNN-LM: log p_kNN of labels over all K neighbours, and its temperature.
+
+Suffixes: N rows of a split, K neighbours.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.datastore.store import open_array, read_rows
+from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.retrieval.distributions import LabelEvidence
+from mlpmem_jax.retrieval.temperature import Tuned, tune
+
+_NO_LABEL = -1  # of a neighbour that is missing
+
+
+class StoredNeighbors:
+    """The stored neighbours of a split's rows, with the neighbours' labels."""
+
+    def __init__(self, layout: Layout, split: Split, label_N: np.ndarray, train_label: np.ndarray):
+        """Opens the arrays.
+
+        Args:
+            layout: Where they are.
+            split: valid or test.
+            label_N: Labels of the split's rows.
+            train_label: Labels of the training rows, which are what is found.
+
+        Raises:
+            ArtifactError: Neighbours are missing, damaged, or of another number of rows.
+        """
+        path = layout.neighbors(split).path
+        self._row = open_array(path / "row")
+        self._distance = open_array(path / "distance")
+        self._label_N = label_N
+        self._train_label = train_label
+        self._step = layout.neighbors_arrays()["row"].shard_rows
+        if self._row.shape[0] != len(label_N):
+            raise ArtifactError(
+                f"{path}: neighbours of {self._row.shape[0]} rows, and the split has {len(label_N)}"
+            )
+
+    def _parts(self, chosen_N: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yields numbers of chosen rows, their distances and their neighbours' labels."""
+        for start in range(0, len(self._label_N), self._step):
+            stop = min(start + self._step, len(self._label_N))
+            inside = np.flatnonzero(chosen_N[start:stop])
+            if not len(inside):
+                continue
+            row_NK = read_rows(self._row, start, stop)[inside]
+            distance_NK = read_rows(self._distance, start, stop)[inside]
+            label_NK = np.where(row_NK >= 0, self._train_label[row_NK], _NO_LABEL)
+            yield start + inside, distance_NK, label_NK
+
+    def evidence(self, chosen_N: np.ndarray) -> LabelEvidence:
+        """Returns what the neighbours of chosen rows (bool [N]) say of their labels."""
+        rows, distances, labels = zip(*self._parts(chosen_N), strict=True)
+        return LabelEvidence(
+            np.concatenate(distances), np.concatenate(labels), self._label_N[np.concatenate(rows)]
+        )
+
+    def logprob(self, chosen_N: np.ndarray, temperature: float) -> np.ndarray:
+        """Returns float64 [N] log p_kNN(label); -inf where no neighbour has it, or not chosen."""
+        logprob_N = np.full(len(self._label_N), -np.inf)
+        for rows, distance, label in self._parts(chosen_N):
+            evidence = LabelEvidence(distance, label, self._label_N[rows])
+            logprob_N[rows] = evidence.logprob(temperature)
+        return logprob_N
+
+
+def tune_knn_lm(
+    neighbors: StoredNeighbors,
+    scored_N: np.ndarray,
+    decoder_N: np.ndarray,
+    most_rows: int | None,
+    seed: int,
+) -> Tuned:
+    """Chooses τ (and λ with it) on validation.
+
+    Args:
+        neighbors: Of the validation split.
+        scored_N: Rows that are scored, bool.
+        decoder_N: log p_LM(label).
+        most_rows: Use so many scored rows, drawn at random; None: all.
+        seed: Seed of that draw.
+    """
+    chosen_N = scored_N
+    scored = np.flatnonzero(scored_N)
+    if most_rows is not None and most_rows < len(scored):
+        drawn = np.random.default_rng(seed).choice(scored, most_rows, replace=False)
+        chosen_N = np.zeros_like(scored_N)
+        chosen_N[drawn] = True
+    return tune(neighbors.evidence(chosen_N), decoder_N[chosen_N])

@@ -1,0 +1,160 @@
+"""The memory's log-probabilities of a split's labels, from the stored inputs.
+
+Suffixes: B windows, L rows of a window, N rows of the split, D input width.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.input.feed import Batch, Feed
+from mlpmem_jax.input.rows import RowReader, TargetReader, compare_labels
+from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.parallel.sharding import replicated
+from mlpmem_jax.training.losses import means, memory_loss, token_logprob
+
+
+class SplitRows:
+    """Windows of a split's rows in order, each row once, in whole batches.
+
+    What lies behind the last row is zero, and its weight is.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        split: Split,
+        length: int,
+        batch_size: int,
+        separator: int,
+        *,
+        with_targets: bool,
+    ):
+        """Opens the arrays.
+
+        Args:
+            layout: Where they are.
+            split: Which split.
+            length: Rows in a window.
+            batch_size: Windows in a batch.
+            separator: Label that is not scored.
+            with_targets: Whether to read the kNN targets too.
+        """
+        self._length = length
+        self.batch_size = batch_size
+        self.has_targets = with_targets
+        self._separator = separator
+        self._artifact = layout.datastore(split)
+        self._rows = RowReader(self._artifact, {"input": layout.input_array(), "label": "label"})
+        self._targets = TargetReader(layout, split) if with_targets else None
+        self.num_rows = self._rows.num_rows
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of the batches that cover every row."""
+        rows = self._length * self.batch_size
+        return -(-self.num_rows // rows) * self.batch_size
+
+    def read(self, windows: np.ndarray) -> dict[str, np.ndarray]:
+        """Reads windows (int64 [B])."""
+        starts = np.asarray(windows, np.int64) * self._length
+        inside = np.minimum(starts, self.num_rows)
+        pending = self._rows.start(inside, self._length)
+        target_rows = self._targets.start(inside, self._length) if self._targets else None
+        rows = pending.result()
+        exists = starts[:, None] + np.arange(self._length) < self.num_rows
+        scored = exists & (rows["label"] != self._separator)
+        rows["weight"] = scored.astype(np.float32)
+        if self._targets and target_rows:
+            targets = target_rows.result()
+            names = f"{self._artifact.path} and {self._targets.artifact.path}"
+            compare_labels(rows["label"], targets["target_label"], starts, names)
+            rows |= TargetReader.prepared(targets)
+        return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryScores:
+    """What the memory says about a split.
+
+    Attributes:
+        logprob_N: log p_MEM(label), float32.
+        diagnostics: Means over scored rows against the kNN targets, where they were read:
+            cross-entropy, KL, agreement on the most probable token. Empty without targets.
+    """
+
+    logprob_N: np.ndarray
+    diagnostics: Mapping[str, float]
+
+
+def score_memory(
+    memory: Memory,
+    decoder_head_VD: jax.Array | None,
+    source: SplitRows,
+    mesh: jax.sharding.Mesh,
+    *,
+    chunk_tokens: int,
+) -> MemoryScores:
+    """Runs the memory over a split.
+
+    Args:
+        memory: A trained memory.
+        decoder_head_VD: The decoder's head, read only where the memory's is tied to it.
+        source: Rows of the split.
+        mesh: Devices; a batch's windows are spread over them.
+        chunk_tokens: Rows on a device whose logits exist at the same time.
+    """
+    graphdef, state = nnx.split(memory)
+
+    def score(state: Any, head_VD: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        network: Any = nnx.merge(graphdef, state)
+        hidden_BLE = network.hidden(batch["input"])
+        head_VE = network.head_VE(head_VD)
+        logprob_BL = token_logprob(
+            hidden_BLE,
+            head_VE,
+            batch["label"],
+            vocab_size=memory.vocab_size,
+            chunk_tokens=chunk_tokens,
+        )
+        if not source.has_targets:
+            return logprob_BL, {}
+        _, sums = memory_loss(
+            hidden_BLE,
+            head_VE,
+            batch["label"],
+            batch["weight"],
+            batch["target_id"],
+            batch["target_prob"],
+            batch["target_mass"],
+            1.0,
+            vocab_size=memory.vocab_size,
+            chunk_tokens=chunk_tokens,
+        )
+        return logprob_BL, sums
+
+    # Every process gets the whole result: each computes the same table.
+    jitted = jax.jit(score, out_shardings=replicated(mesh))
+    num_batches = source.num_windows // source.batch_size
+    feed = Feed(
+        source,
+        mesh,
+        batch_size=source.batch_size,
+        seed=0,
+        steps=range(num_batches),
+        shuffled=False,
+    )
+    parts: list[np.ndarray] = []
+    total: dict[str, Any] = {}
+    with jax.set_mesh(mesh):
+        for batch in feed:
+            logprob_BL, sums = jax.device_get(jitted(state, decoder_head_VD, batch))
+            parts.append(logprob_BL.reshape(-1))
+            total = {name: total.get(name, 0.0) + float(value) for name, value in sums.items()}
+    diagnostics = {name: float(value) for name, value in means(total).items() if name != "loss"}
+    return MemoryScores(np.concatenate(parts)[: source.num_rows], diagnostics)

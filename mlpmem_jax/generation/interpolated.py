@@ -1,0 +1,119 @@
+"""Decoder and memory as one next-token model with a key/value cache (paper, Eq. 7).
+
+Suffixes: B prompts, L tokens, D decoder width, V padded vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from mlpmem_jax.models.decoder import Cache, Decoder, Site
+from mlpmem_jax.models.interpolation import interpolate
+from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.parallel.sharding import replicated, spec
+
+_CACHE_NAMES = ("layers", "batch", None, "kv_heads", "head_width")
+
+
+class InterpolatedModel:
+    """A decoder, alone or with a memory, that continues sequences.
+
+    Attributes:
+        parameters: Pytree of what the functions below read; pass it to them, so that
+            compiled functions take it as an argument.
+        context_tokens: Tokens that a row of the cache holds.
+        vocab_size: Real entries of the vocabulary; padding has probability 0.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        memory: Memory | None,
+        *,
+        site: Site,
+        weight: float,
+        mesh: jax.sharding.Mesh,
+    ):
+        """Takes restored networks.
+
+        Args:
+            decoder: The decoder.
+            memory: The memory; None leaves the decoder alone.
+            site: The decoder's state that the memory reads.
+            weight: λ, the memory's weight, in [0, 1].
+            mesh: Where the parameters lie.
+        """
+        self.context_tokens = decoder.config.context_tokens
+        self.vocab_size = decoder.vocab_size
+        self._decoder, decoder_state = nnx.split(decoder)
+        self._memory: Any = None
+        memory_state: Any = None
+        if memory is not None:
+            self._memory, memory_state = nnx.split(memory)
+        self.parameters = (decoder_state, memory_state, jnp.float32(weight))
+        self._site = site
+        self.mesh = mesh
+
+    def empty_cache(self, num_prompts: int) -> Cache:
+        """Returns an empty cache for some prompts."""
+        decoder: Any = nnx.merge(self._decoder, self.parameters[0])
+        cache: Cache = decoder.init_cache(num_prompts, self.context_tokens)
+        return cache
+
+    def cache_shardings(self, num_prompts: int) -> Any:
+        """Returns where a cache lies: heads over the devices that hold their weights."""
+        shape = jax.eval_shape(lambda: self.empty_cache(num_prompts)).key.shape
+        heads = NamedSharding(self.mesh, spec(_CACHE_NAMES, shape, self.mesh))
+        places: Any = (heads, heads, replicated(self.mesh))
+        return Cache(*places)
+
+    def extend(
+        self, parameters: Any, cache: Cache, token_BL: jax.Array, length_B: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """Reads tokens and predicts what follows the last of each row.
+
+        Args:
+            parameters: As in `parameters`.
+            cache: What was read before.
+            token_BL: int32 ids, left-aligned.
+            length_B: int32, tokens to read of each row; a row that reads none keeps its
+                length, and its prediction means nothing.
+
+        Returns:
+            float32 log-probabilities of the interpolated distribution [B, V], -inf for
+            padding of the vocabulary; and the cache.
+        """
+        logprob_BV, _, cache = self.extend_with_states(parameters, cache, token_BL, length_B)
+        return logprob_BV, cache
+
+    def extend_with_states(
+        self,
+        parameters: Any,
+        cache: Cache,
+        token_BL: jax.Array,
+        length_B: jax.Array,
+        sites: Sequence[Site] = (),
+    ) -> tuple[jax.Array, dict[Site, jax.Array], Cache]:
+        """As `extend`, and returns the decoder's states [B, D] at the sites besides."""
+        decoder_state, memory_state, weight = parameters
+        decoder: Any = nnx.merge(self._decoder, decoder_state)
+        wanted = tuple(dict.fromkeys([*sites, *([self._site] if self._memory else [])]))
+        final_BLD, states, cache = decoder.extend(token_BL, cache, length_B, wanted)
+        last_B = jnp.maximum(length_B - 1, 0)
+
+        def at_last(state_BLD: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(state_BLD, last_B[:, None, None], axis=1)[:, 0]
+
+        last = {site: at_last(state) for site, state in states.items()}
+        logprob_BV = jax.nn.log_softmax(decoder.logits(at_last(final_BLD)), axis=-1)
+        if self._memory is not None:
+            memory: Any = nnx.merge(self._memory, memory_state)
+            hidden_BE = memory.hidden(last[self._site])
+            logits_BV = memory.logits(hidden_BE, decoder.head_VD())
+            memory_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+            logprob_BV = interpolate(memory_BV, logprob_BV, weight)
+        return logprob_BV, {site: last[site] for site in sites}, cache

@@ -1,0 +1,100 @@
+"""From a next-token distribution to a token: greedy, temperature, top-k, top-p.
+
+Each prompt has a random key of its own, and each of its tokens one derived from it by
+position: what a prompt yields depends on neither its batch nor how decoding is chunked.
+
+Suffixes: B prompts, V vocabulary.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        method: greedy takes the most probable token, random draws one.
+        temperature: Divides the log-probabilities before anything is cut off.
+        top_k: Keep so many most probable tokens.
+        top_p: Then keep the fewest, in falling order, whose mass reaches this share.
+    """
+
+    method: Literal["greedy", "random"] = "random"
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+def sorted_candidates(logprob_BV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    """Orders tokens by probability and cuts off those that may not be drawn.
+
+    Args:
+        logprob_BV: float32 log-probabilities; -inf (padding of the vocabulary) stays out.
+        sampling: What to cut off.
+
+    Returns:
+        Scaled log-probabilities in falling order, -inf where cut off, and their token ids;
+        both [B, C] with C = top_k, or V without one. Ties go to the lower id.
+    """
+    vocab = logprob_BV.shape[-1]
+    num_kept = vocab if sampling.top_k is None else min(sampling.top_k, vocab)
+    scaled_BC, id_BC = jax.lax.top_k(logprob_BV / sampling.temperature, num_kept)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        prob_BC = jax.nn.softmax(scaled_BC, axis=-1)
+        before_BC = jnp.cumsum(prob_BC, axis=-1) - prob_BC
+        # The most probable token always stays, whatever rounding does to a tiny top_p.
+        keep_BC = (before_BC < sampling.top_p).at[:, 0].set(True)
+        scaled_BC = jnp.where(keep_BC, scaled_BC, -jnp.inf)
+    return scaled_BC, id_BC
+
+
+def sample(logprob_BV: jax.Array, key_B: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draws one token for each prompt.
+
+    Args:
+        logprob_BV: float32 log-probabilities of the interpolated distribution.
+        key_B: Random keys, one a prompt; not read by greedy.
+        sampling: How to draw.
+
+    Returns:
+        int32 [B].
+    """
+    if sampling.method == "greedy":
+        return jnp.argmax(logprob_BV, axis=-1).astype(jnp.int32)
+    scaled_BC, id_BC = sorted_candidates(logprob_BV, sampling)
+    rank_B = jax.vmap(jax.random.categorical)(key_B, scaled_BC)
+    return jnp.take_along_axis(id_BC, rank_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def prompt_keys(seed: int, prompts: Sequence[str]) -> jax.Array:
+    """Returns a random key for each prompt, from the seed and its text.
+
+    A prompt that occurs several times gets another key each time, so asking for the same
+    prompt three times gives three samples.
+    """
+    seen: dict[str, int] = {}
+    keys = []
+    base = jax.random.key(seed)
+    for prompt in prompts:
+        occurrence = seen.get(prompt, 0)
+        seen[prompt] = occurrence + 1
+        text = jax.random.fold_in(base, zlib.crc32(prompt.encode("utf-8", "surrogatepass")))
+        keys.append(jax.random.fold_in(text, occurrence))
+    return jnp.stack(keys)
+
+
+def token_keys(key_B: jax.Array, position_B: jax.Array) -> jax.Array:
+    """Returns the keys of the tokens to be drawn, from the prompts' keys.
+
+    Args:
+        key_B: The prompts' keys.
+        position_B: int32, how many tokens each prompt has been given so far.
+    """
+    return jax.vmap(jax.random.fold_in)(key_B, position_B)

@@ -1,0 +1,121 @@
+"""The table: decoder, + kNN-LM, + memory on held-out text."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import is_speaker, say
+from mlpmem_jax.datastore.files import read_json, write_bytes, write_json
+from mlpmem_jax.datastore.layout import SPLITS, Layout
+from mlpmem_jax.datastore.manifest import MANIFEST, Artifact
+from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.stage import Completion, Stage
+
+# Scores, counts and curves: a function of the run directory, bit for bit on CPU.
+RESULTS = "evaluate.json"
+# Times, which differ from one run to the next.
+MEASURED = "measured.json"
+TABLE = "evaluate.csv"
+PICTURE = "evaluate.png"
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    """Returns what decides the results, besides what they are about."""
+    return {"seed": config.seed, "evaluate": config.evaluate.recipe()}
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns the one stage of this command."""
+    layout = Layout(config)
+    upstream = (
+        layout.tokens,
+        layout.decoder,
+        *(layout.datastore(split) for split in SPLITS),
+        layout.index,
+        layout.neighbors("valid"),
+        layout.neighbors("test"),
+        layout.targets("valid"),
+        layout.memory,
+    )
+    return [
+        Stage(
+            artifact=layout.results,
+            recipe=recipe(config),
+            upstream=upstream,
+            build=functools.partial(_build, config),
+            estimate=functools.partial(_estimate, config),
+        )
+    ]
+
+
+def _estimate(config: Config) -> Mapping[str, Any]:
+    rows = config.evaluate.knn_valid_rows
+    return {"neighbours of validation rows": "all rows" if rows is None else rows}
+
+
+def _build(config: Config) -> Completion:
+    from mlpmem_jax.evaluation.evaluation import evaluate_run
+    from mlpmem_jax.evaluation.picture import draw
+    from mlpmem_jax.evaluation.table import as_csv
+    from mlpmem_jax.parallel.mesh import check_batch, make_mesh
+
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, "evaluate.batch_size", config.evaluate.batch_size)
+    results, latency = evaluate_run(config, mesh)
+    measured = {"latency_ms": latency}
+    path = Layout(config).results.path
+    if is_speaker():
+        write_json(path / RESULTS, results)
+        write_json(path / MEASURED, measured)
+        write_bytes(path / TABLE, as_csv(results, measured).encode())
+        write_bytes(path / PICTURE, draw(results))
+    memory = results["systems"]["memory"]
+    counts = {"test_tokens": results["test"]["tokens"], "test_nats": memory["test_nats"]}
+    return Completion(counts=counts, files=[RESULTS], measured=measured)
+
+
+def print_report(config: Config) -> None:
+    """Prints the table of finished results, the time of each stage, and where files lie."""
+    from mlpmem_jax.evaluation.table import as_text
+
+    layout = Layout(config)
+    path = layout.results.path
+    layout.results.verify()
+    measured = read_json(path / MEASURED) | {"seconds": stage_seconds(layout)}
+    say()
+    say(as_text(read_json(path / RESULTS), measured))
+    say()
+    for name in (RESULTS, TABLE, PICTURE):
+        say(f"  {path / name}")
+    say()
+
+
+def stage_seconds(layout: Layout) -> dict[str, float]:
+    """Returns how long each command took, by the manifests that there are."""
+    artifacts: list[Artifact] = [
+        layout.tokenizer,
+        layout.tokens,
+        layout.decoder,
+        *(layout.datastore(split) for split in SPLITS),
+        layout.index,
+        *(layout.neighbors(split) for split in SPLITS),
+        *(layout.targets(split) for split in SPLITS),
+        layout.memory,
+        layout.results,
+    ]
+    seconds: dict[str, float] = {}
+    for artifact in artifacts:
+        if (artifact.path / MANIFEST).exists():
+            spent = float(artifact.load().measured.get("seconds", 0.0))
+            seconds[artifact.command] = seconds.get(artifact.command, 0.0) + spent
+    return seconds
+
+
+def main(config: Config, options: Options) -> int:
+    """Runs the command."""
+    code = execute(stages, config, options)
+    if code == 0 and not options.dry_run:
+        print_report(config)
+    return code

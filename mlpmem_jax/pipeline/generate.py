@@ -1,0 +1,113 @@
+"""Prompts to text, with the memory interpolated in every step."""
+
+import sys
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import is_speaker, say
+from mlpmem_jax.datastore.files import read_json
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.manifest import MANIFEST
+from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.pipeline.evaluate import RESULTS
+from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.options import Options
+
+
+def main(config: Config, options: Options) -> int:
+    """Runs the command."""
+    if options.dry_run:
+        return execute(lambda _: [], config, options)
+    # Artifacts are checked before a device is touched.
+    weight = 0.0 if options.without_memory else _interpolation(config)
+    generate(config, weight, with_memory=not options.without_memory)
+    return 0
+
+
+def _interpolation(config: Config) -> float:
+    """Returns λ as configured, or as `evaluate` chose it on validation.
+
+    Raises:
+        ArtifactError: The memory is not trained, or λ was never chosen.
+    """
+    layout = Layout(config)
+    if not (layout.memory.path / MANIFEST).exists():
+        raise ArtifactError(
+            f"{layout.memory.path}: the memory is not trained yet; train it with the command "
+            "`train`, or generate with --without-memory"
+        )
+    if config.generate.interpolation != "auto":
+        return config.generate.interpolation
+    results = layout.results
+    if not (results.path / MANIFEST).exists():
+        raise ArtifactError(
+            f"{results.path}: generate.interpolation=auto takes λ from the results of "
+            "`evaluate`, and there are none; run `evaluate`, or set generate.interpolation "
+            "to a number from 0 to 1"
+        )
+    made_from = results.load().made_from
+    memory = layout.memory
+    if made_from.get(memory.relative) != memory.load().fingerprint:
+        raise ArtifactError(
+            f"{results.path}: λ was chosen for another memory than {memory.path}; run "
+            "`evaluate --rebuild`, or set generate.interpolation"
+        )
+    return float(read_json(results.path / RESULTS)["systems"]["memory"]["interpolation"])
+
+
+def generate(config: Config, weight: float, *, with_memory: bool) -> None:
+    """Continues the configured prompts on the terminal.
+
+    Args:
+        config: The whole configuration.
+        weight: λ.
+        with_memory: Whether there is a memory.
+
+    Raises:
+        ArtifactError: A network or the tokenizer is missing, damaged, or fits no other.
+    """
+    from mlpmem_jax.corpus.tokenizer import load_tokenizer
+    from mlpmem_jax.generation.decode import Generator
+    from mlpmem_jax.generation.interpolated import InterpolatedModel
+    from mlpmem_jax.generation.sampling import Sampling
+    from mlpmem_jax.generation.stream import Screen, TextStream
+    from mlpmem_jax.models.decoder import Site
+    from mlpmem_jax.parallel.mesh import make_mesh
+    from mlpmem_jax.training.networks import finished_decoder, finished_memory
+
+    layout, settings = Layout(config), config.generate
+    tokenizer = load_tokenizer(layout.tokenizer)
+    mesh = make_mesh(config.mesh)
+    decoder = finished_decoder(config, mesh)
+    if tokenizer.vocab_size != decoder.vocab_size:
+        raise ArtifactError(
+            f"{layout.tokenizer.path} has a vocabulary of {tokenizer.vocab_size} tokens and "
+            f"{layout.decoder.path} one of {decoder.vocab_size}: use the tokenizer that the "
+            "decoder was trained with"
+        )
+    model = InterpolatedModel(
+        decoder,
+        finished_memory(config, mesh) if with_memory else None,
+        site=Site.of(config.datastore.input, config.decoder.num_layers),
+        weight=weight,
+        mesh=mesh,
+    )
+    sampling = Sampling(settings.sampling, settings.temperature, settings.top_k, settings.top_p)
+    generator = Generator(model, sampling, tokenizer.separator_id)
+    prompts = list(settings.prompts)
+    ids = [list(map(int, each)) for each in tokenizer.encode(prompts)]
+    how = f"λ = {weight:.3f}" if with_memory else "decoder alone"
+    say(f"sample ({how}, {settings.sampling}):")
+    out = sys.stdout if is_speaker() else None
+    screen = Screen(out, prompts) if out else None
+    streams = [TextStream(tokenizer.rust, skip=[tokenizer.separator_id]) for _ in prompts]
+    seed = config.seed if settings.seed is None else settings.seed
+    for place, token in generator.stream(prompts, ids, settings.max_new_tokens, seed):
+        if screen is None:
+            continue
+        if token is None:
+            screen.show(place, streams[place].close())
+            screen.finish(place)
+        else:
+            screen.show(place, streams[place].push(token))
+    if is_speaker():
+        print(f"generated {generator.timing}", file=sys.stderr, flush=True)

@@ -1,0 +1,64 @@
+"""The search index over the training split's keys."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.stage import Completion, Stage
+
+# Keys of `retrieval` that decide the index; the others decide what is kept of a search.
+_KEYS = (
+    "engine",
+    "num_neighbors",
+    "min_recall",
+    "recall_queries",
+    "shard_rows",
+    "num_leaves",
+    "num_leaves_to_search",
+    "num_reorder",
+    "dims_per_block",
+    "training_rows",
+)
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    """Returns what decides the index, besides the keys."""
+    retrieval = config.retrieval.recipe()
+    return {"seed": config.seed, "retrieval": {name: retrieval[name] for name in _KEYS}}
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns the one stage of this command."""
+    layout = Layout(config)
+    return [
+        Stage(
+            artifact=layout.index,
+            recipe=recipe(config),
+            upstream=(layout.datastore("train"),),
+            build=functools.partial(_build, config),
+            estimate=functools.partial(_estimate, config),
+        )
+    ]
+
+
+def _estimate(config: Config) -> Mapping[str, Any]:
+    from mlpmem_jax.retrieval.building import estimate
+
+    return estimate(config)
+
+
+def _build(config: Config) -> Completion:
+    from mlpmem_jax.parallel.mesh import make_mesh
+    from mlpmem_jax.retrieval.building import build_index
+
+    built = build_index(config, make_mesh(config.mesh))
+    return Completion(counts=built.counts, files=built.files, measured=built.measured)
+
+
+def main(config: Config, options: Options) -> int:
+    """Runs the command."""
+    return execute(stages, config, options)

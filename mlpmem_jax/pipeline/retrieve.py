@@ -1,0 +1,123 @@
+"""Neighbours of every row, and the next-token distributions that they imply."""
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.stage import Completion, Stage
+
+if TYPE_CHECKING:
+    from mlpmem_jax.retrieval.building import ExactCache
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns the stages: neighbours of valid and test, then targets of train and valid.
+
+    Valid and test are searched exactly, whatever the engine: they tune and score the
+    explicit kNN-LM that the memory is held against. Train is searched by the engine.
+    """
+    from mlpmem_jax.retrieval.building import ExactCache
+
+    layout = Layout(config)
+    exact = ExactCache(config)
+    train = layout.datastore("train")
+    kept = [
+        Stage(
+            artifact=layout.neighbors(split),
+            recipe=_neighbors_recipe(config),
+            upstream=(train, layout.datastore(split)),
+            build=functools.partial(_build_neighbors, config, split, exact),
+            estimate=functools.partial(_estimate, config, split),
+        )
+        for split in ("valid", "test")
+    ]
+    if config.retrieval.keep_train == "all":
+        kept.append(
+            Stage(
+                artifact=layout.neighbors("train"),
+                recipe=_neighbors_recipe(config),
+                upstream=(train, layout.index),
+                build=functools.partial(_build_neighbors, config, "train", exact),
+                estimate=functools.partial(_estimate, config, "train"),
+            )
+        )
+    valid = (layout.datastore("valid"), layout.neighbors("valid"))
+    searched = (
+        layout.neighbors("train") if config.retrieval.keep_train == "all" else layout.index
+    )
+    return [
+        *kept,
+        Stage(
+            artifact=layout.targets("train"),
+            recipe=_targets_recipe(config),
+            upstream=(layout.tokens, train, searched, *valid),
+            build=functools.partial(_build_train_targets, config, exact),
+            estimate=functools.partial(_estimate_targets, config, "train"),
+        ),
+        Stage(
+            artifact=layout.targets("valid"),
+            recipe=_targets_recipe(config),
+            upstream=(layout.tokens, train, *valid, layout.targets("train")),
+            build=functools.partial(_build_valid_targets, config),
+            estimate=functools.partial(_estimate_targets, config, "valid"),
+        ),
+    ]
+
+
+def _neighbors_recipe(config: Config) -> dict[str, Any]:
+    names = ("num_neighbors", "min_recall", "recall_queries")
+    retrieval = config.retrieval.recipe()
+    return {
+        "seed": config.seed,
+        "retrieval": {name: retrieval[name] for name in names},
+        "datastore": {
+            "shard_rows": config.datastore.shard_rows,
+            "chunk_rows": config.datastore.chunk_rows,
+        },
+    }
+
+
+def _targets_recipe(config: Config) -> dict[str, Any]:
+    return {**_neighbors_recipe(config), "targets": config.targets.recipe()}
+
+
+def _estimate(config: Config, split: Split) -> Mapping[str, Any]:
+    from mlpmem_jax.retrieval.targets import estimate_neighbors
+
+    return estimate_neighbors(config, split)
+
+
+def _estimate_targets(config: Config, split: Split) -> Mapping[str, Any]:
+    from mlpmem_jax.retrieval.targets import estimate_targets
+
+    return estimate_targets(config, split)
+
+
+def _build_neighbors(config: Config, split: Split, exact: "ExactCache") -> Completion:
+    from mlpmem_jax.retrieval.targets import keep_neighbors
+
+    made = keep_neighbors(config, split, exact)
+    return Completion(counts=made.counts, arrays=made.arrays, measured=made.measured)
+
+
+def _build_train_targets(config: Config, exact: "ExactCache") -> Completion:
+    from mlpmem_jax.retrieval.targets import make_train_targets
+
+    made = make_train_targets(config, exact)
+    return Completion(counts=made.counts, arrays=made.arrays, measured=made.measured)
+
+
+def _build_valid_targets(config: Config) -> Completion:
+    from mlpmem_jax.retrieval.targets import make_valid_targets
+
+    made = make_valid_targets(config)
+    return Completion(counts=made.counts, arrays=made.arrays, measured=made.measured)
+
+
+def main(config: Config, options: Options) -> int:
+    """Runs the command."""
+    return execute(stages, config, options)

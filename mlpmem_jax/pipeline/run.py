@@ -1,0 +1,36 @@
+"""All stages in order, each skipped when complete and current; then the table and a sample."""
+
+from collections.abc import Sequence
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.pipeline import (
+    embed,
+    evaluate,
+    generate,
+    index,
+    pretrain,
+    retrieve,
+    tokenize,
+    train,
+)
+from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.stage import Rebuild, Stage
+
+
+def stages(config: Config) -> list[Stage]:
+    """Returns every stage, in the order of the data flow."""
+    parts: Sequence[list[Stage]] = [
+        command.stages(config)
+        for command in (tokenize, pretrain, embed, index, retrieve, train, evaluate)
+    ]
+    return [stage for part in parts for stage in part]
+
+
+def main(config: Config, options: Options) -> int:
+    """Runs the whole pipeline."""
+    code = execute(stages, config, options, when_rebuilding=Rebuild.STALE)
+    if code or options.dry_run:
+        return code
+    evaluate.print_report(config)
+    return generate.main(config, options)

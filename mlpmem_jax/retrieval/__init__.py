@@ -1,0 +1,1 @@
+"""Neighbours of hidden states, and the next-token distributions that they imply."""

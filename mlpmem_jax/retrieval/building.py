@@ -1,0 +1,204 @@
+"""Making, checking and opening the index artifact of a run."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import say
+from mlpmem_jax.datastore.files import check_free_space, human_bytes, read_json, write_json
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.errors import UserError
+from mlpmem_jax.retrieval import approximate, recall
+from mlpmem_jax.retrieval.approximate import SEARCH, ApproximateEngine, SearchSettings
+from mlpmem_jax.retrieval.engine import Engine, StoredKeys, choose_engine
+from mlpmem_jax.retrieval.exact import ExactEngine
+from mlpmem_jax.retrieval.neighbors import check_enough_rows
+
+# Calibration and measurement draw different rows: the measurement stays unbiased.
+CALIBRATION_SEED = 1
+MEASUREMENT_SEED = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltIndex:
+    """What the index's manifest says."""
+
+    counts: Mapping[str, Any]
+    files: list[str]
+    measured: Mapping[str, Any]
+
+
+def estimate(config: Config) -> dict[str, Any]:
+    """Returns disk and memory needed, as far as the number of rows is known."""
+    layout = Layout(config)
+    width = config.decoder.width
+    try:
+        num_rows = int(layout.datastore("train").load().counts["rows"])
+    except UserError:
+        return {"index": "known once the datastore exists"}
+    largest = min(num_rows, config.retrieval.shard_rows)
+    return {
+        "index bytes on disk, at most": approximate.index_bytes(
+            num_rows, width, config.retrieval.dims_per_block
+        ),
+        "index bytes of memory, at most": approximate.build_memory_bytes(
+            largest, width, config.retrieval.training_rows
+        ),
+    }
+
+
+def exact_engine(config: Config, mesh: jax.sharding.Mesh) -> ExactEngine:
+    """Opens the exact engine over the training split's keys."""
+    keys = StoredKeys(Layout(config).datastore("train"))
+    _check_memory(keys.num_rows * (keys.width + 1) * 4, "the exact engine", "mesh.data (devices)")
+    return ExactEngine(keys, mesh, config.retrieval.key_chunk_rows)
+
+
+def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
+    """Builds the index, or continues a build that was interrupted.
+
+    Raises:
+        UserError: There are too few rows, too little memory or disk, or ScaNN is missing.
+    """
+    layout = Layout(config)
+    retrieval = config.retrieval
+    keys = StoredKeys(layout.datastore("train"))
+    check_enough_rows(retrieval.num_neighbors, keys.num_rows, str(layout.datastore("train").path))
+    choice = choose_engine(retrieval, keys.num_rows, mesh.devices.flat[0].platform)
+    say(f"index: {choice.engine} engine ({choice.why})")
+    counts: dict[str, Any] = {"engine": choice.engine, "rows": keys.num_rows}
+    measured: dict[str, Any] = {"why": choice.why}
+    if choice.engine == "exact":  # Nothing to build: it reads the datastore's keys.
+        return BuiltIndex(counts, [], measured)
+    path = layout.index.path
+    approximate.remove_unfinished(path)
+    largest = min(keys.num_rows, retrieval.shard_rows)
+    _check_memory(
+        approximate.build_memory_bytes(largest, keys.width, retrieval.training_rows),
+        "building an index shard",
+        f"retrieval.shard_rows={retrieval.shard_rows}",
+    )
+    check_free_space(
+        config.workdir,
+        approximate.index_bytes(keys.num_rows, keys.width, retrieval.dims_per_block),
+        "the index",
+    )
+    files: list[str] = []
+    for number, num_shards, names in approximate.build_shards(keys, path, retrieval):
+        files += names
+        say(f"index: shard {number + 1} of {num_shards} is built")
+    settings = _settings(config, mesh, keys, measured)
+    write_json(path / SEARCH, dataclasses.asdict(settings))
+    shard_rows = max(len(rows) for rows in approximate.shard_ranges(keys.num_rows, largest))
+    counts |= {
+        "shards": num_shards,
+        "num_leaves": approximate.num_leaves(retrieval, shard_rows),
+        **dataclasses.asdict(settings),
+    }
+    say(
+        f"index: {settings.num_leaves_to_search} of {counts['num_leaves']} leaves are searched, "
+        f"{settings.num_reorder} candidates scored exactly"
+    )
+    return BuiltIndex(counts, [*files, SEARCH], measured)
+
+
+def _settings(
+    config: Config, mesh: jax.sharding.Mesh, keys: StoredKeys, measured: dict[str, Any]
+) -> SearchSettings:
+    """Returns how thoroughly to search; auto: until the recall is above the floor."""
+    retrieval = config.retrieval
+    shard_rows = max(
+        len(rows) for rows in approximate.shard_ranges(keys.num_rows, retrieval.shard_rows)
+    )
+    first = approximate.first_leaves_to_search(retrieval, shard_rows)
+    settings = SearchSettings(first, approximate.num_reorder(retrieval))
+    if retrieval.num_leaves_to_search != "auto":
+        return settings
+    engine = ApproximateEngine(Layout(config).index.path, settings)
+    sample = recall.draw_sample(
+        keys,
+        exact_engine(config, mesh).search,
+        retrieval.recall_queries,
+        retrieval.num_neighbors,
+        (config.seed, CALIBRATION_SEED),
+    )
+
+    def measure_with(num_leaves: int) -> float:
+        engine.settings = dataclasses.replace(settings, num_leaves_to_search=num_leaves)
+        return recall.measure(engine, sample)
+
+    last = approximate.num_leaves(retrieval, shard_rows)
+    leaves, found = recall.calibrate(measure_with, first, last, retrieval.min_recall)
+    measured["calibration_recall"] = found
+    return dataclasses.replace(settings, num_leaves_to_search=leaves)
+
+
+def open_index(
+    config: Config, exact: "functools.partial[ExactEngine] | ExactCache"
+) -> tuple[Engine, SearchSettings | None]:
+    """Opens the engine that the index artifact names; its files are verified first.
+
+    Args:
+        config: The run's configuration.
+        exact: Makes the exact engine, where that is the one.
+
+    Returns:
+        The engine, and how thoroughly it searches (none: exactly).
+
+    Raises:
+        ArtifactError: The index is missing or a file of it is damaged (named).
+    """
+    artifact = Layout(config).index
+    manifest = artifact.verify()
+    if manifest.counts["engine"] == "exact":
+        return exact(), None
+    settings = SearchSettings(**read_json(artifact.path / SEARCH))
+    return ApproximateEngine(artifact.path, settings), settings
+
+
+class ExactCache:
+    """Opens the exact engine once and keeps it while it is needed: its keys fill memory."""
+
+    def __init__(self, config: Config):
+        self._config = config
+        self._engine: ExactEngine | None = None
+
+    def __call__(self) -> ExactEngine:
+        """Returns the engine."""
+        if self._engine is None:
+            from mlpmem_jax.parallel.mesh import make_mesh
+
+            self._engine = exact_engine(self._config, make_mesh(self._config.mesh))
+        return self._engine
+
+    def release(self) -> None:
+        """Frees its memory; a later call opens it again."""
+        self._engine = None
+
+
+def _check_memory(needed_bytes: int, what: str, way_out: str) -> None:
+    available = _available_bytes()
+    if available is not None and needed_bytes > available:
+        raise UserError(
+            f"{what} needs {human_bytes(needed_bytes)} of memory and "
+            f"{human_bytes(available)} are free: change {way_out}"
+        )
+
+
+def _available_bytes() -> int | None:
+    """Returns the memory that can be had without swapping; none where that is not known."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return None

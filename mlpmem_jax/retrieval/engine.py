@@ -1,0 +1,217 @@
+"""What a search engine is, which one `retrieval.engine: auto` takes, and the keys they read."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator
+from typing import Literal, Protocol
+
+import numpy as np
+
+from mlpmem_jax.config.data import RetrievalConfig
+from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.datastore.store import array_path, open_array, read_rows
+from mlpmem_jax.errors import ArtifactError, ConfigError
+from mlpmem_jax.retrieval.merge import Neighbors
+
+EngineName = Literal["scann", "exact"]
+
+# Rows from which building an index and searching it approximately costs less than scoring
+# every pair, where every row is a query. Exact work grows with the square of the rows; on
+# accelerators it is some hundred times faster, and the index still lives on the host.
+CROSSOVER_ROWS = {"cpu": 60_000}
+CROSSOVER_ROWS_ACCELERATOR = 4_000_000
+READ_ROWS = 65536
+
+
+class Engine(Protocol):
+    """Finds nearest rows."""
+
+    @property
+    def name(self) -> EngineName:
+        """Its name in `retrieval.engine`."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that it searches."""
+        ...
+
+    def search(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
+        """Returns neighbours ordered by (distance, row), filled up where there are fewer.
+
+        Args:
+            query_QD: float32 queries.
+            num_neighbors: K.
+        """
+        ...
+
+
+class Keys(Protocol):
+    """Keys of a datastore, read in ranges."""
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """D."""
+        ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Returns float32 keys [start, stop); every value is finite."""
+        ...
+
+    def take(self, row_Q: np.ndarray) -> np.ndarray:
+        """Returns float32 keys of single rows (int64)."""
+        ...
+
+
+class StoredKeys:
+    """Keys of a split of a datastore on disk."""
+
+    def __init__(self, artifact: Artifact):
+        self._artifact = artifact
+        self._store = open_array(artifact.path / "key")
+        self.num_rows, self.width = (int(n) for n in self._store.shape)
+        expected = artifact.load().counts["rows"]
+        if self.num_rows != expected:
+            raise ArtifactError(
+                f"{array_path(self._store)}: {self.num_rows} rows, the manifest says {expected}"
+            )
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Returns float32 keys [start, stop).
+
+        Raises:
+            ArtifactError: A shard is missing or damaged, or a key is not finite.
+        """
+        key_ND = read_rows(self._store, start, stop).astype(np.float32, copy=False)
+        check_finite(key_ND, start, str(self._artifact.path / "key"))
+        return key_ND
+
+    def take(self, row_Q: np.ndarray) -> np.ndarray:
+        """Returns float32 keys of single rows (int64)."""
+        try:
+            taken = np.asarray(self._store[row_Q].read().result())
+        except (ValueError, RuntimeError, OSError) as error:
+            path = array_path(self._store)
+            raise ArtifactError(f"{path}: damaged or incomplete ({error})") from None
+        return taken.astype(np.float32, copy=False)
+
+
+class ArrayKeys:
+    """Keys in memory."""
+
+    def __init__(self, key_ND: np.ndarray, name: str = "keys"):
+        self._key_ND = key_ND
+        self._name = name
+        self.num_rows, self.width = key_ND.shape
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Returns float32 keys [start, stop)."""
+        key_ND = self._key_ND[start:stop].astype(np.float32, copy=False)
+        check_finite(key_ND, start, self._name)
+        return key_ND
+
+    def take(self, row_Q: np.ndarray) -> np.ndarray:
+        """Returns float32 keys of single rows (int64)."""
+        return self._key_ND[row_Q].astype(np.float32, copy=False)
+
+
+class SomeKeys:
+    """The rows [first_row, first_row + num_rows) of other keys."""
+
+    def __init__(self, keys: Keys, first_row: int, num_rows: int):
+        self._keys = keys
+        self._first_row = first_row
+        self.num_rows, self.width = num_rows, keys.width
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Returns float32 keys, rows counted from `first_row`."""
+        return self._keys.read(self._first_row + start, self._first_row + stop)
+
+    def take(self, row_Q: np.ndarray) -> np.ndarray:
+        """Returns float32 keys of single rows, counted from `first_row`."""
+        return self._keys.take(row_Q + self._first_row)
+
+
+def read_all(keys: Keys) -> np.ndarray:
+    """Returns all keys as float32 [N, D]."""
+    key_ND = np.empty((keys.num_rows, keys.width), np.float32)
+    for part in row_ranges(keys.num_rows, READ_ROWS):
+        key_ND[part] = keys.read(part.start, part.stop)
+    return key_ND
+
+
+def row_ranges(num_rows: int, step: int, first: int = 0) -> Iterator[slice]:
+    """Cuts rows [first, num_rows) into ranges of `step` rows."""
+    for start in range(first, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+def check_finite(key_ND: np.ndarray, first_row: int, name: str) -> None:
+    """Refuses NaN and infinite keys, which would abort an index build or poison distances.
+
+    Raises:
+        ArtifactError: Names the first such row.
+    """
+    # The sum of a row of finite keys is finite: they come from 16-bit or trained values.
+    with np.errstate(over="ignore", invalid="ignore"):
+        suspicious_N = ~np.isfinite(key_ND.sum(axis=1, dtype=np.float64))
+    if suspicious_N.any():
+        is_bad_N = ~np.isfinite(key_ND).all(axis=1)
+        row = first_row + int(is_bad_N.argmax())
+        raise ArtifactError(
+            f"{name}: row {row} is not finite ({int(is_bad_N.sum())} such rows in "
+            f"[{first_row}, {first_row + len(key_ND)})); embed again with "
+            "datastore.dtype=bfloat16 or float32"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The engine that is used, and why."""
+
+    engine: EngineName
+    why: str
+
+
+def is_approximate_installed() -> bool:
+    """Returns whether the approximate engine can be imported."""
+    try:
+        return importlib.util.find_spec("scann") is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def choose_engine(config: RetrievalConfig, num_rows: int, platform: str) -> Choice:
+    """Resolves `retrieval.engine`.
+
+    Args:
+        config: The section.
+        num_rows: Rows of the datastore.
+        platform: Kind of the devices, for example "cpu".
+
+    Raises:
+        ConfigError: ScaNN is asked for and not installed.
+    """
+    if config.engine == "exact":
+        return Choice("exact", "retrieval.engine=exact")
+    installed = is_approximate_installed()
+    if config.engine == "scann":
+        if not installed:
+            raise ConfigError(
+                "retrieval.engine=scann: the package scann is not installed (pip install scann; "
+                "Linux only); retrieval.engine=exact needs no package"
+            )
+        return Choice("scann", "retrieval.engine=scann")
+    if not installed:
+        return Choice("exact", "auto: the package scann is not installed")
+    crossover = CROSSOVER_ROWS.get(platform, CROSSOVER_ROWS_ACCELERATOR)
+    if num_rows <= crossover:
+        return Choice(
+            "exact", f"auto: {num_rows:,} rows are at most {crossover:,}, where exact is faster"
+        )
+    return Choice("scann", f"auto: {num_rows:,} rows are more than {crossover:,}")

@@ -1,0 +1,128 @@
+"""Ordering, merging and filtering of neighbour lists. Rows are int64, NumPy only.
+
+Every list is ordered by (distance, row), so equal distances have one answer, whatever
+the number of shards or devices that found them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+MISSING_ROW = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbors:
+    """Neighbours of Q queries.
+
+    Attributes:
+        distance_QK: float32 squared L2 distances, ascending; inf where there is none.
+        row_QK: int64 rows of the datastore; -1 where there is none.
+    """
+
+    distance_QK: np.ndarray
+    row_QK: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row_QK)
+
+
+def sortable(distance: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Packs (distance, place) into uint64 whose order is lexicographic.
+
+    Args:
+        distance: float32, not negative and not NaN; inf is allowed.
+        place: Integers in [0, 2**32) that break ties.
+
+    Returns:
+        uint64 of the same shape. Sorting them is several times faster than `lexsort`.
+    """
+    # The bits of non-negative floats are ordered as the floats; -0 becomes +0.
+    bits = (distance.astype(np.float32, copy=False) + np.float32(0)).view(np.uint32)
+    return (bits.astype(np.uint64) << np.uint64(32)) | place.astype(np.uint64)
+
+
+def unpack(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Undoes :func:`sortable`: float32 distances and int64 places."""
+    distance = (packed >> np.uint64(32)).astype(np.uint32).view(np.float32)
+    return distance, (packed & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+def sort_neighbors(distance_QK: np.ndarray, row_QK: np.ndarray) -> Neighbors:
+    """Orders each list by (distance, row); NaN distances become missing.
+
+    Args:
+        distance_QK: float32, any order.
+        row_QK: int64; the row of a missing neighbour is ignored.
+    """
+    missing = ~np.isfinite(distance_QK) | (row_QK < 0)
+    distance_QK = np.where(missing, np.float32(np.inf), np.maximum(distance_QK, 0))
+    row_QK = np.where(missing, MISSING_ROW, row_QK).astype(np.int64, copy=False)
+    # Rows may exceed 32 bits: first by row, then by (distance, place in that order).
+    by_row = np.argsort(row_QK, axis=1)
+    place = np.broadcast_to(np.arange(row_QK.shape[1]), row_QK.shape)
+    packed = sortable(np.take_along_axis(distance_QK, by_row, axis=1), place)
+    packed.sort(axis=1)
+    distance, order = unpack(packed)
+    return Neighbors(
+        distance, np.take_along_axis(np.take_along_axis(row_QK, by_row, axis=1), order, axis=1)
+    )
+
+
+def merge(parts: Sequence[Neighbors], num_neighbors: int) -> Neighbors:
+    """Merges the lists that shards found for the same queries.
+
+    Args:
+        parts: One a shard; together they hold the nearest `num_neighbors` of each query.
+        num_neighbors: K; lists are filled up with missing neighbours where fewer are known.
+    """
+    distance = np.concatenate([part.distance_QK for part in parts], axis=1)
+    row = np.concatenate([part.row_QK for part in parts], axis=1)
+    ordered = sort_neighbors(distance, row) if len(parts) > 1 else parts[0]
+    return fit(ordered, num_neighbors)
+
+
+def concatenate(parts: Sequence[Neighbors]) -> Neighbors:
+    """Joins the lists of consecutive queries."""
+    return Neighbors(
+        np.concatenate([part.distance_QK for part in parts]),
+        np.concatenate([part.row_QK for part in parts]),
+    )
+
+
+def fit(neighbors: Neighbors, num_neighbors: int) -> Neighbors:
+    """Cuts or fills lists so that each has `num_neighbors` entries."""
+    extra = num_neighbors - neighbors.row_QK.shape[1]
+    if extra <= 0:
+        return Neighbors(
+            neighbors.distance_QK[:, :num_neighbors], neighbors.row_QK[:, :num_neighbors]
+        )
+    widths = ((0, 0), (0, extra))
+    return Neighbors(
+        np.pad(neighbors.distance_QK, widths, constant_values=np.inf),
+        np.pad(neighbors.row_QK, widths, constant_values=MISSING_ROW),
+    )
+
+
+def drop_own_row(neighbors: Neighbors, own_row_Q: np.ndarray) -> Neighbors:
+    """Removes each query's own row, by number; where it is absent, the farthest entry.
+
+    The own row may be absent: as many rows with the same key may precede it.
+
+    Args:
+        neighbors: K + 1 neighbours of each query.
+        own_row_Q: int64 row number of each query.
+
+    Returns:
+        K neighbours of each query.
+    """
+    is_own = neighbors.row_QK == own_row_Q[:, None]
+    last = neighbors.row_QK.shape[1] - 1
+    dropped_Q = np.where(is_own.any(axis=1), is_own.argmax(axis=1), last)
+    columns = np.arange(last)
+    kept = columns + (columns >= dropped_Q[:, None])
+    return Neighbors(
+        np.take_along_axis(neighbors.distance_QK, kept, axis=1),
+        np.take_along_axis(neighbors.row_QK, kept, axis=1),
+    )

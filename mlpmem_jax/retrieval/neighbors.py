@@ -1,0 +1,195 @@
+"""Searching a whole split: batch by batch, written in whole shards, resumable.
+
+While an engine searches a batch, a second thread turns the one before into what is stored
+and writes finished shards; ScaNN, XLA and NumPy release the interpreter's lock.
+"""
+
+import concurrent.futures
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlpmem_jax.console import is_speaker, progress
+from mlpmem_jax.datastore.layout import ArraySpec
+from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.datastore.store import (
+    PendingWrite,
+    create_array,
+    describe,
+    finished_shards,
+    open_array,
+    read_rows,
+    write_rows,
+)
+from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.retrieval.engine import Engine, Keys, row_ranges
+from mlpmem_jax.retrieval.merge import Neighbors, drop_own_row
+
+# Rows of a batch and what was found for them, to arrays of the same rows.
+Consume = Callable[[slice, Neighbors], Mapping[str, np.ndarray]]
+_MAX_PENDING_BATCHES = 4
+
+
+def check_enough_rows(num_neighbors: int, num_rows: int, name: str) -> None:
+    """Refuses more neighbours than a row has, its own row excluded.
+
+    Raises:
+        ConfigError: Names the key and both numbers.
+    """
+    if num_neighbors > num_rows - 1:
+        raise ConfigError(
+            f"retrieval.num_neighbors={num_neighbors} is more than the {max(0, num_rows - 1)} "
+            f"other rows of {name} ({num_rows} rows, a row's own excluded)"
+        )
+
+
+def search(
+    engine: Engine, query_QD: np.ndarray, num_neighbors: int, own_row_Q: np.ndarray | None
+) -> Neighbors:
+    """Returns K neighbours; with `own_row_Q` (int64) each query's own row is left out."""
+    if own_row_Q is None:
+        return engine.search(query_QD, num_neighbors)
+    return drop_own_row(engine.search(query_QD, num_neighbors + 1), own_row_Q)
+
+
+class ShardWriter:
+    """Arrays of a split that are written together, a whole shard at a time."""
+
+    def __init__(self, artifact: Artifact, specs: Mapping[str, ArraySpec], num_rows: int):
+        self.num_rows = num_rows
+        self._dtypes = {name: np.dtype(spec.dtype) for name, spec in specs.items()}
+        self._stores = {
+            name: create_array(
+                artifact.path / name,
+                shape=(num_rows, *spec.tail),
+                dtype=spec.dtype,
+                shard_rows=spec.shard_rows,
+                chunk_rows=spec.chunk_rows,
+            )
+            for name, spec in specs.items()
+        }
+        (self.shard_rows,) = {spec.shard_rows for spec in specs.values()}
+        finished = [finished_shards(store) for store in self._stores.values()]
+        self.finished = frozenset.intersection(*finished)
+        self._pending: list[PendingWrite] = []
+
+    @property
+    def remaining(self) -> list[slice]:
+        """Rows of the shards that are not on disk yet."""
+        shards = row_ranges(self.num_rows, self.shard_rows)
+        return [rows for n, rows in enumerate(shards) if n not in self.finished]
+
+    def write(self, rows: slice, arrays: Mapping[str, np.ndarray]) -> None:
+        """Begins to write a shard, after the one before is on disk."""
+        self.wait()
+        self._pending = [
+            write_rows(store, rows.start, arrays[name].astype(self._dtypes[name], copy=False))
+            for name, store in self._stores.items()
+        ]
+
+    def wait(self) -> None:
+        """Waits until what was given is on disk."""
+        for write in self._pending:
+            write.result()
+        self._pending = []
+
+    def describe(self) -> dict[str, Any]:
+        """Returns shapes and dtypes for the manifest."""
+        return {name: describe(store) for name, store in self._stores.items()}
+
+
+def search_split(
+    engine: Engine,
+    keys: Keys,
+    writer: ShardWriter,
+    consume: Consume,
+    *,
+    num_neighbors: int,
+    query_batch: int,
+    exclude_own_row: bool,
+    description: str,
+) -> dict[str, float]:
+    """Searches every row of a split that is not written yet.
+
+    Args:
+        engine: What is searched.
+        keys: The queries: keys of the split.
+        writer: Where results go; finished shards are skipped.
+        consume: Turns rows and their neighbours into the arrays to write, in another thread.
+        num_neighbors: K.
+        query_batch: Queries searched at once.
+        exclude_own_row: Whether queries are rows of the datastore that is searched.
+        description: What the progress bar says.
+
+    Returns:
+        Numbers for the manifest: queries of this start, seconds, queries per second.
+    """
+    remaining = writer.remaining
+    num_queries = sum(rows.stop - rows.start for rows in remaining)
+    bar = progress(
+        writer.num_rows, "row", description, initial=writer.num_rows - num_queries
+    )
+    started = time.monotonic()
+    with bar, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        tasks: list[concurrent.futures.Future[Any]] = []
+        for shard in remaining:
+            parts: list[concurrent.futures.Future[Any]] = []
+            for rows in row_ranges(shard.stop, query_batch, first=shard.start):
+                own = np.arange(rows.start, rows.stop, dtype=np.int64) if exclude_own_row else None
+                found = search(engine, keys.read(rows.start, rows.stop), num_neighbors, own)
+                parts.append(pool.submit(consume, rows, found))
+                bar.update(rows.stop - rows.start)
+                tasks = _drain([*tasks, parts[-1]], _MAX_PENDING_BATCHES)
+            tasks = _drain([*tasks, pool.submit(_write, writer, shard, parts)], _MAX_PENDING_BATCHES)
+        _drain(tasks, 0)
+        writer.wait()
+    seconds = time.monotonic() - started
+    return {
+        "queries": num_queries,
+        "search_secs": round(seconds, 3),
+        "queries_per_sec": round(num_queries / seconds, 1) if num_queries else 0.0,
+    }
+
+
+def _drain(
+    tasks: Sequence[concurrent.futures.Future[Any]], allowed: int
+) -> list[concurrent.futures.Future[Any]]:
+    """Waits until at most so many tasks are left; lets their errors through."""
+    count = max(0, len(tasks) - allowed)
+    for task in tasks[:count]:
+        task.result()
+    return list(tasks[count:])
+
+
+def _write(
+    writer: ShardWriter, shard: slice, parts: Sequence[concurrent.futures.Future[Any]]
+) -> None:
+    # Tasks run in order in one thread: the parts are done.
+    arrays = [part.result() for part in parts]
+    if is_speaker():
+        writer.write(
+            shard, {name: np.concatenate([one[name] for one in arrays]) for name in arrays[0]}
+        )
+
+
+class StoredNeighbors:
+    """Reads the neighbours of a split."""
+
+    def __init__(self, artifact: Artifact):
+        artifact.load()
+        self._row = open_array(artifact.path / "row")
+        self._distance = open_array(artifact.path / "distance")
+        self.num_rows = int(self._row.shape[0])
+        self.num_neighbors = int(self._row.shape[1])
+
+    def read(self, start: int, stop: int) -> Neighbors:
+        """Returns the neighbours of rows [start, stop).
+
+        Raises:
+            ArtifactError: A shard is missing or damaged.
+        """
+        return Neighbors(
+            read_rows(self._distance, start, stop), read_rows(self._row, start, stop)
+        )

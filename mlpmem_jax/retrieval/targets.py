@@ -1,0 +1,338 @@
+"""Making the artifacts of `retrieve`: kept neighbours and sparse targets of a split."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import say
+from mlpmem_jax.datastore.files import check_free_space, read_json, write_json
+from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.datastore.store import open_array, read_rows
+from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.retrieval import recall, temperature
+from mlpmem_jax.retrieval.building import MEASUREMENT_SEED, ExactCache, open_index
+from mlpmem_jax.retrieval.distributions import (
+    LabelEvidence,
+    sparse_distributions,
+    without_targets,
+)
+from mlpmem_jax.retrieval.engine import Engine, StoredKeys, row_ranges
+from mlpmem_jax.retrieval.merge import Neighbors
+from mlpmem_jax.retrieval.neighbors import (
+    ShardWriter,
+    StoredNeighbors,
+    check_enough_rows,
+    search_split,
+)
+from mlpmem_jax.retrieval.temperature import Tuned
+
+TEMPERATURE = "temperature.json"
+# More rows than this do not make τ any surer.
+_TUNING_ROWS = 1 << 17
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What the manifest of a finished artifact says."""
+
+    counts: Mapping[str, Any]
+    arrays: Mapping[str, Any]
+    measured: Mapping[str, Any]
+
+
+def keep_neighbors(config: Config, split: Split, exact: ExactCache) -> Made:
+    """Finds and stores the neighbours of a split among the training rows.
+
+    Valid and test exactly; train by the engine of the index, each row's own excluded.
+    """
+    layout = Layout(config)
+    _check_same_origin(layout, split)
+    keys = StoredKeys(layout.datastore(split))
+    _check_rows(config)
+    writer = _writer(config, layout.neighbors(split), layout.neighbors_arrays(), keys.num_rows)
+    measured: dict[str, Any] = {"engine": "exact"}
+    engine: Engine
+    if split == "train":
+        engine, about = _measured_engine(config, exact, keys)
+        measured |= about
+    else:
+        engine = exact()
+
+    def consume(rows: slice, found: Neighbors) -> Mapping[str, np.ndarray]:
+        del rows
+        return {"row": found.row_QK, "distance": found.distance_QK}
+
+    measured |= _search(config, split, engine, keys, writer, consume)
+    return Made({"rows": keys.num_rows}, writer.describe(), measured)
+
+
+def make_train_targets(config: Config, exact: ExactCache) -> Made:
+    """Makes the targets of training rows: τ first, then a search unless neighbours are kept."""
+    layout = Layout(config)
+    tuned = _temperature(config)
+    _check_rows(config)
+    keys = StoredKeys(layout.datastore("train"))
+    sink = _TargetSink(config, "train", tuned.temperature)
+    measured: dict[str, Any] = _about(tuned)
+    if config.retrieval.keep_train == "all":
+        measured |= _search_numbers(layout.neighbors("train").load().measured)
+        sink.take_stored(StoredNeighbors(layout.neighbors("train")))
+    else:
+        engine, about = _measured_engine(config, exact, keys)
+        measured |= about
+        measured |= _search(config, "train", engine, keys, sink.writer, sink.consume)
+    exact.release()
+    return sink.finish(measured)
+
+
+def make_valid_targets(config: Config) -> Made:
+    """Makes the targets of validation rows from their kept neighbours, with train's τ."""
+    layout = Layout(config)
+    made = layout.targets("train").load()
+    sink = _TargetSink(config, "valid", float(made.counts["temperature"]))
+    sink.take_stored(StoredNeighbors(layout.neighbors("valid")))
+    return sink.finish({})
+
+
+class _TargetSink:
+    """Turns neighbours into targets and writes them."""
+
+    def __init__(self, config: Config, split: Split, temperature_: float):
+        layout = Layout(config)
+        tokens = layout.tokens.load().counts
+        self._temperature = temperature_
+        self._num_tokens = config.targets.num_tokens
+        self._separator_id = int(tokens["separator_id"])
+        self._train_label_N = read_labels(layout, "train")
+        self._label_N = self._train_label_N if split == "train" else read_labels(layout, split)
+        self.writer = _writer(
+            config,
+            layout.targets(split),
+            layout.targets_arrays(int(tokens["vocab_size"])),
+            len(self._label_N),
+        )
+
+    def consume(self, rows: slice, found: Neighbors) -> Mapping[str, np.ndarray]:
+        """Returns the targets of rows; those that are never scored have none."""
+        label_Q = self._label_N[rows]
+        made = sparse_distributions(
+            found.distance_QK,
+            self._train_label_N[np.maximum(found.row_QK, 0)],
+            self._temperature,
+            self._num_tokens,
+        )
+        made = without_targets(made, label_Q != self._separator_id)
+        return {"id": made.id_QS, "prob": made.prob_QS, "mass": made.mass_Q, "label": label_Q}
+
+    def take_stored(self, stored: StoredNeighbors) -> None:
+        """Makes targets of neighbours that lie on disk."""
+        for rows in self.writer.remaining:
+            self.writer.write(rows, self.consume(rows, stored.read(rows.start, rows.stop)))
+        self.writer.wait()
+
+    def finish(self, measured: Mapping[str, Any]) -> Made:
+        """Returns what the manifest says; the mean mass is read back from what was written."""
+        is_scored_N = self._label_N != self._separator_id
+        arrays = self.writer.describe()
+        counts = {
+            "rows": len(self._label_N),
+            "rows_with_target": int(is_scored_N.sum()),
+            "temperature": self._temperature,
+        }
+        return Made(counts, arrays, measured)
+
+
+def read_labels(layout: Layout, split: Split) -> np.ndarray:
+    """Returns the int32 labels of a split."""
+    store = open_array(layout.datastore(split).path / "label")
+    return read_rows(store, 0, int(store.shape[0]))
+
+
+def label_evidence(
+    layout: Layout, split: Split, separator_id: int, max_rows: int | None = None
+) -> tuple[LabelEvidence, np.ndarray]:
+    """Reads what the kept neighbours say of the labels of a split.
+
+    Args:
+        layout: The run.
+        split: "valid" or "test".
+        separator_id: Rows with this label are never scored.
+        max_rows: Whole storage shards, evenly spread, with about so many rows; none: all.
+
+    Returns:
+        Evidence of the scored rows, and their int64 row numbers.
+    """
+    stored = StoredNeighbors(layout.neighbors(split))
+    train_label_N, label_N = read_labels(layout, "train"), read_labels(layout, split)
+    piece = 1 << 14
+    pieces = list(row_ranges(stored.num_rows, piece))
+    if max_rows is not None and stored.num_rows > max_rows:
+        kept = np.linspace(0, len(pieces) - 1, max(1, max_rows // piece), dtype=np.int64)
+        pieces = [pieces[n] for n in np.unique(kept)]
+    rows, distances, labels = [], [], []
+    for part in pieces:
+        row_M = np.flatnonzero(label_N[part] != separator_id)
+        found = stored.read(part.start, part.stop)
+        rows.append(row_M + part.start)
+        distances.append(found.distance_QK[row_M])
+        labels.append(train_label_N[np.maximum(found.row_QK[row_M], 0)])
+    row_N = np.concatenate(rows)
+    evidence = LabelEvidence(np.concatenate(distances), np.concatenate(labels), label_N[row_N])
+    return evidence, row_N
+
+
+def _temperature(config: Config) -> Tuned:
+    """Returns τ, given or chosen on validation; what was chosen is kept for a later start."""
+    layout = Layout(config)
+    file = layout.targets("train").path / TEMPERATURE
+    if file.exists():
+        return Tuned(**read_json(file))
+    separator_id = int(layout.tokens.load().counts["separator_id"])
+    evidence, row_N = label_evidence(layout, "valid", separator_id, _TUNING_ROWS)
+    if not len(evidence):
+        raise UserError(f"{layout.datastore('valid').path}: no row to choose τ and λ on")
+    store = open_array(layout.datastore("valid").path / "logprob")
+    logprob_N = read_rows(store, 0, int(store.shape[0]))[row_N]
+    asked = config.targets.temperature
+    if asked == "auto":
+        tuned = temperature.tune(evidence, logprob_N)
+        how = "chosen on validation"
+    else:
+        tuned = temperature.fixed(evidence, logprob_N, asked)
+        how = "given"
+    say(
+        f"targets: temperature {tuned.temperature:g} ({how}); kNN-LM on validation "
+        f"{tuned.nats:.4f} nats at weight {tuned.weight:.3f}, decoder {tuned.decoder_nats:.4f}"
+    )
+    write_json(file, dataclasses.asdict(tuned))
+    return tuned
+
+
+def _about(tuned: Tuned) -> dict[str, Any]:
+    return {
+        "knn_lm_weight": tuned.weight,
+        "knn_lm_valid_nats": tuned.nats,
+        "decoder_valid_nats": tuned.decoder_nats,
+    }
+
+
+def _measured_engine(
+    config: Config, exact: ExactCache, keys: StoredKeys
+) -> tuple[Engine, dict[str, Any]]:
+    """Opens the engine of the index and measures its recall.
+
+    Raises:
+        ConfigError: The recall is below `retrieval.min_recall`.
+    """
+    engine, settings = open_index(config, exact)
+    reference = recall.plain_search(keys) if settings is None else exact().search
+    sample = recall.draw_sample(
+        keys,
+        reference,
+        config.retrieval.recall_queries,
+        config.retrieval.num_neighbors,
+        (config.seed, MEASUREMENT_SEED),
+    )
+    found = recall.measure(engine, sample)
+    num_queries = len(sample.row_Q)
+    say(
+        f"retrieve: recall@{config.retrieval.num_neighbors} of the {engine.name} engine is "
+        f"{found:.4f} on {num_queries:,} random rows"
+    )
+    recall.check(found, config.retrieval, settings, num_queries)
+    if settings is not None:
+        exact.release()
+    measured = {"engine": engine.name, "recall": found, "recall_queries": num_queries}
+    return engine, measured
+
+
+def _search(
+    config: Config,
+    split: Split,
+    engine: Engine,
+    keys: StoredKeys,
+    writer: ShardWriter,
+    consume: Any,
+) -> dict[str, Any]:
+    numbers = search_split(
+        engine,
+        keys,
+        writer,
+        consume,
+        num_neighbors=config.retrieval.num_neighbors,
+        query_batch=config.retrieval.query_batch,
+        exclude_own_row=split == "train",
+        description=f"retrieve {split}",
+    )
+    if numbers["queries"]:
+        say(
+            f"retrieve: {numbers['queries']:,} rows of {split} by the {engine.name} engine, "
+            f"{numbers['queries_per_sec']:,.0f} rows/s"
+        )
+    return numbers
+
+
+def _search_numbers(measured: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("engine", "recall", "recall_queries", "queries_per_sec")
+    return {name: measured[name] for name in names if name in measured}
+
+
+def _writer(config: Config, artifact: Any, specs: Any, num_rows: int) -> ShardWriter:
+    needed = num_rows * sum(spec.row_bytes for spec in specs.values())
+    begun = (artifact.path / next(iter(specs))).exists()
+    check_free_space(config.workdir, 0 if begun else needed, artifact.relative)
+    return ShardWriter(artifact, specs, num_rows)
+
+
+def _check_rows(config: Config) -> None:
+    train = Layout(config).datastore("train")
+    num_rows = int(train.load().counts["rows"])
+    check_enough_rows(config.retrieval.num_neighbors, num_rows, str(train.path))
+
+
+def _check_same_origin(layout: Layout, split: Split) -> None:
+    """Refuses splits that different decoders or tokenizers made."""
+    train, other = layout.datastore("train").load(), layout.datastore(split).load()
+    for name in train.made_from:
+        if train.made_from[name] != other.made_from.get(name):
+            raise ArtifactError(
+                f"{layout.datastore(split).path}: made from another {name} "
+                f"({other.made_from.get(name)}) than {layout.datastore('train').path} "
+                f"({train.made_from[name]}); run embed again with --rebuild"
+            )
+
+
+def _rows(config: Config, split: Split) -> int | None:
+    try:
+        return int(Layout(config).datastore(split).load().counts["rows"])
+    except UserError:
+        return None
+
+
+def estimate_neighbors(config: Config, split: Split) -> dict[str, Any]:
+    """Returns disk and work of keeping the neighbours of a split."""
+    num_rows, num_keys = _rows(config, split), _rows(config, "train")
+    if num_rows is None or num_keys is None:
+        return {"neighbours": "known once the datastore exists"}
+    specs = Layout(config).neighbors_arrays()
+    return {
+        "rows": num_rows,
+        "bytes on disk": num_rows * sum(spec.row_bytes for spec in specs.values()),
+        "bytes of memory": num_keys * (config.decoder.width + 1) * 4,
+        "flops": 2.0 * num_rows * num_keys * config.decoder.width,
+    }
+
+
+def estimate_targets(config: Config, split: Split) -> dict[str, Any]:
+    """Returns disk of the targets of a split."""
+    num_rows = _rows(config, split)
+    if num_rows is None:
+        return {"targets": "known once the datastore exists"}
+    specs = Layout(config).targets_arrays(config.tokenizer.vocab_size)
+    return {
+        "rows": num_rows,
+        "bytes on disk": num_rows * sum(spec.row_bytes for spec in specs.values()),
+    }

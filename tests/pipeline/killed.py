@@ -1,0 +1,53 @@
+"""Runs a command and kills its own process, as `kill -9` would, at a call of a function.
+
+    python killed.py FUNCTION N before|after ARGUMENTS…
+
+FUNCTION is a dotted name; at its N-th call the process dies, before the call's body or
+right after it (writes that it began are then half done).
+"""
+
+import functools
+import importlib
+import os
+import signal
+import sys
+
+
+def _owner(dotted):
+    parts = dotted.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        try:
+            owner = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[end:-1]:
+            owner = getattr(owner, name)
+        return owner, parts[-1]
+    raise SystemExit(f"{dotted}: no such function")
+
+
+def _die_at_call(dotted, number, when):
+    owner, name = _owner(dotted)
+    function = getattr(owner, name)
+    calls = 0
+
+    @functools.wraps(function)
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == number and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*args, **kwargs)
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, counted)
+
+
+if __name__ == "__main__":
+    dotted, number, when, *arguments = sys.argv[1:]
+    _die_at_call(dotted, int(number), when)
+    from mlpmem_jax.__main__ import main
+
+    sys.exit(main(arguments))

@@ -1,0 +1,112 @@
+"""kill -9 in every stage: the same command continues, and the numbers are those of a run
+that nobody interrupted, bit for bit."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.datastore.layout import SPLITS, Layout
+from mlpmem_jax.datastore.store import open_array, read_rows
+from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.training.networks import finished_decoder, finished_memory
+
+HERE = Path(__file__).resolve().parent
+TINY = HERE.parents[1] / "configs" / "tiny.yaml"
+SHARDS = "mlpmem_jax.datastore.shards.write_rows"
+SAVE = "mlpmem_jax.training.checkpoint.Checkpoints.save"
+STEP = "mlpmem_jax.training.monitor.Monitor.dispatched"
+
+# In the order of the stages, all in one work directory: where the process is killed, and
+# the artifact that is then begun and not finished.
+KILLS = [
+    ("mlpmem_jax.datastore.store.Appender.append", 40, "after", "tokens"),
+    ("mlpmem_jax.datastore.manifest.Artifact.finish", 1, "before", "tokens"),
+    (STEP, 3, "after", "decoder/base"),  # before the first checkpoint
+    (SAVE, 1, "after", "decoder/base"),  # while it is being written
+    (STEP, 6, "before", "decoder/base"),
+    (SHARDS, 7, "after", "datastore/base/train"),
+    (SHARDS, 200, "after", "datastore/base/train"),
+    ("mlpmem_jax.datastore.manifest.Artifact.finish", 3, "before", "datastore/base/test"),
+    ("mlpmem_jax.datastore.manifest.Artifact.finish", 2, "before", "index/base"),
+    (SHARDS, 5, "after", "neighbors/base/valid"),
+    (SHARDS, 90, "after", "targets/base/train"),
+    (SAVE, 1, "after", "memory/base"),
+    (STEP, 2, "after", "memory/base"),
+    ("mlpmem_jax.datastore.manifest.Artifact.finish", 2, "before", "results/base"),
+]
+
+
+def _arrays(config):
+    layout = Layout(config)
+    paths = [layout.tokens.path / s / "token" for s in SPLITS]
+    for split in SPLITS:
+        folder = layout.datastore(split).path
+        paths += [folder / name for name in layout.datastore_arrays()]
+    paths += [layout.neighbors(s).path / n for s in ("valid", "test") for n in ("row", "distance")]
+    paths += [
+        layout.targets(s).path / n for s in ("train", "valid") for n in ("id", "prob", "mass")
+    ]
+    stores = {str(p.relative_to(layout.workdir)): open_array(p) for p in paths}
+    return {name: read_rows(store, 0, store.shape[0]) for name, store in stores.items()}
+
+
+def _weights(config):
+    mesh = single_device_mesh()
+    networks = finished_decoder(config, mesh), finished_memory(config, mesh)
+    return [np.asarray(leaf) for net in networks for leaf in jax.tree.leaves(nnx.state(net))]
+
+
+def _numbers(config):
+    raw = json.loads((Layout(config).results.path / "evaluate.json").read_text())
+    return {name: value for name, value in raw.items() if name not in ("latency", "seconds")}
+
+
+def _losses(config, name):
+    file = Layout(config).workdir / "results" / "metrics" / name / "metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    return [(r["step"], r["loss"]) for r in records if "loss" in r]
+
+
+def test_killed_in_every_stage_equals_uninterrupted(tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = ["run", "--config", str(TINY), "--workdir", str(workdir)]
+    for function, number, when, artifact in KILLS:
+        command = [sys.executable, str(HERE / "killed.py"), function, str(number), when]
+        died = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+        assert died.returncode == -signal.SIGKILL, (function, number, died.stdout, died.stderr)
+        assert (workdir / artifact / "building.json").exists(), (function, number, died.stdout)
+        assert not (workdir / artifact / "manifest.json").exists(), (function, number)
+    last = subprocess.run(
+        [sys.executable, "-m", "mlpmem_jax", *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert last.returncode == 0, last.stderr
+    config = load_config(TINY, (), {"workdir": str(workdir)})
+    expected, found = _arrays(tiny_run), _arrays(config)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    for a, b in zip(_weights(config), _weights(tiny_run), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for name in ("decoder-base", "memory-base"):
+        assert _losses(config, name) == _losses(tiny_run, name)
+    assert _numbers(config) == _numbers(tiny_run)
+
+
+@pytest.mark.usefixtures("tiny_run")
+def test_a_second_start_makes_nothing(tiny_run, capsys):
+    from mlpmem_jax.__main__ import main
+
+    before = {p: p.stat().st_mtime_ns for p in Path(tiny_run.workdir).rglob("manifest.json")}
+    assert main(["run", "--config", str(TINY), "--workdir", tiny_run.workdir]) == 0
+    output = capsys.readouterr().out
+    assert output.count(": complete (") == len(before)
+    assert ": making" not in output and ": continuing" not in output
+    assert before == {p: p.stat().st_mtime_ns for p in Path(tiny_run.workdir).rglob("manifest.json")}

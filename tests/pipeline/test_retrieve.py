@@ -1,0 +1,312 @@
+"""`index` and `retrieve` over a made-up datastore: results, resuming, mistakes."""
+
+import dataclasses
+import sys
+
+import numpy as np
+import pytest
+
+from mlpmem_jax.datastore.layout import SPLITS, Layout
+from mlpmem_jax.datastore.store import create_array, open_array, read_rows, write_rows
+from mlpmem_jax.errors import ArtifactError, ConfigError
+from mlpmem_jax.pipeline import index, retrieve
+from mlpmem_jax.pipeline.stage import run_stages
+from mlpmem_jax.retrieval import approximate, neighbors, targets
+from mlpmem_jax.retrieval.distributions import knn_logprob
+
+WIDTH, VOCAB, SEPARATOR = 32, 300, 0
+ROWS = {"train": 3000, "valid": 700, "test": 500}
+K = 12
+
+
+def _states(generator, num_rows):
+    """Keys in clusters, some repeated, with labels that the cluster decides in part."""
+    centres = np.random.default_rng(5).normal(size=(60, WIDTH)).astype(np.float32)
+    cluster = generator.integers(0, 60, num_rows)
+    key = centres[cluster] + 0.3 * generator.normal(size=(num_rows, WIDTH))
+    key[num_rows // 2 : num_rows // 2 + 40] = key[0]
+    noise = generator.integers(1, VOCAB, num_rows)
+    label = np.where(generator.random(num_rows) < 0.6, cluster + 1, noise)
+    label[::97] = SEPARATOR
+    return key, label
+
+
+@pytest.fixture
+def make_run(make_config):
+    def make(*overrides, bad_row=None, workdir=None):
+        config = make_config(
+            "datastore.shard_rows=1024",
+            f"decoder.width={WIDTH}",
+            f"retrieval.num_neighbors={K}",
+            "targets.num_tokens=6",
+            *overrides,
+            workdir=workdir,
+        )
+        layout = Layout(config)
+        if (layout.tokens.path / "manifest.json").exists():
+            return config
+        for artifact in (layout.tokens, layout.decoder):
+            artifact.begin({}, {})
+            artifact.finish(counts={"separator_id": SEPARATOR, "vocab_size": VOCAB})
+        origin = {one.relative: one.load().fingerprint for one in (layout.tokens, layout.decoder)}
+        for seed, split in enumerate(SPLITS):
+            generator = np.random.default_rng(seed)
+            key, label = _states(generator, ROWS[split])
+            if bad_row is not None and split == "train":
+                key[bad_row, 3] = np.nan
+            arrays = {
+                "key": key,
+                "label": label,
+                "logprob": np.full(ROWS[split], -np.log(VOCAB)),
+            }
+            artifact = layout.datastore(split)
+            artifact.begin({}, origin)
+            for name, values in arrays.items():
+                spec = layout.datastore_arrays()[name]
+                store = create_array(
+                    artifact.path / name,
+                    shape=values.shape,
+                    dtype=spec.dtype,
+                    shard_rows=spec.shard_rows,
+                    chunk_rows=spec.chunk_rows,
+                )
+                for start in range(0, len(values), 1024):
+                    part = values[start : start + 1024].astype(spec.dtype)
+                    write_rows(store, start, part).result()
+            artifact.finish(counts={"rows": ROWS[split]})
+        return config
+
+    return make
+
+
+def _run(config):
+    run_stages([*index.stages(config), *retrieve.stages(config)])
+    return Layout(config)
+
+
+def _all(artifact, name):
+    store = open_array(artifact.path / name)
+    return read_rows(store, 0, store.shape[0])
+
+
+def _reference(layout, split):
+    """Distances and rows of all neighbours by plain NumPy."""
+    train = _all(layout.datastore("train"), "key").astype(np.float32)
+    query = _all(layout.datastore(split), "key").astype(np.float32)
+    difference = query[:, None] - train[None]
+    distance = np.einsum("qnd,qnd->qn", difference, difference)
+    if split == "train":
+        np.fill_diagonal(distance, np.inf)
+    order = np.argsort(distance, axis=1, kind="stable")[:, :K]
+    return np.take_along_axis(distance, order, axis=1), order
+
+
+def _expected_target(distance, label, tau, kept):
+    """A loop over neighbours: the kNN distribution of one row."""
+    probability = np.zeros(VOCAB)
+    for d, y in zip(distance, label, strict=True):
+        probability[y] += np.exp(-(float(d) - float(distance[0])) / tau)
+    probability /= probability.sum()
+    top = np.lexsort((np.arange(VOCAB), -probability.astype(np.float32)))[:kept]
+    return top, probability[top]
+
+
+def test_exact_neighbours_and_targets(make_run, capsys):
+    layout = _run(make_run("retrieval.engine=exact"))
+    assert "recall@12 of the exact engine is 1.0000 on 1,0" in capsys.readouterr().out
+    for split in ("valid", "test"):
+        distance, row = _reference(layout, split)
+        np.testing.assert_array_equal(_all(layout.neighbors(split), "row"), row)
+        np.testing.assert_allclose(
+            _all(layout.neighbors(split), "distance"), distance, rtol=1e-5
+        )
+    train_label = _all(layout.datastore("train"), "label")
+    for split in ("train", "valid"):
+        manifest = layout.targets(split).load()
+        tau = manifest.counts["temperature"]
+        distance, row = _reference(layout, split)
+        label = _all(layout.datastore(split), "label")
+        found = {name: _all(layout.targets(split), name) for name in ("id", "prob", "mass")}
+        np.testing.assert_array_equal(_all(layout.targets(split), "label"), label)
+        is_separator = label == SEPARATOR
+        assert is_separator.any()
+        assert not found["mass"][is_separator].any() and not found["prob"][is_separator].any()
+        for n in np.flatnonzero(~is_separator)[::53]:
+            _, prob = _expected_target(distance[n], train_label[row[n]], tau, 6)
+            np.testing.assert_allclose(found["prob"][n], prob, atol=6e-4)
+            np.testing.assert_allclose(found["mass"][n], prob.sum(), rtol=1e-4)
+        assert manifest.counts["rows_with_target"] == (~is_separator).sum()
+
+
+def test_the_temperature_is_the_best_on_validation(make_run):
+    layout = _run(make_run("retrieval.engine=exact"))
+    made = layout.targets("train").load()
+    evidence, row = targets.label_evidence(layout, "valid", SEPARATOR)
+    uniform = np.full(len(row), -np.log(VOCAB))
+
+    def nats(tau):
+        weights = np.linspace(0, 1, 200, endpoint=False)[:, None]
+        knn = np.exp(evidence.logprob(tau))[None]
+        mixed = np.log(weights * knn + (1 - weights) * np.exp(uniform)[None])
+        return -mixed.mean(axis=1).max()
+
+    best = min(nats(tau) for tau in np.geomspace(0.05, 100, 60))
+    assert made.measured["knn_lm_valid_nats"] <= best + 1e-4
+    assert 0 < made.measured["knn_lm_weight"] < 1
+
+
+def test_the_approximate_engine(make_run, capsys):
+    pytest.importorskip("scann")
+    config = make_run("retrieval.engine=scann", "retrieval.shard_rows=1600")
+    layout = _run(config)
+    made = layout.targets("train").load()
+    assert made.measured["engine"] == "scann" and made.measured["recall"] >= 0.95
+    assert layout.index.load().counts["shards"] == 2
+    exact = _reference(layout, "train")
+    assert exact[0].shape == (3000, K)
+    run_stages([*index.stages(config), *retrieve.stages(config)])
+    assert capsys.readouterr().out.count(": complete (") == 5
+
+
+def test_auto_says_what_it_chose(make_run, capsys):
+    run_stages(index.stages(make_run("retrieval.engine=auto")))
+    assert "index: exact engine (auto: 3,000 rows are at most" in capsys.readouterr().out
+
+
+def test_neighbours_of_training_rows_can_be_kept(make_run, tmp_path):
+    without = _run(make_run("retrieval.engine=exact"))
+    direct = {name: _all(without.targets("train"), name) for name in ("id", "prob", "mass")}
+    config = make_run("retrieval.engine=exact", "retrieval.keep_train=all")
+    without.targets("train").remove()
+    without.targets("valid").remove()
+    layout = _run(config)
+    _, row = _reference(layout, "train")
+    np.testing.assert_array_equal(_all(layout.neighbors("train"), "row"), row)
+    for name, values in direct.items():
+        np.testing.assert_array_equal(_all(layout.targets("train"), name), values)
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("engine", ["exact", "scann"])
+def test_a_killed_search_continues_bit_for_bit(make_run, monkeypatch, tmp_path, engine):
+    if engine == "scann":
+        pytest.importorskip("scann")
+    overrides = (
+        f"retrieval.engine={engine}", "retrieval.query_batch=500", "retrieval.shard_rows=1600",
+    )  # fmt: skip
+    whole = _run(make_run(*overrides, workdir=tmp_path / "whole"))
+    config = make_run(*overrides)
+    write, count = neighbors.ShardWriter.write, 0
+
+    def killed(self, rows, arrays):
+        nonlocal count
+        count += 1
+        if count in (2, 5):
+            raise _Killed
+        write(self, rows, arrays)
+
+    monkeypatch.setattr(neighbors.ShardWriter, "write", killed)
+    for _ in range(2):
+        with pytest.raises(_Killed):
+            _run(config)
+    layout = _run(config)
+    for artifact, names in (("neighbors", ("row", "distance")), ("targets", ("id", "prob", "mass"))):
+        for name in names:
+            ours, other = (getattr(one, artifact)("valid") for one in (layout, whole))
+            np.testing.assert_array_equal(_all(ours, name), _all(other, name))
+    for name in ("id", "prob", "mass", "label"):
+        np.testing.assert_array_equal(
+            _all(layout.targets("train"), name), _all(whole.targets("train"), name)
+        )
+    assert layout.targets("valid").load().fingerprint == whole.targets("valid").load().fingerprint
+
+
+def test_a_killed_index_build_continues(make_run, monkeypatch):
+    pytest.importorskip("scann")
+    config = make_run("retrieval.engine=scann", "retrieval.shard_rows=1600")
+    check, count = approximate._check_written, 0
+
+    def killed(path, files, rows):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise _Killed
+        check(path, files, rows)
+
+    monkeypatch.setattr(approximate, "_check_written", killed)
+    with pytest.raises(_Killed):
+        run_stages(index.stages(config))
+    run_stages(index.stages(config))
+    assert count == 3  # The first shard was not built again.
+    assert sorted(p.name for p in Layout(config).index.path.glob("shard-*")) == [
+        "shard-00000", "shard-00001",
+    ]  # fmt: skip
+
+
+def test_too_many_neighbours(make_run):
+    config = make_run("retrieval.engine=exact", "retrieval.num_neighbors=3000")
+    with pytest.raises(ConfigError, match=r"retrieval.num_neighbors=3000 .* 2999 other rows"):
+        _run(config)
+
+
+def test_keys_that_are_not_finite(make_run):
+    with pytest.raises(ArtifactError, match="train/key: row 1234 is not finite"):
+        _run(make_run("retrieval.engine=exact", bad_row=1234))
+
+
+def test_a_low_recall_names_the_keys_to_raise(make_run):
+    pytest.importorskip("scann")
+    config = make_run(
+        "retrieval.engine=scann", "retrieval.num_leaves_to_search=1", "retrieval.num_leaves=100"
+    )
+    message = r"below retrieval.min_recall=0.95: raise retrieval.num_leaves_to_search \(now 1\)"
+    with pytest.raises(ConfigError, match=message):
+        _run(config)
+
+
+def test_a_missing_package_names_the_exact_engine(make_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scann", None)
+    with pytest.raises(ConfigError, match=r"scann: .*not installed.*retrieval.engine=exact"):
+        run_stages(index.stages(make_run("retrieval.engine=scann")))
+    with pytest.raises(ConfigError, match=r"scann.*retrieval.engine=exact needs no package"):
+        approximate._import()
+
+
+def test_a_damaged_index_file_is_named(make_run):
+    pytest.importorskip("scann")
+    config = make_run("retrieval.engine=scann")
+    run_stages(index.stages(config))
+    file = Layout(config).index.path / "shard-00000" / "dataset.npy"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match="dataset.npy: damaged"):
+        run_stages(retrieve.stages(config))
+
+
+def test_splits_of_different_decoders_are_refused(make_run):
+    config = make_run("retrieval.engine=exact")
+    layout = Layout(config)
+    manifest = layout.datastore("valid").load()
+    (layout.datastore("valid").path / "manifest.json").unlink()
+    origin = {**manifest.made_from, "decoder/base": "0" * 16}
+    layout.datastore("valid").begin({}, origin)
+    layout.datastore("valid").finish(counts=manifest.counts)
+    with pytest.raises(ArtifactError, match="made from another decoder/base"):
+        _run(config)
+
+
+def test_the_labels_probability_uses_all_neighbours(make_run):
+    layout = _run(make_run("retrieval.engine=exact"))
+    distance, row = _reference(layout, "test")
+    label = _all(layout.datastore("test"), "label")
+    neighbor_label = _all(layout.datastore("train"), "label")[row]
+    scored = label != SEPARATOR
+    evidence, rows = targets.label_evidence(layout, "test", SEPARATOR)
+    np.testing.assert_array_equal(rows, np.flatnonzero(scored))
+    expected = knn_logprob(distance[scored], neighbor_label[scored], label[scored], 2.0)
+    np.testing.assert_allclose(evidence.logprob(2.0), expected, rtol=1e-4)
+    assert dataclasses.is_dataclass(layout.index.load())

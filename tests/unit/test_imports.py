@@ -1,0 +1,31 @@
+"""Every module can be imported, and the configuration without JAX."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import mlpmem_jax
+
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(mlpmem_jax.__path__, "mlpmem_jax.")
+    if not module.name.endswith("__main__")
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_imports(name):
+    importlib.import_module(name)
+
+
+def test_configuration_and_registry_do_not_import_jax():
+    program = (
+        "import sys; import mlpmem_jax.__main__, mlpmem_jax.config.describe, mlpmem_jax.pipeline;"
+        "heavy = {'jax', 'flax', 'tensorstore', 'orbax', 'grain', 'scann'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
