@@ -1,6 +1,6 @@
 """The quickstart with several seeds, beside two controls of equal cost.
 
-    python benchmarks/quickstart_seeds.py [--config FILE] [--seeds 0 1 2] [--workdir DIR]
+    .venv/bin/python -m benchmarks.quickstart_seeds [--config FILE] [--seeds 0 1 2] [--workdir DIR]
 
 For each seed: the whole pipeline; the memory trained with cross-entropy only (alpha 0);
 and the same decoder trained for as many more steps as embedding and memory training cost

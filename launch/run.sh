@@ -63,5 +63,7 @@ case "${1:---}" in
 esac
 
 ensure_environment requirements.txt
+# Huge pages for what XLA on CPU allocates anew each step (see mlpmem_jax/parallel/host.py).
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 # -P: a folder of the caller that happens to be named like the package is not imported.
 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$venv/bin/python" -P -m mlpmem_jax "$@"

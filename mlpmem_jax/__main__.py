@@ -109,7 +109,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--rebuild",
         action="store_true",
-        help="remove and make again what was made from something else",
+        help="make again: with run, what was made otherwise; else this command's artifacts",
     )
     if command == "generate":
         parser.add_argument(

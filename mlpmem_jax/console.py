@@ -30,6 +30,13 @@ def warn(line: str) -> None:
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
+def quiet_libraries() -> None:
+    """Keeps the notices of Orbax and others, which speak through absl, out of the output."""
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)
+
+
 def progress(total: int | None, unit: str, description: str, initial: int = 0) -> Any:
     """Returns a progress bar with rate and time left, on standard error.
 

@@ -131,6 +131,12 @@ def _arrays(config: Config) -> Iterator[str]:
     missing = {"label", "logprob"} - set(config.datastore.arrays)
     if missing:
         yield f"datastore.arrays must hold label and logprob: {sorted(missing)} missing"
+    store = config.datastore
+    if "input" not in store.arrays and ("key" not in store.arrays or store.key != store.input):
+        yield (
+            f"datastore.arrays={list(store.arrays)} lacks input, which the memory reads (key "
+            "serves only where datastore.key and datastore.input are the same state)"
+        )
 
 
 def _mesh(config: Config) -> Iterator[str]:
@@ -151,6 +157,8 @@ def _names(config: Config) -> Iterator[str]:
         name = getattr(config, section).name
         if name in (".", ".."):
             yield f"{section}.name={name} must be the name of a directory to make"
+    if config.memory.name == "metrics":
+        yield "memory.name=metrics is taken: metrics of training lie in results/metrics"
 
 
 def _candidates(config: Config) -> Iterator[str]:

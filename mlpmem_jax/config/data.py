@@ -130,10 +130,10 @@ class RetrievalConfig(Section):
         "auto", "leaves of the tree; auto: square root of rows"
     )
     num_leaves_to_search: PositiveInt | Auto = setting(
-        "auto", "leaves visited by a query; auto: a tenth of the leaves, at least 20"
+        "auto", "leaves visited by a query; auto: raised until the recall suffices"
     )
     num_reorder: PositiveInt | Auto = setting(
-        "auto", "candidates whose distance is computed exactly; auto: 4 (K + 1)"
+        "auto", "candidates whose distance is computed exactly; auto: 4 (K + 1), raised if needed"
     )
     dims_per_block: PositiveInt = setting(2, "dimensions quantised together")
     training_rows: PositiveInt = setting(250_000, "rows on which the index is trained")

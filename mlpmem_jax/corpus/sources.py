@@ -228,7 +228,7 @@ def _import_datasets(key: str) -> Any:
     except ImportError:
         raise UserError(
             f"{key}.source=huggingface needs the package datasets, which is not installed: "
-            "pip install 'mlpmem_jax[huggingface]'"
+            "pip install -r requirements-huggingface.txt"
         ) from None
     return datasets
 

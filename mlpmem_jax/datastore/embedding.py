@@ -63,6 +63,7 @@ def make_embed_step(
         model = nnx.merge(graphdef, weights)
         segment_BW = batch["segment"] if settings.within else None
         final_BWD, states = model.hidden(batch["token"], segment_BW, sites=wanted)
+        assert final_BWD is not None
         offset_R = jnp.arange(settings.stride_tokens, dtype=jnp.int32)
         column_BR = jnp.minimum(batch["offset"][:, None] + offset_R, settings.window_tokens - 1)
 

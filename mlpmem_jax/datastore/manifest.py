@@ -181,10 +181,22 @@ class Artifact:
             self._refuse_if_other("made", manifest.recipe, manifest.made_from, recipe, made_from)
             return Status.COMPLETE
         if (self.path / BUILDING).exists():
+            if not self._holds_files():
+                return Status.MISSING  # Begun and refused at once: nothing to continue.
             begun = read_json(self.path / BUILDING)
             self._refuse_if_other("begun", begun["recipe"], begun["made_from"], recipe, made_from)
             return Status.PARTIAL
         return Status.MISSING
+
+    def _holds_files(self) -> bool:
+        folders = [self.path]
+        while folders:
+            for entry in folders.pop().iterdir():
+                if entry.is_dir():
+                    folders.append(entry)
+                elif entry != self.path / BUILDING:
+                    return True
+        return False
 
     def _refuse_if_other(
         self,
@@ -210,9 +222,8 @@ class Artifact:
 
     def begin(self, recipe: Mapping[str, Any], made_from: Mapping[str, str]) -> None:
         """Records what is about to be made, so that an interrupted start is continued."""
-        if not (self.path / BUILDING).exists():
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / BUILDING, {"recipe": recipe, "made_from": made_from})
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / BUILDING, {"recipe": recipe, "made_from": made_from})
 
     def finish(
         self,

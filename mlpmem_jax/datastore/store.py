@@ -97,7 +97,7 @@ def open_array(path: str | epath.Path) -> ts.TensorStore:
     return _opened(path, spec, open=True, read=True)
 
 
-def _opened(path: str | epath.Path, spec: dict[str, Any], **mode: bool) -> ts.TensorStore:
+def _opened(path: str | epath.Path, spec: dict[str, Any], **mode: Any) -> ts.TensorStore:
     try:
         return ts.open(spec, **mode).result()
     except (ValueError, RuntimeError, OSError) as error:
@@ -158,6 +158,7 @@ class PendingWrite:
 
 def finished_shards(store: ts.TensorStore) -> frozenset[int]:
     """Returns the numbers of the shards that are on disk."""
+    assert store.kvstore is not None
     keys = (key.decode() for key in store.kvstore.list().result())
     return frozenset(int(key.split("/")[1]) for key in keys if key.startswith("c/"))
 
@@ -194,8 +195,11 @@ class Appender:
                 path, shape=shape, dtype=dtype, shard_rows=shard_rows, chunk_rows=chunk_rows
             )
         else:
-            spec = {"driver": "zarr3", "kvstore": _kvstore(path)}
-            spec["store_data_equal_to_fill_value"] = True
+            spec = {
+                "driver": "zarr3",
+                "kvstore": _kvstore(path),
+                "store_data_equal_to_fill_value": True,
+            }
             self._store = _opened(path, spec, open=True)
         self._rows = rows
         self._pending: list[np.ndarray] = []
@@ -241,7 +245,7 @@ class Appender:
             if self._pending
             else np.empty((0, *self._tail), self._dtype)
         )
-        return {"rows": np.int64(self._rows), "remainder": remainder}
+        return {"rows": np.array(self._rows, np.int64), "remainder": remainder}
 
     def close(self) -> int:
         """Writes the last, short shard and returns the number of rows."""

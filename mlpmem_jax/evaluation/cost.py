@@ -13,15 +13,15 @@ from mlpmem_jax.datastore.store import DTYPES
 from mlpmem_jax.evaluation.compare import SYSTEMS
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.training.flops import ParameterCounts, decoder_parameters, memory_parameters
+from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
 
 
-def network_cost(network: nnx.Module, counts: ParameterCounts) -> dict[str, int]:
+def network_cost(network: nnx.Module, counts: dict[str, int]) -> dict[str, int]:
     """Returns parameters, those without embeddings and output head, and bytes of a network."""
     leaves = jax.tree.leaves(nnx.state(network))
     return {
-        "parameters": counts.total,
-        "non_embedding_parameters": counts.non_embedding,
+        "parameters": counts["total"],
+        "non_embedding_parameters": counts["non_embedding"],
         "parameter_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
     }
 

@@ -12,7 +12,7 @@ from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.evaluation.compare import SYSTEMS, SplitScores, compare
+from mlpmem_jax.evaluation.compare import SplitScores, compare
 from mlpmem_jax.evaluation.cost import costs
 from mlpmem_jax.evaluation.knn_lm import StoredNeighbors, tune_knn_lm
 from mlpmem_jax.evaluation.latency import retriever, time_tokens
@@ -150,16 +150,12 @@ def _latency(
         name: Site.of(getattr(config.datastore, name), config.decoder.num_layers)
         for name in ("key", "input")
     }
-    models = {
-        system: InterpolatedModel(
-            decoder,
-            memory if system == "memory" else None,
-            site=sites["input"],
-            weight=results["systems"]["memory"]["interpolation"],
-            mesh=mesh,
-        )
-        for system in SYSTEMS
-    }
+    memory_weight = results["systems"]["memory"]["interpolation"]
+    alone, with_memory = (
+        InterpolatedModel(decoder, each, site=sites["input"], weight=memory_weight, mesh=mesh)
+        for each in (None, memory)
+    )
+    models = {"decoder": alone, "knn": alone, "memory": with_memory}
     knn = results["systems"]["knn"]
     retrieve = retriever(
         open_index(config, ExactCache(config))[0],

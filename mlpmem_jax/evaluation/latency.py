@@ -15,6 +15,7 @@ import numpy as np
 from mlpmem_jax.evaluation.compare import SYSTEMS
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Site
+from mlpmem_jax.parallel.sharding import replicated
 from mlpmem_jax.retrieval.distributions import neighbor_weights
 from mlpmem_jax.retrieval.engine import Engine
 
@@ -50,38 +51,27 @@ def retriever(
 class _Writer:
     """One system that continues one text."""
 
-    def __init__(self, model: InterpolatedModel, key: Site, retrieve: Retrieve | None):
-        self._parameters = model.parameters
-        self._mesh = model.mesh
+    def __init__(self, model: InterpolatedModel, step: Any, retrieve: Retrieve | None):
+        self._model = model
+        self._step = step
         self._retrieve = retrieve
-        self._context = model.context_tokens
         self._cache: Any = jax.jit(
             lambda: model.empty_cache(1), out_shardings=model.cache_shardings(1)
         )()
         self._token: Any = jnp.zeros((1, 1), jnp.int32)
         self._length = 0
-        sites = (key,) if retrieve else ()
-
-        def step(parameters: Any, cache: Any, token_BL: jax.Array) -> Any:
-            one_B = jnp.ones(1, jnp.int32)
-            logprob_BV, states, cache = model.extend_with_states(
-                parameters, cache, token_BL, one_B, sites
-            )
-            token_BL = jnp.argmax(logprob_BV, axis=-1).astype(jnp.int32)[:, None]
-            seen = (logprob_BV[0], states[key][0].astype(jnp.float32)) if sites else None
-            return cache, token_BL, seen
-
-        shardings = (model.cache_shardings(1), None, None)
-        self._step = jax.jit(step, donate_argnums=1, out_shardings=shardings)
 
     def write(self) -> float:
         """Draws one token and returns the seconds that it took."""
-        if self._length == self._context:  # Start over: what a token costs is the same.
+        if self._length == self._model.context_tokens:
+            # Start over: a step costs the same however full the cache is.
             self._cache = self._cache._replace(length_B=self._cache.length_B * 0)
             self._length = 0
         started = time.perf_counter()
-        with jax.set_mesh(self._mesh):
-            self._cache, self._token, seen = self._step(self._parameters, self._cache, self._token)
+        with jax.set_mesh(self._model.mesh):
+            self._cache, self._token, *seen = self._step(
+                self._model.parameters, self._cache, self._token
+            )
         if self._retrieve is not None:
             probability_V = self._retrieve(*map(np.asarray, seen))
             self._token = np.asarray(probability_V.argmax(), np.int32).reshape(1, 1)
@@ -90,13 +80,29 @@ class _Writer:
         return time.perf_counter() - started
 
 
+def _compiled_step(model: InterpolatedModel, key: Site) -> Any:
+    """Returns (parameters, cache, token) → cache, token drawn, log p [V], key [D]."""
+
+    def step(parameters: Any, cache: Any, token_BL: jax.Array) -> Any:
+        logprob_BV, states, cache = model.extend_with_states(
+            parameters, cache, token_BL, jnp.ones(1, jnp.int32), (key,)
+        )
+        token_BL = jnp.argmax(logprob_BV, axis=-1).astype(jnp.int32)[:, None]
+        return cache, token_BL, logprob_BV[0], states[key][0].astype(jnp.float32)
+
+    everywhere = replicated(model.mesh)
+    shardings = (model.cache_shardings(1), everywhere, everywhere, everywhere)
+    return jax.jit(step, donate_argnums=1, out_shardings=shardings)
+
+
 def time_tokens(
     models: dict[str, InterpolatedModel], key: Site, retrieve: Retrieve, num_tokens: int
 ) -> dict[str, dict[str, float]]:
     """Measures every system, in turns.
 
     Args:
-        models: For each system its networks; the kNN-LM's are the decoder alone.
+        models: For each system its networks; the kNN-LM's are the decoder alone, and where
+            both are the same object they are compiled once.
         key: The decoder's state that is searched for.
         retrieve: Searches and mixes, for the kNN-LM.
         num_tokens: Tokens that each system draws.
@@ -104,8 +110,9 @@ def time_tokens(
     Returns:
         Milliseconds per token: median, and the quartiles.
     """
+    steps = {id(model): _compiled_step(model, key) for model in models.values()}
     writers = {
-        name: _Writer(model, key, retrieve if name == "knn" else None)
+        name: _Writer(model, steps[id(model)], retrieve if name == "knn" else None)
         for name, model in models.items()
     }
     secs: dict[str, list[float]] = {name: [] for name in writers}

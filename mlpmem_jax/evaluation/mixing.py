@@ -67,7 +67,7 @@ def solve(
 
     def slopes(weight: float) -> tuple[float, float]:
         """Returns first and second derivative; the first grows with λ."""
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             ratio = gain / (b + weight * gain)
             return -float(share @ ratio), float(share @ (ratio * ratio))
 

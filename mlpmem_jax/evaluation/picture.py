@@ -92,14 +92,14 @@ def _draw_weights(axes: Any, results: Mapping[str, Any]) -> None:
         axes.plot(weights, curve, color=_COLORS[key], linewidth=2, label=system["label"])
         axes.plot(
             [system["interpolation"]], [system["valid_nats"]], "o", color=_COLORS[key],
-            markersize=7, markeredgecolor="white", zorder=5,
+            markersize=7, markeredgecolor="white", zorder=5, clip_on=False,
         )  # fmt: skip
         axes.annotate(
             f"λ = {system['interpolation']:.2f}",
             (system["interpolation"], system["valid_nats"]),
             (0, -15),
             textcoords="offset points",
-            ha="center",
+            ha=_alignment(system["interpolation"]),
             fontsize=9,
             color=_COLORS[key],
         )
@@ -112,6 +112,13 @@ def _draw_weights(axes: Any, results: Mapping[str, Any]) -> None:
     axes.set_xlabel("weight λ of the kNN distribution or the memory", fontsize=9.5, color=_INK)
     axes.legend(frameon=False, fontsize=9, loc="upper center", labelcolor=_INK)
     _title(axes, "Validation", "nats per token while λ goes from the decoder (0) to 1")
+
+
+def _alignment(weight: float) -> str:
+    """Keeps the text of a point near the end of the axis inside."""
+    if weight < 0.1:
+        return "left"
+    return "right" if weight > 0.9 else "center"
 
 
 def _draw_documents(axes: Any, results: Mapping[str, Any]) -> None:

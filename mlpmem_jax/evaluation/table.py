@@ -89,7 +89,7 @@ def number(value: float | None, digits: int, *, sign: bool = False) -> str:
     """Formats a number with a true minus sign, or a dash where there is none."""
     if value is None or math.isnan(value):
         return _DASH
-    if abs(value) >= 10**7:
+    if abs(value) >= 10**5:
         return f"{value:.1e}"
     value = round(value, digits) + 0.0  # No minus before a zero.
     text = f"{value:{'+' if sign else ''}.{digits}f}"

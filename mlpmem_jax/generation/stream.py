@@ -98,6 +98,8 @@ class Screen:
     def _next(self) -> None:
         self._current += 1
         if self._current < len(self._titles):
+            if self._current:
+                self._write("\n")
             self._write(self._titles[self._current] + self._waiting[self._current])
 
     def _write(self, text: str) -> None:

@@ -8,7 +8,7 @@ processes, several need the same rows).
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import grain
@@ -55,8 +55,8 @@ def window_order(num_windows: int, seed: int) -> Callable[[np.ndarray], np.ndarr
 
 def local_positions(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
     """Returns the positions in a global batch that this process's devices hold, ascending."""
-    indices = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,))
-    held = {n for (part,) in indices.values() for n in range(*part.indices(batch_size))}
+    indices = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
+    held = {n for index in indices if index for n in range(*index[0].indices(batch_size))}
     return np.asarray(sorted(held), np.int64)
 
 
@@ -74,7 +74,8 @@ def to_devices(
     place = {int(position): n for n, position in enumerate(positions)}
 
     def make(array: np.ndarray) -> jax.Array:
-        def part(index: Sequence[slice]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[0].indices(batch_size)
             return array[place[start] : place[start] + stop - start]
 

@@ -170,8 +170,10 @@ class StoredRows:
             starts,
             f"{self._datastore.path} and {self._targets.artifact.path}",
         )
-        exists = starts[:, None] + np.arange(self._length) < self.num_rows
-        scored = exists & (rows["label"] != self._separator_id)
+        row = starts[:, None] + np.arange(self._length)
+        # Rows that the last window, shifted left, shares with the one before count once.
+        own = (row >= windows[:, None] * self._length) & (row < self.num_rows)
+        scored = own & (rows["label"] != self._separator_id)
         return {
             "input": rows["input"],
             "label": rows["label"],

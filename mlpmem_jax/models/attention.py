@@ -142,29 +142,41 @@ def _blocked(
     blocks = []
     for start in range(0, length, size):
         stop = min(start + size, length)
-        rows = stop - start
         # Queries of one group are rows of one product: keys are read once.
         query_BGXA = query_BGRLA[:, :, :, start:stop].reshape(batch, groups, -1, width)
-        score_BGXM = jnp.einsum(
-            "bgxa,bgma->bgxm", query_BGXA, key_BGLA[:, :, :stop], preferred_element_type=jnp.float32
-        )
         seen = position_L[start:stop, None] >= position_L[None, :stop]
         if segment_BL is None:
             seen_XM = jnp.tile(seen, (repeats, 1))
         else:
             seen = seen & (segment_BL[:, start:stop, None] == segment_BL[:, None, :stop])
             seen_XM = jnp.tile(seen, (1, repeats, 1))[:, None]
-        score_BGXM = jnp.where(seen_XM, score_BGXM, MASKED)
-        highest = jax.lax.stop_gradient(jnp.max(score_BGXM, axis=-1, keepdims=True))
-        weight_BGXM = jnp.exp(score_BGXM - highest)
-        total_BGX1 = jnp.sum(weight_BGXM, axis=-1, keepdims=True)
-        out_BGXA = jnp.einsum(
-            "bgxm,bgma->bgxa",
-            weight_BGXM.astype(value_BGLA.dtype),
-            value_BGLA[:, :, :stop],
-            preferred_element_type=jnp.float32,
-        )
-        out_BGXA = (out_BGXA / total_BGX1).astype(query_BLHA.dtype)
-        blocks.append(out_BGXA.reshape(batch, groups, repeats, rows, width))
+        seen_keys, seen_values = (x[:, :, :stop] for x in (key_BGLA, value_BGLA))
+        out_BGXA = _attend_block(query_BGXA, seen_keys, seen_values, seen_XM)
+        blocks.append(out_BGXA.reshape(batch, groups, repeats, stop - start, width))
     out_BGRLA = jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0]
     return out_BGRLA.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+@jax.checkpoint
+def _attend_block(
+    query_BGXA: jax.Array, key_BGMA: jax.Array, value_BGMA: jax.Array, seen_XM: jax.Array
+) -> jax.Array:
+    """Attends with queries that are scaled already.
+
+    The backward pass of a scanned stack recomputes the scores. (In unrolled blocks XLA on
+    CPU finds the scores of the forward pass again and keeps them.)
+    """
+    score_BGXM = jnp.einsum(
+        "bgxa,bgma->bgxm", query_BGXA, key_BGMA, preferred_element_type=jnp.float32
+    )
+    score_BGXM = jnp.where(seen_XM, score_BGXM, MASKED)
+    highest = jax.lax.stop_gradient(jnp.max(score_BGXM, axis=-1, keepdims=True))
+    weight_BGXM = jnp.exp(score_BGXM - highest)
+    total_BGX1 = jnp.sum(weight_BGXM, axis=-1, keepdims=True)
+    out_BGXA = jnp.einsum(
+        "bgxm,bgma->bgxa",
+        weight_BGXM.astype(value_BGMA.dtype),
+        value_BGMA,
+        preferred_element_type=jnp.float32,
+    )
+    return (out_BGXA / total_BGX1).astype(query_BGXA.dtype)

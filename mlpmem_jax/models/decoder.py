@@ -192,12 +192,13 @@ class Decoder(nnx.Module):
             key_BMGA, value_BMGA = (cached[layer] for cached in pair)
             return cached_attention(query, key_BMGA, value_BMGA, position_BL), pair
 
+        x_BLD = self._embed(tokens_BL, position_BL)
         pair = (cache.key, cache.value)
-        x_BLD, states, pair = self._run_blocks(
-            self._embed(tokens_BL, position_BL), pair, attend, sites, self.config.num_layers
+        x_BLD, states, (key, value) = self._run_blocks(
+            x_BLD, pair, attend, sites, self.config.num_layers
         )
         read_B = tokens_BL.shape[1] if length_B is None else length_B
-        return self._finish(x_BLD), states, Cache(*pair, cache.length_B + read_B)
+        return self._finish(x_BLD), states, Cache(key, value, cache.length_B + read_B)
 
     def _embed(self, tokens_BL: jax.Array, position: jax.Array) -> jax.Array:
         table_VD = gather_for_use(self.embedding[...], ("vocab", "embed"))

@@ -41,9 +41,12 @@ def _interpolate_jvp(
     memory, decoder, weight = primals
     memory_dot, decoder_dot, weight_dot = tangents
     mixed = _interpolate(*primals)
-    # p_MEM / p and p_LM / p; both are 0 where the mixture is impossible.
-    memory_ratio = jnp.where(jnp.isneginf(memory), 0.0, jnp.exp(memory - mixed))
-    decoder_ratio = jnp.where(jnp.isneginf(decoder), 0.0, jnp.exp(decoder - mixed))
+    # p_MEM / p and p_LM / p: 0 where the part is impossible, finite where the mixture is.
+    largest = jnp.finfo(jnp.float32).max
+    memory_ratio, decoder_ratio = (
+        jnp.where(jnp.isneginf(part), 0.0, jnp.minimum(jnp.exp(part - mixed), largest))
+        for part in (memory, decoder)
+    )
     # A part without weight has no gradient, however large its ratio.
     memory_share = jnp.where(weight > 0, weight * memory_ratio, 0.0)
     decoder_share = jnp.where(weight < 1, (1 - weight) * decoder_ratio, 0.0)

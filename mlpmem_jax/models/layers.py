@@ -81,7 +81,7 @@ def parameter(shape: tuple[int, ...], axes: Names, scale: float, rngs: nnx.Rngs)
         value = jnp.ones(shape, jnp.float32)
     else:
         value = scale * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, **{LOGICAL_AXES: axes})
+    return nnx.Param(value, logical_axes=axes)
 
 
 def norm_shapes(name: str, width: int, num_layers: int | None, bias: bool) -> dict[str, Any]:

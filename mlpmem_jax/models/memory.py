@@ -10,7 +10,7 @@ from flax import nnx
 from mlpmem_jax.config.networks import MemoryConfig
 from mlpmem_jax.models import layers
 from mlpmem_jax.models.layers import Arrays, norm_shapes, normalize, parameter, project
-from mlpmem_jax.parallel.sharding import LOGICAL_AXES, constrain
+from mlpmem_jax.parallel.sharding import constrain
 
 
 class InputStatistics(nnx.Variable):
@@ -20,9 +20,7 @@ class InputStatistics(nnx.Variable):
 class Memory(nnx.Module):
     """Pre-norm residual feed-forward blocks over single hidden states: no token mixing."""
 
-    def __init__(
-        self, config: MemoryConfig, input_width: int, vocab_size: int, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: MemoryConfig, input_width: int, vocab_size: int, *, rngs: nnx.Rngs):
         """Draws initial parameters.
 
         Args:
@@ -39,9 +37,9 @@ class Memory(nnx.Module):
         self.norm = "rms" if config.block == "swiglu" else "layer"
         bias, scale, width = config.block == "gelu", config.init_scale, config.width
         if config.input_norm == "standardize":
-            axes = {LOGICAL_AXES: ("state",)}
-            self.input_mean = InputStatistics(jnp.zeros((input_width,), jnp.float32), **axes)
-            self.input_inverse_std = InputStatistics(jnp.ones((input_width,), jnp.float32), **axes)
+            zeros_D = jnp.zeros((input_width,), jnp.float32)
+            self.input_mean = InputStatistics(zeros_D, logical_axes=("state",))
+            self.input_inverse_std = InputStatistics(zeros_D + 1, logical_axes=("state",))
         elif config.input_norm == "rms":
             shapes = norm_shapes("input_norm", input_width, None, bias=False)
             self.input = layers.Parameters(shapes, rngs)

@@ -98,9 +98,7 @@ def gather_for_use(weight: jax.Array, names: Names) -> jax.Array:
 def _gather(weight: jax.Array, names: Names) -> jax.Array:
     mesh = current_mesh()
     assert mesh is not None
-    return jax.lax.with_sharding_constraint(
-        weight, spec(names, weight.shape, mesh, without=FSDP)
-    )
+    return jax.lax.with_sharding_constraint(weight, spec(names, weight.shape, mesh, without=FSDP))
 
 
 def _gather_forward(weight: jax.Array, names: Names) -> tuple[jax.Array, None]:

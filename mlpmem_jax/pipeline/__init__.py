@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import quiet_libraries
+from mlpmem_jax.parallel.host import keep_freed_memory
 from mlpmem_jax.pipeline.options import Options
 
 __all__ = ["COMMANDS", "Command", "Options", "run_command"]
@@ -67,13 +68,13 @@ COMMANDS: dict[str, Command] = {
         "compare decoder, kNN-LM and memory on held-out text",
         (
             *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore", "retrieval",
-            "targets", "evaluate",
+            "targets", "train.loss_chunk_tokens", "evaluate",
         ),
     ),
     "generate": Command(
         "generate",
         "continue prompts with decoder and memory",
-        (*_RUN, "tokenizer", "decoder", "memory", "mesh", "generate"),
+        (*_RUN, "decoder", "memory", "mesh", "datastore.input", "generate"),
     ),
     "run": Command(
         "run",
@@ -86,5 +87,6 @@ COMMANDS: dict[str, Command] = {
 def run_command(name: str, config: Config, options: Options) -> int:
     """Imports a command's module, runs it, and returns its exit code."""
     quiet_libraries()
+    keep_freed_memory()
     module = importlib.import_module(f"{__name__}.{COMMANDS[name].module}")
     return int(module.main(config, options))

@@ -6,6 +6,7 @@ from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import SPLITS, Layout, Split
+from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Completion, Stage
@@ -28,6 +29,7 @@ def stages(config: Config) -> list[Stage]:
             recipe=recipe(config),
             upstream=(layout.tokens, layout.decoder),
             build=functools.partial(_build, config, split),
+            check=functools.partial(check_devices, config, "datastore"),
             estimate=functools.partial(_estimate, config, split),
         )
         for split in SPLITS
@@ -44,13 +46,12 @@ def _build(config: Config, split: Split) -> Completion:
     from mlpmem_jax.corpus.tokens import TokenSplit
     from mlpmem_jax.datastore.embedding import EmbeddingSettings, embed_split
     from mlpmem_jax.models.decoder import Site
-    from mlpmem_jax.parallel.mesh import check_batch, make_mesh
+    from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.pipeline.estimates import embedding_estimate
     from mlpmem_jax.training.networks import finished_decoder
 
     layout = Layout(config)
     mesh = make_mesh(config.mesh)
-    check_batch(mesh, "datastore.batch_size", config.datastore.batch_size)
     tokens = TokenSplit.open(layout.tokens, split)
     specs = layout.datastore_arrays()
     settings = EmbeddingSettings(

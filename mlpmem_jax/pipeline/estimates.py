@@ -8,9 +8,10 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.training.flops import (
-    decoder_flops,
+    TRAINING_FACTOR,
+    decoder_flops_per_token,
     decoder_parameters,
-    memory_flops,
+    memory_flops_per_token,
     memory_parameters,
 )
 
@@ -44,13 +45,15 @@ def pretraining_estimate(config: Config) -> dict[str, Any]:
     window = config.pretrain_window_tokens
     tokens = config.pretrain.num_steps * config.pretrain.batch_size * window
     return {
-        "parameters": counts.total,
-        "non-embedding parameters": counts.non_embedding,
+        "parameters": counts["total"],
+        "non-embedding parameters": counts["non_embedding"],
         "training tokens": tokens,
-        "model flops": tokens * decoder_flops(config.decoder, vocab, window),
-        "state bytes, over all devices": counts.total * _TRAINING_BYTES_PER_PARAMETER,
+        "model flops": tokens
+        * TRAINING_FACTOR
+        * decoder_flops_per_token(config.decoder, vocab, window),
+        "state bytes, over all devices": counts["total"] * _TRAINING_BYTES_PER_PARAMETER,
         "logits bytes of a chunk, a device": 4 * vocab * config.pretrain.loss_chunk_tokens,
-        "disk bytes of checkpoints": 12 * counts.total * config.pretrain.keep_checkpoints,
+        "disk bytes of checkpoints": 12 * counts["total"] * config.pretrain.keep_checkpoints,
     }
 
 
@@ -59,16 +62,19 @@ def training_estimate(config: Config) -> dict[str, Any]:
     vocab = _vocab_size(config)
     counts = memory_parameters(config.memory, config.decoder.width, vocab)
     rows = config.train.num_steps * config.train.batch_size * config.train_window_tokens
-    flops = memory_flops(config.memory, config.decoder.width, vocab)
+    flops = TRAINING_FACTOR * memory_flops_per_token(config.memory, config.decoder.width, vocab)
     if config.train.inputs == "online":
-        flops += decoder_flops(config.decoder, vocab, config.train_window_tokens, training=False)
+        depth = config.datastore.input.block(config.decoder.num_layers)
+        flops += decoder_flops_per_token(
+            config.decoder, vocab, config.train_window_tokens, num_layers=depth, head=False
+        )
     return {
-        "parameters": counts.total,
-        "non-embedding parameters": counts.non_embedding,
+        "parameters": counts["total"],
+        "non-embedding parameters": counts["non_embedding"],
         "training rows": rows,
         "model flops": rows * flops,
-        "state bytes, over all devices": counts.total * _TRAINING_BYTES_PER_PARAMETER,
-        "disk bytes of checkpoints": 12 * counts.total * config.train.keep_checkpoints,
+        "state bytes, over all devices": counts["total"] * _TRAINING_BYTES_PER_PARAMETER,
+        "disk bytes of checkpoints": 12 * counts["total"] * config.train.keep_checkpoints,
     }
 
 
@@ -80,12 +86,15 @@ def embedding_estimate(config: Config, split: Split) -> dict[str, Any]:
     specs = Layout(config).datastore_arrays()
     row_bytes = sum(spec.row_bytes for spec in specs.values())
     window, stride = config.embedding_window_tokens, config.embedding_stride_tokens
-    flops = decoder_flops(config.decoder, _vocab_size(config), window, training=False)
+    vocab = _vocab_size(config)
+    # Every token of a window goes through the blocks, only scored rows through the head.
+    blocks = decoder_flops_per_token(config.decoder, vocab, window, head=False)
+    head = decoder_flops_per_token(config.decoder, vocab, window) - blocks
     return {
         "rows": rows,
         "disk bytes": rows * row_bytes,
         "host bytes of shards under way": 4 * config.datastore.shard_rows * row_bytes,
-        "model flops": rows * flops * window / stride,
+        "model flops": rows * (blocks * window / stride + head),
     }
 
 

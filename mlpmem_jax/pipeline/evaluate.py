@@ -9,6 +9,7 @@ from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.datastore.files import read_json, write_bytes, write_json
 from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.datastore.manifest import MANIFEST, Artifact
+from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Completion, Stage
@@ -45,6 +46,7 @@ def stages(config: Config) -> list[Stage]:
             recipe=recipe(config),
             upstream=upstream,
             build=functools.partial(_build, config),
+            check=functools.partial(check_devices, config, "evaluate"),
             estimate=functools.partial(_estimate, config),
         )
     ]
@@ -59,10 +61,9 @@ def _build(config: Config) -> Completion:
     from mlpmem_jax.evaluation.evaluation import evaluate_run
     from mlpmem_jax.evaluation.picture import draw
     from mlpmem_jax.evaluation.table import as_csv
-    from mlpmem_jax.parallel.mesh import check_batch, make_mesh
+    from mlpmem_jax.parallel.mesh import make_mesh
 
     mesh = make_mesh(config.mesh)
-    check_batch(mesh, "evaluate.batch_size", config.evaluate.batch_size)
     results, latency = evaluate_run(config, mesh)
     measured = {"latency_ms": latency}
     path = Layout(config).results.path

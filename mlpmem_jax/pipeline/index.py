@@ -46,9 +46,9 @@ def stages(config: Config) -> list[Stage]:
 
 
 def _estimate(config: Config) -> Mapping[str, Any]:
-    from mlpmem_jax.retrieval.building import estimate
+    from mlpmem_jax.retrieval.estimates import estimate_index
 
-    return estimate(config)
+    return estimate_index(config)
 
 
 def _build(config: Config) -> Completion:

@@ -6,6 +6,7 @@ from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Completion, Stage
@@ -30,6 +31,7 @@ def stages(config: Config) -> list[Stage]:
             recipe=recipe(config),
             upstream=(layout.tokens,),
             build=functools.partial(_build, config),
+            check=functools.partial(check_devices, config, "pretrain"),
             estimate=functools.partial(_estimate, config),
         )
     ]

@@ -46,9 +46,7 @@ def stages(config: Config) -> list[Stage]:
             )
         )
     valid = (layout.datastore("valid"), layout.neighbors("valid"))
-    searched = (
-        layout.neighbors("train") if config.retrieval.keep_train == "all" else layout.index
-    )
+    searched = layout.neighbors("train") if config.retrieval.keep_train == "all" else layout.index
     return [
         *kept,
         Stage(
@@ -86,13 +84,13 @@ def _targets_recipe(config: Config) -> dict[str, Any]:
 
 
 def _estimate(config: Config, split: Split) -> Mapping[str, Any]:
-    from mlpmem_jax.retrieval.targets import estimate_neighbors
+    from mlpmem_jax.retrieval.estimates import estimate_neighbors
 
     return estimate_neighbors(config, split)
 
 
 def _estimate_targets(config: Config, split: Split) -> Mapping[str, Any]:
-    from mlpmem_jax.retrieval.targets import estimate_targets
+    from mlpmem_jax.retrieval.estimates import estimate_targets
 
     return estimate_targets(config, split)
 

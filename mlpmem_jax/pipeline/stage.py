@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlpmem_jax.console import say
-from mlpmem_jax.datastore.manifest import Artifact, Manifest, Status
+from mlpmem_jax.datastore.manifest import MANIFEST, Artifact, Manifest, Status
 from mlpmem_jax.errors import ArtifactError
 
 
@@ -30,6 +30,9 @@ class Stage:
         recipe: The settings that decide its content, JSON-ready.
         upstream: Artifacts that it is made from; they must be complete when it is built.
         build: Makes it, continuing what an interrupted start left; returns the report.
+        check: Refuses what can be known to be wrong before anything is made. Called for all
+            stages first, when upstream artifacts may still be missing, and again before
+            the artifact is begun.
         estimate: Disk, memory and flops beforehand, for `--dry-run`: name to number or text.
     """
 
@@ -37,6 +40,7 @@ class Stage:
     recipe: Mapping[str, Any]
     upstream: Sequence[Artifact]
     build: Callable[[], Completion]
+    check: Callable[[], None] = lambda: None
     estimate: Callable[[], Mapping[str, Any]] = dict
 
     @property
@@ -57,21 +61,33 @@ class Rebuild(enum.Enum):
     ALWAYS = "always"  # Made again in any case, for example because it is damaged.
 
 
-def run_stages(stages: Sequence[Stage], rebuild: Rebuild = Rebuild.REFUSE) -> None:
+def run_stages(
+    stages: Sequence[Stage],
+    rebuild: Rebuild = Rebuild.REFUSE,
+    before_building: Callable[[], None] = lambda: None,
+) -> None:
     """Makes the artifacts of the stages, in their order.
 
     Args:
         stages: In the order of the data flow.
         rebuild: What happens to artifacts that are there already.
+        before_building: Called each time before something is made.
 
     Raises:
         ArtifactError: An upstream artifact is missing, or an artifact was made otherwise.
     """
     for stage in stages:
-        run_stage(stage, rebuild)
+        if not (stage.artifact.path / MANIFEST).exists():
+            stage.check()
+    for stage in stages:
+        run_stage(stage, rebuild, before_building)
 
 
-def run_stage(stage: Stage, rebuild: Rebuild = Rebuild.REFUSE) -> Manifest:
+def run_stage(
+    stage: Stage,
+    rebuild: Rebuild = Rebuild.REFUSE,
+    before_building: Callable[[], None] = lambda: None,
+) -> Manifest:
     """Makes one artifact, unless it is complete and current."""
     made_from = stage.made_from()
     if rebuild is Rebuild.ALWAYS:
@@ -88,6 +104,8 @@ def run_stage(stage: Stage, rebuild: Rebuild = Rebuild.REFUSE) -> Manifest:
         manifest = stage.artifact.load()
         say(f"{stage.name}: complete ({manifest.fingerprint})")
         return manifest
+    stage.check()
+    before_building()
     say(f"{stage.name}: " + ("continuing" if status is Status.PARTIAL else "making"))
     started = time.monotonic()
     stage.artifact.begin(stage.recipe, made_from)

@@ -9,7 +9,7 @@ from etils import epath
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.parallel.mesh import check_batch, make_mesh
+from mlpmem_jax.parallel.mesh import make_mesh
 from mlpmem_jax.pipeline.stage import Completion
 from mlpmem_jax.training.loop import fit
 
@@ -30,7 +30,6 @@ def train_task(
     """
     section = getattr(config, section_name)
     mesh = make_mesh(config.mesh)
-    check_batch(mesh, f"{section_name}.batch_size", section.batch_size, section.accumulation_steps)
     task = make_task(config, mesh)
     name = artifact.relative.replace("/", "-")
     result = fit(

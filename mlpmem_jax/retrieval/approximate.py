@@ -7,6 +7,7 @@ is whole. ScaNN is imported only when it is used: it has wheels for Linux only.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import shutil
@@ -48,7 +49,7 @@ def shard_ranges(num_rows: int, shard_rows: int) -> list[range]:
     """Cuts rows into shards of nearly equal size, none larger than `shard_rows`."""
     num_shards = max(1, -(-num_rows // shard_rows))
     bounds = [num_rows * n // num_shards for n in range(num_shards + 1)]
-    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def num_leaves(config: RetrievalConfig, num_rows: int) -> int:
@@ -140,9 +141,7 @@ def _build_shard(keys: Keys, rows: range, target: epath.Path, config: RetrievalC
         searcher.serialize(os.fspath(whole), relative_path=True)
         files = sorted(file.name for file in whole.iterdir())
         _check_written(whole, files, rows)
-        write_json(
-            whole / SHARD, {"first_row": rows.start, "num_rows": len(rows), "files": files}
-        )
+        write_json(whole / SHARD, {"first_row": rows.start, "num_rows": len(rows), "files": files})
         if is_local(target):
             if target.exists():
                 target.rmtree()
@@ -247,4 +246,3 @@ def _import() -> Any:
             "retrieval.engine=exact needs no package"
         ) from None
     return scann
-

@@ -1,7 +1,6 @@
 """Making, checking and opening the index artifact of a run."""
 
 import dataclasses
-import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from mlpmem_jax.retrieval.neighbors import check_enough_rows
 # Calibration and measurement draw different rows: the measurement stays unbiased.
 CALIBRATION_SEED = 1
 MEASUREMENT_SEED = 2
+_MAX_REORDER_GROWTH = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,25 +31,6 @@ class BuiltIndex:
     counts: Mapping[str, Any]
     files: list[str]
     measured: Mapping[str, Any]
-
-
-def estimate(config: Config) -> dict[str, Any]:
-    """Returns disk and memory needed, as far as the number of rows is known."""
-    layout = Layout(config)
-    width = config.decoder.width
-    try:
-        num_rows = int(layout.datastore("train").load().counts["rows"])
-    except UserError:
-        return {"index": "known once the datastore exists"}
-    largest = min(num_rows, config.retrieval.shard_rows)
-    return {
-        "index bytes on disk, at most": approximate.index_bytes(
-            num_rows, width, config.retrieval.dims_per_block
-        ),
-        "index bytes of memory, at most": approximate.build_memory_bytes(
-            largest, width, config.retrieval.training_rows
-        ),
-    }
 
 
 def exact_engine(config: Config, mesh: jax.sharding.Mesh) -> ExactEngine:
@@ -92,7 +73,7 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
     for number, num_shards, names in approximate.build_shards(keys, path, retrieval):
         files += names
         say(f"index: shard {number + 1} of {num_shards} is built")
-    settings = _settings(config, mesh, keys, measured)
+    settings = _settings(config, ExactCache(config), keys, measured)
     write_json(path / SEARCH, dataclasses.asdict(settings))
     shard_rows = max(len(rows) for rows in approximate.shard_ranges(keys.num_rows, largest))
     counts |= {
@@ -108,44 +89,51 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
 
 
 def _settings(
-    config: Config, mesh: jax.sharding.Mesh, keys: StoredKeys, measured: dict[str, Any]
+    config: Config, exact: "ExactCache", keys: StoredKeys, measured: dict[str, Any]
 ) -> SearchSettings:
-    """Returns how thoroughly to search; auto: until the recall is above the floor."""
+    """Returns how thoroughly to search: what is auto is raised until the recall suffices."""
     retrieval = config.retrieval
     shard_rows = max(
         len(rows) for rows in approximate.shard_ranges(keys.num_rows, retrieval.shard_rows)
     )
-    first = approximate.first_leaves_to_search(retrieval, shard_rows)
-    settings = SearchSettings(first, approximate.num_reorder(retrieval))
-    if retrieval.num_leaves_to_search != "auto":
-        return settings
-    engine = ApproximateEngine(Layout(config).index.path, settings)
+    first = SearchSettings(
+        approximate.first_leaves_to_search(retrieval, shard_rows),
+        approximate.num_reorder(retrieval),
+    )
+    last = SearchSettings(
+        approximate.num_leaves(retrieval, shard_rows)
+        if retrieval.num_leaves_to_search == "auto"
+        else first.num_leaves_to_search,
+        min(shard_rows, _MAX_REORDER_GROWTH * first.num_reorder)
+        if retrieval.num_reorder == "auto"
+        else first.num_reorder,
+    )
+    if first == last:
+        return first
+    engine = ApproximateEngine(Layout(config).index.path, first)
     sample = recall.draw_sample(
         keys,
-        exact_engine(config, mesh).search,
+        exact().search,
         retrieval.recall_queries,
         retrieval.num_neighbors,
         (config.seed, CALIBRATION_SEED),
     )
 
-    def measure_with(num_leaves: int) -> float:
-        engine.settings = dataclasses.replace(settings, num_leaves_to_search=num_leaves)
+    def measure_with(settings: SearchSettings) -> float:
+        engine.settings = settings
         return recall.measure(engine, sample)
 
-    last = approximate.num_leaves(retrieval, shard_rows)
-    leaves, found = recall.calibrate(measure_with, first, last, retrieval.min_recall)
+    settings, found = recall.calibrate(measure_with, first, last, retrieval.min_recall)
     measured["calibration_recall"] = found
-    return dataclasses.replace(settings, num_leaves_to_search=leaves)
+    return settings
 
 
-def open_index(
-    config: Config, exact: "functools.partial[ExactEngine] | ExactCache"
-) -> tuple[Engine, SearchSettings | None]:
+def open_index(config: Config, exact: "ExactCache") -> tuple[Engine, SearchSettings | None]:
     """Opens the engine that the index artifact names; its files are verified first.
 
     Args:
         config: The run's configuration.
-        exact: Makes the exact engine, where that is the one.
+        exact: Opens the exact engine, where that is the one.
 
     Returns:
         The engine, and how thoroughly it searches (none: exactly).

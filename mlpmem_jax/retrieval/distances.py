@@ -5,9 +5,7 @@ import numpy as np
 _TILE_BYTES = 1 << 18  # Differences that fit a core's cache.
 
 
-def squared_distances(
-    query_QD: np.ndarray, key_ND: np.ndarray, row_QC: np.ndarray
-) -> np.ndarray:
+def squared_distances(query_QD: np.ndarray, key_ND: np.ndarray, row_QC: np.ndarray) -> np.ndarray:
     """Returns float32 [Q, C]: ‖key_row − query‖², by differences, so without cancellation.
 
     Args:

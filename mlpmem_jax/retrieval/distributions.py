@@ -64,9 +64,7 @@ def sparse_distributions(
         for start in range(0, num_queries, _TILE_ROWS):
             part = slice(start, start + _TILE_ROWS)
             weight_QK = neighbor_weights(distance_QK[part], temperature)
-            _aggregate(
-                weight_QK, neighbor_label_QK[part], found.id_QS[part], found.prob_QS[part]
-            )
+            _aggregate(weight_QK, neighbor_label_QK[part], found.id_QS[part], found.prob_QS[part])
         np.sum(found.prob_QS, axis=1, dtype=np.float32, out=found.mass_Q)
     return found
 
@@ -75,7 +73,7 @@ def _aggregate(
     weight_QK: np.ndarray, label_QK: np.ndarray, id_QS: np.ndarray, prob_QS: np.ndarray
 ) -> None:
     """Fills in tokens and probabilities of a tile of queries."""
-    num_queries, num_neighbors = weight_QK.shape
+    num_queries = len(weight_QK)
     num_tokens = id_QS.shape[1]
     total_Q = weight_QK.sum(axis=1, dtype=np.float32)
 
@@ -129,9 +127,7 @@ class LabelEvidence:
         label_N: Integer label of each row.
     """
 
-    def __init__(
-        self, distance_NK: np.ndarray, neighbor_label_NK: np.ndarray, label_N: np.ndarray
-    ):
+    def __init__(self, distance_NK: np.ndarray, neighbor_label_NK: np.ndarray, label_N: np.ndarray):
         self._distance_NK = distance_NK
         hits = np.flatnonzero(neighbor_label_NK == label_N[:, None])
         self._hit_row = hits // max(1, distance_NK.shape[1])

@@ -76,7 +76,7 @@ class _MeshSearch:
         )
         split = NamedSharding(mesh, PartitionSpec(AXES))
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop = index[0].start or 0, index[0].stop
             stop = shares * self._rows_per_device if stop is None else stop
             key_ND = np.zeros((stop - start, keys.width), np.float32)
@@ -133,9 +133,7 @@ def _search_all(
     query_block: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the lists of all devices side by side, on every device: [Q, P · K]."""
-    local = functools.partial(
-        _search_device, wanted=wanted, chunk=chunk, query_block=query_block
-    )
+    local = functools.partial(_search_device, wanted=wanted, chunk=chunk, query_block=query_block)
     by_device = jax.shard_map(
         local,
         mesh=mesh,

@@ -128,9 +128,7 @@ def search_split(
     """
     remaining = writer.remaining
     num_queries = sum(rows.stop - rows.start for rows in remaining)
-    bar = progress(
-        writer.num_rows, "row", description, initial=writer.num_rows - num_queries
-    )
+    bar = progress(writer.num_rows, "row", description, initial=writer.num_rows - num_queries)
     started = time.monotonic()
     with bar, concurrent.futures.ThreadPoolExecutor(1) as pool:
         tasks: list[concurrent.futures.Future[Any]] = []
@@ -142,7 +140,9 @@ def search_split(
                 parts.append(pool.submit(consume, rows, found))
                 bar.update(rows.stop - rows.start)
                 tasks = _drain([*tasks, parts[-1]], _MAX_PENDING_BATCHES)
-            tasks = _drain([*tasks, pool.submit(_write, writer, shard, parts)], _MAX_PENDING_BATCHES)
+            tasks = _drain(
+                [*tasks, pool.submit(_write, writer, shard, parts)], _MAX_PENDING_BATCHES
+            )
         _drain(tasks, 0)
         writer.wait()
     seconds = time.monotonic() - started
@@ -190,6 +190,4 @@ class StoredNeighbors:
         Raises:
             ArtifactError: A shard is missing or damaged.
         """
-        return Neighbors(
-            read_rows(self._distance, start, stop), read_rows(self._row, start, stop)
-        )
+        return Neighbors(read_rows(self._distance, start, stop), read_rows(self._row, start, stop))

@@ -1,6 +1,7 @@
 """How many of the true neighbours an engine finds; always measured, never assumed."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -104,26 +105,43 @@ def plain_search(keys: Keys) -> Callable[[np.ndarray, int], Neighbors]:
 
 
 def calibrate(
-    measure_with: Callable[[int], float], first: int, last: int, floor: float
-) -> tuple[int, float]:
-    """Finds how many leaves must be searched for a recall above the floor.
+    measure_with: Callable[[SearchSettings], float],
+    first: SearchSettings,
+    last: SearchSettings,
+    floor: float,
+) -> tuple[SearchSettings, float]:
+    """Finds how thoroughly to search for a recall above the floor.
+
+    Each step raises the setting that brings more, leaves or candidates.
 
     Args:
-        measure_with: Recall when so many leaves are searched.
-        first: Leaves to begin with.
-        last: All leaves.
+        measure_with: Recall with given settings.
+        first: Settings to begin with.
+        last: The largest settings; equal to `first` where a setting is given.
         floor: `retrieval.min_recall`.
 
     Returns:
-        The number of leaves and its recall on the sample.
+        The settings and their recall on the sample.
     """
     goal = min(floor + _MARGIN, (floor + 1) / 2)
-    leaves = first
-    while True:
-        found = measure_with(leaves)
-        if found >= goal or leaves >= last:
-            return leaves, found
-        leaves = min(last, int(np.ceil(leaves * _GROWTH)))
+    settings, found = first, measure_with(first)
+    while found < goal:
+        raised = [one for one in _raised(settings, last) if one != settings]
+        if not raised:
+            break
+        recalls = [measure_with(one) for one in raised]
+        best = int(np.argmax(recalls))
+        settings, found = raised[best], recalls[best]
+    return settings, found
+
+
+def _raised(settings: SearchSettings, last: SearchSettings) -> list[SearchSettings]:
+    leaves = min(last.num_leaves_to_search, math.ceil(settings.num_leaves_to_search * _GROWTH))
+    candidates = min(last.num_reorder, math.ceil(settings.num_reorder * _GROWTH))
+    return [
+        dataclasses.replace(settings, num_leaves_to_search=leaves),
+        dataclasses.replace(settings, num_reorder=candidates),
+    ]
 
 
 def check(

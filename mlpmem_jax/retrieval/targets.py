@@ -15,11 +15,11 @@ from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.retrieval import recall, temperature
 from mlpmem_jax.retrieval.building import MEASUREMENT_SEED, ExactCache, open_index
 from mlpmem_jax.retrieval.distributions import (
-    LabelEvidence,
     sparse_distributions,
     without_targets,
 )
-from mlpmem_jax.retrieval.engine import Engine, StoredKeys, row_ranges
+from mlpmem_jax.retrieval.engine import Engine, StoredKeys
+from mlpmem_jax.retrieval.evidence import label_evidence, read_labels
 from mlpmem_jax.retrieval.merge import Neighbors
 from mlpmem_jax.retrieval.neighbors import (
     ShardWriter,
@@ -145,45 +145,6 @@ class _TargetSink:
         return Made(counts, arrays, measured)
 
 
-def read_labels(layout: Layout, split: Split) -> np.ndarray:
-    """Returns the int32 labels of a split."""
-    store = open_array(layout.datastore(split).path / "label")
-    return read_rows(store, 0, int(store.shape[0]))
-
-
-def label_evidence(
-    layout: Layout, split: Split, separator_id: int, max_rows: int | None = None
-) -> tuple[LabelEvidence, np.ndarray]:
-    """Reads what the kept neighbours say of the labels of a split.
-
-    Args:
-        layout: The run.
-        split: "valid" or "test".
-        separator_id: Rows with this label are never scored.
-        max_rows: Whole storage shards, evenly spread, with about so many rows; none: all.
-
-    Returns:
-        Evidence of the scored rows, and their int64 row numbers.
-    """
-    stored = StoredNeighbors(layout.neighbors(split))
-    train_label_N, label_N = read_labels(layout, "train"), read_labels(layout, split)
-    piece = 1 << 14
-    pieces = list(row_ranges(stored.num_rows, piece))
-    if max_rows is not None and stored.num_rows > max_rows:
-        kept = np.linspace(0, len(pieces) - 1, max(1, max_rows // piece), dtype=np.int64)
-        pieces = [pieces[n] for n in np.unique(kept)]
-    rows, distances, labels = [], [], []
-    for part in pieces:
-        row_M = np.flatnonzero(label_N[part] != separator_id)
-        found = stored.read(part.start, part.stop)
-        rows.append(row_M + part.start)
-        distances.append(found.distance_QK[row_M])
-        labels.append(train_label_N[np.maximum(found.row_QK[row_M], 0)])
-    row_N = np.concatenate(rows)
-    evidence = LabelEvidence(np.concatenate(distances), np.concatenate(labels), label_N[row_N])
-    return evidence, row_N
-
-
 def _temperature(config: Config) -> Tuned:
     """Returns τ, given or chosen on validation; what was chosen is kept for a later start."""
     layout = Layout(config)
@@ -303,36 +264,3 @@ def _check_same_origin(layout: Layout, split: Split) -> None:
                 f"({other.made_from.get(name)}) than {layout.datastore('train').path} "
                 f"({train.made_from[name]}); run embed again with --rebuild"
             )
-
-
-def _rows(config: Config, split: Split) -> int | None:
-    try:
-        return int(Layout(config).datastore(split).load().counts["rows"])
-    except UserError:
-        return None
-
-
-def estimate_neighbors(config: Config, split: Split) -> dict[str, Any]:
-    """Returns disk and work of keeping the neighbours of a split."""
-    num_rows, num_keys = _rows(config, split), _rows(config, "train")
-    if num_rows is None or num_keys is None:
-        return {"neighbours": "known once the datastore exists"}
-    specs = Layout(config).neighbors_arrays()
-    return {
-        "rows": num_rows,
-        "bytes on disk": num_rows * sum(spec.row_bytes for spec in specs.values()),
-        "bytes of memory": num_keys * (config.decoder.width + 1) * 4,
-        "flops": 2.0 * num_rows * num_keys * config.decoder.width,
-    }
-
-
-def estimate_targets(config: Config, split: Split) -> dict[str, Any]:
-    """Returns disk of the targets of a split."""
-    num_rows = _rows(config, split)
-    if num_rows is None:
-        return {"targets": "known once the datastore exists"}
-    specs = Layout(config).targets_arrays(config.tokenizer.vocab_size)
-    return {
-        "rows": num_rows,
-        "bytes on disk": num_rows * sum(spec.row_bytes for spec in specs.values()),
-    }

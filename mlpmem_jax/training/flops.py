@@ -1,150 +1,147 @@
-"""Model flops, parameter counts and the peak of the devices.
+"""Counts of parameters and floating-point operations, and what devices can do.
 
-Conventions: a multiply-add is two flops; the backward pass costs twice the forward pass;
-what is recomputed (remat) does not count. Attention counts the causal half: a token of a
-window of L sees (L + 1) / 2 tokens on average. Norms, activations and lookups of
-embeddings do not count.
+Model flops: matrix products only, a multiply-add is 2, the backward pass twice the forward
+pass, nothing recomputed. Attention is causal: by default a query is charged for the keys
+that it may see, half of the window on average ("half"); "full" charges all of them, the
+convention of PaLM (arXiv 2204.02311, appendix B). The head is charged for the padded
+vocabulary, since that is what runs.
 """
 
-import functools
+import math
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
+from mlpmem_jax.models import layers
 from mlpmem_jax.models.decoder import Decoder
-from mlpmem_jax.models.layers import ffn_width, padded_vocab_size
 from mlpmem_jax.models.memory import Memory
 
-_FORWARD, _TRAINING = 2, 6  # flops for each weight that a token meets
+TRAINING_FACTOR = 3  # forward, and two products in the backward pass for each of its own
 
-# bf16 matrix flop/s of a chip, from the vendors' data sheets (dense, no sparsity).
-PEAK_FLOPS_PER_SEC = {
+# Dense bfloat16 (V100 and T4: float16) flop/s of one JAX device; the first name that is
+# part of the device's kind counts. Sources: the vendors' data sheets.
+PEAK_FLOPS = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4 lite": 138e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
     "TPU v5p": 459e12,
     "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
+    "TPU v6": 918e12,
+    "TPU v7": 1153.5e12,
+    "TPU7": 1153.5e12,
     "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "V100": 125e12,
+    "T4": 65e12,
 }
 
 
-class ParameterCounts(NamedTuple):
-    """Parameters of a network.
-
-    Attributes:
-        total: All.
-        non_embedding: Without token and position embeddings and output head.
-    """
-
-    total: int
-    non_embedding: int
-
-
-def _decoder_block_weights(config: DecoderConfig) -> int:
-    heads = config.num_heads
-    groups = heads if config.num_kv_heads == "auto" else config.num_kv_heads
-    head_width = config.width // heads if config.head_width == "auto" else config.head_width
-    attention = config.width * head_width * (2 * heads + 2 * groups)
-    hidden = ffn_width(config.ffn_width, config.width, config.activation)
-    matrices = 3 if config.activation == "swiglu" else 2
-    return attention + matrices * config.width * hidden
-
-
-def decoder_flops(
-    config: DecoderConfig, vocab_size: int, window_tokens: int, *, training: bool = True
+def decoder_flops_per_token(
+    config: DecoderConfig,
+    vocab_size: int,
+    window_tokens: int,
+    *,
+    num_layers: int | None = None,
+    head: bool = True,
+    attention: Literal["half", "full"] = "half",
 ) -> float:
-    """Returns the decoder's model flops for each token of a window.
+    """Returns flops of a forward pass, per token of a window.
 
     Args:
         config: The section `decoder`.
-        vocab_size: V; the head is padded, and counted so.
-        window_tokens: L.
-        training: Forward and backward; otherwise forward alone.
+        vocab_size: V; padded here.
+        window_tokens: L, over which attention runs.
+        num_layers: Blocks that run, when the states above are not wanted; None: all.
+        head: Whether logits are computed.
+        attention: Which keys a query is charged for, see above.
     """
-    factor = _TRAINING if training else _FORWARD
-    head_width = (
-        config.width // config.num_heads if config.head_width == "auto" else config.head_width
-    )
-    # Scores and mixing: two products over the tokens that a token sees.
-    attention = 2 * config.num_heads * head_width * (window_tokens + 1) / 2
-    weights = config.num_layers * (_decoder_block_weights(config) + attention)
-    return factor * (weights + padded_vocab_size(vocab_size) * config.width)
+    depth = config.num_layers if num_layers is None else num_layers
+    heads = config.num_heads
+    groups = heads if config.num_kv_heads == "auto" else config.num_kv_heads
+    head_width = config.width // heads if config.head_width == "auto" else config.head_width
+    projections = config.width * head_width * (2 * heads + 2 * groups)
+    keys = window_tokens if attention == "full" else (window_tokens + 1) / 2
+    mixing = 2 * heads * head_width * keys  # scores, and the sum of values
+    hidden = layers.ffn_width(config.ffn_width, config.width, config.activation)
+    block = projections + mixing + _ffn_weights(config.width, hidden, config.activation)
+    logits = config.width * layers.padded_vocab_size(vocab_size) if head else 0
+    return 2.0 * (depth * block + logits)
 
 
-def memory_flops(
-    config: MemoryConfig, input_width: int, vocab_size: int, *, training: bool = True
+def memory_flops_per_token(
+    config: MemoryConfig, input_width: int, vocab_size: int, *, head: bool = True
 ) -> float:
-    """Returns the memory's model flops for each row; arguments as in `decoder_flops`."""
-    factor = _TRAINING if training else _FORWARD
-    return factor * (_memory_matrices(config, input_width) + _memory_head(config, vocab_size))
+    """Returns flops of a forward pass of the memory, per token (arguments as above)."""
+    hidden = layers.ffn_width(config.ffn_width, config.width, config.block)
+    weights = config.num_layers * _ffn_weights(config.width, hidden, config.block)
+    if input_width != config.width:
+        weights += input_width * config.width
+    if head:
+        weights += config.width * layers.padded_vocab_size(vocab_size)
+    return 2.0 * weights
 
 
-def _memory_matrices(config: MemoryConfig, input_width: int) -> int:
-    hidden = ffn_width(config.ffn_width, config.width, config.block)
-    matrices = 3 if config.block == "swiglu" else 2
-    projection = input_width * config.width if input_width != config.width else 0
-    return config.num_layers * matrices * config.width * hidden + projection
+def decoder_parameters(config: DecoderConfig, vocab_size: int) -> dict[str, int]:
+    """Returns the numbers of parameters: "total" and "non_embedding" (no tables, no head)."""
+    abstract = nnx.eval_shape(lambda: Decoder(config, vocab_size, rngs=nnx.Rngs(0)))
+    return _count(abstract, ("embedding", "position", "head"))
 
 
-def _memory_head(config: MemoryConfig, vocab_size: int) -> int:
-    return padded_vocab_size(vocab_size) * config.width
+def memory_parameters(config: MemoryConfig, input_width: int, vocab_size: int) -> dict[str, int]:
+    """Returns the numbers of parameters: "total" and "non_embedding" (no head)."""
+    abstract = nnx.eval_shape(lambda: Memory(config, input_width, vocab_size, rngs=nnx.Rngs(0)))
+    return _count(abstract, ("head",))
 
 
-def decoder_parameters(config: DecoderConfig, vocab_size: int) -> ParameterCounts:
-    """Counts the decoder's parameters, padded vocabulary included."""
-    return _counted(lambda: Decoder(config, vocab_size, rngs=nnx.Rngs(0)))
+def peak_flops(device: jax.Device) -> float | None:
+    """Returns what a device can do in a second: from the table, or measured on CPU.
 
-
-def memory_parameters(config: MemoryConfig, input_width: int, vocab_size: int) -> ParameterCounts:
-    """Counts the memory's parameters, padded vocabulary included."""
-    return _counted(lambda: Memory(config, input_width, vocab_size, rngs=nnx.Rngs(0)))
-
-
-_NOT_COUNTED = ("embedding", "position", "head")
-
-
-def _counted(build: Callable[[], nnx.Module]) -> ParameterCounts:
-    params = nnx.state(nnx.eval_shape(build), nnx.Param)
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    sizes = [int(leaf.size) for _, leaf in leaves]
-    outside = [
-        n for name, n in zip(names, sizes, strict=True) if name.split("/")[0] in _NOT_COUNTED
-    ]
-    return ParameterCounts(sum(sizes), sum(sizes) - sum(outside))
-
-
-@functools.cache
-def peak_flops_per_sec() -> float:
-    """Returns the peak of one device: by its data sheet, or, on CPU, as measured.
-
-    An accelerator that is not in the table counts as unknown: NaN.
+    None for an accelerator that the table does not know.
     """
-    device = jax.devices()[0]
     if device.platform == "cpu":
-        return _measured_cpu_peak()
-    kinds = [kind for kind in PEAK_FLOPS_PER_SEC if kind in device.device_kind]
-    return PEAK_FLOPS_PER_SEC[max(kinds, key=len)] if kinds else float("nan")
+        return measure_cpu_flops() / max(1, jax.local_device_count("cpu"))
+    kind = device.device_kind
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
 
 
-def _measured_cpu_peak(size: int = 1024, repeats: int = 5) -> float:
-    """Times a float32 product; all simulated devices share the cores, so it is cut up."""
-    x = jnp.ones((size, size), jnp.float32)
-    product = jax.jit(lambda a: a @ a)
-    product(x).block_until_ready()
-    best = float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
-        product(x).block_until_ready()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best / jax.local_device_count()
+def measure_cpu_flops(seconds: float = 0.2, width: int = 1024) -> float:
+    """Returns the best flop/s of float32 matrix products within a fraction of a second."""
+    square = jnp.ones((width, width), jnp.float32)
+    multiply = jax.jit(jnp.matmul)
+    multiply(square, square).block_until_ready()
+    best = math.inf
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        multiply(square, square).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * width**3 / best
+
+
+def _ffn_weights(width: int, hidden: int, activation: str) -> int:
+    return (3 if activation == "swiglu" else 2) * width * hidden
+
+
+def _count(model: nnx.Module, embeddings: tuple[str, ...]) -> dict[str, int]:
+    params: Any = nnx.state(model, nnx.Param)
+    total = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    outside = sum(
+        math.prod(x.shape)
+        for name in embeddings
+        if name in params
+        for x in jax.tree.leaves(params[name])
+    )
+    return {"total": total, "non_embedding": total - outside}

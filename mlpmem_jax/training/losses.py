@@ -128,7 +128,7 @@ def token_logprob(
     vocab_size: int,
     chunk_tokens: int,
 ) -> jax.Array:
-    """Returns log p(label) of each token, [B, L] float32, for embedding and evaluation.
+    """Returns log p(label) of each token, [B, L] float32; no gradient runs through it.
 
     Args:
         hidden_BLD: States after the final norm.
@@ -150,6 +150,7 @@ def token_logprob(
         chunks = into_chunks((hidden, label), label.ndim, chunk_tokens)
         return from_chunks(jax.lax.map(of_chunk, chunks), label.shape)
 
+    hidden_BLD, head_VD = jax.lax.stop_gradient((hidden_BLD, head_VD))
     mesh = current_mesh()
     if mesh is None:
         return local(None, hidden_BLD, head_VD, label_BL)

@@ -16,10 +16,14 @@ from mlpmem_jax.input.rows import StoredRows
 from mlpmem_jax.input.tokens import TokensWithTargets
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.models.memory import Memory, input_statistics
-from mlpmem_jax.training.flops import decoder_flops, memory_flops
+from mlpmem_jax.training.flops import (
+    TRAINING_FACTOR,
+    decoder_flops_per_token,
+    memory_flops_per_token,
+)
 from mlpmem_jax.training.losses import memory_loss
 from mlpmem_jax.training.networks import finished_decoder, memory_builder
-from mlpmem_jax.training.state import TrainState
+from mlpmem_jax.training.state import TrainState, split_module, structure
 from mlpmem_jax.training.step import LossParts
 from mlpmem_jax.training.validation import Validator
 
@@ -43,9 +47,7 @@ class MemoryTask:
         self._site = Site.of(config.datastore.input, config.decoder.num_layers)
         self.vocab_size = tokens.vocab_size
         self.build = memory_builder(config, tokens.vocab_size)
-        self._graphdef = nnx.split(nnx.eval_shape(lambda: self.build(nnx.Rngs(0))), nnx.Param, ...)[
-            0
-        ]
+        self._graphdef = structure(self.build)
         self._decoder_graphdef: Any = None
         self.frozen: Any = ()
         needs_decoder = self._online or config.memory.head == "tied"
@@ -68,10 +70,15 @@ class MemoryTask:
         return StoredRows(self._layout, split, self._length, self._separator_id)
 
     def _flops_per_token(self) -> float:
-        flops = memory_flops(self._config.memory, self._config.decoder.width, self.vocab_size)
-        if self._online:
-            flops += decoder_flops(
-                self._config.decoder, self.vocab_size, self._length, training=False
+        config, width = self._config, self._config.decoder.width
+        flops = TRAINING_FACTOR * memory_flops_per_token(config.memory, width, self.vocab_size)
+        if self._online:  # Forward only, and only up to the state that the memory reads.
+            flops += decoder_flops_per_token(
+                config.decoder,
+                self.vocab_size,
+                self._length,
+                num_layers=self._site.block,
+                head=False,
             )
         return flops
 
@@ -87,7 +94,7 @@ class MemoryTask:
             mean_D, inverse_std_D = jax.jit(input_statistics)(states, weights)
         memory = nnx.merge(self._graphdef, state.params, state.fixed)
         memory.set_input_statistics(mean_D, inverse_std_D)
-        measured = nnx.split(memory, nnx.Param, ...)[2]
+        measured = split_module(memory)[2]
         placed = jax.tree.map(
             lambda new, old: jax.device_put(new, old.sharding), measured, state.fixed
         )

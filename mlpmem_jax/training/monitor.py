@@ -11,7 +11,7 @@ from etils import epath
 from mlpmem_jax.config.stages import TrainingConfig
 from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.training.checkpoint import Checkpoints
-from mlpmem_jax.training.flops import peak_flops_per_sec
+from mlpmem_jax.training.flops import peak_flops
 from mlpmem_jax.training.metrics import MetricsLog, TrainingBar
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ class Monitor:
         self._log = MetricsLog(directory, start_step)
         self._bar = TrainingBar(config.num_steps, start_step, task.name)
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
-        self._peak = peak_flops_per_sec() * jax.device_count()
+        # NaN for an accelerator that the table does not know: no share is better than a wrong one.
+        peak = peak_flops(jax.local_devices()[0])
+        self._peak = math.nan if peak is None else peak * jax.device_count()
         self._steps_in_window = 0
         self._wait_at_window = 0.0
         self._wait_secs = 0.0

@@ -14,7 +14,7 @@ from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.sharding import abstract_state
 from mlpmem_jax.training.checkpoint import restore_finished
-from mlpmem_jax.training.state import flatten, unflatten
+from mlpmem_jax.training.state import flatten, split_module, structure, unflatten
 
 Network = TypeVar("Network", bound=nnx.Module)
 
@@ -56,20 +56,28 @@ def finished_memory(config: Config, mesh: jax.sharding.Mesh) -> Memory:
     """Restores the run's memory.
 
     Raises:
-        ArtifactError: It is missing, damaged or of another shape.
+        ArtifactError: It is missing, damaged, of another shape, or was trained on the
+            states of another decoder than the run's.
     """
-    return _restored(memory_builder(config, vocab_size(config)), Layout(config).memory, mesh)
+    layout = Layout(config)
+    decoder, memory = layout.decoder, layout.memory
+    trained_on = memory.load().made_from.get(decoder.relative)
+    if trained_on != decoder.load().fingerprint:
+        raise ArtifactError(
+            f"{memory.path}: was trained on another decoder ({trained_on}) than {decoder.path} "
+            f"({decoder.load().fingerprint}); train it again with `train --rebuild`"
+        )
+    return _restored(memory_builder(config, vocab_size(config)), memory, mesh)
 
 
 def _restored(
     build: Callable[[nnx.Rngs], Network], artifact: Artifact, mesh: jax.sharding.Mesh
 ) -> Network:
-    abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-    graphdef = nnx.split(abstract, nnx.Param, ...)[0]
-
     def states() -> tuple[nnx.State, nnx.State]:
-        return nnx.split(build(nnx.Rngs(0)), nnx.Param, ...)[1:]
+        return split_module(build(nnx.Rngs(0)))[1:]
 
     params, fixed = abstract_state(states, mesh)
     flat = restore_finished(artifact, {"params": flatten(params), "fixed": flatten(fixed)})
-    return nnx.merge(graphdef, unflatten(params, flat["params"]), unflatten(fixed, flat["fixed"]))
+    return nnx.merge(
+        structure(build), unflatten(params, flat["params"]), unflatten(fixed, flat["fixed"])
+    )

@@ -12,10 +12,10 @@ from mlpmem_jax.corpus.windows import TokenWindows
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.input.feed import Batch, Feed
 from mlpmem_jax.models.decoder import Decoder
-from mlpmem_jax.training.flops import decoder_flops
+from mlpmem_jax.training.flops import TRAINING_FACTOR, decoder_flops_per_token
 from mlpmem_jax.training.losses import lm_loss
 from mlpmem_jax.training.networks import decoder_builder
-from mlpmem_jax.training.state import TrainState
+from mlpmem_jax.training.state import TrainState, structure
 from mlpmem_jax.training.step import LossParts
 from mlpmem_jax.training.validation import Validator
 
@@ -38,13 +38,10 @@ class PretrainTask:
         self._source = TokenWindows(train, length, weights="train")
         self.build = decoder_builder(config, train.vocab_size)
         self.vocab_size = train.vocab_size
-        self._graphdef = nnx.split(nnx.eval_shape(lambda: self.build(nnx.Rngs(0))), nnx.Param, ...)[
-            0
-        ]
+        self._graphdef = structure(self.build)
         self.tokens_per_step = settings.batch_size * length
-        self.flops_per_step = self.tokens_per_step * decoder_flops(
-            config.decoder, train.vocab_size, length
-        )
+        forward = decoder_flops_per_token(config.decoder, train.vocab_size, length)
+        self.flops_per_step = self.tokens_per_step * TRAINING_FACTOR * forward
         valid = TokenWindows(TokenSplit.open(layout.tokens, "valid"), length, weights="score")
         self._validator = Validator(
             valid,
@@ -62,6 +59,7 @@ class PretrainTask:
         """Cross-entropy summed over the batch."""
         segments = batch["segment"] if self._within else None
         final_BLD, _ = model.hidden(batch["token"], segments)
+        assert final_BLD is not None
         total, sums = lm_loss(
             final_BLD,
             model.head_VD(),

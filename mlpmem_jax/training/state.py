@@ -57,6 +57,17 @@ ITEM_NAMES = ("params", "fixed", "optimizer", "loop")
 _EMPTY = "(nothing)"
 
 
+def split_module(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
+    """Returns a module's structure, its parameters and its other variables."""
+    graphdef, params, fixed = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
+    return graphdef, params, fixed
+
+
+def structure(build: Callable[[nnx.Rngs], nnx.Module]) -> Any:
+    """Returns the structure of what `build` makes, without making it."""
+    return split_module(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[0]
+
+
 def flatten(tree: Any) -> Flat:
     """Returns the leaves of a pytree by readable path.
 
@@ -94,13 +105,11 @@ class Blueprint:
         self._optimizer = optimizer
         self._seed = seed
         self._mesh = mesh
-        self.graphdef, _, _ = nnx.split(
-            nnx.eval_shape(lambda: build(nnx.Rngs(seed))), nnx.Param, ...
-        )
+        self.graphdef = structure(build)
 
     def _make(self) -> TrainState:
         module = self._build(nnx.Rngs(self._seed))
-        _, params, fixed = nnx.split(module, nnx.Param, ...)
+        _, params, fixed = split_module(module)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,

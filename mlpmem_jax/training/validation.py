@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from mlpmem_jax.input.feed import Batch, Feed, WindowSource
 from mlpmem_jax.training.losses import means
@@ -51,7 +50,7 @@ class Validator:
             steps=range(self._num_batches),
             shuffled=False,
         )
-        total: dict[str, np.ndarray] = {}
+        total: dict[str, Any] = {}
         for batch in feed:
             sums = jax.device_get(dict(self._sums(network, frozen, batch)))
             total = {name: total.get(name, 0) + value for name, value in sums.items()}

@@ -1,5 +1,6 @@
 """From prompts to text on the terminal."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline import generate
 from mlpmem_jax.pipeline.options import Options
 
@@ -27,14 +28,19 @@ def _shown(
     return shown.out, shown.err
 
 
+def _stored_weight(config: Config) -> float:
+    results = json.loads((Layout(config).results.path / "evaluate.json").read_text())
+    return float(results["systems"]["memory"]["interpolation"])
+
+
 def test_prompts_are_continued(tiny_run: Config, capsys: pytest.CaptureFixture[str]):
-    config = _with(tiny_run, prompts=("def read(", "", "import é"))
-    out, err = _shown(config, capsys)
+    prompts = ("def read(", "", "import é")
+    out, err = _shown(_with(tiny_run, prompts=prompts, interpolation=0.25), capsys)
     assert "def read(" in out
     assert "import é" in out
-    assert out.startswith("sample (λ = ")
+    assert out.startswith("sample (λ = 0.250")
+    assert generate.interpolation(tiny_run) == _stored_weight(tiny_run)
     assert "tokens/s" in err
-    assert _shown(config, capsys)[0] == out
 
 
 def test_without_memory_needs_none(
@@ -49,13 +55,18 @@ def test_without_memory_needs_none(
         generate.main(config, Options(workdir=config.workdir))
 
 
-def test_interpolation_without_results(
-    tiny_run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_prompts_that_are_no_text(tiny_run: Config):
+    config = _with(tiny_run, prompts=("fine", "\udcff"))
+    with pytest.raises(ConfigError, match=r"generate\.prompts\.1=.*not UTF-8"):
+        generate.main(config, Options(workdir=config.workdir))
+    with pytest.raises(ConfigError, match="no prompt"):
+        generate.main(_with(tiny_run, prompts=()), Options(workdir=tiny_run.workdir))
+
+
+def test_interpolation_without_results(tiny_run: Config, tmp_path: Path):
     shutil.copytree(tiny_run.workdir, tmp_path / "run")
     config = tiny_run.model_copy(update={"workdir": str(tmp_path / "run")})
     Layout(config).results.remove()
     with pytest.raises(ArtifactError, match="run `evaluate`, or set generate.interpolation"):
         generate.main(config, Options(workdir=config.workdir))
-    out, _ = _shown(_with(config, interpolation=0.25), capsys)
-    assert out.startswith("sample (λ = 0.250")
+    assert generate.interpolation(_with(config, interpolation=0.25)) == 0.25

@@ -84,9 +84,8 @@ def test_killed_in_every_stage_equals_uninterrupted(tiny_run, tmp_path):
         assert died.returncode == -signal.SIGKILL, (function, number, died.stdout, died.stderr)
         assert (workdir / artifact / "building.json").exists(), (function, number, died.stdout)
         assert not (workdir / artifact / "manifest.json").exists(), (function, number)
-    last = subprocess.run(
-        [sys.executable, "-m", "mlpmem_jax", *arguments], capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, "-m", "mlpmem_jax", *arguments]
+    last = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert last.returncode == 0, last.stderr
     config = load_config(TINY, (), {"workdir": str(workdir)})
     expected, found = _arrays(tiny_run), _arrays(config)
@@ -104,9 +103,13 @@ def test_killed_in_every_stage_equals_uninterrupted(tiny_run, tmp_path):
 def test_a_second_start_makes_nothing(tiny_run, capsys):
     from mlpmem_jax.__main__ import main
 
-    before = {p: p.stat().st_mtime_ns for p in Path(tiny_run.workdir).rglob("manifest.json")}
+    def manifests():
+        files = Path(tiny_run.workdir).rglob("manifest.json")
+        return {file: file.stat().st_mtime_ns for file in files}
+
+    before = manifests()
     assert main(["run", "--config", str(TINY), "--workdir", tiny_run.workdir]) == 0
     output = capsys.readouterr().out
     assert output.count(": complete (") == len(before)
     assert ": making" not in output and ": continuing" not in output
-    assert before == {p: p.stat().st_mtime_ns for p in Path(tiny_run.workdir).rglob("manifest.json")}
+    assert before == manifests()

@@ -11,7 +11,7 @@ from mlpmem_jax.datastore.store import create_array, open_array, read_rows, writ
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline import index, retrieve
 from mlpmem_jax.pipeline.stage import run_stages
-from mlpmem_jax.retrieval import approximate, neighbors, targets
+from mlpmem_jax.retrieval import approximate, evidence, neighbors
 from mlpmem_jax.retrieval.distributions import knn_logprob
 
 WIDTH, VOCAB, SEPARATOR = 32, 300, 0
@@ -117,9 +117,7 @@ def test_exact_neighbours_and_targets(make_run, capsys):
     for split in ("valid", "test"):
         distance, row = _reference(layout, split)
         np.testing.assert_array_equal(_all(layout.neighbors(split), "row"), row)
-        np.testing.assert_allclose(
-            _all(layout.neighbors(split), "distance"), distance, rtol=1e-5
-        )
+        np.testing.assert_allclose(_all(layout.neighbors(split), "distance"), distance, rtol=1e-5)
     train_label = _all(layout.datastore("train"), "label")
     for split in ("train", "valid"):
         manifest = layout.targets(split).load()
@@ -141,12 +139,12 @@ def test_exact_neighbours_and_targets(make_run, capsys):
 def test_the_temperature_is_the_best_on_validation(make_run):
     layout = _run(make_run("retrieval.engine=exact"))
     made = layout.targets("train").load()
-    evidence, row = targets.label_evidence(layout, "valid", SEPARATOR)
+    found, row = evidence.label_evidence(layout, "valid", SEPARATOR)
     uniform = np.full(len(row), -np.log(VOCAB))
 
     def nats(tau):
         weights = np.linspace(0, 1, 200, endpoint=False)[:, None]
-        knn = np.exp(evidence.logprob(tau))[None]
+        knn = np.exp(found.logprob(tau))[None]
         mixed = np.log(weights * knn + (1 - weights) * np.exp(uniform)[None])
         return -mixed.mean(axis=1).max()
 
@@ -213,7 +211,10 @@ def test_a_killed_search_continues_bit_for_bit(make_run, monkeypatch, tmp_path, 
         with pytest.raises(_Killed):
             _run(config)
     layout = _run(config)
-    for artifact, names in (("neighbors", ("row", "distance")), ("targets", ("id", "prob", "mass"))):
+    for artifact, names in (
+        ("neighbors", ("row", "distance")),
+        ("targets", ("id", "prob", "mass")),
+    ):
         for name in names:
             ours, other = (getattr(one, artifact)("valid") for one in (layout, whole))
             np.testing.assert_array_equal(_all(ours, name), _all(other, name))
@@ -305,8 +306,8 @@ def test_the_labels_probability_uses_all_neighbours(make_run):
     label = _all(layout.datastore("test"), "label")
     neighbor_label = _all(layout.datastore("train"), "label")[row]
     scored = label != SEPARATOR
-    evidence, rows = targets.label_evidence(layout, "test", SEPARATOR)
+    found, rows = evidence.label_evidence(layout, "test", SEPARATOR)
     np.testing.assert_array_equal(rows, np.flatnonzero(scored))
     expected = knn_logprob(distance[scored], neighbor_label[scored], label[scored], 2.0)
-    np.testing.assert_allclose(evidence.logprob(2.0), expected, rtol=1e-4)
+    np.testing.assert_allclose(found.logprob(2.0), expected, rtol=1e-4)
     assert dataclasses.is_dataclass(layout.index.load())

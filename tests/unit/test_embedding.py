@@ -40,9 +40,7 @@ class Stream:
 
 @pytest.fixture(scope="module")
 def decoder():
-    config = DecoderConfig(
-        width=WIDTH, num_layers=3, num_heads=2, context_tokens=8, init_scale=0.3
-    )
+    config = DecoderConfig(width=WIDTH, num_layers=3, num_heads=2, context_tokens=8, init_scale=0.3)
     return Decoder(config, VOCAB, rngs=nnx.Rngs(1))
 
 
@@ -69,9 +67,7 @@ def _settings(within=False):
 def _embed(decoder, tokens, path, within=False, specs=None):
     artifact = Artifact(path, "datastore/base/train", "datastore")
     specs = specs or _specs()
-    embed_split(
-        decoder, tokens, artifact, specs, _settings(within), single_device_mesh(), "embed"
-    )
+    embed_split(decoder, tokens, artifact, specs, _settings(within), single_device_mesh(), "embed")
     stores = {name: open_array(artifact.path / name) for name in specs}
     return {name: read_rows(store, 0, tokens.num_rows) for name, store in stores.items()}
 

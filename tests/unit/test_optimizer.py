@@ -13,7 +13,8 @@ from mlpmem_jax.training.state import flatten
 
 
 @pytest.mark.parametrize(
-    ("schedule", "middle", "last"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1, 1)]
+    ("schedule", "middle", "last"),
+    [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1, 1)],
 )
 def test_schedules(schedule, middle, last):
     config = OptimizerConfig(
@@ -35,8 +36,8 @@ def test_matrices_decay_and_norms_biases_and_embeddings_do_not():
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     moved = {name for name, update in flatten(updates).items() if np.abs(update).max() > 0}
     kept = set(flatten(params)) - moved
-    assert {name.split("/")[-2] if name.endswith("value") else name.split("/")[-1] for name in moved} == {
-        "query", "key", "value", "out", "up", "down", "gate", "head",
-    }  # fmt: skip
+    matrices = {"query", "key", "value", "out", "up", "down", "gate", "head"}
+    assert all(any(part in matrices for part in name.split("/")) for name in moved)
+    assert all(any(matrix in name.split("/") for name in moved) for matrix in matrices)
     assert any("norm_scale" in name for name in kept) and any("bias" in name for name in kept)
     assert any("embedding" in name for name in kept) and any("position" in name for name in kept)

@@ -161,4 +161,4 @@ def test_texts_are_shown_one_after_the_other():
             screen.show(index, text)
         for index in finish:
             screen.finish(index)
-        assert out.getvalue() == "0:ab\n1:xy\n2:q\n"
+        assert out.getvalue() == "0:ab\n\n1:xy\n\n2:q\n"

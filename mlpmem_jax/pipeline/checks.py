@@ -1,0 +1,45 @@
+"""What stages refuse before they make anything."""
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.manifest import MANIFEST
+
+
+def check_devices(config: Config, *keys: str) -> None:
+    """Refuses a mesh that does not fit the devices, and batches that do not fit the mesh.
+
+    Args:
+        config: The whole configuration.
+        keys: Sections whose `batch_size` is cut over the mesh.
+
+    Raises:
+        ConfigError: Names the keys and the numbers.
+    """
+    from mlpmem_jax.parallel.mesh import check_batch, make_mesh
+
+    mesh = make_mesh(config.mesh)
+    for name in keys:
+        section = getattr(config, name)
+        accumulation = getattr(section, "accumulation_steps", 1)
+        check_batch(mesh, f"{name}.batch_size", section.batch_size, accumulation)
+
+
+def check_retrieval(config: Config) -> None:
+    """Refuses an engine that is not installed, and, once there are tokens, too large a K.
+
+    Raises:
+        ConfigError: Names the key, its value and what is allowed.
+    """
+    from mlpmem_jax.corpus.tokens import TokenSplit
+    from mlpmem_jax.parallel.mesh import make_mesh
+    from mlpmem_jax.retrieval.engine import choose_engine
+    from mlpmem_jax.retrieval.neighbors import check_enough_rows
+
+    layout = Layout(config)
+    num_rows = 0
+    if (layout.tokens.path / MANIFEST).exists():
+        num_rows = TokenSplit.open(layout.tokens, "train").num_rows
+        name = str(layout.datastore("train").path)
+        check_enough_rows(config.retrieval.num_neighbors, num_rows, name)
+    platform = make_mesh(config.mesh).devices.flat[0].platform
+    choose_engine(config.retrieval, num_rows, platform)

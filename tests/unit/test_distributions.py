@@ -1,0 +1,128 @@
+"""kNN distributions against a loop; the label's probability; the best τ."""
+
+import numpy as np
+import pytest
+
+from mlpmem_jax.retrieval.distributions import (
+    LabelEvidence,
+    knn_logprob,
+    sparse_distributions,
+    without_targets,
+)
+from mlpmem_jax.retrieval.temperature import fixed, tune
+
+VOCAB = 50
+
+
+def _neighbors(num_queries=300, num_neighbors=40, vocab=VOCAB, seed=0):
+    generator = np.random.default_rng(seed)
+    distance = np.sort(generator.gamma(2, 5, (num_queries, num_neighbors)), axis=1)
+    label = (vocab * generator.random((num_queries, num_neighbors)) ** 3).astype(np.int32)
+    return distance.astype(np.float32), label
+
+
+def _by_loop(distance, label, tau):
+    """Eq. 3 of the paper, a neighbour at a time."""
+    probability = np.zeros(VOCAB)
+    for d, y in zip(distance, label, strict=True):
+        if np.isfinite(d):
+            probability[y] += np.exp(-float(d) / tau)
+    return probability / max(probability.sum(), 1e-300)
+
+
+@pytest.mark.parametrize("tau", [0.7, 5.0, 100.0])
+@pytest.mark.parametrize("kept", [1, 8, 45])
+def test_against_a_loop(tau, kept):
+    distance, label = _neighbors()
+    found = sparse_distributions(distance, label, tau, kept)
+    assert found.id_QS.shape == found.prob_QS.shape == (300, kept)
+    for n in range(0, 300, 7):
+        probability = _by_loop(distance[n], label[n], tau)
+        used = found.prob_QS[n] > 0
+        np.testing.assert_allclose(
+            probability[found.id_QS[n, used]], found.prob_QS[n, used], rtol=2e-5
+        )
+        expected = np.sort(probability)[::-1][:kept]
+        np.testing.assert_allclose(found.prob_QS[n], expected, rtol=2e-5, atol=1e-37)
+        np.testing.assert_allclose(found.mass_Q[n], expected.sum(), rtol=2e-5)
+        assert len(set(found.id_QS[n, used])) == used.sum()
+    assert not found.id_QS[found.prob_QS == 0].any()
+
+
+def test_order_is_by_probability_then_by_id():
+    distance = np.zeros((1, 6), np.float32)
+    label = np.array([[9, 4, 7, 4, 2, 7]], np.int32)
+    found = sparse_distributions(distance, label, 1.0, 5)
+    np.testing.assert_array_equal(found.id_QS, [[4, 7, 2, 9, 0]])
+    np.testing.assert_allclose(found.prob_QS, np.float32([[2, 2, 1, 1, 0]]) / 6)
+    np.testing.assert_allclose(found.mass_Q, [1])
+    cut = sparse_distributions(distance, label, 1.0, 3)
+    np.testing.assert_array_equal(cut.id_QS, [[4, 7, 2]])
+    np.testing.assert_allclose(cut.mass_Q, [5 / 6], rtol=1e-6)
+
+
+def test_large_distances_do_not_underflow():
+    distance = np.float32([[40000, 40001, 40300]])
+    found = sparse_distributions(distance, np.array([[3, 5, 6]]), 1.0, 3)
+    np.testing.assert_allclose(found.prob_QS[0, 0], 1 / (1 + np.exp(-1)), rtol=1e-5)
+    assert found.id_QS[0, 0] == 3 and found.prob_QS[0, 2] == 0 and found.id_QS[0, 2] == 0
+
+
+def test_missing_neighbours_have_no_weight():
+    distance = np.float32([[1, np.inf, np.inf], [np.inf, np.inf, np.inf]])
+    label = np.array([[8, 3, 3], [3, 3, 3]])
+    found = sparse_distributions(distance, label, 2.0, 2)
+    np.testing.assert_array_equal(found.id_QS, [[8, 0], [0, 0]])
+    np.testing.assert_array_equal(found.prob_QS, np.float32([[1, 0], [0, 0]]))
+    np.testing.assert_array_equal(found.mass_Q, np.float32([1, 0]))
+    assert np.isneginf(knn_logprob(distance, label, np.array([3, 3]), 2.0)).all()
+
+
+def test_rows_that_are_never_scored_have_no_target():
+    distance, label = _neighbors(4)
+    found = without_targets(
+        sparse_distributions(distance, label, 5.0, 6), np.array([1, 0, 1, 0]) > 0
+    )
+    np.testing.assert_array_equal(found.mass_Q > 0, [True, False, True, False])
+    assert not found.prob_QS[1].any() and not found.id_QS[1].any() and found.prob_QS[0].any()
+
+
+@pytest.mark.parametrize("tau", [0.3, 5.0])
+def test_the_labels_probability_uses_all_neighbours(tau):
+    distance, label = _neighbors()
+    own = np.random.default_rng(1).integers(0, VOCAB, len(distance))
+    found = knn_logprob(distance, label, own, tau)
+    for n in range(len(distance)):
+        probability = _by_loop(distance[n], label[n], tau)[own[n]]
+        if probability == 0:
+            assert np.isneginf(found[n])
+        else:
+            np.testing.assert_allclose(np.exp(found[n]), probability, rtol=2e-5)
+    assert np.isneginf(found).any() and np.isfinite(found).any()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_the_best_temperature_is_found_at_any_scale(scale):
+    generator = np.random.default_rng(3)
+    distance, label = _neighbors(2000)
+    # Labels drawn from the distribution at τ = 4: that τ is the best.
+    weight = np.exp((distance[:, :1] - distance) / 4)
+    weight /= weight.sum(axis=1, keepdims=True)
+    place = (weight.cumsum(axis=1) < generator.random((2000, 1))).sum(axis=1).clip(0, 39)
+    own = label[np.arange(2000), place]
+    decoder = np.full(2000, -np.log(VOCAB))
+    evidence = LabelEvidence(distance * np.float32(scale), label, own)
+    tuned = tune(evidence, decoder)
+    assert 2.5 * scale < tuned.temperature < 6 * scale
+    assert tuned.weight > 0.8
+    assert tuned.nats < fixed(evidence, decoder, 40 * scale).nats < tuned.decoder_nats
+    grid = [fixed(evidence, decoder, tau * scale).nats for tau in np.geomspace(0.3, 60, 40)]
+    assert tuned.nats <= min(grid) + 1e-5
+
+
+def test_equal_distances_leave_nothing_to_tune():
+    label = np.array([[1, 1, 2], [3, 1, 1]])
+    tuned = tune(
+        LabelEvidence(np.ones((2, 3), np.float32), label, np.array([1, 1])), np.log([0.1, 0.1])
+    )
+    assert np.isclose(tuned.nats, -np.log(2 / 3)) and tuned.weight == 1.0

@@ -1,0 +1,106 @@
+"""Formulas of flops and parameters against what XLA and the networks say."""
+
+import jax
+import pytest
+from flax import nnx
+
+from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
+from mlpmem_jax.models.decoder import Decoder
+from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.training import flops
+
+VOCAB, LENGTH = 1000, 64
+LLAMA = DecoderConfig(width=256, num_layers=2, num_kv_heads=2, layer_loop="unroll", attention="xla")
+GPT2 = LLAMA.model_copy(
+    update={
+        "norm": "layer", "positions": "learned", "activation": "gelu", "biases": "all",
+        "head": "tied", "num_kv_heads": "auto",
+    }
+)  # fmt: skip
+FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+
+
+def compiled_flops(function, model, *shapes):
+    graphdef, state = nnx.split(model)
+    compiled = jax.jit(lambda state, *args: function(nnx.merge(graphdef, state), *args))
+    abstract = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    return compiled.lower(state, *abstract).compile().cost_analysis()["flops"]
+
+
+@FAMILIES
+def test_decoder_flops_agree_with_xla(config):
+    decoder = Decoder(config, VOCAB, rngs=nnx.Rngs(0))
+
+    def forward(model, tokens_BL):
+        return model.logits(model.hidden(tokens_BL)[0])
+
+    counted = compiled_flops(forward, decoder, ((2, LENGTH), "int32"))
+    formula = flops.decoder_flops_per_token(config, VOCAB, LENGTH, attention="full")
+    assert counted == pytest.approx(2 * LENGTH * formula, rel=0.05)
+
+
+@pytest.mark.parametrize("block", ["swiglu", "gelu"])
+def test_memory_flops_agree_with_xla(block):
+    config = MemoryConfig(width=192, num_layers=2, block=block, layer_loop="unroll")
+    memory = Memory(config, 128, VOCAB, rngs=nnx.Rngs(0))
+
+    def forward(model, input_ND):
+        return model.logits(model.hidden(input_ND))
+
+    counted = compiled_flops(forward, memory, ((256, 128), "float32"))
+    formula = flops.memory_flops_per_token(config, 128, VOCAB)
+    assert counted == pytest.approx(256 * formula, rel=0.05)
+
+
+def test_parts_of_the_decoder():
+    """Causal attention costs half of the full one; blocks and head are counted apart."""
+
+    def count(**keys):
+        return flops.decoder_flops_per_token(LLAMA, VOCAB, LENGTH, **keys)
+
+    mixing = 4 * LLAMA.num_layers * LLAMA.width
+    assert count(attention="full") - count() == mixing * (LENGTH - 1) / 2
+    assert count() - count(head=False) == 2 * 256 * 1024
+    assert count(num_layers=1, head=False) == count(head=False) / 2
+
+
+@FAMILIES
+def test_decoder_parameters(config):
+    decoder = Decoder(config, VOCAB, rngs=nnx.Rngs(0))
+    total = sum(x.size for x in jax.tree.leaves(nnx.state(decoder, nnx.Param)))
+    tables = 2 * 1024 * 256 if config.head == "untied" else 1024 * 256 + 256 * 256
+    assert flops.decoder_parameters(config, VOCAB) == {
+        "total": total,
+        "non_embedding": total - tables,
+    }
+
+
+def test_memory_parameters():
+    config = MemoryConfig(width=32, num_layers=2, ffn_width=64)
+    counted = flops.memory_parameters(config, 16, 100)
+    blocks = 2 * (3 * 32 * 64 + 32)
+    assert counted == {"total": blocks + 32 + 16 * 32 + 128 * 32, "non_embedding": blocks + 544}
+
+
+def test_gpt2_has_its_known_size():
+    """GPT-2 small: 124 M parameters (50257 padded to 50304)."""
+    config = GPT2.model_copy(
+        update={"width": 768, "num_layers": 12, "num_heads": 12, "context_tokens": 1024}
+    )
+    padding = (50304 - 50257) * 768
+    assert flops.decoder_parameters(config, 50257)["total"] - padding == 124_439_808
+
+
+def test_peak_of_this_machine():
+    assert flops.peak_flops(jax.devices("cpu")[0]) > 1e8
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("NVIDIA H100 80GB HBM3", 989e12), ("?", None)],
+)
+def test_peaks_by_kind(kind, peak):
+    class Device:
+        platform, device_kind = "accelerator", kind
+
+    assert flops.peak_flops(Device()) == peak
