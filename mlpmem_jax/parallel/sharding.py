@@ -106,6 +106,12 @@ def _gather_forward(weight: jax.Array, names: Names) -> tuple[jax.Array, None]:
 
 
 def _gather_backward(names: Names, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    mesh = current_mesh()
+    assert mesh is not None
+    # Twice: the sum is made over whole widths and scattered then. Told the second only, XLA
+    # carries it into the activations and replicates them.
+    whole = spec(names, gradient.shape, mesh, without=FSDP)
+    gradient = jax.lax.with_sharding_constraint(gradient, whole)
     return (constrain(gradient, *names),)
 
 

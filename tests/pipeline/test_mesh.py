@@ -1,0 +1,73 @@
+"""The whole pipeline on eight simulated devices against one device."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.store import open_array, read_rows
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
+
+
+def _read(artifact, name):
+    store = open_array(artifact.path / name)
+    return read_rows(store, 0, store.shape[0])
+
+
+def _losses(layout, name):
+    file = layout.workdir / "results" / "metrics" / name / "metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    return np.array([r["loss"] for r in records if "loss" in r])
+
+
+@pytest.mark.multidevice
+def test_a_run_on_eight_devices_equals_one_on_one(tiny_run, tmp_path):
+    # 384 padded entries of the vocabulary (300 real ones) over tensor=2.
+    mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    workdir = str(tmp_path / "run")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mlpmem_jax",
+            "run",
+            "--config",
+            str(TINY),
+            "--workdir",
+            workdir,
+            *mesh,
+        ],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, eight = Layout(tiny_run), Layout(load_config(TINY, mesh, {"workdir": workdir}))
+    for name in ("decoder-base", "memory-base"):
+        np.testing.assert_allclose(_losses(eight, name), _losses(one, name), rtol=2e-4)
+    for name, atol in (("key", 5e-3), ("input", 5e-3), ("logprob", 2e-3)):
+        a, b = _read(eight.datastore("train"), name), _read(one.datastore("train"), name)
+        np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=atol)
+    np.testing.assert_array_equal(
+        _read(eight.datastore("test"), "label"), _read(one.datastore("test"), "label")
+    )
+    # Keys agree to rounding, so neighbours at nearly equal distances may change places.
+    a, b = (_read(each.neighbors("test"), "distance") for each in (eight, one))
+    np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-2)
+    a, b = (_read(each.neighbors("test"), "row") for each in (eight, one))
+    shared = np.mean([len(np.intersect1d(x, y)) / len(x) for x, y in zip(a, b, strict=True)])
+    assert shared > 0.97
+    a, b = (
+        json.loads((each.results.path / "evaluate.json").read_text())["systems"]
+        for each in (eight, one)
+    )
+    for system in ("decoder", "knn", "memory"):
+        assert a[system]["test_nats"] == pytest.approx(b[system]["test_nats"], abs=3e-3)

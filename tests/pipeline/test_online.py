@@ -1,0 +1,83 @@
+"""Stored inputs and inputs of a decoder that runs in the step give the same loss."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mlpmem_jax.__main__ import main
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.store import open_array, write_rows
+from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.training.memory_training import MemoryTask
+from mlpmem_jax.training.optimizer import make_optimizer
+from mlpmem_jax.training.state import Blueprint
+from mlpmem_jax.training.step import make_train_step
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
+# Embedding windows that are training windows, and no rounding in storage.
+SAME_WINDOWS = (
+    "datastore.name=same",
+    "targets.name=same",
+    "datastore.dtype=float32",
+    "datastore.window_tokens=32",
+    "datastore.stride_tokens=32",
+    "train.window_tokens=32",
+)
+
+
+@pytest.fixture(scope="module")
+def workdir(tiny_run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("online") / "run"
+    for part in ("tokenizer", "tokens", "decoder"):
+        shutil.copytree(f"{tiny_run.workdir}/{part}", path / part)
+    for command in ("embed", "index", "retrieve"):
+        arguments = [command, "--config", str(TINY), "--workdir", str(path)]
+        assert main([*arguments, *SAME_WINDOWS]) == 0
+    return str(path)
+
+
+def _losses(workdir, inputs, steps=4):
+    config = load_config(TINY, (*SAME_WINDOWS, f"train.inputs={inputs}"), {"workdir": workdir})
+    mesh = single_device_mesh()
+    task = MemoryTask(config, mesh)
+    optimizer = make_optimizer(config.train.optimizer, config.train.num_steps)
+    blueprint = Blueprint(task.build, optimizer, config.seed, mesh)
+    state = task.prepare(blueprint.create())
+    step = make_train_step(task.loss, blueprint.graphdef, optimizer, config.train)
+    losses = []
+    with jax.set_mesh(mesh):
+        for batch in task.feed(range(steps)):
+            state, metrics = step(state, task.frozen, batch)
+            losses.append({name: float(metrics[name]) for name in ("loss", "ce", "kl")})
+        validation = task.validate(state)
+    return losses, validation
+
+
+def test_the_same_loss_stored_and_online(workdir):
+    stored, stored_validation = _losses(workdir, "stored")
+    online, online_validation = _losses(workdir, "online")
+    for a, b in zip(stored, online, strict=True):
+        assert a == pytest.approx(b, rel=2e-5)
+    assert stored_validation == pytest.approx(online_validation, rel=2e-4)
+
+
+@pytest.mark.parametrize("inputs", ["stored", "online"])
+def test_targets_of_other_tokens_are_refused(workdir, tmp_path, inputs):
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    config = load_config(TINY, SAME_WINDOWS, {"workdir": str(copy)})
+    array = Layout(config).targets("train").path / "label"
+    labels = np.array(open_array(array)[:1024].read().result())
+    shutil.rmtree(array / "c" / "0", ignore_errors=True)
+    (array / "c" / "0").unlink(missing_ok=True)
+    import tensorstore as ts
+
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{array}/"}}
+    write_rows(ts.open(spec, open=True).result(), 0, labels + 1).result()
+    with pytest.raises(ArtifactError, match="labels differ at row"):
+        _losses(str(copy), inputs, steps=10)
