@@ -111,7 +111,7 @@ class DatastoreConfig(Section):
     stride_tokens: PositiveInt | Auto = setting(
         "auto", "rows scored by each window; auto: half a window"
     )
-    batch_size: PositiveInt = runtime(64, "windows embedded at once, over all devices")
+    batch_size: PositiveInt = runtime(32, "windows embedded at once, over all devices")
     shard_rows: PositiveInt = setting(32768, "rows in a storage shard (one file an array)")
     chunk_rows: PositiveInt = setting(256, "rows in the smallest readable piece of a shard")
 

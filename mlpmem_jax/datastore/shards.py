@@ -24,20 +24,31 @@ class ShardWriter:
     """Collects rows of several parallel arrays and writes each shard once it is full.
 
     Attributes:
+        num_rows: Rows of each array.
         shard_rows: Rows of a shard.
     """
 
-    def __init__(self, path: epath.Path, specs: Mapping[str, ArraySpec], num_rows: int):
+    def __init__(
+        self,
+        path: epath.Path,
+        specs: Mapping[str, ArraySpec],
+        num_rows: int,
+        *,
+        refuse_non_finite: bool = True,
+    ):
         """Opens the arrays, created or left by an interrupted start.
 
         Args:
             path: Directory of the arrays.
             specs: The arrays; all have the same shard size.
             num_rows: Rows of each.
+            refuse_non_finite: Whether infinities and NaN are an error (they are the
+                distances of neighbours that do not exist).
         """
         self._path = path
         self._specs = specs
-        self._num_rows = num_rows
+        self.num_rows = num_rows
+        self._refuses_non_finite = refuse_non_finite
         (self.shard_rows,) = {spec.shard_rows for spec in specs.values()}
         self._stores = {
             name: create_array(
@@ -55,7 +66,7 @@ class ShardWriter:
     @property
     def num_shards(self) -> int:
         """Shards of each array."""
-        return -(-self._num_rows // self.shard_rows)
+        return -(-self.num_rows // self.shard_rows)
 
     def missing_shards(self) -> list[int]:
         """Returns the shards that some array lacks, ascending; checks that they will fit."""
@@ -66,8 +77,14 @@ class ShardWriter:
         check_free_space(self._path, rows * row_bytes, f"{self._path.name} ({rows} rows)")
         return missing
 
+    @property
+    def remaining(self) -> list[slice]:
+        """Rows of the shards that some array lacks."""
+        starts = (shard * self.shard_rows for shard in self.missing_shards())
+        return [slice(a, min(a + self.shard_rows, self.num_rows)) for a in starts]
+
     def _shard_length(self, shard: int) -> int:
-        return min(self.shard_rows, self._num_rows - shard * self.shard_rows)
+        return min(self.shard_rows, self.num_rows - shard * self.shard_rows)
 
     def put(self, first_row: int, rows: Mapping[str, np.ndarray]) -> None:
         """Takes consecutive rows that lie in one shard.
@@ -96,8 +113,9 @@ class ShardWriter:
             self._write(shard, self._open.pop(shard)[0])
 
     def _write(self, shard: int, buffers: Mapping[str, np.ndarray]) -> None:
-        for name, buffer in buffers.items():
-            self._refuse_non_finite(name, shard, buffer)
+        if self._refuses_non_finite:
+            for name, buffer in buffers.items():
+                self._refuse_non_finite(name, shard, buffer)
         start = shard * self.shard_rows
         self._pending.append(
             [write_rows(self._stores[name], start, buffer) for name, buffer in buffers.items()]
@@ -124,4 +142,8 @@ class ShardWriter:
         assert not self._open, f"shards not filled: {sorted(self._open)}"
         while self._pending:
             self._finish_oldest()
+        return self.describe()
+
+    def describe(self) -> dict[str, Any]:
+        """Returns shapes and dtypes for the manifest."""
         return {name: describe(store) for name, store in self._stores.items()}

@@ -12,17 +12,9 @@ from typing import Any
 import numpy as np
 
 from mlpmem_jax.console import is_speaker, progress
-from mlpmem_jax.datastore.layout import ArraySpec
 from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.datastore.store import (
-    PendingWrite,
-    create_array,
-    describe,
-    finished_shards,
-    open_array,
-    read_rows,
-    write_rows,
-)
+from mlpmem_jax.datastore.shards import ShardWriter
+from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.retrieval.engine import Engine, Keys, row_ranges
 from mlpmem_jax.retrieval.merge import Neighbors, drop_own_row
@@ -52,52 +44,6 @@ def search(
     if own_row_Q is None:
         return engine.search(query_QD, num_neighbors)
     return drop_own_row(engine.search(query_QD, num_neighbors + 1), own_row_Q)
-
-
-class ShardWriter:
-    """Arrays of a split that are written together, a whole shard at a time."""
-
-    def __init__(self, artifact: Artifact, specs: Mapping[str, ArraySpec], num_rows: int):
-        self.num_rows = num_rows
-        self._dtypes = {name: np.dtype(spec.dtype) for name, spec in specs.items()}
-        self._stores = {
-            name: create_array(
-                artifact.path / name,
-                shape=(num_rows, *spec.tail),
-                dtype=spec.dtype,
-                shard_rows=spec.shard_rows,
-                chunk_rows=spec.chunk_rows,
-            )
-            for name, spec in specs.items()
-        }
-        (self.shard_rows,) = {spec.shard_rows for spec in specs.values()}
-        finished = [finished_shards(store) for store in self._stores.values()]
-        self.finished = frozenset.intersection(*finished)
-        self._pending: list[PendingWrite] = []
-
-    @property
-    def remaining(self) -> list[slice]:
-        """Rows of the shards that are not on disk yet."""
-        shards = row_ranges(self.num_rows, self.shard_rows)
-        return [rows for n, rows in enumerate(shards) if n not in self.finished]
-
-    def write(self, rows: slice, arrays: Mapping[str, np.ndarray]) -> None:
-        """Begins to write a shard, after the one before is on disk."""
-        self.wait()
-        self._pending = [
-            write_rows(store, rows.start, arrays[name].astype(self._dtypes[name], copy=False))
-            for name, store in self._stores.items()
-        ]
-
-    def wait(self) -> None:
-        """Waits until what was given is on disk."""
-        for write in self._pending:
-            write.result()
-        self._pending = []
-
-    def describe(self) -> dict[str, Any]:
-        """Returns shapes and dtypes for the manifest."""
-        return {name: describe(store) for name, store in self._stores.items()}
 
 
 def search_split(
@@ -144,7 +90,7 @@ def search_split(
                 [*tasks, pool.submit(_write, writer, shard, parts)], _MAX_PENDING_BATCHES
             )
         _drain(tasks, 0)
-        writer.wait()
+        writer.close()
     seconds = time.monotonic() - started
     return {
         "queries": num_queries,
@@ -169,8 +115,8 @@ def _write(
     # Tasks run in order in one thread: the parts are done.
     arrays = [part.result() for part in parts]
     if is_speaker():
-        writer.write(
-            shard, {name: np.concatenate([one[name] for one in arrays]) for name in arrays[0]}
+        writer.put(
+            shard.start, {name: np.concatenate([one[name] for one in arrays]) for name in arrays[0]}
         )
 
 

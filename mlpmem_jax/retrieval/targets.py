@@ -8,8 +8,10 @@ import numpy as np
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
-from mlpmem_jax.datastore.files import check_free_space, read_json, write_json
-from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.datastore.files import read_json, write_json
+from mlpmem_jax.datastore.layout import ArraySpec, Layout, Split
+from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.datastore.shards import ShardWriter
 from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.retrieval import recall, temperature
@@ -21,12 +23,7 @@ from mlpmem_jax.retrieval.distributions import (
 from mlpmem_jax.retrieval.engine import Engine, StoredKeys
 from mlpmem_jax.retrieval.evidence import label_evidence, read_labels
 from mlpmem_jax.retrieval.merge import Neighbors
-from mlpmem_jax.retrieval.neighbors import (
-    ShardWriter,
-    StoredNeighbors,
-    check_enough_rows,
-    search_split,
-)
+from mlpmem_jax.retrieval.neighbors import StoredNeighbors, check_enough_rows, search_split
 from mlpmem_jax.retrieval.temperature import Tuned
 
 TEMPERATURE = "temperature.json"
@@ -52,7 +49,7 @@ def keep_neighbors(config: Config, split: Split, exact: ExactCache) -> Made:
     _check_same_origin(layout, split)
     keys = StoredKeys(layout.datastore(split))
     _check_rows(config)
-    writer = _writer(config, layout.neighbors(split), layout.neighbors_arrays(), keys.num_rows)
+    writer = _writer(layout.neighbors(split), layout.neighbors_arrays(), keys.num_rows)
     measured: dict[str, Any] = {"engine": "exact"}
     engine: Engine
     if split == "train":
@@ -109,7 +106,6 @@ class _TargetSink:
         self._train_label_N = read_labels(layout, "train")
         self._label_N = self._train_label_N if split == "train" else read_labels(layout, split)
         self.writer = _writer(
-            config,
             layout.targets(split),
             layout.targets_arrays(int(tokens["vocab_size"])),
             len(self._label_N),
@@ -130,8 +126,9 @@ class _TargetSink:
     def take_stored(self, stored: StoredNeighbors) -> None:
         """Makes targets of neighbours that lie on disk."""
         for rows in self.writer.remaining:
-            self.writer.write(rows, self.consume(rows, stored.read(rows.start, rows.stop)))
-        self.writer.wait()
+            found = stored.read(rows.start, rows.stop)
+            self.writer.put(rows.start, self.consume(rows, found))
+        self.writer.close()
 
     def finish(self, measured: Mapping[str, Any]) -> Made:
         """Returns what the manifest says; the mean mass is read back from what was written."""
@@ -241,11 +238,9 @@ def _search_numbers(measured: Mapping[str, Any]) -> dict[str, Any]:
     return {name: measured[name] for name in names if name in measured}
 
 
-def _writer(config: Config, artifact: Any, specs: Any, num_rows: int) -> ShardWriter:
-    needed = num_rows * sum(spec.row_bytes for spec in specs.values())
-    begun = (artifact.path / next(iter(specs))).exists()
-    check_free_space(config.workdir, 0 if begun else needed, artifact.relative)
-    return ShardWriter(artifact, specs, num_rows)
+def _writer(artifact: Artifact, specs: Mapping[str, ArraySpec], num_rows: int) -> ShardWriter:
+    # The distance of a neighbour that does not exist is infinite.
+    return ShardWriter(artifact.path, specs, num_rows, refuse_non_finite="distance" not in specs)
 
 
 def _check_rows(config: Config) -> None:

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.datastore.layout import SPLITS, Layout
+from mlpmem_jax.datastore.shards import ShardWriter
 from mlpmem_jax.datastore.store import create_array, open_array, read_rows, write_rows
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline import index, retrieve
 from mlpmem_jax.pipeline.stage import run_stages
-from mlpmem_jax.retrieval import approximate, evidence, neighbors
+from mlpmem_jax.retrieval import approximate, evidence
 from mlpmem_jax.retrieval.distributions import knn_logprob
 
 WIDTH, VOCAB, SEPARATOR = 32, 300, 0
@@ -197,7 +198,7 @@ def test_a_killed_search_continues_bit_for_bit(make_run, monkeypatch, tmp_path, 
     )  # fmt: skip
     whole = _run(make_run(*overrides, workdir=tmp_path / "whole"))
     config = make_run(*overrides)
-    write, count = neighbors.ShardWriter.write, 0
+    write, count = ShardWriter.put, 0
 
     def killed(self, rows, arrays):
         nonlocal count
@@ -206,7 +207,7 @@ def test_a_killed_search_continues_bit_for_bit(make_run, monkeypatch, tmp_path, 
             raise _Killed
         write(self, rows, arrays)
 
-    monkeypatch.setattr(neighbors.ShardWriter, "write", killed)
+    monkeypatch.setattr(ShardWriter, "put", killed)
     for _ in range(2):
         with pytest.raises(_Killed):
             _run(config)
