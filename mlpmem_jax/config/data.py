@@ -136,7 +136,7 @@ class RetrievalConfig(Section):
         "auto", "candidates whose distance is computed exactly; auto: 4 (K + 1), raised if needed"
     )
     dims_per_block: PositiveInt = setting(2, "dimensions quantised together")
-    training_rows: PositiveInt = setting(250_000, "rows on which the index is trained")
+    training_rows: PositiveInt = setting(100_000, "rows on which the index is trained")
     query_batch: PositiveInt = runtime(8192, "queries searched at once")
     key_chunk_rows: PositiveInt = runtime(
         65536, "keys that one device of the exact engine scores at once"

@@ -75,6 +75,7 @@ def _losses(config, name):
     return [(r["step"], r["loss"]) for r in records if "loss" in r]
 
 
+@pytest.mark.timeout(1800)  # A dozen starts of the whole pipeline.
 def test_killed_in_every_stage_equals_uninterrupted(tiny_run, tmp_path):
     workdir = tmp_path / "run"
     arguments = ["run", "--config", str(TINY), "--workdir", str(workdir)]

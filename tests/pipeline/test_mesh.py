@@ -28,6 +28,7 @@ def _losses(layout, name):
 
 
 @pytest.mark.multidevice
+@pytest.mark.timeout(1200)
 def test_a_run_on_eight_devices_equals_one_on_one(tiny_run, tmp_path):
     # 384 padded entries of the vocabulary (300 real ones) over tensor=2.
     mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
@@ -47,7 +48,7 @@ def test_a_run_on_eight_devices_equals_one_on_one(tiny_run, tmp_path):
         env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1100,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     one, eight = Layout(tiny_run), Layout(load_config(TINY, mesh, {"workdir": workdir}))
