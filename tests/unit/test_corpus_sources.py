@@ -99,7 +99,7 @@ def test_bad_records_are_named(here: Path, line: str, message: str) -> None:
 
 def test_without_datasets_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'mlpmem_jax\[huggingface\]'"):
+    with pytest.raises(UserError, match=r"pip install -r requirements-huggingface.txt"):
         texts(source="huggingface", dataset="some/thing")
 
 

@@ -27,6 +27,7 @@ def test_life_of_an_artifact(artifact):
     with pytest.raises(ArtifactError, match="does not exist.*`tokenize`"):
         artifact.load()
     artifact.begin(RECIPE, {"tokenizer": "1234"})
+    (artifact.path / "shard").write_bytes(b"half")
     assert artifact.status(RECIPE, {"tokenizer": "1234"}) is Status.PARTIAL
     with pytest.raises(ArtifactError, match="is not finished"):
         artifact.load()
@@ -56,6 +57,8 @@ def test_another_recipe_is_refused_with_both_fingerprints(artifact, finish):
     artifact.begin(RECIPE, {"tokenizer": "1234"})
     if finish:
         artifact.finish()
+    else:
+        (artifact.path / "shard").write_bytes(b"half")
     asked = {"tokenizer": {"vocab_size": 1024}, "paths": ("a", "b")}
     with pytest.raises(ArtifactError) as caught:
         artifact.status(asked, {"tokenizer": "5678"})
@@ -63,6 +66,14 @@ def test_another_recipe_is_refused_with_both_fingerprints(artifact, finish):
     assert "tokenizer.vocab_size=4096, now 1024" in message
     assert 'from another tokenizer="1234", now "5678"' in message
     assert message.count("fingerprint") == 1 and "asked for" in message and "--rebuild" in message
+
+
+def test_one_that_was_begun_and_holds_nothing_starts_afresh(artifact):
+    artifact.begin(RECIPE, {"tokenizer": "1234"})
+    asked = {"tokenizer": {"vocab_size": 1024}}
+    assert artifact.status(asked, {}) is Status.MISSING
+    artifact.begin(asked, {})
+    assert artifact.finish().recipe == asked
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "missing"])
