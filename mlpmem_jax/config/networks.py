@@ -39,7 +39,7 @@ class DecoderConfig(Section):
         "auto", "auto: unrolled on CPU up to 12 blocks, scanned elsewhere"
     )
     attention: Literal["auto", "xla", "cudnn", "blocked"] = runtime(
-        "auto", "attention implementation; auto: what was measured to be fastest on the backend"
+        "auto", "auto: blocked on CPU, as measured; cudnn or xla on accelerators, not yet measured"
     )
 
 

@@ -7,6 +7,7 @@ is whole. ScaNN is imported only when it is used: it has wheels for Linux only.
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import math
 import os
@@ -23,13 +24,18 @@ from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.datastore.files import is_local, read_json, write_json
 from mlpmem_jax.errors import ConfigError, RunFailed
 from mlpmem_jax.retrieval.engine import EngineName, Keys, SomeKeys, read_all
-from mlpmem_jax.retrieval.merge import Neighbors, merge, sort_neighbors
+from mlpmem_jax.retrieval.merge import MISSING_ROW, Neighbors, merge, sortable, unpack
 
 SHARD = "shard.json"
 SEARCH = "search.json"
 _MIN_LEAVES_TO_SEARCH = 8
 _AH_MIN_ROWS = 1024  # Fewer rows than this are scored exactly inside the shard.
+_TREE_ROWS_PER_LEAF = 50  # More make the tree no better, and its start quadratically slower.
+_CODE_ROWS = 50_000  # The same for the 16 centres of each block of dimensions.
 _QUERIES_PER_TASK = 256
+# Two threads build, bit for bit, what one builds (measured); a build never uses more.
+_TRAINING_THREADS = 2
+_LEAF_OF_ROW = "datapoint_to_token.npy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +65,12 @@ def num_leaves(config: RetrievalConfig, num_rows: int) -> int:
 
 
 def num_reorder(config: RetrievalConfig) -> int:
-    """Returns the candidates that are scored exactly; auto: 4 (K + 1).
+    """Returns the candidates that are scored exactly; auto: 2 (K + 1), to begin with.
 
-    With only K the recall of large K is lost: 0.73 instead of 0.99 at K = 1024.
+    With only K the recall of large K is lost: 0.73 instead of 0.99 with 4 K at K = 1024.
     """
     if config.num_reorder == "auto":
-        return 4 * (config.num_neighbors + 1)
+        return 2 * (config.num_neighbors + 1)
     return max(config.num_reorder, config.num_neighbors + 1)
 
 
@@ -115,18 +121,20 @@ def _build_shard(keys: Keys, rows: range, target: epath.Path, config: RetrievalC
     key_ND = read_all(keys)
     scann = _import()
     builder = scann.scann_ops_pybind.builder(key_ND, config.num_neighbors + 1, "squared_l2")
-    # One training thread and no random start: the same keys give the same index.
-    builder = builder.set_n_training_threads(1)
+    # No random start: the same keys give the same index.
+    builder = builder.set_n_training_threads(_TRAINING_THREADS)
     if len(key_ND) >= _AH_MIN_ROWS:
+        leaves = num_leaves(config, len(key_ND))
+        training_rows = min(config.training_rows, len(key_ND))
         builder = builder.tree(
-            num_leaves=num_leaves(config, len(key_ND)),
+            num_leaves=leaves,
             num_leaves_to_search=first_leaves_to_search(config, len(key_ND)),
-            training_sample_size=min(config.training_rows, len(key_ND)),
+            training_sample_size=min(training_rows, _TREE_ROWS_PER_LEAF * leaves),
             random_init=False,
         )
         builder = builder.score_ah(
             min(config.dims_per_block, keys.width),
-            training_sample_size=min(config.training_rows, len(key_ND)),
+            training_sample_size=min(training_rows, _CODE_ROWS),
         )
         builder = builder.reorder(num_reorder(config))
     else:
@@ -173,12 +181,17 @@ class ApproximateEngine:
         self.settings = settings
         self.num_rows = 0
         self._shards: list[tuple[Any, int]] = []
+        leaves: list[np.ndarray] = []
         scann = _import()
         for shard in sorted(path.glob("shard-*")):
             about: Mapping[str, Any] = read_json(shard / SHARD)
             searcher = _load(scann, shard, about["files"])
             self._shards.append((searcher, int(about["first_row"])))
             self.num_rows += int(about["num_rows"])
+            has_tree = _LEAF_OF_ROW in about["files"]
+            with (shard / _LEAF_OF_ROW).open("rb") if has_tree else io.BytesIO() as file:
+                leaves.append(np.load(file) if has_tree else np.zeros(about["num_rows"], np.int32))
+        self._leaf_N = np.concatenate(leaves)
 
     def search(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
         """Returns neighbours as the protocol says; distances are exact, rows may be missed."""
@@ -195,10 +208,24 @@ class ApproximateEngine:
                 leaves_to_search=self.settings.num_leaves_to_search,
                 batch_size=_QUERIES_PER_TASK,
             )
-            # Places that the visited leaves could not fill hold id 0 and distance NaN:
-            # sort_neighbors makes them missing.
-            parts.append(sort_neighbors(distance_QK, row_QK.astype(np.int64) + first_row))
+            parts.append(_in_order(distance_QK, row_QK, first_row))
         return merge(parts, num_neighbors)
+
+    def visiting_order(self, rows: slice) -> np.ndarray | None:
+        """Returns an order of rows of the datastore in which neighbours share leaves."""
+        return np.argsort(self._leaf_N[rows], kind="stable")
+
+
+def _in_order(distance_QK: np.ndarray, id_QK: np.ndarray, first_row: int) -> Neighbors:
+    """Orders a shard's answer by (distance, row).
+
+    Places that the visited leaves could not fill hold id 0 and distance NaN: missing.
+    """
+    distance_QK = np.where(np.isnan(distance_QK), np.float32(np.inf), np.maximum(distance_QK, 0))
+    packed = sortable(distance_QK, id_QK)
+    packed.sort(axis=1)
+    distance_QK, row_QK = unpack(packed)
+    return Neighbors(distance_QK, np.where(np.isinf(distance_QK), MISSING_ROW, row_QK + first_row))
 
 
 def _load(scann: Any, shard: epath.Path, files: Sequence[str]) -> Any:

@@ -45,6 +45,14 @@ class Engine(Protocol):
         """
         ...
 
+    def visiting_order(self, rows: slice) -> np.ndarray | None:
+        """Returns in which order to search rows of the datastore itself; none: any.
+
+        Queries that touch the same part of an index one after the other find it in the
+        cache: int64 places within the range.
+        """
+        ...
+
 
 class Keys(Protocol):
     """Keys of a datastore, read in ranges."""

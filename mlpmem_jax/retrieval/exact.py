@@ -61,6 +61,11 @@ class ExactEngine:
         row_QK = np.where(found.row_QK < 0, found.row_QK, found.row_QK + self._first_row)
         return Neighbors(found.distance_QK, row_QK)
 
+    def visiting_order(self, rows: slice) -> np.ndarray | None:
+        """Returns none: every query visits every row."""
+        del rows
+        return None
+
 
 class _MeshSearch:
     def __init__(self, keys: Keys, mesh: Mesh, key_chunk_rows: int, platform: str):

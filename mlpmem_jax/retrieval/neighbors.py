@@ -19,9 +19,11 @@ from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.retrieval.engine import Engine, Keys, row_ranges
 from mlpmem_jax.retrieval.merge import Neighbors, drop_own_row
 
-# Rows of a batch and what was found for them, to arrays of the same rows.
-Consume = Callable[[slice, Neighbors], Mapping[str, np.ndarray]]
+# Rows of a batch (int64) and what was found for them, to arrays of the same rows.
+Consume = Callable[[np.ndarray, Neighbors], Mapping[str, np.ndarray]]
+Part = tuple[np.ndarray, concurrent.futures.Future[Mapping[str, np.ndarray]]]
 _MAX_PENDING_BATCHES = 4
+_READ_BYTES = 64 << 20
 
 
 def check_enough_rows(num_neighbors: int, num_rows: int, name: str) -> None:
@@ -35,15 +37,6 @@ def check_enough_rows(num_neighbors: int, num_rows: int, name: str) -> None:
             f"retrieval.num_neighbors={num_neighbors} is more than the {max(0, num_rows - 1)} "
             f"other rows of {name} ({num_rows} rows, a row's own excluded)"
         )
-
-
-def search(
-    engine: Engine, query_QD: np.ndarray, num_neighbors: int, own_row_Q: np.ndarray | None
-) -> Neighbors:
-    """Returns K neighbours; with `own_row_Q` (int64) each query's own row is left out."""
-    if own_row_Q is None:
-        return engine.search(query_QD, num_neighbors)
-    return drop_own_row(engine.search(query_QD, num_neighbors + 1), own_row_Q)
 
 
 def search_split(
@@ -76,16 +69,26 @@ def search_split(
     num_queries = sum(rows.stop - rows.start for rows in remaining)
     bar = progress(writer.num_rows, "row", description, initial=writer.num_rows - num_queries)
     started = time.monotonic()
+    block_rows = max(query_batch, _READ_BYTES // (4 * keys.width))
+
+    def take(row_Q: np.ndarray, found: Neighbors) -> Mapping[str, np.ndarray]:
+        return consume(row_Q, drop_own_row(found, row_Q) if exclude_own_row else found)
+
     with bar, concurrent.futures.ThreadPoolExecutor(1) as pool:
         tasks: list[concurrent.futures.Future[Any]] = []
         for shard in remaining:
-            parts: list[concurrent.futures.Future[Any]] = []
-            for rows in row_ranges(shard.stop, query_batch, first=shard.start):
-                own = np.arange(rows.start, rows.stop, dtype=np.int64) if exclude_own_row else None
-                found = search(engine, keys.read(rows.start, rows.stop), num_neighbors, own)
-                parts.append(pool.submit(consume, rows, found))
-                bar.update(rows.stop - rows.start)
-                tasks = _drain([*tasks, parts[-1]], _MAX_PENDING_BATCHES)
+            parts: list[Part] = []
+            for block in row_ranges(shard.stop, block_rows, first=shard.start):
+                row_N = np.arange(block.start, block.stop, dtype=np.int64)
+                key_ND = keys.read(block.start, block.stop)
+                order = engine.visiting_order(block) if exclude_own_row else None
+                if order is not None:
+                    row_N, key_ND = row_N[order], key_ND[order]
+                for part in row_ranges(len(row_N), query_batch):
+                    found = engine.search(key_ND[part], num_neighbors + exclude_own_row)
+                    parts.append((row_N[part], pool.submit(take, row_N[part], found)))
+                    bar.update(part.stop - part.start)
+                    tasks = _drain([*tasks, parts[-1][1]], _MAX_PENDING_BATCHES)
             tasks = _drain(
                 [*tasks, pool.submit(_write, writer, shard, parts)], _MAX_PENDING_BATCHES
             )
@@ -109,15 +112,17 @@ def _drain(
     return list(tasks[count:])
 
 
-def _write(
-    writer: ShardWriter, shard: slice, parts: Sequence[concurrent.futures.Future[Any]]
-) -> None:
+def _write(writer: ShardWriter, shard: slice, parts: Sequence[Part]) -> None:
     # Tasks run in order in one thread: the parts are done.
-    arrays = [part.result() for part in parts]
+    arrays: dict[str, np.ndarray] = {}
+    for row_Q, part in parts:
+        for name, values in part.result().items():
+            if name not in arrays:
+                shape = (shard.stop - shard.start, *values.shape[1:])
+                arrays[name] = np.empty(shape, values.dtype)
+            arrays[name][row_Q - shard.start] = values
     if is_speaker():
-        writer.put(
-            shard.start, {name: np.concatenate([one[name] for one in arrays]) for name in arrays[0]}
-        )
+        writer.put(shard.start, arrays)
 
 
 class StoredNeighbors:

@@ -58,8 +58,8 @@ def keep_neighbors(config: Config, split: Split, exact: ExactCache) -> Made:
     else:
         engine = exact()
 
-    def consume(rows: slice, found: Neighbors) -> Mapping[str, np.ndarray]:
-        del rows
+    def consume(row_Q: np.ndarray, found: Neighbors) -> Mapping[str, np.ndarray]:
+        del row_Q
         return {"row": found.row_QK, "distance": found.distance_QK}
 
     measured |= _search(config, split, engine, keys, writer, consume)
@@ -111,9 +111,9 @@ class _TargetSink:
             len(self._label_N),
         )
 
-    def consume(self, rows: slice, found: Neighbors) -> Mapping[str, np.ndarray]:
+    def consume(self, row_Q: np.ndarray, found: Neighbors) -> Mapping[str, np.ndarray]:
         """Returns the targets of rows; those that are never scored have none."""
-        label_Q = self._label_N[rows]
+        label_Q = self._label_N[row_Q]
         made = sparse_distributions(
             found.distance_QK,
             self._train_label_N[np.maximum(found.row_QK, 0)],
@@ -127,7 +127,7 @@ class _TargetSink:
         """Makes targets of neighbours that lie on disk."""
         for rows in self.writer.remaining:
             found = stored.read(rows.start, rows.stop)
-            self.writer.put(rows.start, self.consume(rows, found))
+            self.writer.put(rows.start, self.consume(np.arange(rows.start, rows.stop), found))
         self.writer.close()
 
     def finish(self, measured: Mapping[str, Any]) -> Made:
