@@ -133,7 +133,7 @@ class RetrievalConfig(Section):
         "auto", "leaves visited by a query; auto: raised until the recall suffices"
     )
     num_reorder: PositiveInt | Auto = setting(
-        "auto", "candidates whose distance is computed exactly; auto: 4 (K + 1), raised if needed"
+        "auto", "candidates whose distance is computed exactly; auto: 2 (K + 1), raised if needed"
     )
     dims_per_block: PositiveInt = setting(2, "dimensions quantised together")
     training_rows: PositiveInt = setting(100_000, "rows on which the index is trained")
