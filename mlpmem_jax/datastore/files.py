@@ -18,6 +18,11 @@ def is_local(path: str | epath.Path) -> bool:
     return "://" not in os.fspath(path)
 
 
+def absolute(path: str | epath.Path) -> epath.Path:
+    """Returns a path that does not depend on the current directory (Orbax wants that)."""
+    return epath.Path(os.path.abspath(path) if is_local(path) else path)
+
+
 def write_bytes(path: str | epath.Path, data: bytes) -> None:
     """Writes a file so that a kill leaves the old one or the new one, never half."""
     path = epath.Path(path)

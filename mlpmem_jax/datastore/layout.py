@@ -7,9 +7,9 @@ import dataclasses
 from typing import Any, Literal
 
 import numpy as np
-from etils import epath
 
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.files import absolute
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.datastore.store import DTYPES
 
@@ -55,7 +55,7 @@ class Layout:
 
     def __init__(self, config: Config):
         self._config = config
-        self.workdir = epath.Path(config.workdir)
+        self.workdir = absolute(config.workdir)
 
     def _artifact(self, relative: str, kind: str) -> Artifact:
         return Artifact(self.workdir, relative, kind)

@@ -17,7 +17,7 @@ from typing import Any
 
 from etils import epath
 
-from mlpmem_jax.datastore.files import crc32_of, read_json, write_json
+from mlpmem_jax.datastore.files import absolute, crc32_of, read_json, write_json
 from mlpmem_jax.errors import ArtifactError
 
 SCHEMA_VERSION = 1
@@ -108,7 +108,7 @@ class Artifact:
     """One artifact of a run directory."""
 
     def __init__(self, workdir: str | epath.Path, relative: str, kind: str):
-        self.workdir = epath.Path(workdir)
+        self.workdir = absolute(workdir)
         self.relative = relative
         self.kind = kind
         self.path = self.workdir / relative

@@ -32,7 +32,8 @@ _MIN_LEAVES_TO_SEARCH = 8
 _AH_MIN_ROWS = 1024  # Fewer rows than this are scored exactly inside the shard.
 _TREE_ROWS_PER_LEAF = 50  # More make the tree no better, and its start quadratically slower.
 _CODE_ROWS = 50_000  # The same for the 16 centres of each block of dimensions.
-_QUERIES_PER_TASK = 256
+# Queries of a thread: few large tasks are faster, none should wait for the last.
+_QUERIES_PER_TASK = range(256, 4096)
 # Two threads build, bit for bit, what one builds (measured); a build never uses more.
 _TRAINING_THREADS = 2
 _LEAF_OF_ROW = "datapoint_to_token.npy"
@@ -199,6 +200,8 @@ class ApproximateEngine:
             empty = np.empty((0, num_neighbors))
             return Neighbors(empty.astype(np.float32), empty.astype(np.int64))
         queries = np.ascontiguousarray(query_QD, np.float32)
+        share = -(-len(queries) // (os.cpu_count() or 1))
+        per_task = min(max(share, _QUERIES_PER_TASK.start), _QUERIES_PER_TASK.stop)
         parts = []
         for searcher, first_row in self._shards:
             row_QK, distance_QK = searcher.search_batched_parallel(
@@ -206,7 +209,7 @@ class ApproximateEngine:
                 final_num_neighbors=num_neighbors,
                 pre_reorder_num_neighbors=max(num_neighbors, self.settings.num_reorder),
                 leaves_to_search=self.settings.num_leaves_to_search,
-                batch_size=_QUERIES_PER_TASK,
+                batch_size=per_task,
             )
             parts.append(_in_order(distance_QK, row_QK, first_row))
         return merge(parts, num_neighbors)

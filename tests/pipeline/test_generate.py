@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline import generate
 from mlpmem_jax.pipeline.options import Options
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 
 
 def _with(config: Config, **settings: object) -> Config:
@@ -70,3 +73,11 @@ def test_interpolation_without_results(tiny_run: Config, tmp_path: Path):
     with pytest.raises(ArtifactError, match="run `evaluate`, or set generate.interpolation"):
         generate.main(config, Options(workdir=config.workdir))
     assert generate.interpolation(_with(config, interpolation=0.25)) == 0.25
+
+
+def test_a_workdir_may_be_relative(tiny_run, monkeypatch, capsys):
+    """Checkpoints are restored from where the caller stands."""
+    workdir = Path(tiny_run.workdir)
+    monkeypatch.chdir(workdir.parent)
+    arguments = ["generate", "--config", str(TINY), "--workdir", workdir.name]
+    assert main([*arguments, "--without-memory", "generate.max_new_tokens=1"]) == 0

@@ -126,3 +126,9 @@ def test_free_space_is_checked_beforehand(tmp_path):
     check_free_space(tmp_path / "not" / "yet", 1, "embedding")
     with pytest.raises(UserError, match="embedding needs .* are free"):
         check_free_space(tmp_path, 1 << 60, "embedding")
+
+
+def test_a_relative_workdir_makes_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Artifact("runs/a", "tokens", "tokens").path == tmp_path / "runs" / "a" / "tokens"
+    assert str(Artifact("gs://bucket/a", "tokens", "tokens").path) == "gs://bucket/a/tokens"
