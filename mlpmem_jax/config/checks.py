@@ -153,7 +153,7 @@ def _mesh(config: Config) -> Iterator[str]:
 
 
 def _names(config: Config) -> Iterator[str]:
-    for section in ("decoder", "memory", "datastore", "targets"):
+    for section in ("decoder", "memory", "datastore", "retrieval", "targets"):
         name = getattr(config, section).name
         if name in (".", ".."):
             yield f"{section}.name={name} must be the name of a directory to make"

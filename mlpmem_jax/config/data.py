@@ -119,6 +119,9 @@ class DatastoreConfig(Section):
 class RetrievalConfig(Section):
     """How neighbours are found (paper, section 2)."""
 
+    name: str = setting(
+        "auto", "name of index and neighbours; auto: datastore.name", pattern=r"^[A-Za-z0-9._-]+$"
+    )
     engine: Literal["auto", "scann", "exact"] = setting(
         "auto", "scann: approximate, re-ranked exactly; exact: brute force on the mesh"
     )
@@ -136,7 +139,7 @@ class RetrievalConfig(Section):
         "auto", "candidates whose distance is computed exactly; auto: 2 (K + 1), raised if needed"
     )
     dims_per_block: PositiveInt = setting(2, "dimensions quantised together")
-    training_rows: PositiveInt = setting(100_000, "rows on which the index is trained")
+    training_rows: PositiveInt = setting(100_000, "most rows on which the index is trained")
     query_batch: PositiveInt = runtime(8192, "queries searched at once")
     key_chunk_rows: PositiveInt = runtime(
         65536, "keys that one device of the exact engine scores at once"

@@ -58,6 +58,11 @@ class Config(Section):
         return max(1, self.embedding_window_tokens // 2) if stride == "auto" else stride
 
     @property
+    def retrieval_name(self) -> str:
+        """Name of the index and of the neighbours."""
+        return self.datastore.name if self.retrieval.name == "auto" else self.retrieval.name
+
+    @property
     def pretrain_window_tokens(self) -> int:
         """Tokens in a pretraining window."""
         window = self.pretrain.window_tokens

@@ -82,11 +82,11 @@ class Layout:
     @property
     def index(self) -> Artifact:
         """The neighbour index over the training split's keys."""
-        return self._artifact(f"index/{self._config.datastore.name}", "index")
+        return self._artifact(f"index/{self._config.retrieval_name}", "index")
 
     def neighbors(self, split: Split) -> Artifact:
         """The K nearest training rows of each row."""
-        return self._artifact(f"neighbors/{self._config.datastore.name}/{split}", "neighbors")
+        return self._artifact(f"neighbors/{self._config.retrieval_name}/{split}", "neighbors")
 
     def targets(self, split: Split) -> Artifact:
         """Sparse kNN distributions."""

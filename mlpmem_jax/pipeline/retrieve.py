@@ -28,7 +28,7 @@ def stages(config: Config) -> list[Stage]:
     kept = [
         Stage(
             artifact=layout.neighbors(split),
-            recipe=_neighbors_recipe(config),
+            recipe=_exact_recipe(config),
             upstream=(train, layout.datastore(split)),
             build=functools.partial(_build_neighbors, config, split, exact),
             estimate=functools.partial(_estimate, config, split),
@@ -39,7 +39,7 @@ def stages(config: Config) -> list[Stage]:
         kept.append(
             Stage(
                 artifact=layout.neighbors("train"),
-                recipe=_neighbors_recipe(config),
+                recipe=_searched_recipe(config),
                 upstream=(train, layout.index),
                 build=functools.partial(_build_neighbors, config, "train", exact),
                 estimate=functools.partial(_estimate, config, "train"),
@@ -66,12 +66,9 @@ def stages(config: Config) -> list[Stage]:
     ]
 
 
-def _neighbors_recipe(config: Config) -> dict[str, Any]:
-    names = ("num_neighbors", "min_recall", "recall_queries")
-    retrieval = config.retrieval.recipe()
+def _exact_recipe(config: Config) -> dict[str, Any]:
     return {
-        "seed": config.seed,
-        "retrieval": {name: retrieval[name] for name in names},
+        "retrieval": {"num_neighbors": config.retrieval.num_neighbors},
         "datastore": {
             "shard_rows": config.datastore.shard_rows,
             "chunk_rows": config.datastore.chunk_rows,
@@ -79,8 +76,19 @@ def _neighbors_recipe(config: Config) -> dict[str, Any]:
     }
 
 
+def _searched_recipe(config: Config) -> dict[str, Any]:
+    """Returns what decides the engine's neighbours, and whether its recall suffices."""
+    names = ("num_neighbors", "min_recall", "recall_queries")
+    retrieval = config.retrieval.recipe()
+    return {
+        **_exact_recipe(config),
+        "seed": config.seed,
+        "retrieval": {name: retrieval[name] for name in names},
+    }
+
+
 def _targets_recipe(config: Config) -> dict[str, Any]:
-    return {**_neighbors_recipe(config), "targets": config.targets.recipe()}
+    return {**_searched_recipe(config), "targets": config.targets.recipe()}
 
 
 def _estimate(config: Config, split: Split) -> Mapping[str, Any]:
