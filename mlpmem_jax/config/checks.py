@@ -13,7 +13,7 @@ def cross_section_mistakes(config: Config) -> list[str]:
     """Returns one line for each rule that is broken."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
         _sources, _heads, _layers, _windows, _storage, _batches, _arrays, _mesh,
-        _schedules, _names, _candidates,
+        _schedules, _names, _candidates, _losses, _starts,
     )  # fmt: skip
     return [mistake for rule in rules for mistake in rule(config)]
 
@@ -96,7 +96,7 @@ def _windows(config: Config) -> Iterator[str]:
         "datastore.window_tokens": config.embedding_window_tokens,
         "pretrain.window_tokens": config.pretrain_window_tokens,
     }
-    if config.train.inputs == "online":
+    if config.decoder_runs:
         windows["train.window_tokens"] = config.train_window_tokens
     for name, tokens in windows.items():
         if tokens > context:
@@ -153,7 +153,7 @@ def _mesh(config: Config) -> Iterator[str]:
 
 
 def _names(config: Config) -> Iterator[str]:
-    for section in ("decoder", "memory", "datastore", "retrieval", "targets"):
+    for section in ("decoder", "memory", "datastore", "retrieval", "targets", "train"):
         name = getattr(config, section).name
         if name in (".", ".."):
             yield f"{section}.name={name} must be the name of a directory to make"
@@ -178,10 +178,78 @@ def _candidates(config: Config) -> Iterator[str]:
 
 
 def _schedules(config: Config) -> Iterator[str]:
-    for name in ("pretrain", "train"):
+    train = config.train
+    schedules = [
+        ("pretrain", "optimizer", 0),
+        ("train", "optimizer", train.memory_freeze_steps if train.mode == "joint" else 0),
+    ]
+    if train.mode == "joint":
+        schedules.append(("train", "decoder_optimizer", train.decoder_freeze_steps))
+    for name, key, frozen in schedules:
         section = getattr(config, name)
-        if section.optimizer.warmup_steps > section.num_steps:
+        warmup = getattr(section, key).warmup_steps
+        if warmup + frozen > section.num_steps:
+            added = f" and the {frozen} steps that it is frozen" if frozen else ""
+            less = "is" if not added else "are"
             yield (
-                f"{name}.optimizer.warmup_steps={section.optimizer.warmup_steps} is more than "
+                f"{name}.{key}.warmup_steps={warmup}{added} {less} more than "
                 f"{name}.num_steps={section.num_steps}"
             )
+
+
+def _losses(config: Config) -> Iterator[str]:
+    train, weights = config.train, config.loss_weights
+    if not any(weights):
+        yield (
+            "train.joint_weight, train.lm_weight and train.memory_weight are all 0: "
+            "nothing would be trained"
+        )
+    if train.mode == "memory" and weights.lm > 0:
+        yield (
+            f"train.lm_weight={weights.lm} needs train.mode=joint: the decoder is frozen in "
+            "train.mode=memory"
+        )
+    if train.mode == "memory" and train.inputs == "online" and weights.joint > 0:
+        yield (
+            f"train.joint_weight={weights.joint} needs train.inputs=stored (which keeps "
+            "log p of the decoder) or train.mode=joint, not train.inputs=online"
+        )
+    learned = config.memory.gate == "learned"
+    if learned and weights.joint == 0:
+        yield (
+            "memory.gate=learned is trained by the joint loss: set train.joint_weight above 0 "
+            f"(train.mode={train.mode}, train.joint_weight={train.joint_weight})"
+        )
+    if learned and train.interpolation_final is not None:
+        yield (
+            f"train.interpolation_final={train.interpolation_final} is a schedule, and "
+            "memory.gate=learned learns λ: use one of the two"
+        )
+    floor = config.memory.gate_floor
+    if learned and not floor <= train.interpolation <= 1 - floor:
+        yield (
+            f"train.interpolation={train.interpolation}, where the gate begins, must be from "
+            f"memory.gate_floor={floor} to {1 - floor}"
+        )
+
+
+def _starts(config: Config) -> Iterator[str]:
+    train = config.train
+    starts = (train.decoder_start, train.memory_start)
+    if train.mode == "joint" and starts == ("fresh", "checkpoint"):
+        yield (
+            "train.memory_start=checkpoint needs train.decoder_start=checkpoint: a memory "
+            "reads the states of the decoder that it was trained on"
+        )
+    if train.refresh_interval_steps is None:
+        return
+    if train.mode != "joint":
+        yield (
+            f"train.refresh_interval_steps={train.refresh_interval_steps} needs "
+            "train.mode=joint: a frozen decoder's targets do not age"
+        )
+    if config.targets.workdir is not None:
+        yield (
+            f"train.refresh_interval_steps={train.refresh_interval_steps} makes targets from "
+            f"the current decoder: drop targets.workdir={config.targets.workdir}"
+        )

@@ -153,6 +153,9 @@ class TargetsConfig(Section):
     """kNN next-token distributions (paper, Eq. 3)."""
 
     name: str = setting("base", "name of the targets", pattern=r"^[A-Za-z0-9._-]+$")
+    workdir: str | None = setting(
+        None, "run directory of the teacher whose targets are read; none: this run makes them"
+    )
     temperature: Annotated[float, Field(gt=0)] | Auto = setting(
         "auto", "τ of the distance softmax; auto: chosen on validation for the kNN-LM"
     )

@@ -57,6 +57,10 @@ class MemoryConfig(Section):
         "standardize", "how the decoder's state is scaled before the first block"
     )
     head: Literal["untied", "tied"] = setting("untied", "own output head, or the decoder's")
+    gate: Literal["none", "learned"] = setting(
+        "none", "learned: λ is a sigmoid of a linear map of the input, for each token"
+    )
+    gate_floor: float = setting(0.0, "the gate stays this far from 0 and from 1", ge=0, lt=0.5)
     norm_epsilon: float = setting(1e-5, "added to the variance in norms", gt=0)
     init_scale: float = setting(0.02, "standard deviation of initial weights", gt=0)
     compute_dtype: ComputeDtype = setting("auto", "auto: float32 on CPU, bfloat16 elsewhere")

@@ -4,7 +4,7 @@ Defaults live here and in the section modules, nowhere else. Nothing in this pac
 imports JAX: a mistake is reported before a device is touched.
 """
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, ValidationInfo, model_validator
 
@@ -24,7 +24,15 @@ from mlpmem_jax.config.stages import (
     TrainConfig,
 )
 
-__all__ = ["Config"]
+__all__ = ["Config", "LossWeights"]
+
+
+class LossWeights(NamedTuple):
+    """Weights of the three terms of the joint loss (w_joint, w_lm, w_mem)."""
+
+    joint: float
+    lm: float
+    memory: float
 
 
 class Config(Section):
@@ -69,12 +77,38 @@ class Config(Section):
         return self.decoder.context_tokens if window == "auto" else window
 
     @property
+    def decoder_runs(self) -> bool:
+        """Whether the decoder runs in the training step of `train`."""
+        return self.train.mode == "joint" or self.train.inputs == "online"
+
+    @property
     def train_window_tokens(self) -> int:
-        """Rows (stored inputs) or tokens (online) in a memory-training window."""
+        """Rows (stored inputs) or tokens (the decoder runs) in a window of `train`."""
         if self.train.window_tokens != "auto":
             return self.train.window_tokens
-        stored = self.train.inputs == "stored"
+        stored = not self.decoder_runs
         return self.datastore.chunk_rows if stored else self.decoder.context_tokens
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        """Weights of the loss terms of `train`, as numbers."""
+        train, joint = self.train, float(self.train.mode == "joint")
+        given = (train.joint_weight, train.lm_weight, train.memory_weight)
+        chosen = zip(given, (joint, joint, 1.0), strict=True)
+        return LossWeights(*(auto if weight == "auto" else weight for weight, auto in chosen))
+
+    @property
+    def trained_interpolation(self) -> float | None:
+        """λ that the networks were trained with at the end; None: chosen on validation."""
+        if self.loss_weights.joint == 0:
+            return None
+        final = self.train.interpolation_final
+        return self.train.interpolation if final is None else final
+
+    @property
+    def joint_name(self) -> str:
+        """Name of the jointly trained model."""
+        return self.memory.name if self.train.name == "auto" else self.train.name
 
     @model_validator(mode="after")
     def _check_across_sections(self, info: ValidationInfo) -> "Config":

@@ -51,12 +51,58 @@ class PretrainConfig(TrainingConfig):
     )
 
 
-class TrainConfig(TrainingConfig):
-    """Training of the memory (paper, section 3.2)."""
+LossWeight = Annotated[float, Field(ge=0)] | Auto
+Start = Literal["checkpoint", "fresh"]
 
-    mode: Literal["memory"] = setting("memory", "memory: the decoder is frozen (the paper)")
+
+class TrainConfig(TrainingConfig):
+    """Training of the memory, alone (paper, section 3.2) or jointly with the decoder."""
+
+    mode: Literal["memory", "joint"] = setting(
+        "memory", "memory: the decoder is frozen (the paper); joint: both are trained"
+    )
+    name: str = setting(
+        "auto", "name of a joint model; auto: memory.name", pattern=r"^[A-Za-z0-9._-]+$"
+    )
     inputs: Literal["stored", "online"] = setting(
-        "stored", "stored: rows of the datastore; online: the frozen decoder runs in the step"
+        "stored",
+        "stored: rows of the datastore; online: the frozen decoder runs in the step (mode=memory)",
+    )
+    joint_weight: LossWeight = setting(
+        "auto", "weight of -log p of the interpolated distribution; auto: 1 joint, 0 otherwise"
+    )
+    lm_weight: LossWeight = setting(
+        "auto", "weight of the decoder's own cross-entropy; auto: 1 joint, 0 otherwise"
+    )
+    memory_weight: LossWeight = setting("auto", "weight of the memory's own loss; auto: 1")
+    interpolation: Fraction = setting(
+        0.3, "λ in the joint loss: fixed, where its schedule begins, or where the gate begins"
+    )
+    interpolation_final: Fraction | None = setting(
+        None, "λ at the last step, reached linearly; none: it stays (not with a gate)"
+    )
+    gate_prior: float = setting(
+        0.0, "weight of KL(train.interpolation ‖ gate), which keeps the gate from collapsing", ge=0
+    )
+    decoder_start: Start = setting("checkpoint", "mode=joint: the run's decoder, or a fresh one")
+    memory_start: Start = setting("fresh", "mode=joint: a fresh memory, or the run's memory")
+    decoder_gradient: float = setting(
+        1.0, "factor of the gradient from the memory into the decoder; 0: none (mode=joint)", ge=0
+    )
+    decoder_freeze_steps: NonNegativeInt = setting(
+        0, "steps before the decoder moves (mode=joint); its schedule begins then"
+    )
+    memory_freeze_steps: NonNegativeInt = setting(
+        0, "steps before the memory moves (mode=joint); its schedule begins then"
+    )
+    refresh_interval_steps: PositiveInt | None = setting(
+        None, "mode=joint: steps after which the targets are made anew; none: never"
+    )
+    refresh_agreement: Fraction = setting(
+        1.0, "targets stay while this share of sampled neighbours is the same; 1: always anew"
+    )
+    decoder_optimizer: OptimizerConfig = setting(
+        OptimizerConfig(learning_rate=5e-4), "optimiser of the decoder (mode=joint)"
     )
     num_steps: PositiveInt = setting(1000, "optimiser steps")
     batch_size: PositiveInt = setting(32, "windows in a step, over all devices")

@@ -64,13 +64,7 @@ def make_embed_step(
         segment_BW = batch["segment"] if settings.within else None
         final_BWD, states = model.hidden(batch["token"], segment_BW, sites=wanted)
         assert final_BWD is not None
-        offset_R = jnp.arange(settings.stride_tokens, dtype=jnp.int32)
-        column_BR = jnp.minimum(batch["offset"][:, None] + offset_R, settings.window_tokens - 1)
-
-        def scored(array_BW: jax.Array) -> jax.Array:
-            index = column_BR.reshape(*column_BR.shape, *(1,) * (array_BW.ndim - 2))
-            return jnp.take_along_axis(array_BW, index, axis=1)
-
+        scored = scored_columns(batch["offset"], settings.window_tokens, settings.stride_tokens)
         label_BR = scored(batch["label"])
         rows = {name: scored(states[site]) for name, site in settings.states.items()}
         rows |= {
@@ -86,6 +80,26 @@ def make_embed_step(
         return {name: rows[name].astype(spec.dtype) for name, spec in specs.items()}
 
     return lambda batch: embed(weights, batch)
+
+
+def scored_columns(
+    offset_B: jax.Array, window_tokens: int, stride_tokens: int
+) -> Callable[[jax.Array], jax.Array]:
+    """Returns a function that takes, of arrays [B, W, …], the columns that a window scores.
+
+    Args:
+        offset_B: First of those columns in each window.
+        window_tokens: W.
+        stride_tokens: R, how many they are.
+    """
+    offset_R = jnp.arange(stride_tokens, dtype=jnp.int32)
+    column_BR = jnp.minimum(offset_B[:, None] + offset_R, window_tokens - 1)
+
+    def scored(array_BW: jax.Array) -> jax.Array:
+        index = column_BR.reshape(*column_BR.shape, *(1,) * (array_BW.ndim - 2))
+        return jnp.take_along_axis(array_BW, index, axis=1)
+
+    return scored
 
 
 def embed_split(
@@ -126,7 +140,7 @@ def embed_split(
     bar = progress(tokens.num_rows, "row", description)
     bar.update(tokens.num_rows - sum(int(n) for n in plan.blocks(np.array(todo, np.int64)).count))
     with jax.set_mesh(mesh):
-        for numbers, rows in _computed(step, plan, tokens, todo, settings.batch_size, mesh):
+        for numbers, rows in computed_blocks(step, plan, tokens, todo, settings.batch_size, mesh):
             blocks = plan.blocks(numbers)
             host = {name: np.asarray(array) for name, array in rows.items()}
             for place, (row, count) in enumerate(zip(blocks.row, blocks.count, strict=True)):
@@ -136,7 +150,7 @@ def embed_split(
     return writer.close()
 
 
-def _computed(
+def computed_blocks(
     step: EmbedStep,
     plan: EmbeddingPlan,
     tokens: TokenSplit,
@@ -144,7 +158,16 @@ def _computed(
     batch_size: int,
     mesh: jax.sharding.Mesh,
 ) -> Iterator[tuple[np.ndarray, dict[str, jax.Array]]]:
-    """Yields block numbers with their rows, one batch behind what is being computed."""
+    """Yields block numbers with their rows, one batch behind what is being computed.
+
+    Args:
+        step: Jitted; arrays of windows to arrays of rows.
+        plan: The windows.
+        tokens: The split.
+        todo: Numbers of blocks.
+        batch_size: Blocks at once, over all devices.
+        mesh: Devices.
+    """
     before: tuple[np.ndarray, dict[str, jax.Array]] | None = None
     for first in range(0, len(todo), batch_size):
         numbers = np.array(todo[first : first + batch_size], np.int64)

@@ -89,8 +89,10 @@ class Layout:
         return self._artifact(f"neighbors/{self._config.retrieval_name}/{split}", "neighbors")
 
     def targets(self, split: Split) -> Artifact:
-        """Sparse kNN distributions."""
-        return self._artifact(f"targets/{self._config.targets.name}/{split}", "targets")
+        """Sparse kNN distributions, of this run or of its teacher's."""
+        teacher = self._config.targets.workdir
+        workdir = self.workdir if teacher is None else absolute(teacher)
+        return Artifact(workdir, f"targets/{self._config.targets.name}/{split}", "targets")
 
     @property
     def memory(self) -> Artifact:
@@ -98,9 +100,21 @@ class Layout:
         return self._artifact(f"memory/{self._config.memory.name}", "memory")
 
     @property
+    def joint(self) -> Artifact:
+        """Checkpoints of decoder and memory, trained together."""
+        return self._artifact(f"joint/{self._config.joint_name}", "joint")
+
+    @property
+    def trained(self) -> Artifact:
+        """What `train` makes."""
+        return self.joint if self._config.train.mode == "joint" else self.memory
+
+    @property
     def results(self) -> Artifact:
         """The table, as JSON, CSV and picture."""
-        return self._artifact(f"results/{self._config.memory.name}", "results")
+        joint = self._config.train.mode == "joint"
+        name = f"joint-{self._config.joint_name}" if joint else self._config.memory.name
+        return self._artifact(f"results/{name}", "results")
 
     def datastore_arrays(self) -> dict[str, ArraySpec]:
         """Arrays of a datastore split (design: key_ND, input_ND, label_N, logprob_N)."""

@@ -156,6 +156,7 @@ class Artifact:
             "neighbors": "retrieve",
             "targets": "retrieve",
             "memory": "train",
+            "joint": "train",
             "results": "evaluate",
         }[self.kind]
 

@@ -34,29 +34,52 @@ class SplitScores:
         decoder_N: log p_LM(label).
         knn_N: log p_kNN(label) over all K neighbours; -inf where none holds the label.
         memory_N: log p_MEM(label).
+        beside_memory_N: log p_LM(label) of the decoder that was trained with the memory;
+            None: it is the decoder.
+        memory_weight: λ that the memory was trained with, of each row where it has a gate;
+            None: λ is chosen on validation.
     """
 
     counts: DocumentCounts
     decoder_N: np.ndarray
     knn_N: np.ndarray
     memory_N: np.ndarray
+    beside_memory_N: np.ndarray | None = None
+    memory_weight: np.ndarray | float | None = None
 
-    def part(self, system: str) -> np.ndarray:
-        """Returns the log-probabilities that a system adds to the decoder."""
-        return self.knn_N if system == "knn" else self.memory_N
+    def parts(self, system: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the log-probabilities that a system mixes: what λ weighs, and the decoder's."""
+        if system == "knn":
+            return self.knn_N, self.decoder_N
+        beside = self.decoder_N if self.beside_memory_N is None else self.beside_memory_N
+        return self.memory_N, beside
+
+    def trained_weight(self, system: str) -> np.ndarray | float | None:
+        """Returns λ where a system brings its own."""
+        return self.memory_weight if system == "memory" else None
 
     def nats_by_document(self, system: str, weight: float) -> np.ndarray:
-        """Returns negative log-probabilities of a system summed by document, float64 [D]."""
+        """Returns negative log-probabilities of a system summed by document, float64 [D].
+
+        Args:
+            system: Which.
+            weight: λ, unless the system brings its own.
+        """
         if system == "decoder":
             return -self.counts.sum_by_document(self.decoder_N)
-        mixture_N = mixture_logprob(self.part(system), self.decoder_N, weight)
+        own = self.trained_weight(system)
+        mixture_N = mixture_logprob(*self.parts(system), weight if own is None else own)
         return -self.counts.sum_by_document(mixture_N)
 
 
-def tuned_weight(scores: SplitScores, system: str) -> float:
-    """Returns the λ that minimises a system's nats on a split."""
+def chosen_weight(scores: SplitScores, system: str) -> float:
+    """Returns the λ that minimises a system's nats on a split, or the mean of its own."""
     scored_N = scores.counts.scored_N
-    return solve(scores.part(system)[scored_N], scores.decoder_N[scored_N]).weight
+    own = scores.trained_weight(system)
+    if own is not None:
+        return float(np.mean(np.broadcast_to(own, scored_N.shape)[scored_N], dtype=np.float64))
+    added, base = scores.parts(system)
+    return solve(added[scored_N], base[scored_N]).weight
 
 
 def compare(
@@ -81,7 +104,7 @@ def compare(
     Returns:
         What `evaluate.json` holds of scores: systems, curves, documents, notes.
     """
-    weights = {"decoder": 0.0} | {s: tuned_weight(valid, s) for s in ("knn", "memory")}
+    weights = {"decoder": 0.0} | {s: chosen_weight(valid, s) for s in ("knn", "memory")}
     valid_D = {s: valid.nats_by_document(s, w) for s, w in weights.items()}
     test_D = {s: test.nats_by_document(s, w) for s, w in weights.items()}
     values_DM = np.stack([*test_D.values(), test.counts.tokens_D], axis=1)
@@ -102,6 +125,7 @@ def compare(
             "word_perplexity": _finite(metrics.word_perplexity),
             "bits_per_byte": _finite(metrics.bits_per_byte),
             "interpolation": None if name == "decoder" else weights[name],
+            "interpolation_source": _weight_source(valid, name),
             "temperature": temperature if name == "knn" else None,
         } | _against_decoder(values_DM, sums_RM, place, confidence, num_documents)
     if systems["memory"]["gain_recovered"] is None:
@@ -119,6 +143,16 @@ def compare(
         "documents": _documents(test, test_D),
         "notes": notes,
     }
+
+
+def _weight_source(scores: SplitScores, system: str) -> str | None:
+    """Returns where λ comes from."""
+    if system == "decoder":
+        return None
+    own = scores.trained_weight(system)
+    if own is None:
+        return "validation"
+    return "gate" if isinstance(own, np.ndarray) else "training"
 
 
 def _against_decoder(
@@ -175,8 +209,8 @@ def _curves(valid: SplitScores) -> dict[str, list[float | None]]:
     scored_N = valid.counts.scored_N
     curves: dict[str, list[float | None]] = {"interpolation": _CURVE.tolist()}
     for name in ("knn", "memory"):
-        base, part = valid.decoder_N[scored_N], valid.part(name)[scored_N]
-        nats = [float(-mixture_logprob(part, base, weight).mean()) for weight in _CURVE]
+        added, base = (part[scored_N] for part in valid.parts(name))
+        nats = [float(-mixture_logprob(added, base, weight).mean()) for weight in _CURVE]
         curves[name] = [value if np.isfinite(value) else None for value in nats]
     return curves
 

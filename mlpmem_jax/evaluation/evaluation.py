@@ -14,15 +14,16 @@ from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.evaluation.compare import SplitScores, compare
 from mlpmem_jax.evaluation.cost import costs
-from mlpmem_jax.evaluation.knn_lm import StoredNeighbors, tune_knn_lm
+from mlpmem_jax.evaluation.joint_lm import score_joint
+from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
 from mlpmem_jax.evaluation.latency import retriever, time_tokens
-from mlpmem_jax.evaluation.memory_lm import MemoryScores, SplitRows, score_memory
+from mlpmem_jax.evaluation.memory_lm import SplitRows, score_memory
 from mlpmem_jax.evaluation.metrics import DocumentCounts, count_documents
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.retrieval.building import ExactCache, open_index
-from mlpmem_jax.training.networks import finished_decoder, finished_memory
+from mlpmem_jax.training.networks import finished_networks
 
 SCHEMA_VERSION = 1
 _EVALUATED: tuple[Split, ...] = ("valid", "test")
@@ -42,11 +43,11 @@ def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
         ArtifactError: Something is missing, damaged, or speaks of other tokens.
     """
     layout = Layout(config)
-    decoder, memory = finished_decoder(config, mesh), finished_memory(config, mesh)
+    decoder, memory = finished_networks(config, mesh)
     stored = {split: _StoredSplit.open(layout, split) for split in _EVALUATED}
     train_label = _whole(layout, "train", "label")
     neighbors = {
-        split: StoredNeighbors(layout, split, stored[split].label_N, train_label)
+        split: LabelledNeighbors(layout, split, stored[split].label_N, train_label)
         for split in _EVALUATED
     }
     tuned = tune_knn_lm(
@@ -57,7 +58,7 @@ def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
         config.seed,
     )
     remembered = {
-        split: _memory_scores(config, layout, split, decoder, memory, mesh) for split in _EVALUATED
+        split: _memory_scores(config, split, decoder, memory, mesh) for split in _EVALUATED
     }
     scores = {
         split: SplitScores(
@@ -65,6 +66,8 @@ def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
             decoder_N=stored[split].logprob_N,
             knn_N=neighbors[split].logprob(stored[split].counts.scored_N, tuned.temperature),
             memory_N=remembered[split].logprob_N,
+            beside_memory_N=remembered[split].decoder_N,
+            memory_weight=remembered[split].weight,
         )
         for split in _EVALUATED
     }
@@ -78,7 +81,7 @@ def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
     )
     for system, cost in costs(config, decoder, memory).items():
         results["systems"][system] |= cost
-    results["diagnostics"] = _diagnostics(scores, remembered["valid"])
+    results["diagnostics"] = _diagnostics(scores, remembered["valid"].diagnostics)
     results["retrieval"] = _retrieval(config, layout)
     return results, _latency(config, layout, decoder, memory, train_label, results, mesh)
 
@@ -114,26 +117,46 @@ def _whole(layout: Layout, split: Split, name: str) -> np.ndarray:
     return read_rows(store, 0, store.shape[0])
 
 
+@dataclasses.dataclass(frozen=True)
+class _Remembered:
+    """What the memory, and the decoder trained with it, give a split's labels."""
+
+    logprob_N: np.ndarray
+    decoder_N: np.ndarray | None
+    weight: np.ndarray | float | None
+    diagnostics: Mapping[str, float]
+
+
 def _memory_scores(
-    config: Config,
-    layout: Layout,
-    split: Split,
-    decoder: Decoder,
-    memory: Memory,
-    mesh: jax.sharding.Mesh,
-) -> MemoryScores:
+    config: Config, split: Split, decoder: Decoder, memory: Memory, mesh: jax.sharding.Mesh
+) -> _Remembered:
+    """Scores a split: from stored inputs, or, trained together, by running both networks."""
+    layout = Layout(config)
+    tokens = TokenSplit.open(layout.tokens, split)
+    if config.train.mode == "joint":
+        joint = score_joint(config, decoder, memory, tokens, mesh)
+        weight = _weight(config, joint.gate_N)
+        return _Remembered(joint.memory_N, joint.decoder_N, weight, {})
     source = SplitRows(
         layout,
         split,
         config.datastore.chunk_rows,
         config.evaluate.batch_size,
-        TokenSplit.open(layout.tokens, split).separator_id,
+        tokens.separator_id,
         # There are targets of validation rows; those of test rows are never made.
         with_targets=split == "valid",
     )
-    tied = config.memory.head == "tied"
-    head_VD = decoder.head_VD() if tied else None
-    return score_memory(memory, head_VD, source, mesh, chunk_tokens=config.train.loss_chunk_tokens)
+    head_VD = decoder.head_VD() if config.memory.head == "tied" else None
+    stored = score_memory(
+        memory, head_VD, source, mesh, chunk_tokens=config.train.loss_chunk_tokens
+    )
+    weight = _weight(config, stored.gate_N)
+    return _Remembered(stored.logprob_N, None, weight, stored.diagnostics)
+
+
+def _weight(config: Config, gate_N: np.ndarray | None) -> np.ndarray | float | None:
+    """Returns λ as the networks were trained with it; None: it is to be chosen."""
+    return config.trained_interpolation if gate_N is None else gate_N
 
 
 def _latency(
@@ -151,6 +174,8 @@ def _latency(
         for name in ("key", "input")
     }
     memory_weight = results["systems"]["memory"]["interpolation"]
+    if config.memory.gate == "learned":
+        memory_weight = None
     alone, with_memory = (
         InterpolatedModel(decoder, each, site=sites["input"], weight=memory_weight, mesh=mesh)
         for each in (None, memory)
@@ -167,17 +192,21 @@ def _latency(
     return time_tokens(models, sites["key"], retrieve, config.evaluate.latency_tokens)
 
 
-def _diagnostics(scores: Mapping[Split, SplitScores], valid_memory: MemoryScores) -> dict[str, Any]:
+def _diagnostics(
+    scores: Mapping[Split, SplitScores], against_targets: Mapping[str, float]
+) -> dict[str, Any]:
     """Returns numbers that explain the table, none of which is chosen by."""
-    report: dict[str, Any] = {"valid_memory_against_targets": dict(valid_memory.diagnostics)}
+    report: dict[str, Any] = {"valid_memory_against_targets": dict(against_targets)}
     for split, one in scores.items():
         scored_N = one.counts.scored_N
         knn = one.knn_N[scored_N]
+        beside_N = one.parts("memory")[1]
         report[split] = {
             "memory_alone_nats": float(-one.memory_N[scored_N].mean(dtype=np.float64)),
+            "decoder_beside_memory_nats": float(-beside_N[scored_N].mean(dtype=np.float64)),
             "label_among_neighbors": float(np.isfinite(knn).mean()),
             "memory_better_than_decoder": float(
-                (one.memory_N[scored_N] > one.decoder_N[scored_N]).mean()
+                (one.memory_N[scored_N] > beside_N[scored_N]).mean()
             ),
         }
     return report

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 import numpy as np
 
 from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.retrieval.distributions import LabelEvidence
+from mlpmem_jax.retrieval.neighbors import StoredNeighbors
 from mlpmem_jax.retrieval.temperature import Tuned, tune
 
 _NO_LABEL = -1  # of a neighbour that is missing
 
 
-class StoredNeighbors:
+class LabelledNeighbors:
     """The stored neighbours of a split's rows, with the neighbours' labels."""
 
     def __init__(self, layout: Layout, split: Split, label_N: np.ndarray, train_label: np.ndarray):
@@ -31,15 +31,15 @@ class StoredNeighbors:
         Raises:
             ArtifactError: Neighbours are missing, damaged, or of another number of rows.
         """
-        path = layout.neighbors(split).path
-        self._row = open_array(path / "row")
-        self._distance = open_array(path / "distance")
+        artifact = layout.neighbors(split)
+        self._neighbors = StoredNeighbors(artifact)
         self._label_N = label_N
         self._train_label = train_label
         self._step = layout.neighbors_arrays()["row"].shard_rows
-        if self._row.shape[0] != len(label_N):
+        found = self._neighbors.num_rows
+        if found != len(label_N):
             raise ArtifactError(
-                f"{path}: neighbours of {self._row.shape[0]} rows, and the split has {len(label_N)}"
+                f"{artifact.path}: neighbours of {found} rows, and the split has {len(label_N)}"
             )
 
     def _parts(self, chosen_N: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -49,10 +49,10 @@ class StoredNeighbors:
             inside = np.flatnonzero(chosen_N[start:stop])
             if not len(inside):
                 continue
-            row_NK = read_rows(self._row, start, stop)[inside]
-            distance_NK = read_rows(self._distance, start, stop)[inside]
+            read = self._neighbors.read(start, stop)
+            row_NK = read.row_QK[inside]
             label_NK = np.where(row_NK >= 0, self._train_label[row_NK], _NO_LABEL)
-            yield start + inside, distance_NK, label_NK
+            yield start + inside, read.distance_QK[inside], label_NK
 
     def evidence(self, chosen_N: np.ndarray) -> LabelEvidence:
         """Returns what the neighbours of chosen rows (bool [N]) say of their labels."""
@@ -71,7 +71,7 @@ class StoredNeighbors:
 
 
 def tune_knn_lm(
-    neighbors: StoredNeighbors,
+    neighbors: LabelledNeighbors,
     scored_N: np.ndarray,
     decoder_N: np.ndarray,
     most_rows: int | None,

@@ -84,11 +84,13 @@ class MemoryScores:
 
     Attributes:
         logprob_N: log p_MEM(label), float32.
+        gate_N: λ that the memory's gate gives, float32; None: it has no gate.
         diagnostics: Means over scored rows against the kNN targets, where they were read:
             cross-entropy, KL, agreement on the most probable token. Empty without targets.
     """
 
     logprob_N: np.ndarray
+    gate_N: np.ndarray | None
     diagnostics: Mapping[str, float]
 
 
@@ -111,11 +113,14 @@ def score_memory(
     """
     graphdef, state = nnx.split(memory)
 
-    def score(state: Any, head_VD: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    has_gate = memory.config.gate == "learned"
+
+    def score(state: Any, head_VD: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
         network: Any = nnx.merge(graphdef, state)
         hidden_BLE = network.hidden(batch["input"])
         head_VE = network.head_VE(head_VD)
-        logprob_BL = token_logprob(
+        rows = {} if not has_gate else {"gate": network.interpolation(batch["input"])}
+        rows["logprob"] = token_logprob(
             hidden_BLE,
             head_VE,
             batch["label"],
@@ -123,7 +128,7 @@ def score_memory(
             chunk_tokens=chunk_tokens,
         )
         if not source.has_targets:
-            return logprob_BL, {}
+            return rows, {}
         _, sums = memory_loss(
             hidden_BLE,
             head_VE,
@@ -136,7 +141,7 @@ def score_memory(
             vocab_size=memory.vocab_size,
             chunk_tokens=chunk_tokens,
         )
-        return logprob_BL, sums
+        return rows, sums
 
     # Every process gets the whole result: each computes the same table.
     jitted = jax.jit(score, out_shardings=replicated(mesh))
@@ -149,12 +154,14 @@ def score_memory(
         steps=range(num_batches),
         shuffled=False,
     )
-    parts: list[np.ndarray] = []
+    parts: dict[str, list[np.ndarray]] = {}
     total: dict[str, Any] = {}
     with jax.set_mesh(mesh):
         for batch in feed:
-            logprob_BL, sums = jax.device_get(jitted(state, decoder_head_VD, batch))
-            parts.append(logprob_BL.reshape(-1))
+            rows, sums = jax.device_get(jitted(state, decoder_head_VD, batch))
+            for name, array_BL in rows.items():
+                parts.setdefault(name, []).append(array_BL.reshape(-1))
             total = {name: total.get(name, 0.0) + float(value) for name, value in sums.items()}
     diagnostics = {name: float(value) for name, value in means(total).items() if name != "loss"}
-    return MemoryScores(np.concatenate(parts)[: source.num_rows], diagnostics)
+    whole = {name: np.concatenate(part)[: source.num_rows] for name, part in parts.items()}
+    return MemoryScores(whole["logprob"], whole.get("gate"), diagnostics)

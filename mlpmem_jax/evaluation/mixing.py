@@ -24,17 +24,19 @@ class Mixture:
     nats: float
 
 
-def mixture_logprob(logp_a_N: np.ndarray, logp_b_N: np.ndarray, weight: float) -> np.ndarray:
+def mixture_logprob(
+    logp_a_N: np.ndarray, logp_b_N: np.ndarray, weight: float | np.ndarray
+) -> np.ndarray:
     """Returns float64 [N] log(λ a + (1 − λ) b); either may be -inf.
 
     Args:
         logp_a_N: Log-probabilities of the first model.
         logp_b_N: Log-probabilities of the second.
-        weight: λ in [0, 1].
+        weight: λ in [0, 1], for all rows or of each.
     """
     with np.errstate(divide="ignore"):
-        log_a = np.log(np.float64(weight)) + np.asarray(logp_a_N, np.float64)
-        log_b = np.log1p(-np.float64(weight)) + np.asarray(logp_b_N, np.float64)
+        log_a = np.log(np.asarray(weight, np.float64)) + np.asarray(logp_a_N, np.float64)
+        log_b = np.log1p(-np.asarray(weight, np.float64)) + np.asarray(logp_b_N, np.float64)
     return np.logaddexp(log_a, log_b)
 
 

@@ -35,7 +35,7 @@ class InterpolatedModel:
         memory: Memory | None,
         *,
         site: Site,
-        weight: float,
+        weight: float | None,
         mesh: jax.sharding.Mesh,
     ):
         """Takes restored networks.
@@ -44,7 +44,7 @@ class InterpolatedModel:
             decoder: The decoder.
             memory: The memory; None leaves the decoder alone.
             site: The decoder's state that the memory reads.
-            weight: λ, the memory's weight, in [0, 1].
+            weight: λ, the memory's weight, in [0, 1]; None: the memory's gate gives it.
             mesh: Where the parameters lie.
         """
         self.context_tokens = decoder.config.context_tokens
@@ -54,7 +54,8 @@ class InterpolatedModel:
         memory_state: Any = None
         if memory is not None:
             self._memory, memory_state = nnx.split(memory)
-        self.parameters = (decoder_state, memory_state, jnp.float32(weight))
+        fixed = None if weight is None else jnp.float32(weight)
+        self.parameters = (decoder_state, memory_state, fixed)
         self._site = site
         self.mesh = mesh
 
@@ -115,5 +116,7 @@ class InterpolatedModel:
             hidden_BE = memory.hidden(last[self._site])
             logits_BV = memory.logits(hidden_BE, decoder.head_VD())
             memory_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+            if weight is None:
+                weight = memory.interpolation(last[self._site])[:, None]
             logprob_BV = interpolate(memory_BV, logprob_BV, weight)
         return logprob_BV, {site: last[site] for site in sites}, cache

@@ -14,14 +14,16 @@ class TokensWithTargets:
 
     Rows are positions of the corpus, so these windows need not be the embedding windows:
     targets are looked up by row. Batches hold token_BL, label_BL and segment_BL int32,
-    weight_BL float32 (0 where the label is the separator or padding), target_id_BLS int32,
-    target_prob_BLS float32 and target_mass_BL float32.
+    weight_BL float32 (0 where the label is the separator or padding), lm_weight_BL float32 (0 on
+    padding only: the decoder learns separators too), target_id_BLS int32, target_prob_BLS
+    float32 and target_mass_BL float32.
     """
 
     def __init__(self, layout: Layout, split: Split, length: int):
         tokens = TokenSplit.open(layout.tokens, split)
         self._length = length
-        self._windows = TokenWindows(tokens, length, weights="score")
+        self._windows = TokenWindows(tokens, length, weights="train")
+        self._separator_id = tokens.separator_id
         self._targets = TargetReader(layout, split)
         self._names = f"{layout.tokens.path}/{split} and {self._targets.artifact.path}"
         if tokens.num_rows != self._targets.num_rows:
@@ -45,4 +47,9 @@ class TokensWithTargets:
         exists = starts[:, None] + np.arange(self._length) < self._targets.num_rows
         label = np.where(exists, batch["label"], 0)
         compare_labels(label, targets["target_label"], starts, self._names)
-        return batch | TargetReader.prepared(targets)
+        lm_weight = batch["weight"]
+        scored = {
+            "weight": np.where(batch["label"] == self._separator_id, np.float32(0), lm_weight),
+            "lm_weight": lm_weight,
+        }
+        return batch | scored | TargetReader.prepared(targets)

@@ -20,13 +20,22 @@ class InputStatistics(nnx.Variable):
 class Memory(nnx.Module):
     """Pre-norm residual feed-forward blocks over single hidden states: no token mixing."""
 
-    def __init__(self, config: MemoryConfig, input_width: int, vocab_size: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: MemoryConfig,
+        input_width: int,
+        vocab_size: int,
+        *,
+        gate_start: float = 0.5,
+        rngs: nnx.Rngs,
+    ):
         """Draws initial parameters.
 
         Args:
             config: The section `memory`.
             input_width: Width of the decoder states that it reads, D.
             vocab_size: V, as of the decoder.
+            gate_start: λ for every input at first, if there is a gate.
             rngs: Source of the `params` keys.
         """
         self.config = config
@@ -59,6 +68,11 @@ class Memory(nnx.Module):
         self.final = layers.Parameters(norm_shapes("final", width, None, bias), rngs)
         if config.head == "untied":
             self.head = parameter((self.padded_vocab, width), ("vocab", "embed"), scale, rngs)
+        if config.gate == "learned":
+            # Zero weights: at first every input gets the same λ.
+            self.gate = parameter((input_width,), ("state",), 0.0, rngs)
+            start = gate_logit(gate_start, config.gate_floor)
+            self.gate_bias = nnx.Param(jnp.full((1,), start, jnp.float32), logical_axes=("state",))
 
     def head_VE(self, decoder_head_VD: jax.Array | None = None) -> jax.Array:
         """Returns the output head, [padded V, E] float32; the decoder's if the two are tied."""
@@ -101,7 +115,15 @@ class Memory(nnx.Module):
         x_TE = normalize(x_TE, self.final.arrays(), "final", self.norm, config.norm_epsilon)
         return x_TE.reshape(*input_BLD.shape[:-1], config.width)
 
-    def _read_input(self, input_TD: jax.Array) -> jax.Array:
+    def interpolation(self, input_BLD: jax.Array) -> jax.Array:
+        """Returns λ of each state, float32 [...], in [floor, 1 - floor] (memory.gate=learned)."""
+        assert self.config.gate == "learned"
+        logit_BL = self._normalized(input_BLD) @ self.gate[...] + self.gate_bias[0]
+        floor = self.config.gate_floor
+        return floor + (1 - 2 * floor) * jax.nn.sigmoid(logit_BL)
+
+    def _normalized(self, input_TD: jax.Array) -> jax.Array:
+        """Returns the input as the network reads it, float32."""
         config = self.config
         x_TD = input_TD.astype(jnp.float32)
         if config.input_norm == "standardize":
@@ -109,11 +131,22 @@ class Memory(nnx.Module):
         elif config.input_norm == "rms":
             arrays = self.input.arrays()
             x_TD = normalize(x_TD, arrays, "input_norm", "rms", config.norm_epsilon)
-        x_TD = x_TD.astype(self.dtype)
+        return x_TD
+
+    def _read_input(self, input_TD: jax.Array) -> jax.Array:
+        config = self.config
+        x_TD = self._normalized(input_TD).astype(self.dtype)
         if self.input_width != config.width:
             arrays, axes = self.projection.arrays(), self.projection.axes()
             x_TD = project(x_TD, arrays, axes, "projection")
         return constrain(x_TD, "tokens", "state")
+
+
+def gate_logit(value: float, floor: float) -> float:
+    """Returns the logit at which the gate gives λ = value."""
+    share = (value - floor) / (1 - 2 * floor)
+    share = min(max(share, 1e-6), 1 - 1e-6)
+    return math.log(share) - math.log1p(-share)
 
 
 def input_statistics(

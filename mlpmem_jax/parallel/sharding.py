@@ -146,6 +146,8 @@ def state_shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return replicated(mesh)
         value = leaf.get_raw_value()
+        if not hasattr(value, "shape"):
+            return leaf  # Of another group of parameters: optax masks it, there is no array.
         names = leaf.get_metadata().get(LOGICAL_AXES)
         if names is None or len(names) != len(value.shape):
             return leaf.replace(replicated(mesh))

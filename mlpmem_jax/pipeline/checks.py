@@ -1,8 +1,11 @@
 """What stages refuse before they make anything."""
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.manifest import MANIFEST
+from mlpmem_jax.errors import ArtifactError
+
+_WITH_TARGETS: tuple[Split, ...] = ("train", "valid")
 
 
 def check_devices(config: Config, *keys: str) -> None:
@@ -43,3 +46,24 @@ def check_retrieval(config: Config) -> None:
         check_enough_rows(config.retrieval.num_neighbors, num_rows, name)
     platform = make_mesh(config.mesh).devices.flat[0].platform
     choose_engine(config.retrieval, num_rows, platform)
+
+
+def check_teacher(config: Config) -> None:
+    """Refuses a teacher's targets that were made from other tokens than the run's.
+
+    Raises:
+        ArtifactError: Names both artifacts and their fingerprints.
+    """
+    layout = Layout(config)
+    if config.targets.workdir is None or not (layout.tokens.path / MANIFEST).exists():
+        return
+    own = layout.tokens.load().fingerprint
+    for split in _WITH_TARGETS:
+        targets = layout.targets(split)
+        theirs = targets.load().made_from.get(layout.tokens.relative)
+        if theirs != own:
+            raise ArtifactError(
+                f"{targets.path}: targets.workdir={config.targets.workdir} has targets of tokens "
+                f"{theirs}, and {layout.tokens.path} is {own}: a teacher needs the same corpus, "
+                "splits and tokenizer"
+            )

@@ -58,15 +58,20 @@ def pretraining_estimate(config: Config) -> dict[str, Any]:
 
 
 def training_estimate(config: Config) -> dict[str, Any]:
-    """Parameters, memory, disk and flops of training the memory."""
-    vocab = _vocab_size(config)
+    """Parameters, memory, disk and flops of training the memory, or both networks."""
+    vocab, window = _vocab_size(config), config.train_window_tokens
+    joint = config.train.mode == "joint"
     counts = memory_parameters(config.memory, config.decoder.width, vocab)
-    rows = config.train.num_steps * config.train.batch_size * config.train_window_tokens
+    rows = config.train.num_steps * config.train.batch_size * window
     flops = TRAINING_FACTOR * memory_flops_per_token(config.memory, config.decoder.width, vocab)
-    if config.train.inputs == "online":
+    if joint:
+        added = decoder_parameters(config.decoder, vocab)
+        counts = {name: counts[name] + added[name] for name in counts}
+        flops += TRAINING_FACTOR * decoder_flops_per_token(config.decoder, vocab, window)
+    elif config.decoder_runs:
         depth = config.datastore.input.block(config.decoder.num_layers)
         flops += decoder_flops_per_token(
-            config.decoder, vocab, config.train_window_tokens, num_layers=depth, head=False
+            config.decoder, vocab, window, num_layers=depth, head=False
         )
     return {
         "parameters": counts["total"],

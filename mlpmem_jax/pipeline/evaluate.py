@@ -38,7 +38,7 @@ def stages(config: Config) -> list[Stage]:
         layout.neighbors("valid"),
         layout.neighbors("test"),
         layout.targets("valid"),
-        layout.memory,
+        layout.trained,
     )
     return [
         Stage(
@@ -103,7 +103,7 @@ def stage_seconds(layout: Layout) -> dict[str, float]:
         layout.index,
         *(layout.neighbors(split) for split in SPLITS),
         *(layout.targets(split) for split in SPLITS),
-        layout.memory,
+        layout.trained,
         layout.results,
     ]
     seconds: dict[str, float] = {}

@@ -42,20 +42,25 @@ def _check_prompts(config: Config) -> None:
         raise ConfigError(broken)
 
 
-def interpolation(config: Config) -> float:
-    """Returns λ as configured, or as `evaluate` chose it on validation.
+def interpolation(config: Config) -> float | None:
+    """Returns λ as configured, as trained, or as `evaluate` chose it; None: the gate's.
 
     Raises:
         ArtifactError: The memory is not trained, or λ was never chosen.
     """
     layout = Layout(config)
-    if not (layout.memory.path / MANIFEST).exists():
+    trained = layout.trained
+    if not (trained.path / MANIFEST).exists():
         raise ArtifactError(
-            f"{layout.memory.path}: the memory is not trained yet; train it with the command "
+            f"{trained.path}: the memory is not trained yet; train it with the command "
             "`train`, or generate with --without-memory"
         )
     if config.generate.interpolation != "auto":
         return config.generate.interpolation
+    if config.memory.gate == "learned":
+        return None
+    if config.trained_interpolation is not None:
+        return config.trained_interpolation
     results = layout.results
     if not (results.path / MANIFEST).exists():
         raise ArtifactError(
@@ -64,21 +69,20 @@ def interpolation(config: Config) -> float:
             "to a number from 0 to 1"
         )
     made_from = results.load().made_from
-    memory = layout.memory
-    if made_from.get(memory.relative) != memory.load().fingerprint:
+    if made_from.get(trained.relative) != trained.load().fingerprint:
         raise ArtifactError(
-            f"{results.path}: λ was chosen for another memory than {memory.path}; run "
+            f"{results.path}: λ was chosen for another memory than {trained.path}; run "
             "`evaluate --rebuild`, or set generate.interpolation"
         )
     return float(read_json(results.path / RESULTS)["systems"]["memory"]["interpolation"])
 
 
-def generate(config: Config, weight: float, *, with_memory: bool) -> None:
+def generate(config: Config, weight: float | None, *, with_memory: bool) -> None:
     """Continues the configured prompts on the terminal.
 
     Args:
         config: The whole configuration.
-        weight: λ.
+        weight: λ; None: of the memory's gate.
         with_memory: Whether there is a memory.
 
     Raises:
@@ -91,12 +95,16 @@ def generate(config: Config, weight: float, *, with_memory: bool) -> None:
     from mlpmem_jax.generation.stream import Screen, TextStream
     from mlpmem_jax.models.decoder import Site
     from mlpmem_jax.parallel.mesh import make_mesh
-    from mlpmem_jax.training.networks import finished_decoder, finished_memory
+    from mlpmem_jax.training.networks import finished_decoder, finished_networks
 
     layout, settings = Layout(config), config.generate
     tokenizer = load_tokenizer(layout.tokenizer)
     mesh = make_mesh(config.mesh)
-    decoder = finished_decoder(config, mesh)
+    memory = None
+    if with_memory or config.train.mode == "joint":
+        decoder, memory = finished_networks(config, mesh)
+    else:
+        decoder = finished_decoder(config, mesh)
     if tokenizer.vocab_size != decoder.vocab_size:
         raise ArtifactError(
             f"{layout.tokenizer.path} has a vocabulary of {tokenizer.vocab_size} tokens and "
@@ -105,7 +113,7 @@ def generate(config: Config, weight: float, *, with_memory: bool) -> None:
         )
     model = InterpolatedModel(
         decoder,
-        finished_memory(config, mesh) if with_memory else None,
+        memory if with_memory else None,
         site=Site.of(config.datastore.input, config.decoder.num_layers),
         weight=weight,
         mesh=mesh,
@@ -114,7 +122,9 @@ def generate(config: Config, weight: float, *, with_memory: bool) -> None:
     generator = Generator(model, sampling, tokenizer.separator_id)
     prompts = list(settings.prompts)
     ids = [list(map(int, each)) for each in tokenizer.encode(prompts)]
-    how = f"λ = {weight:.3f}" if with_memory else "decoder alone"
+    how = "decoder alone"
+    if with_memory:
+        how = "λ of the gate" if weight is None else f"λ = {weight:.3f}"
     say(f"sample ({how}, {settings.sampling}):")
     out = sys.stdout if is_speaker() else None
     screen = Screen(out, prompts) if out else None

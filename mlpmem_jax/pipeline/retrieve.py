@@ -45,6 +45,8 @@ def stages(config: Config) -> list[Stage]:
                 estimate=functools.partial(_estimate, config, "train"),
             )
         )
+    if config.targets.workdir is not None:
+        return kept  # The teacher's targets are read, never made here.
     valid = (layout.datastore("valid"), layout.neighbors("valid"))
     searched = layout.neighbors("train") if config.retrieval.keep_train == "all" else layout.index
     return [

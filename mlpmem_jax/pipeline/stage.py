@@ -28,20 +28,23 @@ class Stage:
     Attributes:
         artifact: What is made.
         recipe: The settings that decide its content, JSON-ready.
-        upstream: Artifacts that it is made from; they must be complete when it is built.
+        upstream: Artifacts that it is made from, or a function that returns them once the
+            stages before are done; they must be complete when it is built.
         build: Makes it, continuing what an interrupted start left; returns the report.
         check: Refuses what can be known to be wrong before anything is made. Called for all
             stages first, when upstream artifacts may still be missing, and again before
             the artifact is begun.
         estimate: Disk, memory and flops beforehand, for `--dry-run`: name to number or text.
+        skip: Asked once the stages before are done: why the artifact is not needed, or None.
     """
 
     artifact: Artifact
     recipe: Mapping[str, Any]
-    upstream: Sequence[Artifact]
+    upstream: Sequence[Artifact] | Callable[[], Sequence[Artifact]]
     build: Callable[[], Completion]
     check: Callable[[], None] = lambda: None
     estimate: Callable[[], Mapping[str, Any]] = dict
+    skip: Callable[[], str | None] = lambda: None
 
     @property
     def name(self) -> str:
@@ -50,7 +53,11 @@ class Stage:
 
     def made_from(self) -> dict[str, str]:
         """Returns the fingerprints of the upstream artifacts."""
-        return {one.relative: one.load().fingerprint for one in self.upstream}
+        return {one.relative: one.load().fingerprint for one in self.origins()}
+
+    def origins(self) -> Sequence[Artifact]:
+        """Returns the upstream artifacts."""
+        return self.upstream() if callable(self.upstream) else self.upstream
 
 
 class Rebuild(enum.Enum):
@@ -80,7 +87,11 @@ def run_stages(
         if not (stage.artifact.path / MANIFEST).exists():
             stage.check()
     for stage in stages:
-        run_stage(stage, rebuild, before_building)
+        reason = stage.skip()
+        if reason is None:
+            run_stage(stage, rebuild, before_building)
+        else:
+            say(f"{stage.name}: not needed ({reason})")
 
 
 def run_stage(

@@ -1,42 +1,89 @@
-"""The MLP Memory, trained to imitate the retriever."""
+"""The MLP Memory, trained to imitate the retriever, alone or together with the decoder."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.pipeline.checks import check_devices
+from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.pipeline.checks import check_devices, check_teacher
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.refresh import Phases, phase_build, refresh_stages
 from mlpmem_jax.pipeline.stage import Completion, Stage
 
 
 def recipe(config: Config) -> dict[str, Any]:
-    """Returns what decides the memory, besides what it is trained on."""
-    return {
+    """Returns what decides the networks, besides what they are trained on."""
+    decided: dict[str, Any] = {
         "seed": config.seed,
         "memory": config.memory.recipe(),
         "train": config.train.recipe(),
     }
+    if config.train.mode == "joint":
+        decided["decoder"] = config.decoder.recipe()
+        decided["corpus"] = {"attention": config.corpus.attention}
+        decided["datastore"] = {"input": config.datastore.input.recipe()}
+    return decided
 
 
 def stages(config: Config) -> list[Stage]:
-    """Returns the one stage of this command."""
+    """Returns the stage of this command; in joint mode its phases and what lies between."""
+    if config.train.mode == "memory":
+        build = functools.partial(_build, config)
+        return [_stage(config, Layout(config).memory, _memory_upstream(config), build)]
+    phases, result = Phases.of(config), []
+    for phase in range(len(phases.stops)):
+        build = functools.partial(phase_build, phases, phase)
+        upstream = functools.partial(_phase_upstream, phases, phase)
+        result.append(_stage(config, phases.artifact(phase), upstream, build))
+        if phase < len(phases.stops) - 1:
+            result += refresh_stages(phases, phase)
+    return result
+
+
+def _stage(
+    config: Config,
+    artifact: Artifact,
+    upstream: Sequence[Artifact] | Callable[[], Sequence[Artifact]],
+    build: Callable[[], Completion],
+) -> Stage:
+    return Stage(
+        artifact=artifact,
+        recipe=recipe(config),
+        upstream=upstream,
+        build=build,
+        check=functools.partial(_check, config),
+        estimate=functools.partial(_estimate, config),
+    )
+
+
+def _memory_upstream(config: Config) -> list[Artifact]:
     layout = Layout(config)
-    upstream = [layout.tokens, layout.decoder, layout.targets("train"), layout.targets("valid")]
-    if config.train.inputs == "stored":
+    upstream = [layout.tokens, layout.targets("train"), layout.targets("valid"), layout.decoder]
+    if not config.decoder_runs:
         upstream += [layout.datastore("train"), layout.datastore("valid")]
-    return [
-        Stage(
-            artifact=layout.memory,
-            recipe=recipe(config),
-            upstream=tuple(upstream),
-            build=functools.partial(_build, config),
-            check=functools.partial(check_devices, config, "train"),
-            estimate=functools.partial(_estimate, config),
-        )
-    ]
+    return upstream
+
+
+def _phase_upstream(phases: Phases, phase: int) -> list[Artifact]:
+    """Returns what a phase is made from: the start or the phase before, and its targets."""
+    config, layout = phases.config, Layout(phases.config)
+    targets = Layout(phases.sources(phase)).targets
+    upstream = [layout.tokens, targets("train"), targets("valid")]
+    if phase:
+        return [*upstream, phases.artifact(phase - 1)]
+    if config.train.decoder_start == "checkpoint":
+        upstream.append(layout.decoder)
+    if config.train.memory_start == "checkpoint":
+        upstream.append(layout.memory)
+    return upstream
+
+
+def _check(config: Config) -> None:
+    check_devices(config, "train")
+    check_teacher(config)
 
 
 def _estimate(config: Config) -> Mapping[str, Any]:

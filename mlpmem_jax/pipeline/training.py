@@ -19,6 +19,8 @@ def train_task(
     section_name: Literal["pretrain", "train"],
     make_task: Callable[[Config, jax.sharding.Mesh], Any],
     artifact: Artifact,
+    *,
+    stop_step: int | None = None,
 ) -> Completion:
     """Trains a network into an artifact.
 
@@ -27,6 +29,7 @@ def train_task(
         section_name: The section that says how.
         make_task: Makes the task on a mesh.
         artifact: Where checkpoints go.
+        stop_step: Where a run in phases pauses; None: at the end.
     """
     section = getattr(config, section_name)
     mesh = make_mesh(config.mesh)
@@ -39,13 +42,14 @@ def train_task(
         mesh=mesh,
         directory=artifact.path,
         metrics_directory=epath.Path(config.workdir) / "results" / "metrics" / name,
+        stop_step=stop_step,
     )
     shown = ", ".join(f"{k} {v:.4f}" for k, v in result.measured["validation"].items())
     say(f"{artifact.relative}: validation {shown}")
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(result.state.params))
     return Completion(
         counts={
-            "steps": section.num_steps,
+            "steps": section.num_steps if stop_step is None else stop_step,
             "parameters": num_parameters,
             "vocab_size": task.vocab_size,
         },

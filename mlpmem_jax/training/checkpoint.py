@@ -145,17 +145,21 @@ def _restored(
     return {name: restored[name] for name in abstract_items}
 
 
-def restore_finished(artifact: Artifact, abstract_items: Mapping[str, Any]) -> dict[str, Any]:
+def restore_finished(
+    artifact: Artifact, abstract_items: Mapping[str, Any], step: int | None = None
+) -> dict[str, Any]:
     """Restores items of the final checkpoint of a finished artifact.
 
     Args:
         artifact: A decoder or memory whose training is complete.
         abstract_items: Item names to pytrees of `jax.ShapeDtypeStruct` with shardings.
+        step: A complete checkpoint's step, where the artifact has no manifest yet.
 
     Raises:
         ArtifactError: The artifact is not finished, or a file of it is damaged (named).
     """
-    step = artifact.verify().counts["steps"]
+    if step is None:
+        step = int(artifact.verify().counts["steps"])
     manager = ocp.CheckpointManager(
         os.fspath(artifact.path / CHECKPOINTS),
         options=ocp.CheckpointManagerOptions(read_only=True),

@@ -12,7 +12,7 @@ from mlpmem_jax.config.stages import TrainingConfig
 from mlpmem_jax.input.feed import Batch
 from mlpmem_jax.training.checkpoint import Checkpoints
 from mlpmem_jax.training.monitor import Monitor
-from mlpmem_jax.training.optimizer import make_optimizer
+from mlpmem_jax.training.optimizer import group_optimizer, parameter_groups
 from mlpmem_jax.training.state import ITEM_NAMES, Blueprint, TrainState
 from mlpmem_jax.training.step import LossParts, make_train_step
 
@@ -50,8 +50,8 @@ class Task(Protocol):
         """Measures what a fresh state needs from data (the memory's input statistics)."""
         ...
 
-    def loss(self, model: nnx.Module, frozen: Any, batch: Batch) -> LossParts:
-        """Returns sums over a batch: loss, weight, and metrics."""
+    def loss(self, model: nnx.Module, frozen: Any, batch: Batch, step: jax.Array) -> LossParts:
+        """Returns sums over a batch (loss, weight, metrics) after a number of steps."""
         ...
 
     def feed(self, steps: range) -> Batches:
@@ -80,8 +80,9 @@ def fit(
     mesh: jax.sharding.Mesh,
     directory: epath.Path,
     metrics_directory: epath.Path,
+    stop_step: int | None = None,
 ) -> Fit:
-    """Trains until `config.num_steps`, from the last good checkpoint if there is one.
+    """Trains from the last good checkpoint, if there is one, to the end.
 
     Args:
         task: What is trained.
@@ -90,31 +91,33 @@ def fit(
         mesh: Devices.
         directory: The artifact's directory; checkpoints go below it.
         metrics_directory: Where metrics go.
+        stop_step: Where a run in phases pauses; None: at `config.num_steps`.
 
     Raises:
         RunFailed: The loss or a norm is not finite.
     """
-    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    optimizer = group_optimizer(parameter_groups(config))
     blueprint = Blueprint(task.build, optimizer, seed, mesh)
     checkpoints = Checkpoints(directory, config.keep_checkpoints, ITEM_NAMES)
     state, start = _begin(task, blueprint, checkpoints)
-    monitor = Monitor(task, config, start, metrics_directory, checkpoints)
+    stop = config.num_steps if stop_step is None else stop_step
+    monitor = Monitor(task, config, start, stop, metrics_directory, checkpoints)
     train_step = make_train_step(task.loss, blueprint.graphdef, optimizer, config)
     with jax.set_mesh(mesh):
-        feed = task.feed(range(start, config.num_steps))
-        for step in range(start, config.num_steps):
+        feed = task.feed(range(start, stop))
+        for step in range(start, stop):
             batch = next(feed)
             state, metrics = train_step(state, task.frozen, batch)
             monitor.dispatched(step + 1, metrics, feed.wait_secs)
-            if _due(step + 1, config.eval_interval_steps, config.num_steps):
+            if _due(step + 1, config.eval_interval_steps, stop):
                 monitor.validation(step + 1, task.validate(state))
-            if _due(step + 1, config.checkpoint_interval_steps, config.num_steps):
+            if _due(step + 1, config.checkpoint_interval_steps, stop):
                 monitor.settle()  # A poisoned state must not become a checkpoint.
                 checkpoints.save(step + 1, state.items())
     monitor.settle()
     checkpoints.close()
     monitor.close()
-    return Fit(state, checkpoints.files(config.num_steps), monitor.summary())
+    return Fit(state, checkpoints.files(stop), monitor.summary())
 
 
 def _due(step: int, interval: int, last: int) -> bool:
@@ -124,7 +127,8 @@ def _due(step: int, interval: int, last: int) -> bool:
 def _begin(task: Task, blueprint: Blueprint, checkpoints: Checkpoints) -> tuple[TrainState, int]:
     step = checkpoints.last_good_step()
     if step is None:
-        return task.prepare(blueprint.create()), 0
+        state = task.prepare(blueprint.create())
+        return state, int(state.step)  # Above 0 where it goes on from another run's state.
     abstract = blueprint.abstract()
     items = abstract.items()
     return abstract.with_items(checkpoints.restore(step, items)), step

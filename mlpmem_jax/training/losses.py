@@ -56,7 +56,7 @@ def lm_loss(
         vocab_size=vocab_size,
         chunk_tokens=chunk_tokens,
     )
-    return total / _normalizer(data["weight"], normalizer), metrics
+    return total / normalization(data["weight"], normalizer), metrics
 
 
 def memory_loss(
@@ -97,7 +97,7 @@ def memory_loss(
     id_BLX = jnp.concatenate([label_BL1, target_id_BLS.astype(jnp.int32)], axis=-1)
     weight_BL = weight_BL.astype(jnp.float32)
     total, metrics = chunked_loss(
-        functools.partial(_memory_token_loss, alpha=alpha),
+        functools.partial(memory_token_loss, alpha=alpha),
         (hidden_BLE,),
         (head_VE,),
         (id_BLX,),
@@ -105,7 +105,7 @@ def memory_loss(
         vocab_size=vocab_size,
         chunk_tokens=chunk_tokens,
     )
-    return total / _normalizer(weight_BL, normalizer), metrics
+    return total / normalization(weight_BL, normalizer), metrics
 
 
 def means(metrics: Metrics) -> Metrics:
@@ -163,7 +163,8 @@ def token_logprob(
     )(hidden_BLD, head_VD, label_BL)
 
 
-def _normalizer(weight_BL: jax.Array, given: jax.Array | float | None) -> jax.Array | float:
+def normalization(weight_BL: jax.Array, given: jax.Array | float | None) -> jax.Array | float:
+    """Returns what a summed loss is divided by: the weights' sum, unless it is given."""
     return jnp.maximum(jnp.sum(weight_BL), 1e-9) if given is None else given
 
 
@@ -179,9 +180,10 @@ def _lm_token_loss(stats: Stats, _: object, data: Metrics) -> tuple[jax.Array, M
     }
 
 
-def _memory_token_loss(
+def memory_token_loss(
     stats: Stats, _: object, data: Metrics, *, alpha: float
 ) -> tuple[jax.Array, Metrics]:
+    """The loss of :func:`memory_loss`, summed over a chunk; the memory is the first head."""
     weight_C = data["weight"]
     prob_CS = data["prob"].astype(jnp.float32)
     total_C = jnp.sum(prob_CS, axis=1)

@@ -1,73 +1,62 @@
 """What `train` trains in mode `memory`: the MLP Memory, beside a frozen decoder (section 3.2)."""
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.input.feed import Batch, Feed, WindowSource
+from mlpmem_jax.input.feed import Batch, WindowSource
 from mlpmem_jax.input.rows import StoredRows
 from mlpmem_jax.input.tokens import TokensWithTargets
 from mlpmem_jax.models.decoder import Site
-from mlpmem_jax.models.memory import Memory, input_statistics
+from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.training.flops import (
     TRAINING_FACTOR,
     decoder_flops_per_token,
     memory_flops_per_token,
 )
+from mlpmem_jax.training.input_statistics import measured_statistics, with_statistics
+from mlpmem_jax.training.interpolation import interpolation_of, joint_terms
+from mlpmem_jax.training.joint_loss import joint_loss
 from mlpmem_jax.training.losses import memory_loss
 from mlpmem_jax.training.networks import finished_decoder, memory_builder
-from mlpmem_jax.training.state import TrainState, split_module, structure
+from mlpmem_jax.training.state import TrainState
 from mlpmem_jax.training.step import LossParts
-from mlpmem_jax.training.validation import Validator
+from mlpmem_jax.training.task import WindowTask
 
 
-class MemoryTask:
-    """α·KL(p_kNN ‖ p_MEM) + (1−α)·CE on stored inputs, or on those of a decoder that runs."""
+class MemoryTask(WindowTask):
+    """α·KL(p_kNN ‖ p_MEM) + (1−α)·CE on stored inputs, or on those of a decoder that runs.
+
+    With `train.joint_weight` above 0, −log p of the mixture with the stored p_LM besides.
+    """
 
     name = "train"
 
     def __init__(self, config: Config, mesh: jax.sharding.Mesh):
-        layout = Layout(config)
-        settings = config.train
-        tokens = TokenSplit.open(layout.tokens, "train")
+        tokens = TokenSplit.open(Layout(config).tokens, "train")
         self._config = config
-        self._layout = layout
-        self._mesh = mesh
-        self._separator_id = tokens.separator_id
-        self._length = config.train_window_tokens
-        self._online = settings.inputs == "online"
+        self._online = config.train.inputs == "online"
         self._within = config.corpus.attention == "within"
         self._site = Site.of(config.datastore.input, config.decoder.num_layers)
+        self._terms = joint_terms(config)
         self.vocab_size = tokens.vocab_size
-        self.build = memory_builder(config, tokens.vocab_size)
-        self._graphdef = structure(self.build)
-        self._decoder_graphdef: Any = None
-        self.frozen: Any = ()
-        needs_decoder = self._online or config.memory.head == "tied"
-        if needs_decoder:
-            self._decoder_graphdef, self.frozen = nnx.split(finished_decoder(config, mesh))
-        self._source = self._windows("train")
-        self.tokens_per_step = settings.batch_size * self._length
-        self.flops_per_step = self.tokens_per_step * self._flops_per_token()
-        self._validator = Validator(
-            self._windows("valid"),
+        super().__init__(
+            config.train,
             mesh,
-            batch_size=settings.batch_size,
-            num_batches=settings.eval_batches,
-            sums=self._validation_sums,
+            memory_builder(config, tokens.vocab_size),
+            train=_windows(config, "train", tokens.separator_id),
+            valid=_windows(config, "valid", tokens.separator_id),
+            window_tokens=config.train_window_tokens,
+            seed=config.seed,
         )
-
-    def _windows(self, split: Split) -> WindowSource:
-        if self._online:
-            return TokensWithTargets(self._layout, split, self._length)
-        return StoredRows(self._layout, split, self._length, self._separator_id)
+        self._decoder_graphdef: Any = None
+        if self._online or config.memory.head == "tied":
+            self._decoder_graphdef, self.frozen = nnx.split(finished_decoder(config, mesh))
+        self.flops_per_step = self.tokens_per_step * self._flops_per_token()
 
     def _flops_per_token(self) -> float:
         config, width = self._config, self._config.decoder.width
@@ -76,7 +65,7 @@ class MemoryTask:
             flops += decoder_flops_per_token(
                 config.decoder,
                 self.vocab_size,
-                self._length,
+                config.train_window_tokens,
                 num_layers=self._site.block,
                 head=False,
             )
@@ -86,19 +75,11 @@ class MemoryTask:
         """Measures mean and deviation of the input on the first training batches."""
         if self._config.memory.input_norm != "standardize":
             return state
-        count = self._config.train.normalizer_batches
-        inputs = jax.jit(self._inputs)
+        batches = self.feed(range(self._config.train.normalizer_batches))
         with jax.set_mesh(self._mesh):
-            parts = [(inputs(self.frozen, b), b["weight"]) for b in self.feed(range(count))]
-            states, weights = (jnp.concatenate(each) for each in zip(*parts, strict=True))
-            mean_D, inverse_std_D = jax.jit(input_statistics)(states, weights)
-        memory = nnx.merge(self._graphdef, state.params, state.fixed)
-        memory.set_input_statistics(mean_D, inverse_std_D)
-        measured = split_module(memory)[2]
-        placed = jax.tree.map(
-            lambda new, old: jax.device_put(new, old.sharding), measured, state.fixed
-        )
-        return dataclasses.replace(state, fixed=placed)
+            measured = measured_statistics(self._inputs, self.frozen, batches)
+        memory: Memory = nnx.merge(self._graphdef, state.params, state.fixed)
+        return with_statistics(state, memory, memory, measured)
 
     def _inputs(self, frozen: Any, batch: Batch) -> jax.Array:
         """Returns input_BLD: read from the batch, or computed by the frozen decoder."""
@@ -109,41 +90,45 @@ class MemoryTask:
         _, states = decoder.hidden(batch["token"], segments, sites=(self._site,), final=False)
         return jax.lax.stop_gradient(states[self._site])
 
-    def loss(self, model: Memory, frozen: Any, batch: Batch) -> LossParts:
+    def loss(self, model: Memory, frozen: Any, batch: Batch, step: jax.Array) -> LossParts:
         """The memory's loss summed over the scored rows of the batch."""
         head_VD = None
         if self._config.memory.head == "tied":
             head_VD = nnx.merge(self._decoder_graphdef, frozen).head_VD()
+        input_BLD = self._inputs(frozen, batch)
+        hidden_BLE, head_VE = model.hidden(input_BLD), model.head_VE(head_VD)
+        chunk_tokens = self._config.train.loss_chunk_tokens
+        if self._terms.weights.joint:
+            total, sums = joint_loss(
+                hidden_BLE,
+                head_VE,
+                batch["logprob"],
+                interpolation_of(self._config, model, input_BLD, step),
+                batch,
+                self._terms,
+                vocab_size=model.vocab_size,
+                chunk_tokens=chunk_tokens,
+                normalizer=1.0,
+            )
+            return LossParts(total, sums)
         total, sums = memory_loss(
-            model.hidden(self._inputs(frozen, batch)),
-            model.head_VE(head_VD),
+            hidden_BLE,
+            head_VE,
             batch["label"],
             batch["weight"],
             batch["target_id"],
             batch["target_prob"],
             batch["target_mass"],
-            self._config.train.alpha,
+            self._terms.alpha,
             vocab_size=model.vocab_size,
-            chunk_tokens=self._config.train.loss_chunk_tokens,
+            chunk_tokens=chunk_tokens,
             normalizer=1.0,
         )
         return LossParts(total, sums)
 
-    def feed(self, steps: range) -> Feed:
-        """Returns training batches."""
-        settings = self._config.train
-        return Feed(
-            self._source,
-            self._mesh,
-            batch_size=settings.batch_size,
-            seed=self._config.seed,
-            steps=steps,
-            prefetch=settings.prefetch_batches,
-        )
 
-    def _validation_sums(self, network: Any, frozen: Any, batch: Batch) -> Mapping[str, Any]:
-        return self.loss(nnx.merge(self._graphdef, *network), frozen, batch).sums
-
-    def validate(self, state: TrainState) -> dict[str, float]:
-        """Returns loss, cross-entropy, KL and top-1 agreement on validation rows."""
-        return self._validator((state.params, state.fixed), self.frozen)
+def _windows(config: Config, split: Split, separator_id: int) -> WindowSource:
+    layout, length = Layout(config), config.train_window_tokens
+    if config.train.inputs == "online":
+        return TokensWithTargets(layout, split, length)
+    return StoredRows(layout, split, length, separator_id)

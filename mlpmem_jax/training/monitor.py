@@ -28,14 +28,16 @@ class Monitor:
         task: "Task",
         config: TrainingConfig,
         start_step: int,
+        stop_step: int,
         directory: epath.Path,
         checkpoints: Checkpoints,
     ):
         self._task = task
         self._config = config
+        self._stop_step = stop_step
         self._checkpoints = checkpoints
         self._log = MetricsLog(directory, start_step)
-        self._bar = TrainingBar(config.num_steps, start_step, task.name)
+        self._bar = TrainingBar(stop_step, start_step, task.name)
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         # NaN for an accelerator that the table does not know: no share is better than a wrong one.
         peak = peak_flops(jax.local_devices()[0])
@@ -66,7 +68,7 @@ class Monitor:
         metrics = {name: float(value) for name, value in jax.device_get(dict(on_device)).items()}
         self._refuse_non_finite(step, metrics)
         self._steps_in_window += 1
-        if step % self._config.log_interval_steps == 0 or step == self._config.num_steps:
+        if step % self._config.log_interval_steps == 0 or step == self._stop_step:
             metrics |= self._speed()
             self._log.write(step, metrics)
             self._bar.update(loss=f"{metrics['loss']:.4f}")
@@ -124,7 +126,7 @@ class Monitor:
             "tokens_per_sec": self._task.tokens_per_step * self._train_steps / seconds,
             "share_of_peak": (self._task.flops_per_step * self._train_steps / seconds / self._peak),
             "input_wait_share": self._wait_secs / seconds if self._train_steps else 0.0,
-            "model_flops": self._task.flops_per_step * self._config.num_steps,
+            "model_flops": self._task.flops_per_step * self._stop_step,
         }
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """How the configured networks are made, and restored from finished training runs."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 from flax import nnx
@@ -11,9 +11,10 @@ from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.models.decoder import Decoder
+from mlpmem_jax.models.joint import Joint
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.sharding import abstract_state
-from mlpmem_jax.training.checkpoint import restore_finished
+from mlpmem_jax.training.checkpoint import Checkpoints, restore_finished
 from mlpmem_jax.training.state import flatten, split_module, structure, unflatten
 
 Network = TypeVar("Network", bound=nnx.Module)
@@ -31,7 +32,14 @@ def decoder_builder(config: Config, vocab_size: int) -> Callable[[nnx.Rngs], Dec
 
 def memory_builder(config: Config, vocab_size: int) -> Callable[[nnx.Rngs], Memory]:
     """Returns a function that makes the memory."""
-    return lambda rngs: Memory(config.memory, config.decoder.width, vocab_size, rngs=rngs)
+    width, start = config.decoder.width, config.train.interpolation
+    return lambda rngs: Memory(config.memory, width, vocab_size, gate_start=start, rngs=rngs)
+
+
+def joint_builder(config: Config, vocab_size: int) -> Callable[[nnx.Rngs], Joint]:
+    """Returns a function that makes decoder and memory as one network."""
+    parts = decoder_builder(config, vocab_size), memory_builder(config, vocab_size)
+    return lambda rngs: Joint(*parts, rngs=rngs)
 
 
 def finished_decoder(config: Config, mesh: jax.sharding.Mesh) -> Decoder:
@@ -49,6 +57,7 @@ def finished_decoder(config: Config, mesh: jax.sharding.Mesh) -> Decoder:
             f"{artifact.path}: the decoder has a vocabulary of {trained} tokens and "
             f"{layout.tokens.path} one of {wanted}; use the tokenizer that it was trained with"
         )
+    check_shape(config, artifact, "decoder")
     return _restored(decoder_builder(config, wanted), artifact, mesh)
 
 
@@ -67,17 +76,83 @@ def finished_memory(config: Config, mesh: jax.sharding.Mesh) -> Memory:
             f"{memory.path}: was trained on another decoder ({trained_on}) than {decoder.path} "
             f"({decoder.load().fingerprint}); train it again with `train --rebuild`"
         )
+    check_shape(config, memory, "memory")
     return _restored(memory_builder(config, vocab_size(config)), memory, mesh)
 
 
+def finished_networks(config: Config, mesh: jax.sharding.Mesh) -> tuple[Decoder, Memory]:
+    """Restores decoder and memory as `train.mode` says: apart, or trained together.
+
+    Raises:
+        ArtifactError: As above.
+    """
+    if config.train.mode == "memory":
+        return finished_decoder(config, mesh), finished_memory(config, mesh)
+    joint = Layout(config).joint
+    check_shape(config, joint, "decoder", "memory")
+    return finished_joint(config, joint, mesh)
+
+
+def finished_joint(
+    config: Config, artifact: Artifact, mesh: jax.sharding.Mesh, step: int | None = None
+) -> tuple[Decoder, Memory]:
+    """Restores decoder and memory of a joint run.
+
+    Args:
+        config: The whole configuration.
+        artifact: The run, or one phase of it.
+        mesh: Devices.
+        step: A step whose checkpoint is complete, of a run that is not; None: it is finished.
+
+    Raises:
+        ArtifactError: It is missing, damaged, or of another shape.
+    """
+    network = _restored(joint_builder(config, vocab_size(config)), artifact, mesh, step)
+    return network.decoder, network.memory
+
+
+def save_network(network: nnx.Module, artifact: Artifact, step: int) -> list[str]:
+    """Saves a network alone, as `pretrain` and `train` save it; returns the files."""
+    _, params, fixed = split_module(network)
+    checkpoints = Checkpoints(artifact.path, 1, ("params", "fixed"))
+    checkpoints.save(step, {"params": flatten(params), "fixed": flatten(fixed)})
+    checkpoints.close()
+    return checkpoints.files(step)
+
+
+def check_shape(
+    config: Config, artifact: Artifact, *sections: Literal["decoder", "memory"]
+) -> None:
+    """Refuses networks that were trained with another shape than the configured one.
+
+    Raises:
+        ArtifactError: Names the keys, and both values of each.
+    """
+    recipe = artifact.load().recipe
+    differing = []
+    for section in sections:
+        trained = recipe.get(section, {})
+        for key, value in getattr(config, section).recipe().items():
+            if key != "name" and key in trained and trained[key] != value:
+                differing.append(f"{section}.{key}={value} (trained with {trained[key]})")
+    if differing:
+        raise ArtifactError(
+            f"{artifact.path}: the configured network is another one: " + ", ".join(differing)
+        )
+
+
 def _restored(
-    build: Callable[[nnx.Rngs], Network], artifact: Artifact, mesh: jax.sharding.Mesh
+    build: Callable[[nnx.Rngs], Network],
+    artifact: Artifact,
+    mesh: jax.sharding.Mesh,
+    step: int | None = None,
 ) -> Network:
     def states() -> tuple[nnx.State, nnx.State]:
         return split_module(build(nnx.Rngs(0)))[1:]
 
     params, fixed = abstract_state(states, mesh)
-    flat = restore_finished(artifact, {"params": flatten(params), "fixed": flatten(fixed)})
+    items = {"params": flatten(params), "fixed": flatten(fixed)}
+    flat = restore_finished(artifact, items, step)
     return nnx.merge(
         structure(build), unflatten(params, flat["params"]), unflatten(fixed, flat["fixed"])
     )

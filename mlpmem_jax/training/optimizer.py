@@ -1,11 +1,12 @@
-"""AdamW with warm-up, decay and clipping, from optax."""
+"""AdamW with warm-up, decay and clipping, from optax; one for each group of parameters."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from mlpmem_jax.config.stages import OptimizerConfig
+from mlpmem_jax.config.stages import OptimizerConfig, TrainConfig, TrainingConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -55,3 +56,59 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         else optax.clip_by_global_norm(config.clip_norm)
     )
     return optax.chain(clip, adamw)
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters that share an optimiser.
+
+    Attributes:
+        name: First part of their path in the network ("decoder", "memory").
+        config: Their optimiser.
+        freeze_steps: Steps before they move; moments and schedule begin then.
+        num_steps: Steps of the run.
+    """
+
+    name: str
+    config: OptimizerConfig
+    freeze_steps: int
+    num_steps: int
+
+    def learning_rate(self, step: jax.Array) -> jax.Array:
+        """Returns the learning rate at a step of the run; 0 while frozen."""
+        moving = learning_rate_schedule(self.config, self.num_steps - self.freeze_steps)
+        rate = moving(jnp.maximum(step - self.freeze_steps, 0))
+        return jnp.where(step < self.freeze_steps, 0.0, rate)
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Returns the group's optimiser, which does nothing while the group is frozen."""
+        inner = make_optimizer(self.config, self.num_steps - self.freeze_steps)
+        if self.freeze_steps == 0:
+            return inner
+        frozen = self.freeze_steps
+        return optax.conditionally_mask(inner, lambda step: step >= frozen)
+
+
+def parameter_groups(config: TrainingConfig) -> tuple[ParameterGroup, ...]:
+    """Returns the groups of a training section; joint training has two, others one ("")."""
+    steps = config.num_steps
+    if isinstance(config, TrainConfig) and config.mode == "joint":
+        memory, decoder = config.memory_freeze_steps, config.decoder_freeze_steps
+        return (
+            ParameterGroup("memory", config.optimizer, memory, steps),
+            ParameterGroup("decoder", config.decoder_optimizer, decoder, steps),
+        )
+    return (ParameterGroup("", config.optimizer, 0, steps),)
+
+
+def group_optimizer(groups: tuple[ParameterGroup, ...]) -> optax.GradientTransformation:
+    """Returns one optimiser for a network of several groups: a group is clipped by itself."""
+    if len(groups) == 1:
+        return groups[0].optimizer()
+
+    def labels(params: Any) -> Any:
+        def of(path: tuple[Any, ...], _: Any) -> str:
+            return jax.tree_util.keystr(path[:1], simple=True)
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    return optax.partition({group.name: group.optimizer() for group in groups}, labels)

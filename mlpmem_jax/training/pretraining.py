@@ -1,61 +1,48 @@
 """What `pretrain` trains: the decoder, on windows of tokens."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-from flax import nnx
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import TokenWindows
 from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.input.feed import Batch, Feed
+from mlpmem_jax.input.feed import Batch
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.training.flops import TRAINING_FACTOR, decoder_flops_per_token
 from mlpmem_jax.training.losses import lm_loss
 from mlpmem_jax.training.networks import decoder_builder
-from mlpmem_jax.training.state import TrainState, structure
 from mlpmem_jax.training.step import LossParts
-from mlpmem_jax.training.validation import Validator
+from mlpmem_jax.training.task import WindowTask
 
 
-class PretrainTask:
+class PretrainTask(WindowTask):
     """Next-token cross-entropy of the decoder; the separator counts as a label too."""
 
     name = "pretrain"
-    frozen: Any = ()
 
     def __init__(self, config: Config, mesh: jax.sharding.Mesh):
         layout = Layout(config)
-        settings = config.pretrain
+        settings, length = config.pretrain, config.pretrain_window_tokens
         train = TokenSplit.open(layout.tokens, "train")
-        length = config.pretrain_window_tokens
-        self._config = config
-        self._mesh = mesh
+        valid = TokenSplit.open(layout.tokens, "valid")
         self._chunk_tokens = settings.loss_chunk_tokens
         self._within = config.corpus.attention == "within"
-        self._source = TokenWindows(train, length, weights="train")
-        self.build = decoder_builder(config, train.vocab_size)
         self.vocab_size = train.vocab_size
-        self._graphdef = structure(self.build)
-        self.tokens_per_step = settings.batch_size * length
+        super().__init__(
+            settings,
+            mesh,
+            decoder_builder(config, train.vocab_size),
+            train=TokenWindows(train, length, weights="train"),
+            valid=TokenWindows(valid, length, weights="score"),
+            window_tokens=length,
+            seed=config.seed,
+        )
         forward = decoder_flops_per_token(config.decoder, train.vocab_size, length)
         self.flops_per_step = self.tokens_per_step * TRAINING_FACTOR * forward
-        valid = TokenWindows(TokenSplit.open(layout.tokens, "valid"), length, weights="score")
-        self._validator = Validator(
-            valid,
-            mesh,
-            batch_size=settings.batch_size,
-            num_batches=settings.eval_batches,
-            sums=self._validation_sums,
-        )
 
-    def prepare(self, state: TrainState) -> TrainState:
-        """A decoder needs nothing from data."""
-        return state
-
-    def loss(self, model: Decoder, frozen: Any, batch: Batch) -> LossParts:
+    def loss(self, model: Decoder, frozen: Any, batch: Batch, step: jax.Array) -> LossParts:
         """Cross-entropy summed over the batch."""
         segments = batch["segment"] if self._within else None
         final_BLD, _ = model.hidden(batch["token"], segments)
@@ -70,22 +57,3 @@ class PretrainTask:
             normalizer=1.0,
         )
         return LossParts(total, sums)
-
-    def feed(self, steps: range) -> Feed:
-        """Returns training batches."""
-        settings = self._config.pretrain
-        return Feed(
-            self._source,
-            self._mesh,
-            batch_size=settings.batch_size,
-            seed=self._config.seed,
-            steps=steps,
-            prefetch=settings.prefetch_batches,
-        )
-
-    def _validation_sums(self, network: Any, frozen: Any, batch: Batch) -> Mapping[str, Any]:
-        return self.loss(nnx.merge(self._graphdef, *network), frozen, batch).sums
-
-    def validate(self, state: TrainState) -> dict[str, float]:
-        """Returns nats per scored token and accuracy on validation windows."""
-        return self._validator((state.params, state.fixed), self.frozen)

@@ -1,7 +1,7 @@
 """One optimiser step: gradients, summed over parts of a batch, and the update."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from flax import nnx
 from mlpmem_jax.config.stages import TrainingConfig
 from mlpmem_jax.input.feed import Batch
 from mlpmem_jax.training.losses import means
-from mlpmem_jax.training.optimizer import learning_rate_schedule
+from mlpmem_jax.training.optimizer import ParameterGroup, parameter_groups
 from mlpmem_jax.training.state import TrainState
 
 
@@ -34,22 +34,35 @@ Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
 
 
+def learning_rates(groups: Sequence[ParameterGroup], step: jax.Array) -> Metrics:
+    """Returns the learning rate of each group at a step; the first group's has no prefix."""
+    rates = [jnp.asarray(group.learning_rate(step), jnp.float32) for group in groups]
+    names = ["learning_rate", *(f"{group.name}_learning_rate" for group in groups[1:])]
+    return dict(zip(names, rates, strict=True))
+
+
 def make_train_step(
-    loss: Callable[[nnx.Module, Any, Batch], LossParts],
+    loss: Callable[[nnx.Module, Any, Batch, jax.Array], LossParts],
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     config: TrainingConfig,
 ) -> TrainStep:
     """Returns the jitted step; it consumes the state that it is given.
 
+    Args:
+        loss: (network, frozen arrays, batch, finished steps) to sums over the batch.
+        graphdef: Structure of the network.
+        optimizer: Of all its parameters.
+        config: The section of the configuration.
+
     The loss is the mean over the whole batch, so cutting the batch into
     `accumulation_steps` parts changes memory and not the result (to rounding).
     """
-    schedule = learning_rate_schedule(config.optimizer, config.num_steps)
+    groups = parameter_groups(config)
 
     def sums_and_grads(state: TrainState, frozen: Any, batch: Batch) -> tuple[LossParts, Any]:
         def total(params: Any) -> tuple[jax.Array, LossParts]:
-            parts = loss(nnx.merge(graphdef, params, state.fixed), frozen, batch)
+            parts = loss(nnx.merge(graphdef, params, state.fixed), frozen, batch, state.step)
             return parts.total, parts
 
         (_, parts), grads = jax.value_and_grad(total, has_aux=True)(state.params)
@@ -83,7 +96,7 @@ def make_train_step(
             **means(dict(parts.sums)),
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            **learning_rates(groups, state.step),
         }
         new_state = dataclasses.replace(
             state,

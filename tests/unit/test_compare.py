@@ -46,10 +46,10 @@ def test_numbers_agree_with_a_direct_computation():
         weight = found["systems"][name]["interpolation"]
         grid = np.linspace(0.001, 0.999, 999)
         rows = valid.counts.scored_N
-        base, part = np.exp(valid.decoder_N[rows]), np.exp(valid.part(name)[rows])
+        base, part = np.exp(valid.decoder_N[rows]), np.exp(valid.parts(name)[0][rows])
         best = min(-np.log(w * part + (1 - w) * base).mean() for w in grid)
         assert found["systems"][name]["valid_nats"] <= best + 1e-9
-        mixture = weight * np.exp(test.part(name)) + (1 - weight) * np.exp(test.decoder_N)
+        mixture = weight * np.exp(test.parts(name)[0]) + (1 - weight) * np.exp(test.decoder_N)
         nats[name] = -np.log(mixture[scored]).mean()
     for name, value in nats.items():
         assert found["systems"][name]["test_nats"] == pytest.approx(value)

@@ -1,0 +1,93 @@
+"""What jointly trained networks give the labels of a split: both run over its windows.
+
+Suffixes: B windows, W tokens of a window, R rows that a window scores, N rows of the split.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import progress
+from mlpmem_jax.corpus.tokens import TokenSplit
+from mlpmem_jax.corpus.windows import EmbeddingPlan
+from mlpmem_jax.datastore.embedding import computed_blocks, scored_columns
+from mlpmem_jax.models.decoder import Decoder, Site
+from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.training.losses import token_logprob
+
+
+@dataclasses.dataclass(frozen=True)
+class JointScores:
+    """Log-probabilities of labels, float32 [N].
+
+    Attributes:
+        decoder_N: log p_LM(label) of the jointly trained decoder.
+        memory_N: log p_MEM(label).
+        gate_N: λ of the gate; None: there is none.
+    """
+
+    decoder_N: np.ndarray
+    memory_N: np.ndarray
+    gate_N: np.ndarray | None
+
+
+def score_joint(
+    config: Config, decoder: Decoder, memory: Memory, tokens: TokenSplit, mesh: jax.sharding.Mesh
+) -> JointScores:
+    """Runs decoder and memory over a split, in the windows that `embed` uses.
+
+    Args:
+        config: The whole configuration.
+        decoder: The decoder.
+        memory: The memory.
+        tokens: The split.
+        mesh: Devices.
+    """
+    window, stride = config.embedding_window_tokens, config.embedding_stride_tokens
+    plan = EmbeddingPlan(tokens.num_rows, window, stride)
+    site = Site.of(config.datastore.input, config.decoder.num_layers)
+    within = config.corpus.attention == "within"
+    chunk_tokens = config.train.loss_chunk_tokens
+    graphdef, state = nnx.split((decoder, memory))
+
+    @jax.jit
+    def score(state: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        decoder, memory = nnx.merge(graphdef, state)
+        segment_BW = batch["segment"] if within else None
+        final_BWD, states = decoder.hidden(batch["token"], segment_BW, sites=(site,))
+        assert final_BWD is not None
+        scored = scored_columns(batch["offset"], window, stride)
+        input_BRD, label_BR = scored(states[site]), scored(batch["label"])
+        heads = {
+            "decoder": (scored(final_BWD), decoder.head_VD()),
+            "memory": (memory.hidden(input_BRD), memory.head_VE(decoder.head_VD())),
+        }
+        rows = {
+            name: token_logprob(
+                *head, label_BR, vocab_size=decoder.vocab_size, chunk_tokens=chunk_tokens
+            )
+            for name, head in heads.items()
+        }
+        if memory.config.gate == "learned":
+            rows["gate"] = memory.interpolation(input_BRD)
+        return rows
+
+    found: dict[str, np.ndarray] = {}
+    blocks = list(range(plan.num_blocks))
+    batch_size = config.datastore.batch_size
+    with jax.set_mesh(mesh), progress(plan.num_rows, "row", f"score {tokens.split}") as bar:
+        step = lambda batch: score(state, batch)  # noqa: E731
+        for numbers, rows in computed_blocks(step, plan, tokens, blocks, batch_size, mesh):
+            part = plan.blocks(numbers)
+            for name, array in rows.items():
+                host_BR = np.asarray(array)
+                whole = found.setdefault(name, np.zeros(plan.num_rows, np.float32))
+                for place, (row, count) in enumerate(zip(part.row, part.count, strict=True)):
+                    whole[row : row + count] = host_BR[place, :count]
+            bar.update(int(part.count.sum()))
+    return JointScores(found["decoder"], found["memory"], found.get("gate"))

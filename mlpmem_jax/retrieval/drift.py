@@ -1,0 +1,87 @@
+"""How far a decoder has moved from the datastore: do its neighbours still agree?
+
+Suffixes: Q sampled rows, D key width, B blocks, R rows of a block.
+"""
+
+import jax
+import numpy as np
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.corpus.tokens import TokenSplit
+from mlpmem_jax.corpus.windows import EmbeddingPlan
+from mlpmem_jax.datastore.embedding import EmbeddingSettings, computed_blocks, make_embed_step
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.store import open_array, read_rows
+from mlpmem_jax.models.decoder import Decoder, Site
+
+SAMPLE_ROWS = 8192
+NEIGHBORS = 10
+
+
+def neighbor_agreement(config: Config, decoder: Decoder, mesh: jax.sharding.Mesh) -> float:
+    """Returns the share of nearest neighbours that are the same as with the stored keys.
+
+    Both searches run within one sample of about 8192 rows (whole embedding blocks, the same
+    windows as when they were stored): what is compared is the geometry, not the search.
+
+    Args:
+        config: Names the datastore that is compared with.
+        decoder: The decoder of now.
+        mesh: Devices.
+    """
+    layout = Layout(config)
+    tokens = TokenSplit.open(layout.tokens, "train")
+    window, stride = config.embedding_window_tokens, config.embedding_stride_tokens
+    plan = EmbeddingPlan(tokens.num_rows, window, stride)
+    wanted = min(plan.num_blocks, max(1, SAMPLE_ROWS // stride))
+    chosen = np.random.default_rng(config.seed).choice(plan.num_blocks, wanted, replace=False)
+    blocks = sorted(int(block) for block in chosen)
+    specs = {"key": layout.datastore_arrays()["key"]}
+    settings = EmbeddingSettings(
+        states={"key": Site.of(config.datastore.key, config.decoder.num_layers)},
+        within=config.corpus.attention == "within",
+        window_tokens=window,
+        stride_tokens=stride,
+        batch_size=config.datastore.batch_size,
+    )
+    step = make_embed_step(decoder, settings, specs)
+    stored = open_array(layout.datastore("train").path / "key")
+    old: list[np.ndarray] = []
+    new: list[np.ndarray] = []
+    with jax.set_mesh(mesh):
+        for numbers, rows in computed_blocks(step, plan, tokens, blocks, settings.batch_size, mesh):
+            part = plan.blocks(numbers)
+            key_BRD = np.asarray(rows["key"])
+            for place, (row, count) in enumerate(zip(part.row, part.count, strict=True)):
+                old.append(read_rows(stored, int(row), int(row + count)))
+                new.append(key_BRD[place, :count])
+    return overlap(np.concatenate(old), np.concatenate(new), NEIGHBORS)
+
+
+def overlap(old_QD: np.ndarray, new_QD: np.ndarray, num_neighbors: int) -> float:
+    """Returns the mean share of each row's nearest rows that both key sets agree on.
+
+    Args:
+        old_QD: Keys before.
+        new_QD: Keys of the same rows now.
+        num_neighbors: Neighbours compared, the row itself excluded.
+    """
+    count = min(num_neighbors, len(old_QD) - 1)
+    if count < 1:
+        return 1.0
+    nearest = [_nearest(keys.astype(np.float32), count) for keys in (old_QD, new_QD)]
+    same = [len(np.intersect1d(a, b)) for a, b in zip(*nearest, strict=True)]
+    return float(np.mean(same) / count)
+
+
+def _nearest(key_QD: np.ndarray, count: int, part: int = 1024) -> np.ndarray:
+    """Returns the `count` nearest other rows of each row, unordered, int [Q, count]."""
+    square_Q = np.einsum("qd,qd->q", key_QD, key_QD)
+    found = []
+    for start in range(0, len(key_QD), part):
+        chunk = key_QD[start : start + part]
+        distance = square_Q[None, :] - 2 * chunk @ key_QD.T
+        rows = np.arange(len(chunk))
+        distance[rows, start + rows] = np.inf
+        found.append(np.argpartition(distance, count - 1, axis=1)[:, :count])
+    return np.concatenate(found)

@@ -1,0 +1,120 @@
+"""What `train` trains in mode `joint`: decoder and memory in one step, from one loss."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.corpus.tokens import TokenSplit
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.input.feed import Batch
+from mlpmem_jax.input.tokens import TokensWithTargets
+from mlpmem_jax.models.decoder import Site
+from mlpmem_jax.models.joint import Joint, scale_gradient
+from mlpmem_jax.training.checkpoint import restore_finished
+from mlpmem_jax.training.flops import (
+    TRAINING_FACTOR,
+    decoder_flops_per_token,
+    memory_flops_per_token,
+)
+from mlpmem_jax.training.input_statistics import measured_statistics, with_statistics
+from mlpmem_jax.training.interpolation import interpolation_of, joint_terms
+from mlpmem_jax.training.joint_loss import DecoderHead, joint_loss
+from mlpmem_jax.training.networks import finished_decoder, finished_memory, joint_builder
+from mlpmem_jax.training.state import TrainState, split_module
+from mlpmem_jax.training.step import LossParts
+from mlpmem_jax.training.task import WindowTask
+
+
+class JointTask(WindowTask):
+    """w_joint·(−log p) + w_lm·(−log p_LM) + w_mem·[α·KL + (1−α)·CE]; the decoder runs once."""
+
+    name = "train"
+
+    def __init__(
+        self, config: Config, mesh: jax.sharding.Mesh, *, continues: Artifact | None = None
+    ):
+        """Prepares.
+
+        Args:
+            config: The whole configuration.
+            mesh: Devices.
+            continues: A finished phase whose whole state this run goes on from.
+        """
+        layout, length = Layout(config), config.train_window_tokens
+        self._config = config
+        self._continues = continues
+        self._within = config.corpus.attention == "within"
+        self._site = Site.of(config.datastore.input, config.decoder.num_layers)
+        self._terms = joint_terms(config)
+        self.vocab_size = TokenSplit.open(layout.tokens, "train").vocab_size
+        super().__init__(
+            config.train,
+            mesh,
+            joint_builder(config, self.vocab_size),
+            train=TokensWithTargets(layout, "train", length),
+            valid=TokensWithTargets(layout, "valid", length),
+            window_tokens=length,
+            seed=config.seed,
+        )
+        flops = decoder_flops_per_token(config.decoder, self.vocab_size, length)
+        flops += memory_flops_per_token(config.memory, config.decoder.width, self.vocab_size)
+        self.flops_per_step = self.tokens_per_step * TRAINING_FACTOR * flops
+
+    def prepare(self, state: TrainState) -> TrainState:
+        """Takes over finished networks, and measures the input of a fresh memory."""
+        config, mesh = self._config, self._mesh
+        if self._continues is not None:
+            abstract = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+                state.items(),
+            )
+            return state.with_items(restore_finished(self._continues, abstract))
+        network: Joint = nnx.merge(self._graphdef, state.params, state.fixed)
+        if config.train.decoder_start == "checkpoint":
+            nnx.update(network.decoder, nnx.state(finished_decoder(config, mesh)))
+        if config.train.memory_start == "checkpoint":
+            nnx.update(network.memory, nnx.state(finished_memory(config, mesh)))
+        _, params, fixed = split_module(network)
+        state = dataclasses.replace(state, params=params, fixed=fixed)
+        measures = config.train.memory_start == "fresh"
+        if measures and config.memory.input_norm == "standardize":
+            batches = self.feed(range(config.train.normalizer_batches))
+            with jax.set_mesh(mesh):
+                measured = measured_statistics(self._inputs, (params, fixed), batches)
+            state = with_statistics(state, network, network.memory, measured)
+        return state
+
+    def _inputs(self, arrays: Any, batch: Batch) -> jax.Array:
+        network: Joint = nnx.merge(self._graphdef, *arrays)
+        return network.decoder.hidden(
+            batch["token"], self._segments(batch), sites=(self._site,), final=False
+        )[1][self._site]
+
+    def _segments(self, batch: Batch) -> jax.Array | None:
+        return batch["segment"] if self._within else None
+
+    def loss(self, model: Joint, frozen: Any, batch: Batch, step: jax.Array) -> LossParts:
+        """The joint loss summed over the batch."""
+        decoder, memory = model.decoder, model.memory
+        final_BLD, states = decoder.hidden(
+            batch["token"], self._segments(batch), sites=(self._site,)
+        )
+        assert final_BLD is not None
+        input_BLD = scale_gradient(states[self._site], self._config.train.decoder_gradient)
+        decoder_head_VD = decoder.head_VD()
+        total, sums = joint_loss(
+            memory.hidden(input_BLD),
+            memory.head_VE(decoder_head_VD),
+            DecoderHead(final_BLD, decoder_head_VD, batch["lm_weight"]),
+            interpolation_of(self._config, memory, input_BLD, step),
+            batch,
+            self._terms,
+            vocab_size=decoder.vocab_size,
+            chunk_tokens=self._config.train.loss_chunk_tokens,
+            normalizer=1.0,
+        )
+        return LossParts(total, sums)

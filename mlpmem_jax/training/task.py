@@ -1,0 +1,94 @@
+"""What the training tasks share: windows in batches, and the same sums on validation."""
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from mlpmem_jax.config.stages import TrainingConfig
+from mlpmem_jax.input.feed import Batch, Feed, WindowSource
+from mlpmem_jax.training.state import TrainState, structure
+from mlpmem_jax.training.step import LossParts
+from mlpmem_jax.training.validation import Validator
+
+
+class WindowTask(abc.ABC):
+    """A network trained on windows of the training split.
+
+    Attributes:
+        name: The section of the configuration, for metrics and messages.
+        frozen: Arrays that the loss reads and nothing changes.
+        build: Makes the network.
+        tokens_per_step: Tokens (or rows) in a global batch.
+        flops_per_step: Model flops of a step, forward and backward.
+    """
+
+    name: str
+    frozen: Any = ()
+    flops_per_step: float
+
+    def __init__(
+        self,
+        settings: TrainingConfig,
+        mesh: jax.sharding.Mesh,
+        build: Callable[[nnx.Rngs], nnx.Module],
+        *,
+        train: WindowSource,
+        valid: WindowSource,
+        window_tokens: int,
+        seed: int,
+    ):
+        """Prepares feeds.
+
+        Args:
+            settings: The section of the configuration.
+            mesh: Devices.
+            build: Makes the network.
+            train: Windows of the training split.
+            valid: Windows of the validation split.
+            window_tokens: Tokens (or rows) in a window.
+            seed: Of the data order.
+        """
+        self.build = build
+        self.tokens_per_step = settings.batch_size * window_tokens
+        self._settings = settings
+        self._mesh = mesh
+        self._source = train
+        self._seed = seed
+        self._graphdef = structure(build)
+        self._validator = Validator(
+            valid,
+            mesh,
+            batch_size=settings.batch_size,
+            num_batches=settings.eval_batches,
+            sums=self._validation_sums,
+        )
+
+    @abc.abstractmethod
+    def loss(self, model: Any, frozen: Any, batch: Batch, step: jax.Array) -> LossParts:
+        """Returns sums over a batch: loss, weight, and metrics."""
+
+    def prepare(self, state: TrainState) -> TrainState:
+        """Returns a fresh state with what it needs from data or from other networks."""
+        return state
+
+    def feed(self, steps: range) -> Feed:
+        """Returns the training batches of some steps."""
+        return Feed(
+            self._source,
+            self._mesh,
+            batch_size=self._settings.batch_size,
+            seed=self._seed,
+            steps=steps,
+            prefetch=self._settings.prefetch_batches,
+        )
+
+    def _validation_sums(self, network: Any, frozen: Any, batch: Batch) -> Mapping[str, Any]:
+        params, fixed, step = network
+        return self.loss(nnx.merge(self._graphdef, params, fixed), frozen, batch, step).sums
+
+    def validate(self, state: TrainState) -> dict[str, float]:
+        """Returns the means of the loss's metrics on validation windows."""
+        return self._validator((state.params, state.fixed, state.step), self.frozen)

@@ -1,0 +1,180 @@
+"""Joint training, with targets made anew on the way: killed, resumed, evaluated, refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from mlpmem_jax.__main__ import main
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.training.networks import finished_decoder, finished_networks
+
+HERE = Path(__file__).resolve().parent
+TINY = HERE.parents[1] / "configs" / "tiny.yaml"
+SAVE = "mlpmem_jax.training.checkpoint.Checkpoints.save"
+FINISH = "mlpmem_jax.datastore.manifest.Artifact.finish"
+JOINT = (
+    "train.mode=joint",
+    "train.decoder_optimizer.warmup_steps=2",
+    "memory.gate=learned",
+    "train.num_steps=5",
+)
+REFRESHED = (*JOINT, "train.name=refreshed", "train.refresh_interval_steps=3")
+# Where the process is killed, and the artifact that is then begun and not finished.
+KILLS = [
+    (FINISH, 1, "before", "joint/refreshed.phase-0"),
+    (FINISH, 2, "before", "decoder/refreshed.refresh-0"),
+    ("mlpmem_jax.datastore.shards.write_rows", 5, "after", "datastore/refreshed.refresh-0/train"),
+    (FINISH, 5, "before", "targets/refreshed.refresh-0/train"),
+    (SAVE, 1, "after", "joint/refreshed"),
+]
+
+
+def _main(workdir, command, *overrides):
+    return main([command, "--config", str(TINY), "--workdir", str(workdir), *overrides])
+
+
+def _copy(tiny_run, path):
+    """A run whose decoder, datastore, targets and memory are finished."""
+    shutil.copytree(tiny_run.workdir, path)
+    return path
+
+
+def _weights(workdir, overrides):
+    config = load_config(TINY, overrides, {"workdir": str(workdir)})
+    networks = finished_networks(config, single_device_mesh())
+    return [np.asarray(leaf) for net in networks for leaf in jax.tree.leaves(nnx.state(net))]
+
+
+@pytest.fixture(scope="module")
+def refreshed(tiny_run, tmp_path_factory):
+    """A finished joint run in two phases."""
+    workdir = _copy(tiny_run, tmp_path_factory.mktemp("joint") / "run")
+    assert _main(workdir, "train", *REFRESHED) == 0
+    return workdir
+
+
+@pytest.mark.timeout(900)
+def test_killed_between_and_in_phases_equals_uninterrupted(tiny_run, refreshed, tmp_path):
+    workdir = _copy(tiny_run, tmp_path / "run")
+    arguments = ["train", "--config", str(TINY), "--workdir", str(workdir), *REFRESHED]
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
+    for function, number, when, artifact in KILLS:
+        command = [sys.executable, str(HERE / "killed.py"), function, str(number), when]
+        died = subprocess.run(
+            [*command, *arguments], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert died.returncode == -signal.SIGKILL, (function, number, died.stdout, died.stderr)
+        assert (workdir / artifact / "building.json").exists(), (number, died.stdout)
+        assert not (workdir / artifact / "manifest.json").exists(), (function, number)
+    assert main(arguments) == 0
+    for a, b in zip(_weights(workdir, REFRESHED), _weights(refreshed, REFRESHED), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_phases_change_the_targets_and_skip_where_they_still_agree(refreshed, tmp_path, capsys):
+    config = load_config(TINY, REFRESHED, {"workdir": str(refreshed)})
+    phase = json.loads((refreshed / "joint/refreshed.phase-0/manifest.json").read_text())
+    assert 0 < phase["measured"]["neighbor_agreement"] < 1
+    made_from = Layout(config).joint.load().made_from
+    assert "targets/refreshed.refresh-0/train" in made_from
+    assert "targets/base/train" not in made_from
+    workdir = tmp_path / "run"
+    shutil.copytree(refreshed, workdir)
+    kept = [*REFRESHED, "train.name=kept", "train.refresh_agreement=0.001"]
+    capsys.readouterr()
+    assert _main(workdir, "train", *kept) == 0
+    assert "decoder/kept.refresh-0: not needed (" in capsys.readouterr().out
+    config = load_config(TINY, kept, {"workdir": str(workdir)})
+    assert "targets/base/train" in Layout(config).joint.load().made_from
+
+
+def test_evaluation_and_generation_use_the_gate(refreshed, capsys):
+    assert _main(refreshed, "evaluate", *REFRESHED) == 0
+    results = json.loads((refreshed / "results/joint-refreshed/evaluate.json").read_text())
+    memory = results["systems"]["memory"]
+    assert memory["interpolation_source"] == "gate"
+    assert 0 < memory["interpolation"] < 1
+    # The decoder of the joint model, not the one that it began with.
+    beside = results["diagnostics"]["test"]["decoder_beside_memory_nats"]
+    assert beside != pytest.approx(results["systems"]["decoder"]["test_nats"], abs=1e-6)
+    assert memory["test_nats"] == pytest.approx(beside, abs=0.1)
+    assert _main(refreshed, "generate", *REFRESHED) == 0
+    assert "λ of the gate" in capsys.readouterr().out
+
+
+def test_decoder_and_memory_of_the_run_are_the_start(tiny_run, tmp_path):
+    """With nothing that moves, the joint model is the two networks that it began with."""
+    workdir = _copy(tiny_run, tmp_path / "run")
+    overrides = (
+        "train.mode=joint", "train.memory_start=checkpoint", "train.num_steps=2",
+        "train.optimizer.warmup_steps=0", "train.decoder_optimizer.warmup_steps=0",
+        "train.decoder_freeze_steps=2", "train.memory_freeze_steps=1",
+    )  # fmt: skip
+    assert _main(workdir, "train", *overrides) == 0
+    config = load_config(TINY, overrides, {"workdir": str(workdir)})
+    mesh = single_device_mesh()
+    decoder, memory = finished_networks(config, mesh)
+    base = load_config(TINY, (), {"workdir": str(workdir)})
+    for new, old in zip(
+        jax.tree.leaves(nnx.state(decoder)),
+        jax.tree.leaves(nnx.state(finished_decoder(base, mesh))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(new, old)
+    same = [
+        np.array_equal(new, old)
+        for new, old in zip(
+            jax.tree.leaves(nnx.state(memory)),
+            jax.tree.leaves(nnx.state(finished_networks(base, mesh)[1])),
+            strict=True,
+        )
+    ]
+    # The input statistics are carried over, the parameters have made one step.
+    assert 0 < sum(same) < len(same)
+
+
+def test_a_gate_is_trained_offline_from_stored_logprobs(tiny_run, tmp_path, capsys):
+    workdir = _copy(tiny_run, tmp_path / "run")
+    overrides = ("memory.gate=learned", "memory.name=gated", "train.joint_weight=1")
+    for command in ("train", "evaluate"):
+        assert _main(workdir, command, *overrides) == 0
+    results = json.loads((workdir / "results/gated/evaluate.json").read_text())
+    assert results["systems"]["memory"]["interpolation_source"] == "gate"
+    # What was trained without a gate has none to use.
+    assert _main(workdir, "evaluate", "memory.gate=learned", "train.joint_weight=1") == 2
+    assert "memory.gate=learned (trained with none)" in capsys.readouterr().err
+
+
+def test_a_teacher_needs_the_same_tokens(tiny_run, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    other = ["tokenizer.vocab_size=290"]
+    assert _main(workdir, "tokenize", *other) == 0
+    assert _main(workdir, "pretrain", *other) == 0
+    teacher = f"targets.workdir={tiny_run.workdir}"
+    assert _main(workdir, "train", *other, *JOINT, teacher) == 2
+    message = capsys.readouterr().err
+    assert "a teacher needs the same corpus, splits and tokenizer" in message
+    assert not (workdir / "joint").exists()
+
+
+def test_a_teacher_elsewhere_gives_the_same_targets(tiny_run, tmp_path):
+    """Tokens and decoder of a run, targets of another run directory."""
+    workdir = tmp_path / "run"
+    for part in ("tokenizer", "tokens", "decoder"):
+        shutil.copytree(f"{tiny_run.workdir}/{part}", workdir / part)
+    own = _copy(tiny_run, tmp_path / "own")
+    assert _main(workdir, "train", *JOINT, f"targets.workdir={tiny_run.workdir}") == 0
+    assert _main(own, "train", *JOINT) == 0
+    for a, b in zip(_weights(workdir, JOINT), _weights(own, JOINT), strict=True):
+        np.testing.assert_array_equal(a, b)
