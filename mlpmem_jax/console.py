@@ -1,5 +1,6 @@
 """What a person sees while a command runs. Process 0 alone speaks."""
 
+import logging
 import os
 import sys
 from typing import Any
@@ -31,10 +32,17 @@ def warn(line: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keeps the notices of Orbax and others, which speak through absl, out of the output."""
-    from absl import logging
+    """Keeps the notices of Orbax and others, which speak through absl, out of the output.
 
-    logging.set_verbosity(logging.ERROR)
+    Their errors too: they reach us as exceptions, and the log would show a full disk as a
+    dozen tracebacks of background threads before our one line.
+    """
+    from absl import logging as absl_logging
+
+    wanted = os.environ.get("MLPMEM_TRACEBACK") == "1"
+    absl_logging.set_verbosity(absl_logging.ERROR if wanted else absl_logging.FATAL)
+    for name in () if wanted else ("asyncio", "concurrent.futures"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def progress(total: int | None, unit: str, description: str, initial: int = 0) -> Any:

@@ -1,0 +1,93 @@
+"""A step of joint training against a decoder step and an offline memory step, side by side.
+
+    .venv/bin/python -m benchmarks.joint_step [--config FILE] [--workdir DIR] [--rounds 12]
+
+Needs a finished run of the configuration. The three steps have the same number of tokens and
+take turns in one process; the target is joint ≤ 1.05 × (decoder + memory), since the decoder
+runs once. Printed: medians, and the median over rounds of the ratio.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.stages import TrainingConfig
+from mlpmem_jax.parallel.host import keep_freed_memory
+from mlpmem_jax.parallel.mesh import make_mesh
+from mlpmem_jax.training.joint_training import JointTask
+from mlpmem_jax.training.memory_training import MemoryTask
+from mlpmem_jax.training.optimizer import group_optimizer, parameter_groups
+from mlpmem_jax.training.pretraining import PretrainTask
+from mlpmem_jax.training.state import Blueprint
+from mlpmem_jax.training.step import make_train_step
+
+WARM_UP = 2
+
+
+def stepper(task: Any, section: TrainingConfig, mesh: jax.sharding.Mesh) -> Callable[[], float]:
+    """Returns a function that makes one step on one batch and returns its seconds."""
+    optimizer = group_optimizer(parameter_groups(section))
+    blueprint = Blueprint(task.build, optimizer, 0, mesh)
+    state = [task.prepare(blueprint.create())]
+    step = make_train_step(task.loss, blueprint.graphdef, optimizer, section)
+    with jax.set_mesh(mesh):
+        batch = next(task.feed(range(1)))
+
+    def one() -> float:
+        with jax.set_mesh(mesh):
+            started = time.perf_counter()
+            state[0], metrics = step(state[0], task.frozen, batch)
+            jax.block_until_ready((state[0], metrics))
+            return time.perf_counter() - started
+
+    return one
+
+
+def steppers(config: Config, joint: Config) -> dict[str, Callable[[], float]]:
+    """Returns the three steps."""
+    mesh = make_mesh(config.mesh)
+    tasks: dict[str, tuple[Any, TrainingConfig]] = {
+        "decoder": (PretrainTask(config, mesh), config.pretrain),
+        "memory": (MemoryTask(config, mesh), config.train),
+        "joint": (JointTask(joint, mesh), joint.train),
+    }
+    sizes = {name: task.tokens_per_step for name, (task, _) in tasks.items()}
+    assert len(set(sizes.values())) == 1, f"steps of different sizes: {sizes}"
+    return {name: stepper(task, section, mesh) for name, (task, section) in tasks.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser.add_argument("--workdir", default="runs/quickstart")
+    parser.add_argument("--rounds", type=int, default=12)
+    flags = parser.parse_args()
+    keep_freed_memory()
+    where = {"workdir": flags.workdir}
+    overrides = ("train.mode=joint", "memory.gate=learned")
+    steps = steppers(
+        load_config(flags.config, (), where), load_config(flags.config, overrides, where)
+    )
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(WARM_UP + flags.rounds):
+        for name, one in steps.items():
+            spent = one()
+            if turn >= WARM_UP:
+                seconds[name].append(spent)
+    for name, spent in seconds.items():
+        print(f"{name:<8} {statistics.median(spent):.3f} s a step")
+    ratios = [
+        joint / (decoder + memory)
+        for decoder, memory, joint in zip(*(seconds[n] for n in steps), strict=True)
+    ]
+    print(f"joint / (decoder + memory): {statistics.median(ratios):.3f}")
+
+
+if __name__ == "__main__":
+    main()
