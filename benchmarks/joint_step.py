@@ -21,21 +21,17 @@ from mlpmem_jax.config.stages import TrainingConfig
 from mlpmem_jax.parallel.host import keep_freed_memory
 from mlpmem_jax.parallel.mesh import make_mesh
 from mlpmem_jax.training.joint_training import JointTask
+from mlpmem_jax.training.loop import assemble
 from mlpmem_jax.training.memory_training import MemoryTask
-from mlpmem_jax.training.optimizer import group_optimizer, parameter_groups
 from mlpmem_jax.training.pretraining import PretrainTask
-from mlpmem_jax.training.state import Blueprint
-from mlpmem_jax.training.step import make_train_step
 
 WARM_UP = 2
 
 
 def stepper(task: Any, section: TrainingConfig, mesh: jax.sharding.Mesh) -> Callable[[], float]:
     """Returns a function that makes one step on one batch and returns its seconds."""
-    optimizer = group_optimizer(parameter_groups(section))
-    blueprint = Blueprint(task.build, optimizer, 0, mesh)
+    blueprint, step = assemble(task, section, seed=0, mesh=mesh)
     state = [task.prepare(blueprint.create())]
-    step = make_train_step(task.loss, blueprint.graphdef, optimizer, section)
     with jax.set_mesh(mesh):
         batch = next(task.feed(range(1)))
 

@@ -7,11 +7,8 @@ import jax
 from flax import nnx
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.input.feed import Batch
-from mlpmem_jax.input.tokens import TokensWithTargets
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.models.joint import Joint, scale_gradient
 from mlpmem_jax.training.checkpoint import restore_finished
@@ -24,6 +21,7 @@ from mlpmem_jax.training.input_statistics import measured_statistics, with_stati
 from mlpmem_jax.training.interpolation import interpolation_of, joint_terms
 from mlpmem_jax.training.joint_loss import DecoderHead, joint_loss
 from mlpmem_jax.training.networks import finished_decoder, finished_memory, joint_builder
+from mlpmem_jax.training.run_data import RunData, TaskData
 from mlpmem_jax.training.state import TrainState, split_module
 from mlpmem_jax.training.step import LossParts
 from mlpmem_jax.training.task import WindowTask
@@ -35,28 +33,35 @@ class JointTask(WindowTask):
     name = "train"
 
     def __init__(
-        self, config: Config, mesh: jax.sharding.Mesh, *, continues: Artifact | None = None
+        self,
+        config: Config,
+        mesh: jax.sharding.Mesh,
+        data: TaskData | None = None,
+        *,
+        continues: Artifact | None = None,
     ):
         """Prepares.
 
         Args:
             config: The whole configuration.
             mesh: Devices.
+            data: What is read; None: the artifacts of the run.
             continues: A finished phase whose whole state this run goes on from.
         """
-        layout, length = Layout(config), config.train_window_tokens
+        data = data or RunData(config)
+        length = config.train_window_tokens
         self._config = config
         self._continues = continues
         self._within = config.corpus.attention == "within"
         self._site = Site.of(config.datastore.input, config.decoder.num_layers)
         self._terms = joint_terms(config)
-        self.vocab_size = TokenSplit.open(layout.tokens, "train").vocab_size
+        self.vocab_size = data.vocab_size
         super().__init__(
             config.train,
             mesh,
             joint_builder(config, self.vocab_size),
-            train=TokensWithTargets(layout, "train", length),
-            valid=TokensWithTargets(layout, "valid", length),
+            train=data.tokens_with_targets("train", length),
+            valid=data.tokens_with_targets("valid", length),
             window_tokens=length,
             seed=config.seed,
         )

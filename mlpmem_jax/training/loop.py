@@ -14,7 +14,7 @@ from mlpmem_jax.training.checkpoint import Checkpoints
 from mlpmem_jax.training.monitor import Monitor
 from mlpmem_jax.training.optimizer import group_optimizer, parameter_groups
 from mlpmem_jax.training.state import ITEM_NAMES, Blueprint, TrainState
-from mlpmem_jax.training.step import LossParts, make_train_step
+from mlpmem_jax.training.step import LossParts, TrainStep, make_train_step
 
 
 class Batches(Protocol):
@@ -96,13 +96,11 @@ def fit(
     Raises:
         RunFailed: The loss or a norm is not finite.
     """
-    optimizer = group_optimizer(parameter_groups(config))
-    blueprint = Blueprint(task.build, optimizer, seed, mesh)
+    blueprint, train_step = assemble(task, config, seed=seed, mesh=mesh)
     checkpoints = Checkpoints(directory, config.keep_checkpoints, ITEM_NAMES)
     state, start = _begin(task, blueprint, checkpoints)
     stop = config.num_steps if stop_step is None else stop_step
     monitor = Monitor(task, config, start, stop, metrics_directory, checkpoints)
-    train_step = make_train_step(task.loss, blueprint.graphdef, optimizer, config)
     with jax.set_mesh(mesh):
         feed = task.feed(range(start, stop))
         for step in range(start, stop):
@@ -118,6 +116,15 @@ def fit(
     checkpoints.close()
     monitor.close()
     return Fit(state, checkpoints.files(stop), monitor.summary())
+
+
+def assemble(
+    task: Task, config: TrainingConfig, *, seed: int, mesh: jax.sharding.Mesh
+) -> tuple[Blueprint, TrainStep]:
+    """Returns how the state of a task is made, and the jitted step that changes it."""
+    optimizer = group_optimizer(parameter_groups(config))
+    blueprint = Blueprint(task.build, optimizer, seed, mesh)
+    return blueprint, make_train_step(task.loss, blueprint.graphdef, optimizer, config)
 
 
 def _due(step: int, interval: int, last: int) -> bool:

@@ -6,11 +6,8 @@ import jax
 from flax import nnx
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.datastore.layout import Split
 from mlpmem_jax.input.feed import Batch, WindowSource
-from mlpmem_jax.input.rows import StoredRows
-from mlpmem_jax.input.tokens import TokensWithTargets
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.training.flops import (
@@ -22,7 +19,8 @@ from mlpmem_jax.training.input_statistics import measured_statistics, with_stati
 from mlpmem_jax.training.interpolation import interpolation_of, joint_terms
 from mlpmem_jax.training.joint_loss import joint_loss
 from mlpmem_jax.training.losses import memory_loss
-from mlpmem_jax.training.networks import finished_decoder, memory_builder
+from mlpmem_jax.training.networks import memory_builder
+from mlpmem_jax.training.run_data import RunData, TaskData
 from mlpmem_jax.training.state import TrainState
 from mlpmem_jax.training.step import LossParts
 from mlpmem_jax.training.task import WindowTask
@@ -36,26 +34,26 @@ class MemoryTask(WindowTask):
 
     name = "train"
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh):
-        tokens = TokenSplit.open(Layout(config).tokens, "train")
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh, data: TaskData | None = None):
+        data = data or RunData(config)
         self._config = config
         self._online = config.train.inputs == "online"
         self._within = config.corpus.attention == "within"
         self._site = Site.of(config.datastore.input, config.decoder.num_layers)
         self._terms = joint_terms(config)
-        self.vocab_size = tokens.vocab_size
+        self.vocab_size = data.vocab_size
         super().__init__(
             config.train,
             mesh,
-            memory_builder(config, tokens.vocab_size),
-            train=_windows(config, "train", tokens.separator_id),
-            valid=_windows(config, "valid", tokens.separator_id),
+            memory_builder(config, data.vocab_size),
+            train=_windows(config, data, "train"),
+            valid=_windows(config, data, "valid"),
             window_tokens=config.train_window_tokens,
             seed=config.seed,
         )
         self._decoder_graphdef: Any = None
         if self._online or config.memory.head == "tied":
-            self._decoder_graphdef, self.frozen = nnx.split(finished_decoder(config, mesh))
+            self._decoder_graphdef, self.frozen = nnx.split(data.decoder(mesh))
         self.flops_per_step = self.tokens_per_step * self._flops_per_token()
 
     def _flops_per_token(self) -> float:
@@ -127,8 +125,8 @@ class MemoryTask(WindowTask):
         return LossParts(total, sums)
 
 
-def _windows(config: Config, split: Split, separator_id: int) -> WindowSource:
-    layout, length = Layout(config), config.train_window_tokens
+def _windows(config: Config, data: TaskData, split: Split) -> WindowSource:
+    length = config.train_window_tokens
     if config.train.inputs == "online":
-        return TokensWithTargets(layout, split, length)
-    return StoredRows(layout, split, length, separator_id)
+        return data.tokens_with_targets(split, length)
+    return data.stored_rows(split, length)

@@ -5,14 +5,12 @@ from typing import Any
 import jax
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.corpus.windows import TokenWindows
-from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.input.feed import Batch
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.training.flops import TRAINING_FACTOR, decoder_flops_per_token
 from mlpmem_jax.training.losses import lm_loss
 from mlpmem_jax.training.networks import decoder_builder
+from mlpmem_jax.training.run_data import RunData, TaskData
 from mlpmem_jax.training.step import LossParts
 from mlpmem_jax.training.task import WindowTask
 
@@ -22,24 +20,22 @@ class PretrainTask(WindowTask):
 
     name = "pretrain"
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh):
-        layout = Layout(config)
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh, data: TaskData | None = None):
+        data = data or RunData(config)
         settings, length = config.pretrain, config.pretrain_window_tokens
-        train = TokenSplit.open(layout.tokens, "train")
-        valid = TokenSplit.open(layout.tokens, "valid")
         self._chunk_tokens = settings.loss_chunk_tokens
         self._within = config.corpus.attention == "within"
-        self.vocab_size = train.vocab_size
+        self.vocab_size = data.vocab_size
         super().__init__(
             settings,
             mesh,
-            decoder_builder(config, train.vocab_size),
-            train=TokenWindows(train, length, weights="train"),
-            valid=TokenWindows(valid, length, weights="score"),
+            decoder_builder(config, data.vocab_size),
+            train=data.token_windows("train", length),
+            valid=data.token_windows("valid", length),
             window_tokens=length,
             seed=config.seed,
         )
-        forward = decoder_flops_per_token(config.decoder, train.vocab_size, length)
+        forward = decoder_flops_per_token(config.decoder, data.vocab_size, length)
         self.flops_per_step = self.tokens_per_step * TRAINING_FACTOR * forward
 
     def loss(self, model: Decoder, frozen: Any, batch: Batch, step: jax.Array) -> LossParts:

@@ -21,6 +21,7 @@ class WindowTask(abc.ABC):
         name: The section of the configuration, for metrics and messages.
         frozen: Arrays that the loss reads and nothing changes.
         build: Makes the network.
+        source: Windows of the training split.
         tokens_per_step: Tokens (or rows) in a global batch.
         flops_per_step: Model flops of a step, forward and backward.
     """
@@ -55,7 +56,7 @@ class WindowTask(abc.ABC):
         self.tokens_per_step = settings.batch_size * window_tokens
         self._settings = settings
         self._mesh = mesh
-        self._source = train
+        self.source = train
         self._seed = seed
         self._graphdef = structure(build)
         self._validator = Validator(
@@ -77,7 +78,7 @@ class WindowTask(abc.ABC):
     def feed(self, steps: range) -> Feed:
         """Returns the training batches of some steps."""
         return Feed(
-            self._source,
+            self.source,
             self._mesh,
             batch_size=self._settings.batch_size,
             seed=self._seed,
