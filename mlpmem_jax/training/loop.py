@@ -14,7 +14,7 @@ from mlpmem_jax.training.checkpoint import Checkpoints
 from mlpmem_jax.training.monitor import Monitor
 from mlpmem_jax.training.optimizer import make_optimizer
 from mlpmem_jax.training.state import ITEM_NAMES, Blueprint, TrainState
-from mlpmem_jax.training.step import LossParts, make_train_step
+from mlpmem_jax.training.step import LossParts, TrainStep, make_train_step
 
 
 class Batches(Protocol):
@@ -94,12 +94,10 @@ def fit(
     Raises:
         RunFailed: The loss or a norm is not finite.
     """
-    optimizer = make_optimizer(config.optimizer, config.num_steps)
-    blueprint = Blueprint(task.build, optimizer, seed, mesh)
+    blueprint, train_step = assemble(task, config, seed=seed, mesh=mesh)
     checkpoints = Checkpoints(directory, config.keep_checkpoints, ITEM_NAMES)
     state, start = _begin(task, blueprint, checkpoints)
     monitor = Monitor(task, config, start, metrics_directory, checkpoints)
-    train_step = make_train_step(task.loss, blueprint.graphdef, optimizer, config)
     with jax.set_mesh(mesh):
         feed = task.feed(range(start, config.num_steps))
         for step in range(start, config.num_steps):
@@ -115,6 +113,15 @@ def fit(
     checkpoints.close()
     monitor.close()
     return Fit(state, checkpoints.files(config.num_steps), monitor.summary())
+
+
+def assemble(
+    task: Task, config: TrainingConfig, *, seed: int, mesh: jax.sharding.Mesh
+) -> tuple[Blueprint, TrainStep]:
+    """Returns how the state of a task is made, and the jitted step that changes it."""
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    blueprint = Blueprint(task.build, optimizer, seed, mesh)
+    return blueprint, make_train_step(task.loss, blueprint.graphdef, optimizer, config)
 
 
 def _due(step: int, interval: int, last: int) -> bool:

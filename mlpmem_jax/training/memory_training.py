@@ -9,11 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.datastore.layout import Split
 from mlpmem_jax.input.feed import Batch, Feed, WindowSource
-from mlpmem_jax.input.rows import StoredRows
-from mlpmem_jax.input.tokens import TokensWithTargets
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.models.memory import Memory, input_statistics
 from mlpmem_jax.training.flops import (
@@ -22,7 +19,8 @@ from mlpmem_jax.training.flops import (
     memory_flops_per_token,
 )
 from mlpmem_jax.training.losses import memory_loss
-from mlpmem_jax.training.networks import finished_decoder, memory_builder
+from mlpmem_jax.training.networks import memory_builder
+from mlpmem_jax.training.run_data import RunData, TaskData
 from mlpmem_jax.training.state import TrainState, split_module, structure
 from mlpmem_jax.training.step import LossParts
 from mlpmem_jax.training.validation import Validator
@@ -33,27 +31,24 @@ class MemoryTask:
 
     name = "train"
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh):
-        layout = Layout(config)
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh, data: TaskData | None = None):
         settings = config.train
-        tokens = TokenSplit.open(layout.tokens, "train")
         self._config = config
-        self._layout = layout
+        self._data = data or RunData(config)
         self._mesh = mesh
-        self._separator_id = tokens.separator_id
         self._length = config.train_window_tokens
         self._online = settings.inputs == "online"
         self._within = config.corpus.attention == "within"
         self._site = Site.of(config.datastore.input, config.decoder.num_layers)
-        self.vocab_size = tokens.vocab_size
-        self.build = memory_builder(config, tokens.vocab_size)
+        self.vocab_size = self._data.vocab_size
+        self.build = memory_builder(config, self.vocab_size)
         self._graphdef = structure(self.build)
         self._decoder_graphdef: Any = None
         self.frozen: Any = ()
         needs_decoder = self._online or config.memory.head == "tied"
         if needs_decoder:
-            self._decoder_graphdef, self.frozen = nnx.split(finished_decoder(config, mesh))
-        self._source = self._windows("train")
+            self._decoder_graphdef, self.frozen = nnx.split(self._data.decoder(mesh))
+        self.source = self._windows("train")
         self.tokens_per_step = settings.batch_size * self._length
         self.flops_per_step = self.tokens_per_step * self._flops_per_token()
         self._validator = Validator(
@@ -66,8 +61,8 @@ class MemoryTask:
 
     def _windows(self, split: Split) -> WindowSource:
         if self._online:
-            return TokensWithTargets(self._layout, split, self._length)
-        return StoredRows(self._layout, split, self._length, self._separator_id)
+            return self._data.tokens_with_targets(split, self._length)
+        return self._data.stored_rows(split, self._length)
 
     def _flops_per_token(self) -> float:
         config, width = self._config, self._config.decoder.width
@@ -133,7 +128,7 @@ class MemoryTask:
         """Returns training batches."""
         settings = self._config.train
         return Feed(
-            self._source,
+            self.source,
             self._mesh,
             batch_size=settings.batch_size,
             seed=self._config.seed,

@@ -70,13 +70,26 @@ def finished_memory(config: Config, mesh: jax.sharding.Mesh) -> Memory:
     return _restored(memory_builder(config, vocab_size(config)), memory, mesh)
 
 
-def _restored(
-    build: Callable[[nnx.Rngs], Network], artifact: Artifact, mesh: jax.sharding.Mesh
-) -> Network:
+def abstract_network(build: Callable[[nnx.Rngs], Network], mesh: jax.sharding.Mesh) -> Network:
+    """Returns a network whose variables are shapes, dtypes and shardings only."""
+    return nnx.merge(structure(build), *_abstract_states(build, mesh))
+
+
+def _abstract_states(
+    build: Callable[[nnx.Rngs], Network], mesh: jax.sharding.Mesh
+) -> tuple[nnx.State, nnx.State]:
+    """Returns parameters and other variables, as ShapeDtypeStructs with shardings."""
+
     def states() -> tuple[nnx.State, nnx.State]:
         return split_module(build(nnx.Rngs(0)))[1:]
 
-    params, fixed = abstract_state(states, mesh)
+    return abstract_state(states, mesh)
+
+
+def _restored(
+    build: Callable[[nnx.Rngs], Network], artifact: Artifact, mesh: jax.sharding.Mesh
+) -> Network:
+    params, fixed = _abstract_states(build, mesh)
     flat = restore_finished(artifact, {"params": flatten(params), "fixed": flatten(fixed)})
     return nnx.merge(
         structure(build), unflatten(params, flat["params"]), unflatten(fixed, flat["fixed"])

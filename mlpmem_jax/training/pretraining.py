@@ -7,14 +7,12 @@ import jax
 from flax import nnx
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.corpus.windows import TokenWindows
-from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.input.feed import Batch, Feed
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.training.flops import TRAINING_FACTOR, decoder_flops_per_token
 from mlpmem_jax.training.losses import lm_loss
 from mlpmem_jax.training.networks import decoder_builder
+from mlpmem_jax.training.run_data import RunData, TaskData
 from mlpmem_jax.training.state import TrainState, structure
 from mlpmem_jax.training.step import LossParts
 from mlpmem_jax.training.validation import Validator
@@ -26,25 +24,23 @@ class PretrainTask:
     name = "pretrain"
     frozen: Any = ()
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh):
-        layout = Layout(config)
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh, data: TaskData | None = None):
+        data = data or RunData(config)
         settings = config.pretrain
-        train = TokenSplit.open(layout.tokens, "train")
         length = config.pretrain_window_tokens
         self._config = config
         self._mesh = mesh
         self._chunk_tokens = settings.loss_chunk_tokens
         self._within = config.corpus.attention == "within"
-        self._source = TokenWindows(train, length, weights="train")
-        self.build = decoder_builder(config, train.vocab_size)
-        self.vocab_size = train.vocab_size
+        self.source = data.token_windows("train", length)
+        self.build = decoder_builder(config, data.vocab_size)
+        self.vocab_size = data.vocab_size
         self._graphdef = structure(self.build)
         self.tokens_per_step = settings.batch_size * length
-        forward = decoder_flops_per_token(config.decoder, train.vocab_size, length)
+        forward = decoder_flops_per_token(config.decoder, data.vocab_size, length)
         self.flops_per_step = self.tokens_per_step * TRAINING_FACTOR * forward
-        valid = TokenWindows(TokenSplit.open(layout.tokens, "valid"), length, weights="score")
         self._validator = Validator(
-            valid,
+            data.token_windows("valid", length),
             mesh,
             batch_size=settings.batch_size,
             num_batches=settings.eval_batches,
@@ -75,7 +71,7 @@ class PretrainTask:
         """Returns training batches."""
         settings = self._config.pretrain
         return Feed(
-            self._source,
+            self.source,
             self._mesh,
             batch_size=settings.batch_size,
             seed=self._config.seed,
