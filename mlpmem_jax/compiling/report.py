@@ -32,9 +32,12 @@ def verdict(report: Mapping[str, Any]) -> str:
     """Returns one sentence: does it fit, and how fast can it be."""
     memory, line = report["memory"], report["roofline"]
     if not memory["fits"]:
-        need = "more" if memory["total"] is None else human_bytes(memory["total"])
+        need, room = memory["total"], memory["capacity"]
+        sizes = "" if need is None else f": a device needs {human_bytes(need)}"
+        if room is not None:
+            sizes += f", of {human_bytes(room)}" if sizes else f" in {human_bytes(room)} a device"
         return (
-            f"does not fit: needs {need} of {human_bytes(memory['capacity'])} a device; raise "
+            f"does not fit{sizes}; raise "
             "mesh.fsdp or mesh.tensor, lower the batch size or loss_chunk_tokens, or set remat"
         )
     if line["share_of_peak"] is None:
@@ -104,7 +107,7 @@ def _collectives(collectives: list[Mapping[str, Any]]) -> str:
 
 
 def _heaviest(report: Mapping[str, Any]) -> str:
-    if not report["heaviest"]:
+    if not report["heaviest"] or report["heaviest"][0]["secs"] is None:
         return ""
     rows = [
         [each["source"][-70:], each["bound"], _secs(each["secs"])]
