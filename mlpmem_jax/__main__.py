@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0, 1 for a run that failed, 2 for a mistake of the user, 130 after
-        an interrupt.
+        The exit code: 0, 1 for a run that failed, 2 for a mistake of the user, 3 for a
+        compiled step that does not fit, 130 after an interrupt.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -69,12 +69,16 @@ def _main(arguments: list[str]) -> int:
         assigned["workdir"] = flags.workdir
     if getattr(flags, "prompt", None):
         assigned["generate.prompts"] = flags.prompt
+    for name in ("topology", "step"):
+        if getattr(flags, name, None):
+            assigned[f"compile.{name}"] = getattr(flags, name)
     config = load_config(flags.config, flags.overrides, assigned)
     options = Options(
         workdir=config.workdir,
         dry_run=flags.dry_run,
         rebuild=flags.rebuild,
         without_memory=getattr(flags, "without_memory", False),
+        output=getattr(flags, "output", None),
     )
     return run_command(command, config, options)
 
@@ -121,6 +125,14 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--without-memory", action="store_true", help="the decoder alone, to compare"
         )
+    if command == "compile":
+        parser.add_argument(
+            "--topology", metavar="NAME", help="local, or for example v5p:4x4x4 (compile.topology)"
+        )
+        parser.add_argument(
+            "--step", metavar="STEP", help="pretrain, train, embed or decode (compile.step)"
+        )
+        parser.add_argument("--output", metavar="FILE", help="write the report as JSON too")
     parser.add_argument(
         "overrides", metavar="section.key=value", nargs="*", help="overrides, values in YAML"
     )

@@ -9,6 +9,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field, ValidationInfo, model_validator
 
 from mlpmem_jax.config.base import Section, runtime, setting
+from mlpmem_jax.config.compiling import CompileConfig
 from mlpmem_jax.config.data import (
     CorpusConfig,
     DatastoreConfig,
@@ -52,6 +53,7 @@ class Config(Section):
     train: TrainConfig = setting(TrainConfig(), TrainConfig.__doc__ or "")
     evaluate: EvaluateConfig = setting(EvaluateConfig(), EvaluateConfig.__doc__ or "")
     generate: GenerateConfig = setting(GenerateConfig(), GenerateConfig.__doc__ or "")
+    compile: CompileConfig = runtime(CompileConfig(), CompileConfig.__doc__ or "")
 
     @property
     def embedding_window_tokens(self) -> int:

@@ -5,7 +5,8 @@ TensorStore writes finished shards in the background.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import progress
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import EmbeddingPlan
@@ -25,7 +27,7 @@ from mlpmem_jax.training.losses import token_logprob
 
 LOSS_CHUNK_TOKENS = 1024
 
-EmbedStep = Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]
+EmbedStep = functools.partial[dict[str, jax.Array]]  # takes a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,22 @@ class EmbeddingSettings:
     window_tokens: int
     stride_tokens: int
     batch_size: int
+
+    @classmethod
+    def of(cls, config: Config, names: Iterable[str]) -> "EmbeddingSettings":
+        """Returns the settings of a configuration that stores arrays of these names."""
+        store = config.datastore
+        return cls(
+            states={
+                name: Site.of(getattr(store, name), config.decoder.num_layers)
+                for name in ("key", "input")
+                if name in names
+            },
+            within=config.corpus.attention == "within",
+            window_tokens=config.embedding_window_tokens,
+            stride_tokens=config.embedding_stride_tokens,
+            batch_size=store.batch_size,
+        )
 
 
 def make_embed_step(
@@ -79,7 +97,7 @@ def make_embed_step(
         }
         return {name: rows[name].astype(spec.dtype) for name, spec in specs.items()}
 
-    return lambda batch: embed(weights, batch)
+    return functools.partial(embed, weights)
 
 
 def scored_columns(
@@ -151,7 +169,7 @@ def embed_split(
 
 
 def computed_blocks(
-    step: EmbedStep,
+    step: Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]],
     plan: EmbeddingPlan,
     tokens: TokenSplit,
     todo: list[int],

@@ -4,6 +4,7 @@ Suffixes: B windows, W tokens of a window, R rows that a window scores, N rows o
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,7 +82,7 @@ def score_joint(
     blocks = list(range(plan.num_blocks))
     batch_size = config.datastore.batch_size
     with jax.set_mesh(mesh), progress(plan.num_rows, "row", f"score {tokens.split}") as bar:
-        step = lambda batch: score(state, batch)  # noqa: E731
+        step = functools.partial(score, state)
         for numbers, rows in computed_blocks(step, plan, tokens, blocks, batch_size, mesh):
             part = plan.blocks(numbers)
             for name, array in rows.items():

@@ -201,11 +201,41 @@ class Generator:
         with jax.set_mesh(self._model.mesh):
             if shape not in self._compiled:
                 started = time.perf_counter()
-                where = (self._shardings(batch), replicated(self._model.mesh))
-                jitted = jax.jit(function, donate_argnums=1, out_shardings=where)
+                jitted = self._jitted(function, batch)
                 self._compiled[shape] = jitted.lower(parameters, *arguments).compile()
                 self.timing.compile_secs += time.perf_counter() - started
             return jax.block_until_ready(self._compiled[shape](parameters, *arguments))
+
+    def _jitted(self, function: Any, batch: int) -> Any:
+        where = (self._shardings(batch), replicated(self._model.mesh))
+        return jax.jit(function, donate_argnums=1, out_shardings=where)
+
+    def lower_steps(self, num_prompts: int) -> jax.stages.Lowered:
+        """Lowers a call that draws tokens for `num_prompts` prompts, without running it."""
+        mesh = self._model.mesh
+        with jax.set_mesh(mesh):
+            places = self._shardings(num_prompts)
+
+            def make() -> tuple[Progress, jax.Array, jax.Array, jax.Array]:
+                zero_B = jnp.zeros(num_prompts, jnp.int32)
+                progress = Progress(self._model.empty_cache(num_prompts), zero_B, zero_B)
+                return (
+                    progress,
+                    jax.random.split(jax.random.key(0), num_prompts),
+                    zero_B > 0,
+                    zero_B[0],
+                )
+
+            everywhere: Any = replicated(mesh)
+            arguments = jax.tree.map(
+                lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+                jax.eval_shape(make),
+                (places, everywhere, everywhere, everywhere),
+            )
+            lowered: jax.stages.Lowered = self._jitted(self._steps, num_prompts).lower(
+                self._model.parameters, *arguments
+            )
+            return lowered
 
     def _start(
         self,

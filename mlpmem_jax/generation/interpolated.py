@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -41,8 +42,8 @@ class InterpolatedModel:
         """Takes restored networks.
 
         Args:
-            decoder: The decoder.
-            memory: The memory; None leaves the decoder alone.
+            decoder: The decoder; with shapes for arrays, what is made of it can be lowered.
+            memory: The memory, likewise; None leaves the decoder alone.
             site: The decoder's state that the memory reads.
             weight: λ, the memory's weight, in [0, 1]; None: the memory's gate gives it.
             mesh: Where the parameters lie.
@@ -54,7 +55,7 @@ class InterpolatedModel:
         memory_state: Any = None
         if memory is not None:
             self._memory, memory_state = nnx.split(memory)
-        fixed = None if weight is None else jnp.float32(weight)
+        fixed = None if weight is None else np.float32(weight)
         self.parameters = (decoder_state, memory_state, fixed)
         self._site = site
         self.mesh = mesh

@@ -6,6 +6,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from mlpmem_jax.parallel.sharding import target_platform
+
 Implementation = Literal["auto", "xla", "cudnn", "blocked"]
 
 # Masked scores: finite, since -inf - -inf in a row's maximum would be nan.
@@ -51,11 +53,11 @@ def resolve_implementation(name: Implementation, masked: bool, dtype: jnp.dtype)
     """
     if name != "auto":
         return name
-    backend = jax.default_backend()
-    if backend == "cpu":
+    platform = target_platform()
+    if platform == "cpu":
         return "blocked"
     half = dtype in (jnp.bfloat16, jnp.float16)
-    return "cudnn" if backend == "gpu" and half and not masked else "xla"
+    return "cudnn" if platform == "gpu" and half and not masked else "xla"
 
 
 def causal_attention(

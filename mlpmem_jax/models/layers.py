@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlpmem_jax.config.networks import ComputeDtype
-from mlpmem_jax.parallel.sharding import LOGICAL_AXES, Names, gather_for_use
+from mlpmem_jax.parallel.sharding import LOGICAL_AXES, Names, gather_for_use, target_platform
 
 VOCAB_MULTIPLE = 128
 MAX_UNROLLED_LAYERS = 12
@@ -25,14 +25,14 @@ def padded_vocab_size(vocab_size: int) -> int:
 def resolve_dtype(name: ComputeDtype) -> Any:
     """Returns the dtype of matrix products: float32 on CPU, bfloat16 elsewhere, if "auto"."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if target_platform() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
 def unrolls(layer_loop: Literal["auto", "scan", "unroll"], num_layers: int) -> bool:
     """Returns whether the blocks are written out one after another."""
     if layer_loop == "auto":
-        return jax.default_backend() == "cpu" and num_layers <= MAX_UNROLLED_LAYERS
+        return target_platform() == "cpu" and num_layers <= MAX_UNROLLED_LAYERS
     return layer_loop == "unroll"
 
 

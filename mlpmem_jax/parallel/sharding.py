@@ -44,6 +44,16 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
+def target_platform() -> str:
+    """Returns the platform ("cpu", "gpu", "tpu") that the current computation is for.
+
+    That of the devices of the mesh set by `jax.set_mesh`, which may be those of a topology
+    that is only compiled for; without a mesh that of JAX's default devices.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else str(device.platform)
+
+
 def num_token_shards(mesh: Any) -> int:
     """Returns over how many parts of a mesh the tokens of a batch are spread."""
     return math.prod(mesh.shape[axis] for axis in TOKEN_AXES)

@@ -76,6 +76,14 @@ COMMANDS: dict[str, Command] = {
         "continue prompts with decoder and memory",
         (*_RUN, "decoder", "memory", "mesh", "datastore.input", "generate"),
     ),
+    "compile": Command(
+        "compile",
+        "check ahead of time whether a step fits its devices, and what bounds it",
+        (
+            *_RUN, "corpus.attention", "tokenizer.vocab_size", "decoder", "memory", "mesh",
+            "datastore", "targets", "pretrain", "train", "compile",
+        ),
+    ),
     "run": Command(
         "run",
         "all of the above in order; what is complete and current is skipped",

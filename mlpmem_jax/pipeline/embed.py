@@ -45,7 +45,6 @@ def _estimate(config: Config, split: Split) -> Mapping[str, Any]:
 def _build(config: Config, split: Split) -> Completion:
     from mlpmem_jax.corpus.tokens import TokenSplit
     from mlpmem_jax.datastore.embedding import EmbeddingSettings, embed_split
-    from mlpmem_jax.models.decoder import Site
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.pipeline.estimates import embedding_estimate
     from mlpmem_jax.training.networks import finished_decoder
@@ -54,17 +53,7 @@ def _build(config: Config, split: Split) -> Completion:
     mesh = make_mesh(config.mesh)
     tokens = TokenSplit.open(layout.tokens, split)
     specs = layout.datastore_arrays()
-    settings = EmbeddingSettings(
-        states={
-            name: Site.of(getattr(config.datastore, name), config.decoder.num_layers)
-            for name in ("key", "input")
-            if name in specs
-        },
-        within=config.corpus.attention == "within",
-        window_tokens=config.embedding_window_tokens,
-        stride_tokens=config.embedding_stride_tokens,
-        batch_size=config.datastore.batch_size,
-    )
+    settings = EmbeddingSettings.of(config, specs)
     arrays = embed_split(
         finished_decoder(config, mesh),
         tokens,

@@ -12,9 +12,11 @@ class Options:
         dry_run: Print the resolved configuration and the plan, make nothing.
         rebuild: Remove and make again what is stale, instead of refusing.
         without_memory: `generate` only: the decoder alone.
+        output: `compile` only: where the report goes as JSON.
     """
 
     workdir: str
     dry_run: bool = False
     rebuild: bool = False
     without_memory: bool = False
+    output: str | None = None

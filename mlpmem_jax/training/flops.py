@@ -19,34 +19,9 @@ from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
 from mlpmem_jax.models import layers
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.parallel.chips import chip_of
 
 TRAINING_FACTOR = 3  # forward, and two products in the backward pass for each of its own
-
-# Dense bfloat16 (V100 and T4: float16) flop/s of one JAX device; the first name that is
-# part of the device's kind counts. Sources: the vendors' data sheets.
-PEAK_FLOPS = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4 lite": 138e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "TPU v7": 1153.5e12,
-    "TPU7": 1153.5e12,
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
 
 
 def decoder_flops_per_token(
@@ -113,8 +88,8 @@ def peak_flops(device: jax.Device) -> float | None:
     """
     if device.platform == "cpu":
         return measure_cpu_flops() / max(1, jax.local_device_count("cpu"))
-    kind = device.device_kind
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+    chip = chip_of(device.device_kind)
+    return None if chip is None else chip.flops
 
 
 def measure_cpu_flops(seconds: float = 0.2, width: int = 1024) -> float:

@@ -141,16 +141,29 @@ def check_shape(
         )
 
 
+def abstract_network(build: Callable[[nnx.Rngs], Network], mesh: jax.sharding.Mesh) -> Network:
+    """Returns a network whose variables are shapes, dtypes and shardings only."""
+    return nnx.merge(structure(build), *_abstract_states(build, mesh))
+
+
+def _abstract_states(
+    build: Callable[[nnx.Rngs], Network], mesh: jax.sharding.Mesh
+) -> tuple[nnx.State, nnx.State]:
+    """Returns parameters and other variables, as ShapeDtypeStructs with shardings."""
+
+    def states() -> tuple[nnx.State, nnx.State]:
+        return split_module(build(nnx.Rngs(0)))[1:]
+
+    return abstract_state(states, mesh)
+
+
 def _restored(
     build: Callable[[nnx.Rngs], Network],
     artifact: Artifact,
     mesh: jax.sharding.Mesh,
     step: int | None = None,
 ) -> Network:
-    def states() -> tuple[nnx.State, nnx.State]:
-        return split_module(build(nnx.Rngs(0)))[1:]
-
-    params, fixed = abstract_state(states, mesh)
+    params, fixed = _abstract_states(build, mesh)
     items = {"params": flatten(params), "fixed": flatten(fixed)}
     flat = restore_finished(artifact, items, step)
     return nnx.merge(

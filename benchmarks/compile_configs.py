@@ -1,0 +1,134 @@
+"""Compiles the configurations of docs/compile/ for their topologies and writes the reports.
+
+    python -m benchmarks.compile_configs            what is missing, one after another
+    python -m benchmarks.compile_configs NAME ...   these again (llama2_7b.v5p-128.pretrain)
+    python -m benchmarks.compile_configs --summary  only docs/compile/README.md, from the reports
+
+Needs requirements-tpu.txt and no TPU. A report that exists is kept, so that a run can be
+stopped and continued; each is also what `mlpmem compile --output` writes.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORTS = ROOT / "docs" / "compile"
+
+
+class Case(NamedTuple):
+    """One configuration on one slice."""
+
+    config: str
+    sold_as: str
+    topology: str
+    overrides: tuple[str, ...] = ()
+
+
+_ON_V5E = ("pretrain.batch_size=512", "train.batch_size=4096")
+CASES = (
+    Case("gpt2_small", "v5e-8", "v5e:2x4"),
+    Case("llama2_7b", "v5p-128", "v5p:4x4x4"),
+    Case("llama2_70b", "v5p-1024", "v5p:8x8x8"),
+    Case("llama2_7b", "v5e-256", "v5e:16x16", _ON_V5E),
+    Case("gpt2_xl", "v5e-64", "v5e:8x8"),
+    Case("mistral_7b", "v5p-128", "v5p:4x4x4"),
+    Case("mistral_7b", "v5e-256", "v5e:16x16", _ON_V5E),
+    Case("gpt2_large", "v5e-32", "v5e:4x8"),
+    Case("gpt2_medium", "v5e-16", "v5e:4x4"),
+)
+STEPS = ("pretrain", "train", "embed", "decode")
+
+
+def name_of(case: Case, step: str) -> str:
+    """Returns the name of a report."""
+    return f"{case.config}.{case.sold_as}.{step}"
+
+
+def command_of(case: Case, step: str) -> list[str]:
+    """Returns the arguments that make a report."""
+    output = REPORTS / f"{name_of(case, step)}.json"
+    return [
+        "compile", "--config", f"configs/{case.config}.yaml", "--topology", case.topology,
+        "--step", step, "--output", str(output.relative_to(ROOT)), *case.overrides,
+    ]  # fmt: skip
+
+
+def summary() -> str:
+    """Returns docs/compile/README.md, from the reports that exist."""
+    header = (
+        "configuration", "slice", "step", "tokens a step", "args", "temp", "total", "of",
+        "compute", "memory", "links", "step ≥", "share of peak ≤", "bound by",
+    )  # fmt: skip
+    rows, missing = [], []
+    for step in STEPS:
+        for case in CASES:
+            path = REPORTS / f"{name_of(case, step)}.json"
+            if path.exists():
+                rows.append(_row(case, step, json.loads(path.read_text(encoding="utf-8"))))
+            else:
+                missing.append(name_of(case, step))
+    lines = [
+        "# What `compile` says about the shipped configurations",
+        "",
+        "Written by `python -m benchmarks.compile_configs` from the reports (JSON) beside it; GiB",
+        "are bytes on each device. Times are roofline estimates that follow the compiler's",
+        "schedule (docs/design.md): lower bounds for a step, upper bounds for the share of peak.",
+        "Latencies and the vector unit are not in them. Nothing here ran on a TPU.",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * 3 + "---:|" * (len(header) - 4) + "---|",
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+    if missing:
+        lines += ["", "Not compiled yet: " + ", ".join(missing) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def _row(case: Case, step: str, report: dict[str, Any]) -> list[str]:
+    memory, line = report["memory"], report["roofline"]
+    sizes = [memory[name] for name in ("arguments", "temporaries", "total", "capacity")]
+    if line is None:
+        times = ["–"] * 5 + ["does not fit"]
+    else:
+        secs = (line["compute_secs"], line["memory_secs"], line["interconnect_secs"], line["secs"])
+        times = [*(_secs(value) for value in secs), f"{100 * line['share_of_peak']:.0f} %"]
+        times.append(line["bound"] if memory["fits"] else "does not fit")
+    return [
+        case.config, case.sold_as, step, f"{report['tokens']:,}", *(map(_gib, sizes)), *times
+    ]  # fmt: skip
+
+
+def _gib(value: int | None) -> str:
+    return "–" if value is None else f"{value / 2**30:.2f}"
+
+
+def _secs(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+
+
+def main(arguments: list[str]) -> int:
+    """Makes reports; returns the exit code."""
+    known = {name_of(case, step): (case, step) for step in STEPS for case in CASES}
+    unknown = [name for name in arguments if name not in known and name != "--summary"]
+    if unknown:
+        print(f"error: {unknown[0]}: unknown; names: {', '.join(known)}", file=sys.stderr)
+        return 2
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for name, (case, step) in known.items():
+        exists = (REPORTS / f"{name}.json").exists()
+        if "--summary" in arguments or (name not in arguments if arguments else exists):
+            continue
+        print(f"== {name}", flush=True)
+        command = [sys.executable, "-m", "mlpmem_jax", *command_of(case, step)]
+        failed += subprocess.run(command, cwd=ROOT, check=False).returncode not in (0, 3)
+        (REPORTS / "README.md").write_text(summary(), encoding="utf-8")
+    (REPORTS / "README.md").write_text(summary(), encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,229 @@
+"""Storage, search, network and time of the whole method, on paper, for corpora of any size.
+
+    python -m benchmarks.scale                       the table of docs/scale.md
+    python -m benchmarks.scale width=2048 chips=256  with other numbers
+    python -m benchmarks.scale --inputs              every number, its value and its source
+
+Everything is a product of the inputs below; replace those that you have measured.
+"""
+
+import dataclasses
+import math
+import sys
+
+DAY = 86_400.0
+SIZES = (100e6, 5e9, 300e9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Numbers of one plan; field comments name their sources."""
+
+    width: float = 4096  # D, of the keys and of the memory's input (Llama-2-7B)
+    decoder_flops: float = 1.4e10  # forward pass of a token: 2 · 6.7e9 parameters + attention
+    memory_flops: float = 2.43e9  # forward pass of a row: 2 · 1.21e9 parameters
+    vocab_bytes: float = 2  # of a token id in targets; 4 above 65536 entries
+    kept_tokens: float = 128  # S
+    neighbors: float = 1024  # K
+    context_overlap: float = 2.0  # window / stride: how often a token is read when embedding
+    epochs: float = 5  # of the memory's training (the paper)
+    chips: float = 64
+    chip_flops: float = 459e12  # v5p, data sheet
+    share_of_peak: float = 0.5  # assumed; `compile` gives an upper bound
+    chip_memory_bytes: float = 95 * 2**30  # v5p, data sheet
+    hosts: float = 16  # v5p: 4 chips a host
+    host_ram_bytes: float = 448e9  # v5p host, data sheet
+    host_cores: float = 208  # v5p host, data sheet
+    host_write_bytes_per_sec: float = 0.5e9  # zarr3 shards, one host: 340-750 MB/s measured
+    host_network_bytes_per_sec: float = 12.5e9  # 100 Gbit/s, assumed
+    scann_ram_factor: float = 3.0  # float32 keys and about 2 x beside them, measured
+    scann_dims_per_block: float = 2  # retrieval.dims_per_block
+    # Measured: 2.29M rows of width 128, 60 of 1513 leaves, 4,000 queries/s on 2 cores, so
+    # 4000 · 2.29e6 · 60 / 1513 / 2 points a second and core, each of 64 codes.
+    scann_codes_per_sec_core: float = 4000 * 2.29e6 * 60 / 1513 / 2 * 64
+    # Measured: 500k rows of width 128 and 707 leaves in 9 s on 2 cores.
+    scann_build_per_sec_core: float = 500e3 * 128 * 707 / 9 / 2
+    shard_rows: float = 4e6  # retrieval.shard_rows
+    leaf_share: float = 0.04  # leaves visited: 60 of 1513 gave recall@256 0.997
+    routed_shards: float = 8  # shards that a query visits when centroids choose them
+    targets_rows_per_sec_core: float = 16.5e3  # 33,000 rows/s on 2 cores, measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a corpus of some size takes. Bytes, seconds, counts."""
+
+    rows: float
+    keys_bytes: float
+    inputs_bytes: float
+    targets_bytes: float
+    embed_secs: float
+    write_secs: float
+    index_ram_bytes: float
+    index_hosts: float
+    index_secs: float
+    shards: float
+    search_all_secs: float
+    search_all_network_secs: float
+    search_routed_secs: float
+    search_routed_network_secs: float
+    exact_flops: float
+    exact_secs: float
+    exact_chips_for_keys: float
+    targets_secs: float
+    train_stored_secs: float
+    train_read_secs: float
+    train_online_secs: float
+
+
+def plan(rows: float, given: Inputs) -> Plan:
+    """Returns what every stage takes for a corpus of `rows` tokens."""
+    flops_per_sec = given.chips * given.chip_flops * given.share_of_peak
+    cores = given.hosts * given.host_cores
+    state_bytes = 2 * given.width
+    shards = max(1.0, math.ceil(rows / given.shard_rows))
+    rows_in_shard = min(rows, given.shard_rows)
+    codes = given.width / given.scann_dims_per_block
+    # Every query against one shard: the points of the leaves visited, their codes.
+    query_in_shard = given.leaf_share * rows_in_shard * codes / given.scann_codes_per_sec_core
+    routed = min(shards, given.routed_shards)
+    network = given.hosts * given.host_network_bytes_per_sec
+    answer_bytes = 12 * given.neighbors  # row int64, distance float32
+    build = rows * given.width * math.sqrt(rows_in_shard) / given.scann_build_per_sec_core
+    exact = 2 * rows * rows * given.width
+    row_bytes = given.kept_tokens * (given.vocab_bytes + 2) + 8
+    stored_read = given.epochs * rows * (state_bytes + row_bytes)
+    train_flops = 3 * given.epochs * rows * given.memory_flops
+    ram = rows * 4 * given.width * given.scann_ram_factor
+    return Plan(
+        rows=rows,
+        keys_bytes=rows * state_bytes,
+        inputs_bytes=rows * state_bytes,
+        targets_bytes=rows * row_bytes,
+        embed_secs=rows * given.context_overlap * given.decoder_flops / flops_per_sec,
+        write_secs=2 * rows * state_bytes / (given.hosts * given.host_write_bytes_per_sec),
+        index_ram_bytes=ram,
+        index_hosts=math.ceil(ram / (0.8 * given.host_ram_bytes)),
+        index_secs=build / cores,
+        shards=shards,
+        search_all_secs=rows * shards * query_in_shard / cores,
+        # A query goes to each host that holds shards once; each host merges its own answers.
+        search_all_network_secs=rows
+        * min(shards, given.hosts)
+        * (state_bytes + answer_bytes)
+        / network,
+        search_routed_secs=rows * routed * query_in_shard / cores,
+        search_routed_network_secs=rows
+        * min(routed, given.hosts)
+        * (state_bytes + answer_bytes)
+        / network,
+        exact_flops=exact,
+        exact_secs=exact / flops_per_sec,
+        exact_chips_for_keys=math.ceil(rows * state_bytes / (0.8 * given.chip_memory_bytes)),
+        targets_secs=rows / (given.targets_rows_per_sec_core * cores),
+        train_stored_secs=train_flops / flops_per_sec,
+        train_read_secs=stored_read / (given.hosts * given.host_network_bytes_per_sec),
+        train_online_secs=(train_flops + 0.7 * given.epochs * rows * given.decoder_flops)
+        / flops_per_sec,
+    )
+
+
+_ROWS = (
+    ("storage", "keys (float16)", "keys_bytes"),
+    ("storage", "memory inputs (float16)", "inputs_bytes"),
+    ("storage", "targets", "targets_bytes"),
+    ("embed", "decoder over the corpus", "embed_secs"),
+    ("embed", "writing keys and inputs", "write_secs"),
+    ("index", "RAM of ScaNN over all shards", "index_ram_bytes"),
+    ("index", "hosts for that RAM", "index_hosts"),
+    ("index", "shards", "shards"),
+    ("index", "building", "index_secs"),
+    ("retrieve", "every query, every shard", "search_all_secs"),
+    ("retrieve", "its network", "search_all_network_secs"),
+    ("retrieve", "routed by coarse centroids", "search_routed_secs"),
+    ("retrieve", "its network", "search_routed_network_secs"),
+    ("retrieve", "exact on the mesh, flops", "exact_flops"),
+    ("retrieve", "exact on the mesh", "exact_secs"),
+    ("retrieve", "chips that hold all keys", "exact_chips_for_keys"),
+    ("retrieve", "neighbours to targets", "targets_secs"),
+    ("train", "memory, inputs stored", "train_stored_secs"),
+    ("train", "reading inputs and targets", "train_read_secs"),
+    ("train", "memory, decoder in the step", "train_online_secs"),
+)
+
+
+def table(plans: list[Plan]) -> str:
+    """Returns the plans side by side, in Markdown."""
+    sizes = [_count(each.rows) + " tokens" for each in plans]
+    lines = [
+        "| stage | | " + " | ".join(sizes) + " |",
+        "|---|---|" + "---:|" * len(plans),
+    ]
+    for stage, name, field in _ROWS:
+        cells = [_shown(field, getattr(each, field)) for each in plans]
+        lines.append(f"| {stage} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _shown(field: str, value: float) -> str:
+    if field.endswith("_bytes"):
+        return _scaled(value, ("B", "kB", "MB", "GB", "TB", "PB", "EB"))
+    if field.endswith("_secs"):
+        return _duration(value)
+    return f"{value:.1e}" if value >= 1e7 else f"{value:,.0f}"
+
+
+def _duration(secs: float) -> str:
+    for unit, size in (("years", 365 * DAY), ("days", DAY), ("h", 3600.0), ("min", 60.0)):
+        if secs >= 2 * size:
+            return (
+                f"{secs / size:,.0f} {unit}" if secs >= 20 * size else f"{secs / size:.1f} {unit}"
+            )
+    return f"{secs:.1f} s"
+
+
+def _count(value: float) -> str:
+    return _scaled(value, ("", " thousand", " M", " B")).strip()
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    place = 0
+    while value >= 999.5 and place < len(units) - 1:
+        value, place = value / 1000, place + 1
+    unit = units[place]
+    number = f"{value:.0f}" if value >= 99.5 or value == int(value) else f"{value:.1f}"
+    return f"{number}{unit}" if unit.startswith(" ") or not unit else f"{number} {unit}"
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the table, or the inputs."""
+    names = {field.name for field in dataclasses.fields(Inputs)}
+    given, sizes = {}, list(SIZES)
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if argument == "--inputs":
+            for field in dataclasses.fields(Inputs):
+                print(f"{field.name} = {field.default:g}")
+            return 0
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if name not in names | {"tokens"} or not number > 0:
+            print(
+                f"error: {argument}: must be NAME=NUMBER above 0; names: tokens, "
+                + ", ".join(sorted(names)),
+                file=sys.stderr,
+            )
+            return 2
+        if name == "tokens":
+            sizes = [number]
+        else:
+            given[name] = number
+    inputs = Inputs(**given)
+    print(table([plan(size, inputs) for size in sizes]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

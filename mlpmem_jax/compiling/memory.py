@@ -1,0 +1,136 @@
+"""Whether a compiled step fits its devices, and what takes the room."""
+
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+from mlpmem_jax.parallel.chips import chip_of
+
+NUM_LARGEST = 8
+_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_USED = re.compile(r"Used ([\d.]+)([KMGTB]?) of ([\d.]+)([KMGTB]?) (?:hbm|memory)")
+_ALLOCATION = re.compile(r"^\s*\d+\. Size: ([\d.]+)([KMGTB]?)\s*$", re.MULTILINE)
+_OPERATOR = re.compile(r'op_name="([^"]*)"')
+_SHAPE = re.compile(r"Shape: (\S+)")
+
+
+class Buffer(NamedTuple):
+    """One array on one device."""
+
+    name: str
+    bytes: int
+
+
+class Memory(NamedTuple):
+    """Bytes of a step on each device.
+
+    Attributes:
+        arguments: What it is given.
+        temporaries: What it needs while it runs.
+        outputs: What it returns.
+        aliased: Outputs that take the place of arguments.
+        code: The program.
+        total: All of it; None where the compiler gave up and told no sum.
+        capacity: What a device has; None: not known.
+        largest: The largest buffers: of everything where the compiler refused the step,
+            else the largest arguments.
+    """
+
+    arguments: int | None
+    temporaries: int | None
+    outputs: int | None
+    aliased: int | None
+    code: int | None
+    total: int | None
+    capacity: int | None
+    largest: tuple[Buffer, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step fits; where the capacity is not known it is taken to."""
+        if self.total is None:
+            return False
+        return self.capacity is None or self.total <= self.capacity
+
+
+def capacity_of(device: jax.Device, num_devices: int, wanted: int | str) -> int | None:
+    """Returns the memory of a device in bytes.
+
+    Args:
+        device: One of the mesh.
+        num_devices: Devices of the mesh (on CPU they share the machine's memory).
+        wanted: `compile.memory_bytes`.
+    """
+    if not isinstance(wanted, str):
+        return wanted
+    if device.platform == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // num_devices
+    chip = chip_of(device.device_kind)
+    if device.platform != "tpu":  # Products of one name come with several sizes.
+        stats = device.memory_stats() or {}
+        if "bytes_limit" in stats:
+            return int(stats["bytes_limit"])
+    return None if chip is None else chip.memory_bytes
+
+
+def memory_of(compiled: jax.stages.Compiled, capacity: int | None) -> Memory:
+    """Reads what the compiler planned."""
+    stats: Any = compiled.memory_analysis()
+    parts = {
+        "arguments": int(stats.argument_size_in_bytes),
+        "temporaries": int(stats.temp_size_in_bytes),
+        "outputs": int(stats.output_size_in_bytes),
+        "aliased": int(stats.alias_size_in_bytes),
+        "code": int(stats.generated_code_size_in_bytes),
+    }
+    return Memory(
+        **parts,
+        total=sum(parts.values()) - 2 * parts["aliased"],
+        capacity=capacity,
+        largest=_largest_arguments(compiled),
+    )
+
+
+def refused(error: BaseException, capacity: int | None) -> Memory | None:
+    """Returns what a compiler says that gave up for lack of memory; None: another error."""
+    message = str(error)
+    if "RESOURCE_EXHAUSTED" not in message and not _USED.search(message):
+        return None
+    used = _USED.search(message)
+    total = _bytes(used[1], used[2]) if used else None
+    if used:
+        capacity = min(capacity or math.inf, _bytes(used[3], used[4]))  # type: ignore[assignment]
+    return Memory(None, None, None, None, None, total, capacity, tuple(_allocations(message)))
+
+
+def _allocations(message: str) -> list[Buffer]:
+    places = list(_ALLOCATION.finditer(message))
+    buffers = []
+    for number, place in enumerate(places):
+        end = places[number + 1].start() if number + 1 < len(places) else len(message)
+        about = message[place.end() : end]
+        operator, shape = _OPERATOR.search(about), _SHAPE.search(about)
+        words = [found[1] for found in (shape, operator) if found]
+        buffers.append(Buffer(" ".join(words) or "unnamed", _bytes(place[1], place[2])))
+    return buffers[:NUM_LARGEST]
+
+
+def _largest_arguments(compiled: jax.stages.Compiled) -> tuple[Buffer, ...]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(compiled.args_info)
+    shardings = jax.tree.leaves(compiled.input_shardings, is_leaf=lambda leaf: leaf is None)
+    buffers = []
+    for (path, leaf), sharding in zip(leaves, shardings, strict=True):
+        if sharding is None:
+            continue  # Nothing reads this argument: it is left out.
+        shape = sharding.shard_shape(leaf.shape)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        held = f"{leaf.dtype}{list(shape)} of {list(leaf.shape)}"
+        buffers.append(Buffer(f"{name} {held}", math.prod(shape) * leaf.dtype.itemsize))
+    return tuple(sorted(buffers, key=lambda each: -each.bytes)[:NUM_LARGEST])
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * _UNITS[unit])

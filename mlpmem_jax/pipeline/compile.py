@@ -1,0 +1,43 @@
+"""A step compiled ahead of time: does it fit, and what bounds it."""
+
+import os
+from pathlib import Path
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import say
+from mlpmem_jax.errors import UserError
+from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.options import Options
+
+EXIT_DOES_NOT_FIT = 3
+
+
+def main(config: Config, options: Options) -> int:
+    """Runs the command."""
+    if options.dry_run:
+        return execute(lambda _: [], config, options)
+    output = _checked(options.output)
+    from mlpmem_jax.compiling.analysis import analyse
+    from mlpmem_jax.compiling.report import as_text, verdict
+    from mlpmem_jax.datastore.files import write_json
+
+    report = analyse(config)
+    say(as_text(report))
+    say(verdict(report))
+    if output:
+        write_json(output, report)
+    return 0 if report["memory"]["fits"] else EXIT_DOES_NOT_FIT
+
+
+def _checked(output: str | None) -> Path | None:
+    """Refuses a place for the report that cannot be written, before minutes of compiling.
+
+    Raises:
+        UserError: There is no such directory, or it cannot be written to.
+    """
+    if output is None:
+        return None
+    directory = Path(output).absolute().parent
+    if not directory.is_dir() or not os.access(directory, os.W_OK):
+        raise UserError(f"--output {output}: {directory} is no directory that can be written to")
+    return Path(output)
