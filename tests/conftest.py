@@ -2,15 +2,22 @@
 which tests start inherit it and tests that need no JAX do not import it."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("MLPMEM_PROGRESS", "off")
+_COMPILED = tempfile.TemporaryDirectory(prefix="mlpmem-compiled-")
+# Tests start the same tiny networks dozens of times: compiled once, they take a third of the
+# time. A directory of this session's own, so that no result depends on an earlier one.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _COMPILED.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
-import pytest
+import pytest  # noqa: E402
 
-from mlpmem_jax.config.load import load_config
-from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.load import load_config  # noqa: E402
+from mlpmem_jax.config.schema import Config  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "unit" / "golden"

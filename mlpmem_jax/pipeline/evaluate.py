@@ -24,7 +24,13 @@ PICTURE = "evaluate.png"
 
 def recipe(config: Config) -> dict[str, Any]:
     """Returns what decides the results, besides what they are about."""
-    return {"seed": config.seed, "evaluate": config.evaluate.recipe()}
+    return {
+        "seed": config.seed,
+        "evaluate": config.evaluate.recipe(),
+        # Whose λ is used; what the networks are is said by what the results are made from.
+        "train": {"mode": config.train.mode, "interpolation": config.trained_interpolation},
+        "memory": {"gate": config.memory.gate},
+    }
 
 
 def stages(config: Config) -> list[Stage]:

@@ -1,6 +1,7 @@
 """A disk that is really full, twice: one clear line, and nothing finished is lost."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def _starts(tmp_path):
         "PATH": "/usr/bin:/bin:/usr/sbin:/sbin",
         "MLPMEM_PROGRESS": "off",
     }
+    environment |= {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
     command = [*ALONE, "bash", "-c", SCRIPT, "bash", *run, "--workdir", f"{disk}/run"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr

@@ -152,7 +152,10 @@ def test_a_gate_is_trained_offline_from_stored_logprobs(tiny_run, tmp_path, caps
     results = json.loads((workdir / "results/gated/evaluate.json").read_text())
     assert results["systems"]["memory"]["interpolation_source"] == "gate"
     # What was trained without a gate has none to use.
-    assert _main(workdir, "evaluate", "memory.gate=learned", "train.joint_weight=1") == 2
+    ungated = ("memory.gate=learned", "train.joint_weight=1")
+    assert _main(workdir, "evaluate", *ungated) == 2
+    assert "memory.gate" in capsys.readouterr().err
+    assert _main(workdir, "generate", *ungated) == 2
     assert "memory.gate=learned (trained with none)" in capsys.readouterr().err
 
 
