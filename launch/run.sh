@@ -96,7 +96,14 @@ while [ "$#" -gt 0 ]; do
         shift 2
       fi
       ;;
-    *) break ;;
+    *)
+      # Elsewhere a misspelt flag may cost money: what belongs to the command comes after it.
+      case "$target $1" in
+        local* | *' '[!-]*) break ;;
+        *) fail "$1: no flag of --target $target; what is the command's comes after COMMAND" \
+          "(\`launch/run.sh --target $target --help\`)" ;;
+      esac
+      ;;
   esac
 done
 

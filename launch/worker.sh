@@ -58,7 +58,7 @@ run() {
 follow() {
   local tail_process
   while [ ! -e "$state/log" ]; do sleep 1; done
-  tail -n "$1" -F "$state/log" 2>/dev/null &
+  tail -n "$1" --pid "$$" -F "$state/log" 2>/dev/null & # ends with this script at the latest
   tail_process=$!
   while running; do sleep 1; done
   sleep 1 # for the last lines

@@ -5,8 +5,8 @@
 # preemption are the cluster's (a JobSet's), so they need nobody who watches.
 
 switches="--dry-run --no-build --no-wait --spot"
-values="--name --cluster --zone --project --tpu-type --device-type --num-slices --num-nodes
- --image --priority"
+values="--name --cluster --zone --project --image --priority"
+values+=" --tpu-type --device-type --num-slices --num-nodes"
 
 target_usage() {
   cat <<'USAGE'
