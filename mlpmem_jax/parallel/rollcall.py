@@ -83,7 +83,7 @@ class RollCall:
         with contextlib.suppress(OSError), socket.create_server(("", self._port)) as server:
             server.settimeout(_RETRY_SECS)
             while not self._done.is_set():
-                with contextlib.suppress(TimeoutError, ValueError):
+                with contextlib.suppress(OSError, ValueError):  # a time-out, or a stranger
                     connection, _ = server.accept()
                     with connection:
                         connection.settimeout(_RETRY_SECS)
