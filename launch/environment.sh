@@ -17,8 +17,10 @@ esac
 
 say() { printf 'launch: %s\n' "$*" >&2; }
 
+complain() { printf 'error: %s\n' "$*" >&2; }
+
 fail() {
-  printf 'error: %s\n' "$*" >&2
+  complain "$@"
   exit 2
 }
 

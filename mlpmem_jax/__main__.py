@@ -11,8 +11,10 @@ from typing import Any, NoReturn
 from mlpmem_jax import __version__
 from mlpmem_jax.config.describe import describe
 from mlpmem_jax.config.load import load_config
+from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import EXIT_USER_ERROR, UserError
 from mlpmem_jax.failures import explain, user_error_in
+from mlpmem_jax.parallel import multihost
 from mlpmem_jax.pipeline import COMMANDS, Options, run_command
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -26,31 +28,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 1 for a run that failed, 2 for a mistake of the user, 3 for a
-        compiled step that does not fit, 130 after an interrupt.
+        compiled step that does not fit, 75 for one that was saved and wants to be started
+        again, 130 after an interrupt.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _main(arguments)
     except KeyboardInterrupt:
         _complain("interrupted; the same command continues where this one stopped")
-        return EXIT_INTERRUPTED
+        return multihost.leave(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output left (`| head`): nothing to say, nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return multihost.leave(1)
     except Exception as error:
-        if os.environ.get("MLPMEM_TRACEBACK") == "1":
+        code = _explained(error)
+        if code is None:
+            multihost.leave_with_traceback()
             raise
-        mistake = user_error_in(error)
-        if mistake:
-            for message in mistake.messages:
-                _complain(message)
-            return mistake.exit_code
-        reason = explain(error)
-        if reason is None:
-            raise
-        _complain(f"{reason} (MLPMEM_TRACEBACK=1 shows where)")
-        return EXIT_USER_ERROR
+        return multihost.leave(code)
+
+
+def _explained(error: Exception) -> int | None:
+    """Says what went wrong, if it is nothing that needs a traceback; returns the exit code."""
+    mistake = user_error_in(error)
+    if mistake is None:
+        multihost.yield_to_first_error()
+    if os.environ.get("MLPMEM_TRACEBACK") == "1":
+        return None
+    if mistake:
+        for message in mistake.messages:
+            _complain(message)
+        return mistake.exit_code
+    reason = explain(error)
+    if reason is None:
+        return None
+    _complain(f"{reason} (MLPMEM_TRACEBACK=1 shows where)")
+    return EXIT_USER_ERROR
 
 
 def _main(arguments: list[str]) -> int:
@@ -60,6 +74,21 @@ def _main(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"mlpmem_jax {__version__}")
         return 0
+    return run_command(*parse(arguments))
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, Config, Options]:
+    """Reads a command line.
+
+    Args:
+        arguments: The command, its flags and overrides.
+
+    Returns:
+        The command's name, the validated configuration and what else was said.
+
+    Raises:
+        UserError: A mistake in any of them.
+    """
     command, *rest = arguments
     if command not in COMMANDS:
         raise UserError(_unknown_command(command))
@@ -80,7 +109,7 @@ def _main(arguments: list[str]) -> int:
         without_memory=getattr(flags, "without_memory", False),
         output=getattr(flags, "output", None),
     )
-    return run_command(command, config, options)
+    return command, config, options
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,16 +7,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mlpmem_jax.parallel import multihost
+
 
 def is_speaker() -> bool:
     """Returns whether this process may print (process 0 of a run).
 
     Does not start a JAX backend: before any device is touched there is one speaker too.
     """
-    jax = sys.modules.get("jax")
-    if jax is None or not jax.distributed.is_initialized():
-        return True
-    return bool(jax.process_index() == 0)
+    return multihost.is_writer()
 
 
 def say(line: str = "") -> None:

@@ -1,7 +1,7 @@
 """The errors that a user may see: one clear message, never a traceback.
 
 The command line turns them into lines on standard error and an exit code
-(:data:`EXIT_USER_ERROR`, :data:`EXIT_RUN_FAILED`). Errors of the programmer stay
+(:data:`EXIT_USER_ERROR`, :data:`EXIT_RUN_FAILED`, :data:`PREEMPTED`). Errors of the programmer stay
 `AssertionError` and friends and keep their traceback.
 """
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 EXIT_RUN_FAILED = 1
 EXIT_USER_ERROR = 2
+PREEMPTED = 75  # Saved, start me again: the launcher does. EX_TEMPFAIL of sysexits.h.
 
 
 class UserError(ValueError):

@@ -4,11 +4,13 @@ This registry imports none of them, so `--help` and mistakes in the configuratio
 answered without starting JAX. A command's module has `main(config, options) -> int`.
 """
 
+import contextlib
 import importlib
 from dataclasses import dataclass
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import quiet_libraries
+from mlpmem_jax.parallel import multihost
 from mlpmem_jax.parallel.host import keep_freed_memory
 from mlpmem_jax.pipeline.options import Options
 
@@ -93,8 +95,12 @@ COMMANDS: dict[str, Command] = {
 
 
 def run_command(name: str, config: Config, options: Options) -> int:
-    """Imports a command's module, runs it, and returns its exit code."""
+    """Imports a command's module, runs it, and returns its exit code.
+
+    Here, and nowhere else, the processes of a run join; a dry run needs no others.
+    """
     quiet_libraries()
     keep_freed_memory()
-    module = importlib.import_module(f"{__name__}.{COMMANDS[name].module}")
-    return int(module.main(config, options))
+    with contextlib.nullcontext() if options.dry_run else multihost.joined():
+        module = importlib.import_module(f"{__name__}.{COMMANDS[name].module}")
+        return int(module.main(config, options))

@@ -9,6 +9,7 @@ from typing import Any
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.manifest import MANIFEST, Artifact, Manifest, Status
 from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.parallel.multihost import barrier, is_writer
 
 
 @dataclasses.dataclass
@@ -19,6 +20,13 @@ class Completion:
     arrays: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     files: Sequence[str] = ()
     measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Builders(enum.Enum):
+    """Which processes of a run make an artifact."""
+
+    ALL = "all"  # Together, on one mesh.
+    FIRST = "first"  # Process 0; the others wait.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Stage:
             the artifact is begun.
         estimate: Disk, memory and flops beforehand, for `--dry-run`: name to number or text.
         skip: Asked once the stages before are done: why the artifact is not needed, or None.
+        builders: Which processes call `build`.
     """
 
     artifact: Artifact
@@ -45,6 +54,7 @@ class Stage:
     check: Callable[[], None] = lambda: None
     estimate: Callable[[], Mapping[str, Any]] = dict
     skip: Callable[[], str | None] = lambda: None
+    builders: Builders = Builders.ALL
 
     @property
     def name(self) -> str:
@@ -99,35 +109,52 @@ def run_stage(
     rebuild: Rebuild = Rebuild.REFUSE,
     before_building: Callable[[], None] = lambda: None,
 ) -> Manifest:
-    """Makes one artifact, unless it is complete and current."""
+    """Makes one artifact, unless it is complete and current.
+
+    All processes of a run come here together; process 0 alone writes what there is one of.
+    """
     made_from = stage.made_from()
     if rebuild is Rebuild.ALWAYS:
-        stage.artifact.remove()
+        _remove(stage)
     try:
         status = stage.artifact.status(stage.recipe, made_from)
     except ArtifactError:
         if rebuild is Rebuild.REFUSE:
             raise
         say(f"{stage.name}: made otherwise; making it again")
-        stage.artifact.remove()
+        barrier(f"{stage.name}: seen")
+        _remove(stage)
         status = Status.MISSING
     if status is Status.COMPLETE:
         manifest = stage.artifact.load()
         say(f"{stage.name}: complete ({manifest.fingerprint})")
         return manifest
     stage.check()
-    before_building()
+    barrier(f"{stage.name}: checked")
     say(f"{stage.name}: " + ("continuing" if status is Status.PARTIAL else "making"))
     started = time.monotonic()
-    stage.artifact.begin(stage.recipe, made_from)
-    completion = stage.build()
+    if is_writer():
+        before_building()
+        stage.artifact.begin(stage.recipe, made_from)
+    barrier(f"{stage.name}: begun")
+    builds = stage.builders is Builders.ALL or is_writer()
+    completion = stage.build() if builds else Completion()
+    barrier(f"{stage.name}: built")
     seconds = time.monotonic() - started
-    measured = {"seconds": round(seconds, 3), **completion.measured}
-    manifest = stage.artifact.finish(
-        counts=completion.counts,
-        arrays=completion.arrays,
-        files=completion.files,
-        measured=measured,
-    )
+    if is_writer():
+        stage.artifact.finish(
+            counts=completion.counts,
+            arrays=completion.arrays,
+            files=completion.files,
+            measured={"seconds": round(seconds, 3), **completion.measured},
+        )
+    barrier(f"{stage.name}: finished")
+    manifest = stage.artifact.load()
     say(f"{stage.name}: made in {seconds:.1f} s ({manifest.fingerprint})")
     return manifest
+
+
+def _remove(stage: Stage) -> None:
+    if is_writer():
+        stage.artifact.remove()
+    barrier(f"{stage.name}: removed")

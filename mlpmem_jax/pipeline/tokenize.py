@@ -23,7 +23,7 @@ from mlpmem_jax.datastore.manifest import Status
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.pipeline.stage import Builders, Completion, Stage
 
 
 def stages(config: Config) -> list[Stage]:
@@ -45,9 +45,14 @@ def stages(config: Config) -> list[Stage]:
         recipe=_tokenizer_recipe(config, given, text),
         upstream=(),
         build=functools.partial(_make_tokenizer, config, given),
+        builders=Builders.FIRST,
     )
     tokens = Stage(
-        artifact=layout.tokens, recipe=text, upstream=(layout.tokenizer,), build=Completion
+        artifact=layout.tokens,
+        recipe=text,
+        upstream=(layout.tokenizer,),
+        build=Completion,
+        builders=Builders.FIRST,
     )
     current = _is_current(tokenizer) and _is_current(tokens)
     scan = None if current else check_before(config, corpus, given)

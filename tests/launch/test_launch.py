@@ -256,7 +256,7 @@ def test_with_a_real_interpreter(project):
 
 
 def test_scripts_are_clean():
-    scripts = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+    scripts = [*sorted((ROOT / "launch").rglob("*.sh")), ROOT / ".ci" / "run"]
     shellcheck = Path(sys.executable).parent / "shellcheck"
     done = subprocess.run(
         [str(shellcheck), "-x", *map(str, scripts)], capture_output=True, text=True, cwd=ROOT
@@ -272,5 +272,5 @@ def test_selection_for_the_newest_versions_exists():
 
 
 def test_scripts_can_be_started():
-    for script in ("launch/run.sh", "launch/test.sh", ".ci/run"):
+    for script in ("launch/run.sh", "launch/test.sh", "launch/worker.sh", ".ci/run"):
         assert os.access(ROOT / script, os.X_OK), script

@@ -1,0 +1,132 @@
+# shellcheck shell=bash disable=SC2034,SC2154
+# Sourced by run.sh: flags of a target, and steps that --dry-run prints instead of running.
+#
+# A target names its flags in $switches and $values (words with dashes), gives target_usage and
+# run_target, and reads flags with `flag --name`.
+
+dry_run=no
+flag_names=()
+flag_values=()
+
+# flag_kind NAME: prints switch, value or nothing.
+flag_kind() {
+  case " $switches " in *" $1 "*) printf 'switch\n' ;; esac
+  case " --restarts $values " in *" $1 "*) printf 'value\n' ;; esac
+}
+
+# set_flag NAME VALUE: keeps it.
+set_flag() {
+  case "$1" in
+    --dry-run) dry_run=yes ;;
+    --restarts) restarts="$2" ;;
+  esac
+  flag_names+=("$1")
+  flag_values+=("$2")
+}
+
+# flag NAME [DEFAULT]: prints the last value that was given.
+flag() {
+  local found="${2:-}" i
+  for ((i = 0; i < ${#flag_names[@]}; i++)); do
+    [ "${flag_names[i]}" != "$1" ] || found="${flag_values[i]}"
+  done
+  printf '%s' "$found"
+}
+
+# need_flags NAME…: refuses to go on without them, naming all that are missing.
+need_flags() {
+  local name missing=()
+  for name in "$@"; do
+    [ -n "$(flag "$name")" ] || missing+=("$name")
+  done
+  [ "${#missing[@]}" -eq 0 ] ||
+    fail "--target $target needs ${missing[*]} (\`launch/run.sh --target $target --help\`)"
+}
+
+# quoted WORD…: prints words as a bash command line that gives exactly these words, on one line.
+quoted() {
+  local word rest out line="" LC_ALL=C
+  for word in "$@"; do
+    case "$word" in
+      *[[:cntrl:]]*) printf -v out '%q' "$word" ;; # $'…', where a line break would do harm
+      '' | *[!A-Za-z0-9_@%+=:,./-]*)
+        out="" rest="$word"
+        while [[ "$rest" == *\'* ]]; do
+          out+="${rest%%\'*}'\\''"
+          rest="${rest#*\'}"
+        done
+        out="'$out$rest'"
+        ;;
+      *) out="$word" ;;
+    esac
+    line+="${line:+ }$out"
+  done
+  printf '%s\n' "$line"
+}
+
+# step COMMAND…: runs a command, or prints it with --dry-run.
+step() {
+  if [ "$dry_run" = yes ]; then
+    quoted "$@"
+  else
+    "$@"
+  fi
+}
+
+# ask ANSWER COMMAND…: prints what a command prints, nothing where it fails. With --dry-run the
+# command goes to file descriptor 3 (standard output is being caught) and ANSWER is printed.
+ask() {
+  local answer="$1"
+  shift
+  if [ "$dry_run" = yes ]; then
+    quoted "$@" >&3
+    printf '%s\n' "$answer"
+  else
+    "$@" 2>/dev/null || true
+  fi
+}
+
+# need_program NAME HINT: refuses to go on without a program; a dry run needs none.
+need_program() {
+  [ "$dry_run" = yes ] || command -v "$1" >/dev/null 2>&1 ||
+    fail "$1: not found; $2"
+}
+
+# need_checkout: refuses to go on where git does not know which files belong to the project.
+need_checkout() {
+  git -C "$root" rev-parse --is-inside-work-tree >/dev/null 2>&1 ||
+    fail "$root is no git checkout, so it is not known which files to copy"
+}
+
+# project_arguments WORD…: sets `arguments` to the words, paths inside the project relative to
+# it, because they will be used where only the project is.
+project_arguments() {
+  local word file wants_file=no
+  arguments=()
+  for word in "$@"; do
+    if [ "$wants_file" = yes ]; then
+      word="$(project_file "$word")" || exit $?
+      wants_file=no
+    fi
+    case "$word" in
+      --config) wants_file=yes ;;
+      --config=*)
+        file="$(project_file "${word#--config=}")" || exit $?
+        word="--config=$file"
+        ;;
+      "$root"/*) word="${word#"$root"/}" ;;
+    esac
+    arguments+=("$word")
+  done
+}
+
+# project_file PATH: prints a tracked file's path in the project; refuses any other file.
+project_file() {
+  local directory path
+  directory="$(cd -- "$(dirname -- "$1")" 2>/dev/null && pwd -P)" || fail "--config $1: no such file"
+  path="$directory/$(basename -- "$1")"
+  path="${path#"$(cd -- "$root" && pwd -P)"/}"
+  git -C "$root" ls-files --error-unmatch -- "$path" >/dev/null 2>&1 ||
+    fail "--config $1: only files that git tracks are copied; \`git add\` it first"
+  printf '%s\n' "$path"
+}

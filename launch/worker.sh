@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# What run.sh --target tpu-vm does on each worker. A run goes on when the connection is lost:
+# it is started in the background, and followed.
+#
+#   worker.sh start COMMAND…   starts it, unless a run is going on
+#   worker.sh follow LINES     prints the log (from line +1, or its last LINES) until the run
+#                              has ended, and exits as it did
+#   worker.sh failure          prints the end of the log, if this worker's run failed
+#   worker.sh stop             asks the run to save and end; kills it after a while
+#
+# Beside the code: .run/log, .run/log.before, .run/pid, .run/exit_code.
+set -euo pipefail
+
+here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+state="$here/.run"
+stop_secs="${MLPMEM_STOP_SECS:-120}"
+mkdir -p "$state"
+
+running() {
+  [ -e "$state/pid" ] && [ ! -e "$state/exit_code" ] && kill -0 "$(cat "$state/pid")" 2>/dev/null
+}
+
+start() {
+  if running; then
+    echo "launch: a run is going on here (process $(cat "$state/pid"))" >&2
+    return 0
+  fi
+  rm -f "$state/exit_code" "$state/pid"
+  [ ! -e "$state/log" ] || mv "$state/log" "$state/log.before"
+  cd "$here"
+  nohup setsid bash "$here/launch/worker.sh" run "$@" >"$state/log" 2>&1 </dev/null &
+  echo "$!" >"$state/pid"
+}
+
+# find_or_get_python: TPU VMs come with Python 3.10; a newer one is fetched if there is none.
+find_or_get_python() {
+  # shellcheck source=launch/environment.sh
+  if (. "$here/launch/environment.sh" && venv_fits || find_python) >/dev/null 2>&1; then
+    return 0
+  fi
+  echo "launch: no Python of 3.11 or newer here: fetching 3.12 with uv" >&2
+  python3 -m pip install --quiet --user uv && python3 -m uv python install 3.12 &&
+    MLPMEM_PYTHON="$(python3 -m uv python find 3.12)" && export MLPMEM_PYTHON
+}
+
+# run COMMAND…: in the background. Signals to this script's group reach Python itself.
+run() {
+  local code=0
+  trap : TERM # Python answers it; this script stays to write down how it ended.
+  {
+    find_or_get_python && bash launch/install.sh requirements.txt requirements-tpu.txt &&
+      PYTHONPATH="$here" "${MLPMEM_VENV:-$here/.venv}/bin/python" -P -m mlpmem_jax "$@"
+  } || code=$?
+  echo "$code" >"$state/exit_code.new"
+  mv "$state/exit_code.new" "$state/exit_code"
+}
+
+follow() {
+  local tail_process
+  while [ ! -e "$state/log" ]; do sleep 1; done
+  tail -n "$1" --pid "$$" -F "$state/log" 2>/dev/null & # ends with this script at the latest
+  tail_process=$!
+  while running; do sleep 1; done
+  sleep 1 # for the last lines
+  kill "$tail_process" 2>/dev/null || true
+  if [ ! -e "$state/exit_code" ]; then
+    echo "launch: the run on this worker ended without a word (killed, or the worker restarted)" >&2
+    return 1
+  fi
+  return "$(cat "$state/exit_code")"
+}
+
+failure() {
+  [ ! -e "$state/exit_code" ] || [ "$(cat "$state/exit_code")" != 0 ] || return 0
+  echo "--- $(hostname): exit code $(cat "$state/exit_code" 2>/dev/null || echo none)"
+  tail -n 20 "$state/log"
+}
+
+stop() {
+  local group waited=0
+  running || return 0
+  group="$(cat "$state/pid")"
+  kill -s TERM -- "-$group" 2>/dev/null || true
+  while running && [ "$waited" -lt "$stop_secs" ]; do
+    sleep 1
+    waited=$((waited + 1))
+  done
+  ! running || kill -s KILL -- "-$group" 2>/dev/null || true
+}
+
+verb="${1:-}"
+case "$verb" in
+  start | run | follow | failure | stop)
+    shift
+    "$verb" "$@"
+    ;;
+  *)
+    echo "usage: worker.sh start COMMAND… | follow LINES | failure | stop" >&2
+    exit 2
+    ;;
+esac

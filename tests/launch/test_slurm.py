@@ -1,0 +1,134 @@
+"""run.sh --target slurm, with stand-ins for sbatch, srun and scontrol."""
+
+import re
+
+import pytest
+
+from tests.conftest import ROOT
+
+GOLDEN = ROOT / "tests" / "launch" / "golden"
+FLAGS = ["--nodes", "2", "--gpus-per-node", "2"]
+COMMAND = ["pretrain", "--config", "configs/tiny.yaml"]
+
+# Runs the script at once, as job 7.
+SBATCH = """
+for script in "$@"; do :; done
+SLURM_JOB_ID=7 bash "$script" >"$(sed -n 's/^#SBATCH --output=//p' "$script" | sed s/%j/7/)" 2>&1
+code=$?
+case " $* " in *" --wait "*) exit "$code" ;; esac
+"""
+# Starts as many tasks as the job asks for, and leaves with the highest code.
+SRUN = """
+while [ "${1#--}" != "$1" ]; do shift; done
+code=0
+for k in 0 1 2 3; do
+  SLURM_PROCID=$k "$@" || { [ "$?" -le "$code" ] || code=$CODE; }
+done
+exit "$code"
+"""
+PYTHON = """#!/usr/bin/env bash
+case "$1 ${2:-}" in
+  "-c "*) exit 0 ;;
+  "-m venv") for d in "$@"; do :; done; mkdir -p "$d/bin"; cp "$0" "$d/bin/python"
+             : >"$d/pyvenv.cfg"; exit 0 ;;
+  "-m pip" | "-m ensurepip") exit 0 ;;
+esac
+printf '%s\\0' "$PWD" "$@" >"$WORDS-$SLURM_PROCID"
+echo "out $SLURM_PROCID"
+[ "${CODE:-0}" = 0 ] || { echo "error: mine $SLURM_PROCID" >&2; exit "$CODE"; }
+"""
+
+
+@pytest.fixture
+def cluster(checkout, tmp_path):
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", "")):
+        checkout.program(name, text)
+    (checkout.bin / "python3.12").write_text(PYTHON)
+    (checkout.bin / "python3.12").chmod(0o755)
+    checkout.environment["WORDS"] = str(tmp_path / "words")
+    checkout.elsewhere = tmp_path / "elsewhere"
+    checkout.elsewhere.mkdir()
+    return checkout
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("slurm.txt", ["--nodes", "2"]),
+        (
+            "slurm-flags.txt",
+            [
+                *FLAGS, "--name", "big", "--partition", "gpu", "--account", "ours", "--time",
+                "2-00:00:00", "--sbatch", "--qos=long --exclusive", "--wait", "--restarts", "3",
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_dry_run(cluster, hard_words, check_golden, name, flags):
+    done = cluster.start(
+        "--target", "slurm", *flags, "--dry-run", *COMMAND, *hard_words, cwd=cluster.elsewhere
+    )
+    assert done.returncode == 0, done.stderr
+    assert cluster.calls() == [] and list(cluster.elsewhere.iterdir()) == []
+    text = done.stdout.replace(str(cluster.root), "PROJECT")
+    check_golden(GOLDEN / name, text.replace(str(cluster.elsewhere), "HERE"))
+
+
+def test_words_and_logs(cluster, hard_words, tmp_path):
+    done = cluster.start(
+        "--target", "slurm", *FLAGS, "--wait", *COMMAND, *hard_words, cwd=cluster.elsewhere
+    )
+    assert done.returncode == 0, done.stderr
+    calls = cluster.calls()
+    assert [call[0] for call in calls] == ["sbatch", "srun"]
+    assert calls[0][1:] == ["--wait", str(cluster.elsewhere / "slurm" / "mlpmem.sbatch")]
+    expected = [str(cluster.elsewhere), "-P", "-m", "mlpmem_jax", *COMMAND, *hard_words]
+    for task in range(4):
+        assert (tmp_path / f"words-{task}").read_text().split("\0")[:-1] == expected
+    folder = cluster.elsewhere / "slurm"
+    assert (folder / "mlpmem-7.log").read_text() == "out 0\n"
+    assert (folder / "mlpmem-7" / "process-3.log").read_text() == "out 3\n"
+    script = (folder / "mlpmem.sbatch").read_text()
+    # Every task must see all GPUs of its node.
+    assert "--gpus-per-task" not in script and "#SBATCH --gres=gpu:2" in script
+    assert re.search(r"^#SBATCH --ntasks-per-node=2$", script, re.M)
+
+
+@pytest.mark.parametrize(("restarted", "requeued"), [("", 1), ("2", 1), ("3", 0)])
+def test_a_preempted_job_is_queued_again(cluster, restarted, requeued):
+    done = cluster.start(
+        "--target", "slurm", *FLAGS, "--wait", "--restarts=3", *COMMAND,
+        cwd=cluster.elsewhere, CODE="75", SLURM_RESTART_COUNT=restarted or "0",
+    )  # fmt: skip
+    assert done.returncode == 75
+    calls = cluster.calls()
+    assert calls.count(["scontrol", "requeue", "7"]) == requeued
+
+
+def test_a_failure_is_shown(cluster):
+    done = cluster.start(
+        "--target", "slurm", *FLAGS, "--wait", *COMMAND, cwd=cluster.elsewhere, CODE="3"
+    )
+    assert done.returncode == 3
+    assert not any(call[0] == "scontrol" for call in cluster.calls())
+    log = (cluster.elsewhere / "slurm" / "mlpmem-7.log").read_text()
+    assert "process-1.log ends with\nout 1\nerror: mine 1\n" in log
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--target slurm needs --nodes"),
+        (["--nodes", "two"], "--nodes=two: must be a whole number"),
+        ([*FLAGS, "--name", "a b"], "--name=a b: letters, digits"),
+    ],
+)
+def test_mistakes_submit_nothing(cluster, flags, message):
+    done = cluster.start("--target", "slurm", *flags, *COMMAND, cwd=cluster.elsewhere)
+    assert done.returncode == 2 and message in done.stderr
+    assert cluster.calls() == [] and list(cluster.elsewhere.iterdir()) == []
+
+
+def test_a_folder_with_a_space_is_refused(cluster):
+    done = cluster.start("--target", "slurm", *FLAGS, *COMMAND)
+    assert done.returncode == 2 and "sbatch cannot write logs to a path with spaces" in done.stderr

@@ -1,0 +1,258 @@
+"""run.sh --target tpu-vm, with a stand-in for gcloud that keeps TPUs in a directory.
+
+Each worker is a home directory; ssh hands its one string to a shell there, as sshd does.
+"""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+
+GOLDEN = ROOT / "tests" / "launch" / "golden"
+FLAGS = ["--name", "pod", "--zone", "us-east5-a", "--accelerator-type", "v5p-16"]
+COMMAND = ["pretrain", "--config", "configs/tiny.yaml", "--workdir", "gs://bucket/run"]
+NUM_WORKERS = 2
+
+GCLOUD = r"""
+[ "$1 $2" = "compute tpus" ] || { echo "gcloud: $1 $2?" >&2; exit 2; }
+group="$3" verb="$4" name="$5"
+shift 5
+positional=() worker=0 command=""
+while [ "$#" -gt 0 ]; do
+  case "$1" in
+    --worker) worker="$2"; shift 2 ;;
+    --command) command="$2"; shift 2 ;;
+    --spot | --force | --quiet) shift ;;
+    --*) shift 2 ;;
+    *) positional+=("$1"); shift ;;
+  esac
+done
+there() {
+  if [ "$worker" = all ]; then ls -d "$TPUS"/worker-*; else echo "$TPUS/worker-$worker"; fi
+}
+case "$group $verb" in
+  "tpu-vm describe") cat "$TPUS/$name" ;;
+  "queued-resources describe") cat "$TPUS/$name.request" ;;
+  *" create")
+    [ ! -e "$TPUS/$name" ] || { echo "ALREADY_EXISTS" >&2; exit 1; }
+    for k in $(seq 0 $((NUM_WORKERS - 1))); do mkdir -p "$TPUS/worker-$k"; done
+    [ "$group" = tpu-vm ] || echo ACTIVE >"$TPUS/$name.request"
+    echo READY >"$TPUS/$name" ;;
+  *" delete") rm -rf "${TPUS:?}/$name" "$TPUS/$name.request" "$TPUS"/worker-* ;;
+  "tpu-vm scp")
+    for home in $(there); do cp "$name" "$home/${positional[0]#*:}"; done ;;
+  "tpu-vm ssh")
+    [ "$(cat "$TPUS/$name")" = READY ] || exit 255
+    code=0
+    for home in $(there); do
+      (cd "$home" && HOME="$home" exec bash -c "$command") || code=$?
+    done
+    exit "$code" ;;
+  *) echo "gcloud: $group $verb?" >&2; exit 2 ;;
+esac
+"""
+# Makes environments of itself; a run writes down its words and ends with the next of $CODES.
+PYTHON = r"""
+case "$1 ${2:-}" in
+  "-c "*) exit 0 ;;
+  "-m venv") for d in "$@"; do :; done; mkdir -p "$d/bin"; cp "$0" "$d/bin/python"
+             : >"$d/pyvenv.cfg"; exit 0 ;;
+  "-m pip" | "-m ensurepip") exit 0 ;;
+esac
+name="${HOME##*/}"
+printf '%s\0' "$@" >"$RUNS/$name.words"
+ls -A >"$RUNS/$name.files"
+echo "$name says hello"
+code="$(head -n 1 "$CODES.$name" 2>/dev/null)"
+sed -i 1d "$CODES.$name" 2>/dev/null
+case "$code" in
+  gone) [ "$name" != worker-0 ] || echo PREEMPTED >"$TPUS/pod"; exit 134 ;;
+  wait) trap 'echo saved >"$RUNS/$name.saved"; exit 75' TERM; while :; do sleep 0.1; done ;;
+esac
+exit "${code:-0}"
+"""
+# The flags that the reference of gcloud names (of those that could matter here).
+KNOWN = {
+    "tpu-vm describe": {"--format"},
+    "queued-resources describe": {"--format"},
+    "tpu-vm create": {"--accelerator-type", "--version", "--spot"},
+    "queued-resources create": {
+        "--accelerator-type", "--runtime-version", "--node-id", "--spot",
+    },
+    "tpu-vm delete": {"--quiet"},
+    "queued-resources delete": {"--quiet", "--force"},
+    "tpu-vm ssh": {"--worker", "--command"},
+    "tpu-vm scp": {"--worker"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def tpus(checkout, tmp_path):
+    for name in ("tpus", "runs"):
+        (tmp_path / name).mkdir()
+    checkout.program("gcloud", GCLOUD)
+    (checkout.bin / "python3.12").write_text("#!/usr/bin/env bash\n" + PYTHON)
+    (checkout.bin / "python3.12").chmod(0o755)
+    checkout.environment |= {
+        "TPUS": str(tmp_path / "tpus"),
+        "RUNS": str(tmp_path / "runs"),
+        "CODES": str(tmp_path / "codes"),
+        "NUM_WORKERS": str(NUM_WORKERS),
+    }
+    return checkout
+
+
+def codes(checkout, *given):
+    for worker in range(NUM_WORKERS):
+        with open(f"{checkout.environment['CODES']}.worker-{worker}", "w") as file:
+            file.write("\n".join(given) + "\n")
+
+
+def runs(tmp_path, name):
+    return (tmp_path / "runs" / name).read_bytes()
+
+
+def verbs(calls):
+    for call in calls:
+        assert call[:3] == ["gcloud", "compute", "tpus"], call
+        verb = " ".join(call[3:5])
+        flags = {word for word in call[6:] if word.startswith("--")}
+        assert flags <= KNOWN[verb] | {"--zone", "--project"}, call
+    return [call[4] for call in calls if call[4] != "describe"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("tpu-vm.txt", ["--project", "ours"]),
+        ("tpu-vm-queued-spot-keep.txt", ["--queued", "--spot", "--keep"]),
+    ],
+)
+def test_dry_run(tpus, hard_words, check_golden, name, flags):
+    text = tpus.dry_run("--target", "tpu-vm", *FLAGS, *flags, "--dry-run", *COMMAND, *hard_words)
+    check_golden(GOLDEN / name, text)
+
+
+def test_dry_run_prints_what_would_run(tpus, hard_words, words_of, tmp_path):
+    given = ["--target=tpu-vm", *FLAGS]
+    planned = tpus.start(*given, "--dry-run", *COMMAND, *hard_words)
+    assert planned.returncode == 0 and tpus.calls() == []
+    planned = [words_of(line) for line in planned.stdout.splitlines()]
+    done = tpus.start(*given, *COMMAND, *hard_words)
+    assert done.returncode == 0, done.stderr
+    calls = tpus.calls()
+    assert calls == [words for words in planned if words[0] == "gcloud"]
+    assert verbs(calls) == ["create", "scp", "ssh", "ssh", "ssh", "delete"]
+    # The words came through gcloud, ssh and two shells as they were, to each worker.
+    expected = ["-P", "-m", "mlpmem_jax", *COMMAND, *hard_words]
+    for worker in range(NUM_WORKERS):
+        words = runs(tmp_path, f"worker-{worker}.words").decode().split("\0")[:-1]
+        assert words == expected
+        files = runs(tmp_path, f"worker-{worker}.files").decode().split()
+        assert {"launch", "own", "configs"} <= set(files) and "untracked" not in files
+    assert "worker-0 says hello" in done.stdout and "worker-1" not in done.stdout
+    assert not (tmp_path / "tpus" / "pod").exists()
+
+
+def test_starts_again_after_a_preemption_that_left_the_machine(tpus):
+    codes(tpus, "75", "0")
+    done = tpus.start("--target", "tpu-vm", *FLAGS, *COMMAND)
+    assert done.returncode == 0, done.stderr
+    assert "preempted (exit code 75); restart 1 of 100" in done.stderr
+    assert verbs(tpus.calls()) == ["create", "scp", "ssh", "ssh", "ssh", "ssh", "ssh", "delete"]
+
+
+def test_makes_the_machine_again_when_it_was_taken(tpus):
+    codes(tpus, "gone", "0")
+    done = tpus.start("--target", "tpu-vm", *FLAGS, "--spot", *COMMAND)
+    assert done.returncode == 0, done.stderr
+    assert "pod is PREEMPTED: making it again" in done.stderr
+    assert verbs(tpus.calls()) == [
+        "create", "scp", "ssh", "ssh", "ssh", "delete", "create", "scp", "ssh", "ssh", "ssh",
+        "delete",
+    ]  # fmt: skip
+
+
+def test_a_failure_is_shown_and_not_repeated(tpus):
+    codes(tpus, "3", "0")
+    done = tpus.start("--target", "tpu-vm", *FLAGS, "--keep", *COMMAND)
+    assert done.returncode == 3
+    assert done.stdout.count("exit code 3") == NUM_WORKERS  # what each worker's log ends with
+    assert "pod is kept, and costs money" in done.stderr
+    assert verbs(tpus.calls())[-1] == "ssh"
+
+
+def test_uses_a_machine_that_exists(tpus, tmp_path):
+    assert tpus.start("--target", "tpu-vm", *FLAGS, "--keep", *COMMAND).returncode == 0
+    tpus.calls()
+    done = tpus.start("--target", "tpu-vm", *FLAGS, *COMMAND)
+    assert done.returncode == 0 and "using pod, which exists" in done.stderr
+    assert verbs(tpus.calls()) == ["scp", "ssh", "ssh", "ssh", "delete"]
+
+
+def test_a_request_that_was_used_up_is_made_again(tpus, tmp_path):
+    (tmp_path / "tpus" / "pod.request").write_text("SUSPENDED\n")
+    done = tpus.start("--target", "tpu-vm", *FLAGS, "--queued", *COMMAND)
+    assert done.returncode == 0, done.stderr
+    assert verbs(tpus.calls())[:3] == ["delete", "create", "scp"]
+
+
+def test_ctrl_c_saves_and_deletes(tpus, tmp_path):
+    codes(tpus, "wait")
+    process = subprocess.Popen(
+        ["bash", str(tpus.root / "launch" / "run.sh"), "--target", "tpu-vm", *FLAGS, *COMMAND],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=tpus.environment,
+        cwd=tpus.root,
+        start_new_session=True,
+    )
+    while process.stdout.readline() != "worker-0 says hello\n":
+        assert process.poll() is None
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "runs" / "worker-1.words").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "stopping the run on pod" in said
+    for worker in range(NUM_WORKERS):
+        assert (tmp_path / "runs" / f"worker-{worker}.saved").exists()
+    assert not (tmp_path / "tpus" / "pod").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--name", "pod"], "--target tpu-vm needs --zone --accelerator-type"),
+        ([*FLAGS[:-1], "x9-8"], "--accelerator-type=x9-8: name its --runtime-version too"),
+        ([*FLAGS, "--timeout", "soon"], "--timeout=soon: must be a whole number"),
+        ([*FLAGS, "--spot=yes"], "--spot takes no value"),
+        ([*FLAGS, "--spott", *COMMAND], "--spott: no flag of --target tpu-vm"),
+        ([*FLAGS, "--config", "x"], "--config: no flag of --target tpu-vm"),
+        ([*FLAGS, "--target", "gke"], "--target: must come first"),
+        ([*FLAGS, "train", "--config", "untracked"], "only files that git tracks are copied"),
+        ([*FLAGS, "train", "--config=no/where"], "--config no/where: no such file"),
+    ],
+)
+def test_mistakes_run_nothing(tpus, arguments, message):
+    done = tpus.start("--target", "tpu-vm", *arguments)
+    assert done.returncode == 2 and message in done.stderr
+    assert tpus.calls() == []
+
+
+def test_paths_of_the_project_hold_there_too(tpus, words_of):
+    given = ["--target", "tpu-vm", *FLAGS, "--dry-run"]
+    planned = tpus.start(*given, "train", "--config", "tiny.yaml", cwd=tpus.root / "configs")
+    assert "start train --config configs/tiny.yaml'" in planned.stdout, planned.stderr
+    planned = tpus.start(*given, cwd=tpus.bin)
+    expected = "run --config configs/quickstart.yaml --workdir runs/quickstart'"
+    assert expected in planned.stdout, planned.stderr
+    assert "is on the disk of pod, which is deleted" in planned.stderr
