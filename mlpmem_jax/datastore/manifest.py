@@ -157,6 +157,9 @@ class Artifact:
             "targets": "retrieve",
             "memory": "train",
             "results": "evaluate",
+            "analysis": "analyze",
+            "cost": "cost",
+            "search-quality": "search-quality",
         }[self.kind]
 
     def verify(self) -> Manifest:

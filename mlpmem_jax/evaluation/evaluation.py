@@ -43,7 +43,7 @@ def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
     """
     layout = Layout(config)
     decoder, memory = finished_decoder(config, mesh), finished_memory(config, mesh)
-    stored = {split: _StoredSplit.open(layout, split) for split in _EVALUATED}
+    stored = {split: StoredSplit.open(layout, split) for split in _EVALUATED}
     train_label = _whole(layout, "train", "label")
     neighbors = {
         split: StoredNeighbors(layout, split, stored[split].label_N, train_label)
@@ -57,7 +57,7 @@ def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
         config.seed,
     )
     remembered = {
-        split: _memory_scores(config, layout, split, decoder, memory, mesh) for split in _EVALUATED
+        split: memory_scores(config, layout, split, decoder, memory, mesh) for split in _EVALUATED
     }
     scores = {
         split: SplitScores(
@@ -84,7 +84,7 @@ def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
 
 
 @dataclasses.dataclass(frozen=True)
-class _StoredSplit:
+class StoredSplit:
     """What `embed` stored of a split, and its documents."""
 
     label_N: np.ndarray
@@ -92,7 +92,7 @@ class _StoredSplit:
     counts: DocumentCounts
 
     @classmethod
-    def open(cls, layout: Layout, split: Split) -> "_StoredSplit":
+    def open(cls, layout: Layout, split: Split) -> "StoredSplit":
         tokens = TokenSplit.open(layout.tokens, split)
         label_N = _whole(layout, split, "label")
         name = f"{layout.datastore(split).path} and {layout.tokens.path / split}"
@@ -114,7 +114,7 @@ def _whole(layout: Layout, split: Split, name: str) -> np.ndarray:
     return read_rows(store, 0, store.shape[0])
 
 
-def _memory_scores(
+def memory_scores(
     config: Config,
     layout: Layout,
     split: Split,
