@@ -17,6 +17,7 @@ from mlpmem_jax.evaluation.style import (
     plain,
     title,
 )
+from mlpmem_jax.evaluation.table import number
 
 Results = Mapping[str, Any]
 _OFFSET = 0.13
@@ -66,7 +67,10 @@ def _draw_frequency(axes: Any, results: Results) -> None:
     groups = [group for group in results["frequency"] if group["tokens"]]
     _draw_gains(axes, groups, results)
     _draw_shares(axes, [group["token_share"] for group in groups])
-    names = [f"{group['label']}\n{100 * group['token_share']:.1f} %" for group in groups]
+    names = [
+        f"{group['label'].replace('–', '–' + chr(10))}\n{100 * group['token_share']:.1f} %"
+        for group in groups
+    ]
     axes.set_xticks(range(len(groups)), names, fontsize=8.5)
     axes.legend(frameon=False, fontsize=9.5, loc="upper right", labelcolor=INK)
     axis_labels(
@@ -115,7 +119,9 @@ def _draw_mass(axes: Any, results: Results) -> None:
     steps = np.asarray(sharp["steps"], np.float64)
     for system, one in sharp["systems"].items():
         mass = [_value(value) for value in one["mean_mass"]]
-        axes.plot(steps, mass, color=COLORS[system], linewidth=2.2, label=NAMES[system])
+        # The mixture may lie on one of its parts (λ = 0 or 1): both stay visible.
+        style = (0, (2, 2)) if system == "mixture" else "solid"
+        axes.plot(steps, mass, color=COLORS[system], linewidth=2.2, linestyle=style)
     axes.set_xscale("log")
     axes.set_xlim(1, steps[-1])
     axes.set_ylim(0, 1.02)
@@ -123,7 +129,7 @@ def _draw_mass(axes: Any, results: Results) -> None:
         axes.axhline(mass, color=LINE, linewidth=0.5, linestyle=(0, (1, 3)))
     lines = [f"mean tokens for {' / '.join(f'{100 * mass:g}' for mass in sharp['masses'])} %"]
     lines += [
-        f"{NAMES[system]}: {' / '.join(f'{value:,.3g}' for value in one['mean_tokens'])}"
+        f"{NAMES[system]}: {' / '.join(map(_short, one['mean_tokens']))}"
         for system, one in sharp["systems"].items()
     ]
     colors = [QUIET, *(COLORS[system] for system in sharp["systems"])]
@@ -173,5 +179,9 @@ def _draw_agreement(axes: Any, results: Results) -> None:
     )
 
 
-def _value(number: float | None) -> float:
-    return float("nan") if number is None else float(number)
+def _short(count: float | None) -> str:
+    return number(count, 0 if count is not None and count >= 100 else 1)
+
+
+def _value(value: float | None) -> float:
+    return float("nan") if value is None else float(value)

@@ -75,9 +75,11 @@ def as_text(results: Results) -> str:
         [
             f"test: {test['tokens']:,} tokens in {test['documents']:,} documents; gains over the "
             "decoder in nats per token",
+            "label n ×: it occurs n times in the training text; n-gram seen: it occurs there",
             _gain_table(results),
             f"sharpness: {sharp['rows']:,} test tokens",
             _sharpness_table(results),
+            _agreement_table(results),
             *(f"note: {note}" for note in results["notes"]),
             "",
             *_sentences(results),
@@ -92,7 +94,7 @@ def _gain_table(results: Results) -> str:
         header += [f"{label}\ngain", f"{level}\ninterval"]
     rows = [_gain_row("all tokens", results["all"], results)]
     rows += [
-        _gain_row(f"label {group['label']} times in train", group, results)
+        _gain_row(f"label {group['label']} ×", group, results)
         for group in results["frequency"]
     ]
     for one in results["ngrams"]:
@@ -116,25 +118,35 @@ def _gain_row(name: str, group: Results, results: Results) -> list[str]:
 
 def _sharpness_table(results: Results) -> str:
     sharp = results["sharpness"]
-    masses = [f"{100 * mass:g} %\nmean (med.)" for mass in sharp["masses"]]
-    header = ["tokens that hold", *masses, "top-1\nis label", "top-1\nas kNN", "KL from\nkNN"]
-    rows = []
-    for system, one in sharp["systems"].items():
-        counts = [
-            f"{number(mean, 1)} ({number(median, 0)})"
-            for mean, median in zip(one["mean_tokens"], one["median_tokens"], strict=True)
+    header = ["tokens that hold\nmean (median)", *(f"{100 * m:g} %" for m in sharp["masses"])]
+    rows = [
+        [
+            NAMES[system],
+            *(
+                f"{number(mean, 1)} ({number(median, 0)})"
+                for mean, median in zip(one["mean_tokens"], one["median_tokens"], strict=True)
+            ),
         ]
-        agreement = None if system == "knn" else one["knn_top1"]
-        distance = None if system == "knn" else one["kl_from_knn"]
-        rows.append(
-            [
-                NAMES[system],
-                *counts,
-                percent(one["label_top1"]),
-                percent(agreement),
-                number(distance, 3),
-            ]
-        )
+        for system, one in sharp["systems"].items()
+    ]
+    return render(header, rows)
+
+
+def _agreement_table(results: Results) -> str:
+    level = f"{100 * results['confidence']:g} %\ninterval"
+    header = ["", "top-1 is\nthe label", level, "top-1 as\nkNN", level, "KL from\nkNN", level]
+    rows = []
+    for system, one in results["sharpness"]["systems"].items():
+        row = [NAMES[system]]
+        for key, scale in (("label_top1", 100), ("knn_top1", 100), ("kl_from_knn", 1)):
+            digits = 1 if scale == 100 else 3
+            values = [one[key], one[f"{key}_low"], one[f"{key}_high"]]
+            if system == "knn" and key != "label_top1":  # Of itself: nothing to say.
+                values = [None, None, None]
+            value, low, high = (None if v is None else scale * v for v in values)
+            unit = " %" if scale == 100 and value is not None else ""
+            row += [number(value, digits) + unit, bracket(low, high, digits)]
+        rows.append(row)
     return render(header, rows)
 
 
