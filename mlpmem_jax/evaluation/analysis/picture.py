@@ -79,7 +79,11 @@ def _draw_frequency(axes: Any, results: Results) -> None:
         "gain over the decoder, nats per token",
     )
     level = f"{100 * results['confidence']:g} %"
-    title(axes, "By frequency of the token", f"bars: {level} interval over documents")
+    title(
+        axes,
+        "By frequency of the token",
+        f"bars: {level} interval over documents; bins under 0.2 % may lie outside",
+    )
 
 
 def _draw_shares(axes: Any, shares: Sequence[float]) -> None:

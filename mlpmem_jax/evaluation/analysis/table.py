@@ -94,8 +94,7 @@ def _gain_table(results: Results) -> str:
         header += [f"{label}\ngain", f"{level}\ninterval"]
     rows = [_gain_row("all tokens", results["all"], results)]
     rows += [
-        _gain_row(f"label {group['label']} ×", group, results)
-        for group in results["frequency"]
+        _gain_row(f"label {group['label']} ×", group, results) for group in results["frequency"]
     ]
     for one in results["ngrams"]:
         rows += [
