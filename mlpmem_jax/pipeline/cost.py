@@ -14,7 +14,7 @@ from mlpmem_jax.pipeline.evaluate import RESULTS as EVALUATED
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.reports import print_files, write_report
-from mlpmem_jax.pipeline.stage import Completion, Rebuild, Stage
+from mlpmem_jax.pipeline.stage import Completion, Stage
 
 NAME = "cost"
 
@@ -161,7 +161,7 @@ def print_report(config: Config) -> None:
 
 def main(config: Config, options: Options) -> int:
     """Runs the command."""
-    code = execute(stages, config, options, when_rebuilding=Rebuild.STALE)
+    code = execute(stages, config, options)
     if code == 0 and not options.dry_run:
         print_report(config)
     return code

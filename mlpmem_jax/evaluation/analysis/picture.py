@@ -79,11 +79,8 @@ def _draw_frequency(axes: Any, results: Results) -> None:
         "gain over the decoder, nats per token",
     )
     level = f"{100 * results['confidence']:g} %"
-    title(
-        axes,
-        "By frequency of the token",
-        f"bars: {level} interval over documents; bins under 0.2 % may lie outside",
-    )
+    about = f"bars: {level} interval over documents; bins under 0.2 % may lie outside"
+    title(axes, "By frequency of the token", about)
 
 
 def _draw_shares(axes: Any, shares: Sequence[float]) -> None:

@@ -33,10 +33,8 @@ def draw(results: Results) -> bytes:
     _draw(places[0], results, "token_ms_p50", "token_ms_p95", "milliseconds")
     title(places[0], "Time per token", f"median; shaded up to the 95th percentile; {where}")
     _draw(places[1], results, "first_ms_p50", "first_ms_p95", "milliseconds")
-    after = f"after a prompt of {protocol['prompt_tokens']} tokens"
-    title(
-        places[1], "Time to the first token", f"median; shaded up to the 95th percentile; {after}"
-    )
+    after = f"after a prompt of {protocol['prompt_tokens']} tokens; median to 95th percentile"
+    title(places[1], "Time to the first token", after)
     _draw(places[2], results, "tokens_per_sec", None, "tokens per second")
     title(places[2], "Throughput", f"{protocol['batch_size']} texts continued together")
     if has_quality:
