@@ -85,7 +85,7 @@ def measure_growth(
             name: {what: value.tolist() for what, value in of.items()}
             for name, of in value_SRT.items()
         },
-        "notes": _notes(config, rows_S),
+        "notes": _notes(config, rows_S, prepared),
     }
 
 
@@ -209,10 +209,19 @@ def summarize(
     return summary
 
 
-def _notes(config: Config, rows_S: Sequence[int]) -> list[str]:
+def _notes(
+    config: Config, rows_S: Sequence[int], prepared: Mapping[int, Mapping[str, Any]]
+) -> list[str]:
     notes = []
     if "scann" in config.cost.engines:
         notes.append("ScaNN searches a token, and a batch of up to 256, in one thread")
+        floor = config.retrieval.min_recall
+        low = [f"{rows:,}" for rows in rows_S if prepared[rows]["recall"] < floor]
+        if low:
+            notes.append(
+                f"ScaNN stays below retrieval.min_recall={floor} at {', '.join(low)} rows: sizes "
+                "are not compared at equal recall"
+            )
         if rows_S[0] < AH_MIN_ROWS:
             notes.append(f"below {AH_MIN_ROWS:,} rows ScaNN scores every row: it has no tree")
     if "exact" in config.cost.engines:

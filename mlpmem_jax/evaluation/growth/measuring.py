@@ -87,8 +87,8 @@ class Timer:
         approximate.remove_unfinished(path)
         needed = approximate.index_bytes(num_rows, keys.width, retrieval.dims_per_block)
         check_free_space(path, needed, f"the index of {num_rows} rows")
-        for _ in approximate.build_shards(keys, path, retrieval):
-            pass
+        shards = approximate.build_shards(keys, path, retrieval)
+        files = [path / name for _, _, names in shards for name in names]
         engine = ExactEngine(keys, self.mesh, retrieval.key_chunk_rows)
         settings, _ = choose_settings(path, keys, lambda: engine, retrieval, seed)
         sample = recall.draw_sample(
@@ -103,7 +103,6 @@ class Timer:
             f"cost: index of {num_rows:,} rows: {settings.num_leaves_to_search} leaves, "
             f"{settings.num_reorder} candidates, recall {found:.4f}"
         )
-        files = [file for file in path.rglob("*") if file.is_file()]
         return {
             "settings": dataclasses.asdict(settings),
             "recall": found,
@@ -170,19 +169,19 @@ class Timer:
         vocab = self.models["decoder"].model.vocab_size
         prompt = np.random.default_rng(self.config.seed).integers(0, vocab, cost.prompt_tokens)
         writers = {name: Writer(system, 1) for name, system in systems.items()}
-        for turn in range(1 + cost.num_prompts):
+        for turn in range(_WARM_UP + cost.num_prompts):
             for name, writer in writers.items():
                 spent = writer.read(prompt[None].astype(np.int32))
-                if turn:
+                if turn >= _WARM_UP:
                     times[name].first.append(1000 * spent.total)
 
     def _time_steps(self, systems: Systems, times: Mapping[str, "_Times"]) -> None:
         cost = self.config.cost
         writers = {name: Writer(system, cost.batch_size) for name, system in systems.items()}
-        for turn in range(1 + cost.batch_steps):
+        for turn in range(_WARM_UP + cost.batch_steps):
             for name, writer in writers.items():
                 spent = writer.write()
-                if turn:
+                if turn >= _WARM_UP:
                     times[name].step.append(1000 * spent.total)
 
     def remove_indices(self) -> None:

@@ -1,5 +1,6 @@
 """Cost against rows as tables for the terminal and as CSV, from `cost.json` alone."""
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ QUANTITIES = {
     "bytes": "bytes",
 }
 COLUMNS = ("system", "rows", *QUANTITIES, "recall")
-_SLOPE = "slope"
+# An interval around 0 inside of ± this is called flat: 2^0.05 is 3.5 % for each doubling.
+FLAT = 0.05
 
 
 def as_csv(results: Results) -> str:
@@ -63,11 +65,12 @@ def as_text(results: Results) -> str:
             results, "tokens_per_sec", None, f"tokens per second, {protocol['batch_size']} texts"
         ),
         _size_table(results, "bytes", None, "bytes kept"),
+        *_recall_line(results),
         _slope_table(results),
         *_quality_table(results),
-        *(f"note: {note}" for note in results["notes"]),
+        *(line for note in results["notes"] for line in textwrap.wrap(f"note: {note}", 100)),
         "",
-        *_sentences(results),
+        *textwrap.wrap(" ".join(_sentences(results)), 100),
     ]
     return "\n".join(blocks)
 
@@ -99,6 +102,15 @@ def _columns_that_fit(rows: Sequence[Sequence[str]], sizes: Sequence[int]) -> li
     if len(columns) <= room:
         return columns
     return sorted({round(n * (len(columns) - 1) / (room - 1)) for n in range(room)})
+
+
+def _recall_line(results: Results) -> list[str]:
+    found = [
+        f"{number(recall, 3)} at {_count(rows)}"
+        for rows, recall in zip(results["rows"], results["recall"], strict=True)
+        if recall is not None
+    ]
+    return textwrap.wrap(f"recall of ScaNN: {', '.join(found)} rows", 100) if found else []
 
 
 def _slope_table(results: Results) -> str:
@@ -138,9 +150,14 @@ def _sentences(results: Results) -> Iterator[str]:
     """Says whether the memory's time depends on the rows."""
     slope = results["systems"]["memory"]["slopes"]["token_ms_p50"]
     shown = f"{number(slope['slope'], 3, sign=True)} {bracket(slope['low'], slope['high'], 3)}"
-    flat = slope["low"] <= 0 <= slope["high"]
-    verdict = "flat: the interval holds 0" if flat else "the interval does not hold 0"
-    yield f"Time per token of decoder + memory against rows: slope {shown}, {verdict}."
+    widest = max(abs(slope["low"]), abs(slope["high"]))
+    if not slope["low"] <= 0 <= slope["high"]:
+        verdict = "not flat by this measurement"
+    elif widest <= FLAT:
+        verdict = "flat"
+    else:
+        verdict = f"not told from flat, but slopes up to {widest:.2f} are not excluded"
+    yield f"Time per token of decoder + memory against rows: slope {shown}: {verdict}."
 
 
 def _figures(value: float | None) -> str:

@@ -132,7 +132,9 @@ class Writer:
         with jax.set_mesh(self._compiled.model.mesh):
             self._cache = jax.block_until_ready(self._compiled.empty(self._batch)())
         self._length = 0
-        self._token: Any = np.zeros((self._batch, 1), np.int32)
+        # Where a drawn token lies too: one shape and place, compiled once.
+        zero_B1 = np.zeros((self._batch, 1), np.int32)
+        self._token: Any = jax.device_put(zero_B1, replicated(self._compiled.model.mesh))
 
     def read(self, token_BL: np.ndarray) -> Spent:
         """Reads prompts into empty caches and draws a token for each: time to the first."""
