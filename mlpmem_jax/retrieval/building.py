@@ -38,7 +38,7 @@ class BuiltIndex:
 def exact_engine(config: Config, mesh: jax.sharding.Mesh) -> ExactEngine:
     """Opens the exact engine over the training split's keys."""
     keys = StoredKeys(Layout(config).datastore("train"))
-    _check_memory(keys.num_rows * (keys.width + 1) * 4, "the exact engine", "mesh.data (devices)")
+    check_memory(keys.num_rows * (keys.width + 1) * 4, "the exact engine", "mesh.data (devices)")
     return ExactEngine(keys, mesh, config.retrieval.key_chunk_rows)
 
 
@@ -61,7 +61,7 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
     path = layout.index.path
     approximate.remove_unfinished(path)
     largest = min(keys.num_rows, retrieval.shard_rows)
-    _check_memory(
+    check_memory(
         approximate.build_memory_bytes(largest, keys.width, retrieval.training_rows),
         "building an index shard",
         f"retrieval.shard_rows={retrieval.shard_rows}",
@@ -185,7 +185,17 @@ class ExactCache:
         self._engine = None
 
 
-def _check_memory(needed_bytes: int, what: str, way_out: str) -> None:
+def check_memory(needed_bytes: int, what: str, way_out: str) -> None:
+    """Refuses to begin what will not fit into memory.
+
+    Args:
+        needed_bytes: What it takes.
+        what: What it is, for the message.
+        way_out: The key to change.
+
+    Raises:
+        UserError: Fewer bytes are free than needed.
+    """
     available = _available_bytes()
     if available is not None and needed_bytes > available:
         raise UserError(

@@ -20,7 +20,7 @@ from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.evaluation.growth.writers import CompiledModel, System, Writer, make_search
 from mlpmem_jax.retrieval import approximate, recall
 from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
-from mlpmem_jax.retrieval.building import MEASUREMENT_SEED, choose_settings
+from mlpmem_jax.retrieval.building import MEASUREMENT_SEED, check_memory, choose_settings
 from mlpmem_jax.retrieval.engine import Engine, SomeKeys, StoredKeys
 from mlpmem_jax.retrieval.exact import ExactEngine
 
@@ -74,6 +74,9 @@ class Timer:
         if file.exists():
             return dict(read_json(file))
         about: dict[str, Any] = {"rows": num_rows}
+        key_bytes = 4 * num_rows * (self._keys(num_rows).width + 1)
+        # Both engines are open while they are timed; building an index needs as much.
+        check_memory(3 * key_bytes, f"timing {num_rows} rows", "cost.engines")
         if "scann" in self.config.cost.engines:
             about |= self._prepare_index(num_rows)
         write_json(file, about)

@@ -23,9 +23,12 @@ Results = Mapping[str, Any]
 def draw(results: Results) -> bytes:
     """Draws time, throughput, bytes and, where measured, quality; returns a PNG."""
     has_quality = "quality" in results
-    figure = new_figure(14.0, 8.6)
-    grid = figure.add_gridspec(2, 2, hspace=0.08, wspace=0.06)
+    num_lines = 3 if has_quality else 2
+    figure = new_figure(14.0, 4.3 * num_lines)
+    grid = figure.add_gridspec(num_lines, 2, hspace=0.08, wspace=0.06)
     places = [figure.add_subplot(grid[row, column]) for row in range(2) for column in range(2)]
+    if has_quality:
+        places.append(figure.add_subplot(grid[2, :]))
     for axes in places:
         plain(axes)
     machine, protocol = results["machine"], results["protocol"]
@@ -37,11 +40,10 @@ def draw(results: Results) -> bytes:
     title(places[1], "Time to the first token", after)
     _draw(places[2], results, "tokens_per_sec", None, "tokens per second")
     title(places[2], "Throughput", f"{protocol['batch_size']} texts continued together")
+    _draw(places[3], results, "bytes", None, "bytes")
+    title(places[3], "What must be kept", "weights; for a kNN-LM keys, labels and index too")
     if has_quality:
-        _draw_quality(places[3], results)
-    else:
-        _draw(places[3], results, "bytes", None, "bytes")
-        title(places[3], "What must be kept", "weights; for a kNN-LM keys, labels and index too")
+        _draw_quality(places[4], results)
     return as_png(figure)
 
 
