@@ -157,6 +157,9 @@ def _names(config: Config) -> Iterator[str]:
         name = getattr(config, section).name
         if name in (".", ".."):
             yield f"{section}.name={name} must be the name of a directory to make"
+    if config.retrieval.exact_name in (".", ".."):
+        name = config.retrieval.exact_name
+        yield f"retrieval.exact_name={name} must be the name of a directory to make"
     if config.memory.name == "metrics":
         yield "memory.name=metrics is taken: metrics of training lie in results/metrics"
 

@@ -1,11 +1,15 @@
 """Slopes against known data, sizes, and that few queries are searched as many are."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.evaluation.growth import slopes
 from mlpmem_jax.evaluation.growth.measuring import sizes
+from mlpmem_jax.evaluation.growth.writers import CompiledModel, make_search
+from mlpmem_jax.evaluation.latency import retriever
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.retrieval.engine import ArrayKeys
 from mlpmem_jax.retrieval.exact import ExactEngine, _MeshSearch
@@ -48,6 +52,23 @@ def test_sizes_double_up_to_all_rows():
     assert sizes(1003, 3, 16) == [125, 250, 501, 1003]
     with pytest.raises(ConfigError, match=r"cost\.doublings=7.*7 of 1003 rows"):
         sizes(1003, 7, 16)
+
+
+def test_the_timed_knn_lm_draws_from_the_mixture():
+    rng = np.random.default_rng(0)
+    key = rng.standard_normal((300, 4)).astype(np.float32)
+    label = rng.integers(0, 9, 300).astype(np.int32)
+    logits = rng.standard_normal((5, 9))
+    logprob_BV = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
+    engine = ExactEngine(ArrayKeys(key), single_device_mesh(), 1024)
+    compiled = CompiledModel(SimpleNamespace(mesh=single_device_mesh()), None, 0.4)
+    search = make_search(engine, label, 20, 2.0, 0.4)
+    share_BK, label_BK = search(key[:5] + 0.1)
+    np.testing.assert_allclose(share_BK.sum(axis=1), 0.4, rtol=1e-5)
+    drawn = np.asarray(compiled.mix(logprob_BV, share_BK, label_BK))[:, 0]
+    plain = retriever(engine, label, 20, 2.0, 0.4)  # One text, in NumPy.
+    for row in range(5):
+        assert drawn[row] == plain(logprob_BV[row], key[row] + np.float32(0.1)).argmax()
 
 
 @pytest.mark.parametrize("num_queries", [1, 3, 32])
