@@ -13,7 +13,7 @@ def cross_section_mistakes(config: Config) -> list[str]:
     """Returns one line for each rule that is broken."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
         _sources, _heads, _layers, _windows, _storage, _batches, _arrays, _mesh,
-        _schedules, _names, _candidates, _losses, _starts,
+        _schedules, _names, _candidates, _losses, _starts, _studies,
     )  # fmt: skip
     return [mistake for rule in rules for mistake in rule(config)]
 
@@ -157,6 +157,9 @@ def _names(config: Config) -> Iterator[str]:
         name = getattr(config, section).name
         if name in (".", ".."):
             yield f"{section}.name={name} must be the name of a directory to make"
+    if config.retrieval.exact_name in (".", ".."):
+        name = config.retrieval.exact_name
+        yield f"retrieval.exact_name={name} must be the name of a directory to make"
     if config.memory.name == "metrics":
         yield "memory.name=metrics is taken: metrics of training lie in results/metrics"
 
@@ -174,6 +177,34 @@ def _candidates(config: Config) -> Iterator[str]:
             yield (
                 f"retrieval.num_leaves_to_search={visited} is more than "
                 f"retrieval.num_leaves={leaves}"
+            )
+
+
+def _studies(config: Config) -> Iterator[str]:
+    if not config.cost.engines:
+        yield "cost.engines=[] must name at least one engine (scann, exact)"
+    for key, values in (
+        ("cost.engines", config.cost.engines),
+        ("analyze.ngram_orders", config.analyze.ngram_orders),
+        ("analyze.masses", config.analyze.masses),
+    ):
+        if len(set(values)) < len(values):
+            yield f"{key}={list(values)} names something twice"
+    if not config.analyze.masses:
+        yield "analyze.masses=[] must hold at least one mass between 0 and 1"
+    settings = config.search_quality.settings
+    if not settings:
+        yield "search_quality.settings=[] must hold at least one setting"
+    names = [setting.name for setting in settings]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"search_quality.settings: the name {name} is given twice"
+    for place, setting in enumerate(settings):
+        wanted, least = setting.num_reorder, config.retrieval.num_neighbors + 1
+        if wanted != "auto" and wanted < least:
+            yield (
+                f"search_quality.settings.{place}.num_reorder={wanted} must be more than "
+                f"retrieval.num_neighbors={config.retrieval.num_neighbors} (the own row is found "
+                "too)"
             )
 
 

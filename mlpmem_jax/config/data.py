@@ -122,6 +122,11 @@ class RetrievalConfig(Section):
     name: str = setting(
         "auto", "name of index and neighbours; auto: datastore.name", pattern=r"^[A-Za-z0-9._-]+$"
     )
+    exact_name: str = setting(
+        "auto",
+        "name of the exact neighbours of valid and test, which depend on K alone; auto: name",
+        pattern=r"^[A-Za-z0-9._-]+$",
+    )
     engine: Literal["auto", "scann", "exact"] = setting(
         "auto", "scann: approximate, re-ranked exactly; exact: brute force on the mesh"
     )

@@ -7,6 +7,7 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from mlpmem_jax.config.base import Section
 from mlpmem_jax.config.keys import INDEX, Key, all_keys, type_text
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.yaml_text import short
@@ -30,7 +31,9 @@ This page is generated from the schema: `python -m mlpmem_jax.config.describe`.
 def default_text(key: Key) -> str:
     """Returns a key's default as it would be written in an override."""
     if isinstance(key.default, tuple):
-        return short(list(key.default))
+        return short(
+            [item.model_dump() if isinstance(item, Section) else item for item in key.default]
+        )
     return '""' if key.default == "" else short(key.default)
 
 

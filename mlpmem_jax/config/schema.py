@@ -8,6 +8,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field, ValidationInfo, model_validator
 
+from mlpmem_jax.config.analysis import AnalyzeConfig, CostConfig, SearchQualityConfig
 from mlpmem_jax.config.base import Section, runtime, setting
 from mlpmem_jax.config.compiling import CompileConfig
 from mlpmem_jax.config.data import (
@@ -54,6 +55,11 @@ class Config(Section):
     evaluate: EvaluateConfig = setting(EvaluateConfig(), EvaluateConfig.__doc__ or "")
     generate: GenerateConfig = setting(GenerateConfig(), GenerateConfig.__doc__ or "")
     compile: CompileConfig = runtime(CompileConfig(), CompileConfig.__doc__ or "")
+    analyze: AnalyzeConfig = setting(AnalyzeConfig(), AnalyzeConfig.__doc__ or "")
+    cost: CostConfig = setting(CostConfig(), CostConfig.__doc__ or "")
+    search_quality: SearchQualityConfig = setting(
+        SearchQualityConfig(), SearchQualityConfig.__doc__ or ""
+    )
 
     @property
     def embedding_window_tokens(self) -> int:
@@ -71,6 +77,12 @@ class Config(Section):
     def retrieval_name(self) -> str:
         """Name of the index and of the neighbours."""
         return self.datastore.name if self.retrieval.name == "auto" else self.retrieval.name
+
+    @property
+    def exact_name(self) -> str:
+        """Name of the exact neighbours of validation and test."""
+        name = self.retrieval.exact_name
+        return self.retrieval_name if name == "auto" else name
 
     @property
     def pretrain_window_tokens(self) -> int:

@@ -85,8 +85,9 @@ class Layout:
         return self._artifact(f"index/{self._config.retrieval_name}", "index")
 
     def neighbors(self, split: Split) -> Artifact:
-        """The K nearest training rows of each row."""
-        return self._artifact(f"neighbors/{self._config.retrieval_name}/{split}", "neighbors")
+        """The K nearest training rows of each row; those of valid and test are exact."""
+        name = self._config.retrieval_name if split == "train" else self._config.exact_name
+        return self._artifact(f"neighbors/{name}/{split}", "neighbors")
 
     def targets(self, split: Split) -> Artifact:
         """Sparse kNN distributions, of this run or of its teacher's."""
@@ -115,6 +116,21 @@ class Layout:
         joint = self._config.train.mode == "joint"
         name = f"joint-{self._config.joint_name}" if joint else self._config.memory.name
         return self._artifact(f"results/{name}", "results")
+
+    @property
+    def analysis(self) -> Artifact:
+        """Where the gains come from, and how sharp the distributions are."""
+        return self._artifact(f"analysis/{self._config.memory.name}", "analysis")
+
+    @property
+    def cost(self) -> Artifact:
+        """Cost against the size of the datastore."""
+        return self._artifact(f"cost/{self._config.memory.name}", "cost")
+
+    @property
+    def search_quality(self) -> Artifact:
+        """What approximate search costs."""
+        return self._artifact(f"search-quality/{self._config.memory.name}", "search-quality")
 
     def datastore_arrays(self) -> dict[str, ArraySpec]:
         """Arrays of a datastore split (design: key_ND, input_ND, label_N, logprob_N)."""

@@ -158,6 +158,9 @@ class Artifact:
             "memory": "train",
             "joint": "train",
             "results": "evaluate",
+            "analysis": "analyze",
+            "cost": "cost",
+            "search-quality": "search-quality",
         }[self.kind]
 
     def verify(self) -> Manifest:

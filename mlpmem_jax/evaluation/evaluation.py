@@ -1,6 +1,5 @@
 """Evaluates a finished run: reads what the stages stored, scores, compares, measures."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,17 +7,13 @@ import jax
 import numpy as np
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.datastore.store import open_array, read_rows
-from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.evaluation.compare import SplitScores, compare
 from mlpmem_jax.evaluation.cost import costs
-from mlpmem_jax.evaluation.joint_lm import score_joint
 from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
 from mlpmem_jax.evaluation.latency import retriever, time_tokens
-from mlpmem_jax.evaluation.memory_lm import SplitRows, score_memory
-from mlpmem_jax.evaluation.metrics import DocumentCounts, count_documents
+from mlpmem_jax.evaluation.remembered import remember
+from mlpmem_jax.evaluation.stored import StoredSplit, whole_array
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.models.memory import Memory
@@ -44,8 +39,8 @@ def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
     """
     layout = Layout(config)
     decoder, memory = finished_networks(config, mesh)
-    stored = {split: _StoredSplit.open(layout, split) for split in _EVALUATED}
-    train_label = _whole(layout, "train", "label")
+    stored = {split: StoredSplit.open(layout, split) for split in _EVALUATED}
+    train_label = whole_array(layout, "train", "label")
     neighbors = {
         split: LabelledNeighbors(layout, split, stored[split].label_N, train_label)
         for split in _EVALUATED
@@ -57,9 +52,7 @@ def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
         config.evaluate.knn_valid_rows,
         config.seed,
     )
-    remembered = {
-        split: _memory_scores(config, split, decoder, memory, mesh) for split in _EVALUATED
-    }
+    remembered = {split: remember(config, split, decoder, memory, mesh) for split in _EVALUATED}
     scores = {
         split: SplitScores(
             stored[split].counts,
@@ -84,79 +77,6 @@ def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
     results["diagnostics"] = _diagnostics(scores, remembered["valid"].diagnostics)
     results["retrieval"] = _retrieval(config, layout)
     return results, _latency(config, layout, decoder, memory, train_label, results, mesh)
-
-
-@dataclasses.dataclass(frozen=True)
-class _StoredSplit:
-    """What `embed` stored of a split, and its documents."""
-
-    label_N: np.ndarray
-    logprob_N: np.ndarray
-    counts: DocumentCounts
-
-    @classmethod
-    def open(cls, layout: Layout, split: Split) -> "_StoredSplit":
-        tokens = TokenSplit.open(layout.tokens, split)
-        label_N = _whole(layout, split, "label")
-        name = f"{layout.datastore(split).path} and {layout.tokens.path / split}"
-        counts = count_documents(
-            label_N,
-            tokens.separator_id,
-            tokens.document_offset,
-            tokens.document_words,
-            tokens.document_bytes,
-            name=name,
-        )
-        if not counts.scored_N.any():
-            raise ArtifactError(f"{layout.tokens.path / split}: no token to score")
-        return cls(label_N, _whole(layout, split, "logprob"), counts)
-
-
-def _whole(layout: Layout, split: Split, name: str) -> np.ndarray:
-    store = open_array(layout.datastore(split).path / name)
-    return read_rows(store, 0, store.shape[0])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Remembered:
-    """What the memory, and the decoder trained with it, give a split's labels."""
-
-    logprob_N: np.ndarray
-    decoder_N: np.ndarray | None
-    weight: np.ndarray | float | None
-    diagnostics: Mapping[str, float]
-
-
-def _memory_scores(
-    config: Config, split: Split, decoder: Decoder, memory: Memory, mesh: jax.sharding.Mesh
-) -> _Remembered:
-    """Scores a split: from stored inputs, or, trained together, by running both networks."""
-    layout = Layout(config)
-    tokens = TokenSplit.open(layout.tokens, split)
-    if config.train.mode == "joint":
-        joint = score_joint(config, decoder, memory, tokens, mesh)
-        weight = _weight(config, joint.gate_N)
-        return _Remembered(joint.memory_N, joint.decoder_N, weight, {})
-    source = SplitRows(
-        layout,
-        split,
-        config.datastore.chunk_rows,
-        config.evaluate.batch_size,
-        tokens.separator_id,
-        # There are targets of validation rows; those of test rows are never made.
-        with_targets=split == "valid",
-    )
-    head_VD = decoder.head_VD() if config.memory.head == "tied" else None
-    stored = score_memory(
-        memory, head_VD, source, mesh, chunk_tokens=config.train.loss_chunk_tokens
-    )
-    weight = _weight(config, stored.gate_N)
-    return _Remembered(stored.logprob_N, None, weight, stored.diagnostics)
-
-
-def _weight(config: Config, gate_N: np.ndarray | None) -> np.ndarray | float | None:
-    """Returns λ as the networks were trained with it; None: it is to be chosen."""
-    return config.trained_interpolation if gate_N is None else gate_N
 
 
 def _latency(

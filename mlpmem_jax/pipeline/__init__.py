@@ -86,6 +86,30 @@ COMMANDS: dict[str, Command] = {
             "datastore", "targets", "pretrain", "train", "compile",
         ),
     ),
+    "analyze": Command(
+        "analyze",
+        "where a finished run helps: by token frequency, by n-gram, by sharpness",
+        (
+            *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore", "retrieval",
+            "train.loss_chunk_tokens", "evaluate", "analyze",
+        ),
+    ),
+    "cost": Command(
+        "cost",
+        "latency, throughput and bytes while the datastore grows by doublings",
+        (
+            *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore", "retrieval",
+            "targets", "train", "evaluate", "cost",
+        ),
+    ),
+    "search-quality": Command(
+        "search_quality",
+        "what approximate search costs the kNN-LM and the memory",
+        (
+            *_RUN, "corpus", "tokenizer", "decoder", "memory", "mesh", "datastore", "retrieval",
+            "targets", "pretrain", "train", "evaluate", "search_quality",
+        ),
+    ),
     "run": Command(
         "run",
         "all of the above in order; what is complete and current is skipped",

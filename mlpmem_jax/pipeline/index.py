@@ -11,7 +11,7 @@ from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Completion, Stage
 
 # Keys of `retrieval` that decide the index; the others decide what is kept of a search.
-_KEYS = (
+KEYS = (
     "engine",
     "num_neighbors",
     "min_recall",
@@ -28,7 +28,7 @@ _KEYS = (
 def recipe(config: Config) -> dict[str, Any]:
     """Returns what decides the index, besides the keys."""
     retrieval = config.retrieval.recipe()
-    return {"seed": config.seed, "retrieval": {name: retrieval[name] for name in _KEYS}}
+    return {"seed": config.seed, "retrieval": {name: retrieval[name] for name in KEYS}}
 
 
 def stages(config: Config) -> list[Stage]:

@@ -29,7 +29,7 @@ from mlpmem_jax.retrieval.merge import MISSING_ROW, Neighbors, merge, sortable, 
 SHARD = "shard.json"
 SEARCH = "search.json"
 _MIN_LEAVES_TO_SEARCH = 8
-_AH_MIN_ROWS = 1024  # Fewer rows than this are scored exactly inside the shard.
+AH_MIN_ROWS = 1024  # Fewer rows than this are scored exactly inside the shard.
 _TREE_ROWS_PER_LEAF = 50  # More make the tree no better, and its start quadratically slower.
 _CODE_ROWS = 50_000  # The same for the 16 centres of each block of dimensions.
 # Queries of a thread: few large tasks are faster, none should wait for the last.
@@ -123,7 +123,7 @@ def _build_shard(keys: Keys, rows: range, target: epath.Path, config: RetrievalC
     # No random start: the same keys give the same index, bit for bit, whatever the number
     # of threads (measured with 1, 2, 4 and 8).
     builder = builder.set_n_training_threads(os.cpu_count() or 1)
-    if len(key_ND) >= _AH_MIN_ROWS:
+    if len(key_ND) >= AH_MIN_ROWS:
         leaves = num_leaves(config, len(key_ND))
         training_rows = min(config.training_rows, len(key_ND))
         builder = builder.tree(

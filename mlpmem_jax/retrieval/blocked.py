@@ -27,6 +27,7 @@ _GROUP = 32
 _SAMPLE_BLOCKS = 4
 _ROUNDING = 8 * 2.0**-24  # Eight standard deviations of the rounding of a float32 product.
 _RANK_GROWTH = 8
+_FEW_QUERIES = 32  # Up to here a product for each query costs less than a padded block.
 _ALIGNED_BYTES = 64  # XLA adopts memory with this alignment instead of copying it.
 
 
@@ -106,6 +107,8 @@ class BlockedSearch:
             num_neighbors: K; lists are filled up where there are fewer rows.
         """
         wanted = min(num_neighbors, self.num_rows)
+        if 0 < len(query_QD) <= _FEW_QUERIES:
+            return fit(self._search_few(query_QD, wanted), num_neighbors)
         pieces = [query_QD[start : start + _QUERIES] for start in range(0, len(query_QD), _QUERIES)]
         # While NumPy selects for one piece, XLA multiplies for another.
         workers = max(1, min(len(pieces), max(2, (os.cpu_count() or 2) // 2)))
@@ -114,6 +117,34 @@ class BlockedSearch:
         if not parts:
             parts = [Neighbors(np.empty((0, wanted), np.float32), np.empty((0, wanted), np.int64))]
         return fit(concatenate(parts), num_neighbors)
+
+    def _search_few(self, query_QD: np.ndarray, wanted: int) -> Neighbors:
+        """Scores every row without padding to a block: a token's search in generation."""
+        query_QA, margin_Q = self._augmented(query_QD, len(query_QD))
+        found = []
+        for query_D, query_A, margin in zip(query_QD, query_QA, margin_Q, strict=True):
+            score_N = (self._key_NA @ query_A)[: self.num_rows]
+            threshold = np.partition(score_N, wanted - 1)[wanted - 1] + margin
+            row_C = np.flatnonzero(score_N <= threshold)
+            distance_C = squared_distances(
+                query_D[None], self._key_NA[:, : self._width], row_C[None]
+            )[0]
+            packed = np.sort(sortable(distance_C, row_C))[:wanted]
+            found.append(Neighbors(*(part[None] for part in unpack(packed))))
+        return concatenate(found)
+
+    def _augmented(self, query_QD: np.ndarray, num_padded: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns queries as `_scores` takes them [num_padded, A], and their margins [Q]."""
+        num_queries = len(query_QD)
+        query_QA = np.zeros((num_padded, self._width + 1), np.float32)
+        query_QA[:num_queries, : self._width] = query_QD - self._mean_D
+        norm_Q = np.linalg.norm(query_QA[:num_queries].astype(np.float64), axis=1)
+        query_QA[:, : self._width] *= -2
+        query_QA[:num_queries, self._width] = 1  # Rows of padding stay zero: 0 · inf is NaN.
+        margin_Q = (self._largest_score + 2 * norm_Q * self._largest_norm) * (
+            2 * _ROUNDING * np.sqrt(self._width)
+        )
+        return query_QA, margin_Q
 
     def _search(self, query_QD: np.ndarray, wanted: int) -> Neighbors:
         distance_QK = np.empty((len(query_QD), wanted), np.float32)
@@ -143,14 +174,7 @@ class BlockedSearch:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns candidates [Q, C], and for each query whether they hold its K nearest."""
         num_queries = len(query_QD)
-        query_QA = np.zeros((_QUERIES, self._width + 1), np.float32)
-        query_QA[:num_queries, : self._width] = query_QD - self._mean_D
-        norm_Q = np.linalg.norm(query_QA[:num_queries].astype(np.float64), axis=1)
-        query_QA[:, : self._width] *= -2
-        query_QA[:num_queries, self._width] = 1  # Rows of padding stay zero: 0 · inf is NaN.
-        margin_Q = (self._largest_score + 2 * norm_Q * self._largest_norm) * (
-            2 * _ROUNDING * np.sqrt(self._width)
-        )
+        query_QA, margin_Q = self._augmented(query_QD, _QUERIES)
         queries = jnp.asarray(query_QA)
         scores = jnp.zeros((_QUERIES, _KEYS), jnp.float32)
         minima = []

@@ -2,11 +2,13 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from etils import epath
 
+from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.files import check_free_space, human_bytes, read_json, write_json
@@ -14,7 +16,7 @@ from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.errors import UserError
 from mlpmem_jax.retrieval import approximate, recall
 from mlpmem_jax.retrieval.approximate import SEARCH, ApproximateEngine, SearchSettings
-from mlpmem_jax.retrieval.engine import Engine, StoredKeys, choose_engine
+from mlpmem_jax.retrieval.engine import Engine, Keys, StoredKeys, choose_engine
 from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.neighbors import check_enough_rows
 
@@ -36,7 +38,7 @@ class BuiltIndex:
 def exact_engine(config: Config, mesh: jax.sharding.Mesh) -> ExactEngine:
     """Opens the exact engine over the training split's keys."""
     keys = StoredKeys(Layout(config).datastore("train"))
-    _check_memory(keys.num_rows * (keys.width + 1) * 4, "the exact engine", "mesh.data (devices)")
+    check_memory(keys.num_rows * (keys.width + 1) * 4, "the exact engine", "mesh.data (devices)")
     return ExactEngine(keys, mesh, config.retrieval.key_chunk_rows)
 
 
@@ -59,7 +61,7 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
     path = layout.index.path
     approximate.remove_unfinished(path)
     largest = min(keys.num_rows, retrieval.shard_rows)
-    _check_memory(
+    check_memory(
         approximate.build_memory_bytes(largest, keys.width, retrieval.training_rows),
         "building an index shard",
         f"retrieval.shard_rows={retrieval.shard_rows}",
@@ -73,7 +75,9 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
     for number, num_shards, names in approximate.build_shards(keys, path, retrieval):
         files += names
         say(f"index: shard {number + 1} of {num_shards} is built")
-    settings = _settings(config, ExactCache(config), keys, measured)
+    settings, calibrated = choose_settings(path, keys, ExactCache(config), retrieval, config.seed)
+    if calibrated is not None:
+        measured["calibration_recall"] = calibrated
     write_json(path / SEARCH, dataclasses.asdict(settings))
     shard_rows = max(len(rows) for rows in approximate.shard_ranges(keys.num_rows, largest))
     counts |= {
@@ -88,11 +92,25 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
     return BuiltIndex(counts, [*files, SEARCH], measured)
 
 
-def _settings(
-    config: Config, exact: "ExactCache", keys: StoredKeys, measured: dict[str, Any]
-) -> SearchSettings:
-    """Returns how thoroughly to search: what is auto is raised until the recall suffices."""
-    retrieval = config.retrieval
+def choose_settings(
+    path: epath.Path,
+    keys: Keys,
+    exact: Callable[[], Engine],
+    retrieval: RetrievalConfig,
+    seed: int,
+) -> tuple[SearchSettings, float | None]:
+    """Chooses how thoroughly to search: what is auto is raised until the recall suffices.
+
+    Args:
+        path: Directory of the finished shards.
+        keys: The keys that they hold.
+        exact: Opens the exact engine over the same keys, where it is needed.
+        retrieval: The section.
+        seed: Seed of the sample.
+
+    Returns:
+        The settings, and their recall on the calibration sample (none: nothing was auto).
+    """
     shard_rows = max(
         len(rows) for rows in approximate.shard_ranges(keys.num_rows, retrieval.shard_rows)
     )
@@ -109,23 +127,21 @@ def _settings(
         else first.num_reorder,
     )
     if first == last:
-        return first
-    engine = ApproximateEngine(Layout(config).index.path, first)
+        return first, None
+    engine = ApproximateEngine(path, first)
     sample = recall.draw_sample(
         keys,
         exact().search,
         retrieval.recall_queries,
         retrieval.num_neighbors,
-        (config.seed, CALIBRATION_SEED),
+        (seed, CALIBRATION_SEED),
     )
 
     def measure_with(settings: SearchSettings) -> float:
         engine.settings = settings
         return recall.measure(engine, sample)
 
-    settings, found = recall.calibrate(measure_with, first, last, retrieval.min_recall)
-    measured["calibration_recall"] = found
-    return settings
+    return recall.calibrate(measure_with, first, last, retrieval.min_recall)
 
 
 def open_index(config: Config, exact: "ExactCache") -> tuple[Engine, SearchSettings | None]:
@@ -169,7 +185,17 @@ class ExactCache:
         self._engine = None
 
 
-def _check_memory(needed_bytes: int, what: str, way_out: str) -> None:
+def check_memory(needed_bytes: int, what: str, way_out: str) -> None:
+    """Refuses to begin what will not fit into memory.
+
+    Args:
+        needed_bytes: What it takes.
+        what: What it is, for the message.
+        way_out: The key to change.
+
+    Raises:
+        UserError: Fewer bytes are free than needed.
+    """
     available = _available_bytes()
     if available is not None and needed_bytes > available:
         raise UserError(

@@ -102,9 +102,9 @@ class _MeshSearch:
     def search(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
         num_queries = len(query_QD)
         wanted = min(num_neighbors, self._rows_per_device)
-        padded = np.zeros(
-            (max(1, _round_up(num_queries, self._query_block)), query_QD.shape[1]), np.float32
-        )
+        # Few queries, as in generation, are not padded to a whole block.
+        block = min(self._query_block, 1 << max(0, num_queries - 1).bit_length())
+        padded = np.zeros((max(1, _round_up(num_queries, block)), query_QD.shape[1]), np.float32)
         padded[:num_queries] = query_QD
         queries = jax.make_array_from_callback(
             padded.shape, replicated(self._mesh), lambda index: padded[index]
@@ -116,7 +116,7 @@ class _MeshSearch:
             mesh=self._mesh,
             wanted=wanted,
             chunk=self._chunk,
-            query_block=min(self._query_block, len(padded)),
+            query_block=block,
         )
         # [Q, P · K]: the devices' lists side by side; rows become global here, in int64.
         distance_QK, local_QK = np.asarray(distance), np.asarray(row).astype(np.int64)

@@ -1,0 +1,1 @@
+"""Where the gains come from, and how sharp the distributions are."""

@@ -1,0 +1,1 @@
+"""Cost, and quality, while the datastore grows."""

@@ -1,0 +1,167 @@
+"""Systems that continue texts, with a clock: token by token, from a prompt, many at once.
+
+Each draws greedily from its own distribution and reads what it drew. A kNN-LM runs in
+three parts: the decoder on the device, the search, and on the device again the mixture
+with the K neighbours (Eq. 7), so that the vocabulary never travels.
+
+Suffixes: B texts, L tokens of a prompt, K neighbours, D decoder width, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlpmem_jax.generation.interpolated import InterpolatedModel
+from mlpmem_jax.models.decoder import Site
+from mlpmem_jax.parallel.sharding import replicated
+from mlpmem_jax.retrieval.distributions import neighbor_weights
+from mlpmem_jax.retrieval.engine import Engine
+
+# Maps keys [B, D] to shares [B, K] that sum to λ and labels [B, K] of the neighbours.
+Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def make_search(
+    engine: Engine, train_label: np.ndarray, num_neighbors: int, temperature: float, weight: float
+) -> Search:
+    """Returns the search of a kNN-LM: neighbours, Eq. 3.
+
+    Args:
+        engine: Searches rows of the datastore.
+        train_label: Labels of these rows.
+        num_neighbors: K.
+        temperature: τ.
+        weight: λ.
+    """
+
+    def search(key_BD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = engine.search(key_BD, num_neighbors)
+        weight_BK = neighbor_weights(found.distance_QK, temperature)
+        weight_BK *= np.float32(weight) / weight_BK.sum(axis=1, keepdims=True)
+        return weight_BK, train_label[np.maximum(found.row_QK, 0)]
+
+    return search
+
+
+class CompiledModel:
+    """A model compiled once for every shape of tokens that it reads.
+
+    Args:
+        model: Decoder, alone or with a memory.
+        key: The decoder's state that is searched for.
+        weight: λ of the neighbours, for the mixture.
+    """
+
+    def __init__(self, model: InterpolatedModel, key: Site, weight: float):
+        self.model = model
+        self._key = key
+        self._weight = weight
+
+    @functools.cache  # noqa: B019  (lives as long as the measurement)
+    def empty(self, batch: int) -> Any:
+        """Returns a function that makes an empty cache."""
+        shardings = self.model.cache_shardings(batch)
+        return jax.jit(lambda: self.model.empty_cache(batch), out_shardings=shardings)
+
+    @functools.cache  # noqa: B019
+    def extend(self, batch: int) -> Any:
+        """Returns (parameters, cache, tokens [B, L]) → cache, token [B, 1], log p, key."""
+
+        def step(parameters: Any, cache: Any, token_BL: jax.Array) -> Any:
+            length_B = jnp.full(batch, token_BL.shape[1], jnp.int32)
+            logprob_BV, states, cache = self.model.extend_with_states(
+                parameters, cache, token_BL, length_B, (self._key,)
+            )
+            token_B1 = jnp.argmax(logprob_BV, axis=-1).astype(jnp.int32)[:, None]
+            return cache, token_B1, logprob_BV, states[self._key].astype(jnp.float32)
+
+        everywhere = replicated(self.model.mesh)
+        places = (self.model.cache_shardings(batch), everywhere, everywhere, everywhere)
+        return jax.jit(step, donate_argnums=1, out_shardings=places)
+
+    @functools.cached_property
+    def mix(self) -> Any:
+        """Returns (log p_LM [B, V], shares [B, K], labels [B, K]) → token [B, 1]."""
+
+        def mix(logprob_BV: jax.Array, share_BK: jax.Array, label_BK: jax.Array) -> jax.Array:
+            row_B1 = jnp.arange(len(logprob_BV))[:, None]
+            prob_BV = (1 - self._weight) * jnp.exp(logprob_BV)
+            prob_BV = prob_BV.at[row_B1, label_BK].add(share_BK)
+            return jnp.argmax(prob_BV, axis=-1).astype(jnp.int32)[:, None]
+
+        return jax.jit(mix, out_shardings=replicated(self.model.mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """What draws tokens: a model, and its search (None: nothing is searched)."""
+
+    compiled: CompiledModel
+    search: Search | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Spent:
+    """Seconds of one step: all of it, and of the search alone (0 without one)."""
+
+    total: float
+    search: float
+
+
+class Writer:
+    """One system that continues B texts.
+
+    Args:
+        system: Which.
+        batch: B.
+    """
+
+    def __init__(self, system: System, batch: int):
+        self._compiled = system.compiled
+        self._search = system.search
+        self._batch = batch
+        self._clear()
+
+    def _clear(self) -> None:
+        with jax.set_mesh(self._compiled.model.mesh):
+            self._cache = jax.block_until_ready(self._compiled.empty(self._batch)())
+        self._length = 0
+        # Where a drawn token lies too: one shape and place, compiled once.
+        zero_B1 = np.zeros((self._batch, 1), np.int32)
+        self._token: Any = jax.device_put(zero_B1, replicated(self._compiled.model.mesh))
+
+    def read(self, token_BL: np.ndarray) -> Spent:
+        """Reads prompts into empty caches and draws a token for each: time to the first."""
+        self._clear()
+        return self._step(token_BL)
+
+    def write(self) -> Spent:
+        """Draws one more token for each text."""
+        if self._length == self._compiled.model.context_tokens:
+            # Start over: a step costs the same however full the cache is.
+            self._cache = self._cache._replace(length_B=self._cache.length_B * 0)
+            self._length = 0
+        return self._step(self._token)
+
+    def _step(self, token_BL: Any) -> Spent:
+        model = self._compiled.model
+        extend = self._compiled.extend(self._batch)
+        started = time.perf_counter()
+        search_secs = 0.0
+        with jax.set_mesh(model.mesh):
+            self._cache, token, logprob_BV, key_BD = extend(model.parameters, self._cache, token_BL)
+            if self._search is not None:
+                key = np.asarray(key_BD)  # Waits for the device.
+                searched = time.perf_counter()
+                shares = self._search(key)
+                search_secs = time.perf_counter() - searched
+                token = self._compiled.mix(logprob_BV, *shares)
+            self._token = jax.block_until_ready(token)
+        self._length += token_BL.shape[1]
+        return Spent(time.perf_counter() - started, search_secs)

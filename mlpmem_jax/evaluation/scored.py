@@ -1,0 +1,77 @@
+"""Scores of a run's decoder, kNN-LM and memory, without its latency.
+
+Suffixes: N rows of a split.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.datastore.store import open_array, read_rows
+from mlpmem_jax.evaluation.compare import SplitScores, compare
+from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
+from mlpmem_jax.evaluation.remembered import remember
+from mlpmem_jax.evaluation.stored import StoredSplit
+from mlpmem_jax.models.decoder import Decoder
+from mlpmem_jax.training.networks import finished_decoder, finished_memory
+
+EVALUATED: tuple[Split, ...] = ("valid", "test")
+
+
+def read_train_labels(layout: Layout) -> np.ndarray:
+    """Returns the labels of the datastore's training rows."""
+    store = open_array(layout.datastore("train").path / "label")
+    return read_rows(store, 0, int(store.shape[0]))
+
+
+def memory_logprobs(
+    config: Config, decoder: Decoder, mesh: jax.sharding.Mesh
+) -> dict[Split, np.ndarray]:
+    """Returns log p_MEM of the labels of validation and test, float32 [N] each."""
+    memory = finished_memory(config, mesh)
+    return {split: remember(config, split, decoder, memory, mesh).logprob_N for split in EVALUATED}
+
+
+def score_run(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Compares the three systems, the kNN-LM with exact neighbours.
+
+    Returns:
+        What `compare` returns.
+    """
+    layout = Layout(config)
+    decoder = finished_decoder(config, mesh)
+    train_label = read_train_labels(layout)
+    stored = {split: StoredSplit.open(layout, split) for split in EVALUATED}
+    neighbors = {
+        split: LabelledNeighbors(layout, split, stored[split].label_N, train_label)
+        for split in EVALUATED
+    }
+    valid = stored["valid"]
+    tuned = tune_knn_lm(
+        neighbors["valid"],
+        valid.counts.scored_N,
+        valid.logprob_N,
+        config.evaluate.knn_valid_rows,
+        config.seed,
+    )
+    remembered = memory_logprobs(config, decoder, mesh)
+    scores = {
+        split: SplitScores(
+            one.counts,
+            one.logprob_N,
+            neighbors[split].logprob(one.counts.scored_N, tuned.temperature),
+            remembered[split],
+        )
+        for split, one in stored.items()
+    }
+    return compare(
+        scores["valid"],
+        scores["test"],
+        temperature=tuned.temperature,
+        bootstrap_samples=config.evaluate.bootstrap_samples,
+        confidence=config.evaluate.confidence,
+        seed=config.seed,
+    )

@@ -1,0 +1,1 @@
+"""What approximate search costs the kNN-LM and the memory."""

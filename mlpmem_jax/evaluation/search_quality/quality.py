@@ -1,0 +1,212 @@
+"""Measures every setting, and holds all against the exact one.
+
+Suffixes: N rows of a split, D documents, M systems and then tokens.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from mlpmem_jax.config.analysis import SearchSetting
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import say
+from mlpmem_jax.datastore.files import read_json, write_json
+from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.evaluation.bootstrap import FEW_DOCUMENTS, bootstrap_sums, interval
+from mlpmem_jax.evaluation.compare import SplitScores, chosen_weight
+from mlpmem_jax.evaluation.metrics import DocumentCounts
+from mlpmem_jax.evaluation.scored import EVALUATED, memory_logprobs, read_train_labels
+from mlpmem_jax.evaluation.search_quality.divergence import compare_neighbors
+from mlpmem_jax.evaluation.search_quality.searched import SearchedKnn
+from mlpmem_jax.evaluation.search_quality.settings import reference_of, with_setting
+from mlpmem_jax.evaluation.stored import StoredSplit
+from mlpmem_jax.retrieval import recall
+from mlpmem_jax.retrieval.building import ExactCache, open_index
+from mlpmem_jax.retrieval.engine import Engine, StoredKeys
+from mlpmem_jax.retrieval.merge import drop_own_row
+from mlpmem_jax.training.networks import finished_decoder
+
+SCHEMA_VERSION = 1
+MEASURED = ("knn", "memory")
+_SAMPLE_SEED = 3
+
+
+def measure_settings(config: Config, mesh: jax.sharding.Mesh, path: epath.Path) -> dict[str, Any]:
+    """Measures all settings whose indices, targets and memories are finished.
+
+    Args:
+        config: The whole configuration.
+        mesh: Devices.
+        path: Where what was measured of each setting is kept.
+
+    Returns:
+        What `search-quality.json` holds.
+    """
+    layout = Layout(config)
+    stored = {split: StoredSplit.open(layout, split) for split in EVALUATED}
+    study = _Study(config, mesh, stored, read_train_labels(layout), ExactCache(config))
+    found = []
+    for setting in config.search_quality.settings:
+        file = path / f"setting-{setting.name}.json"
+        if not file.exists():
+            write_json(file, study.measure(setting))
+        found.append(read_json(file))
+    return summarize(config, stored["test"].counts, stored["test"].logprob_N, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Study:
+    """What the settings share."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    stored: Mapping[Split, StoredSplit]
+    train_label: np.ndarray
+    exact: ExactCache
+
+    def measure(self, setting: SearchSetting) -> dict[str, Any]:
+        """Measures one setting: its neighbours, its kNN-LM, its memory."""
+        config = with_setting(self.config, setting)
+        say(f"search-quality: measuring {setting.name}")
+        engine, settings = open_index(config, self.exact)
+        layout = Layout(config)
+        targets = layout.targets("train").load()
+        temperature = float(targets.counts["temperature"])
+        index = layout.index.load()
+        return {
+            "name": setting.name,
+            "engine": engine.name,
+            "num_leaves": index.counts.get("num_leaves"),
+            "num_leaves_to_search": settings.num_leaves_to_search if settings else None,
+            "num_reorder": settings.num_reorder if settings else None,
+            "index_secs": index.measured.get("seconds"),
+            "search_secs": targets.measured.get("search_secs"),
+            "queries_per_sec": targets.measured.get("queries_per_sec"),
+            "temperature_of_targets": temperature,
+            **self._neighbors(config, engine, temperature),
+            "knn": self._knn(config, engine),
+            "memory": self._memory(config),
+        }
+
+    def _neighbors(self, config: Config, engine: Engine, temperature: float) -> dict[str, float]:
+        """Compares the neighbours of sampled training rows with the exact ones."""
+        retrieval = config.retrieval
+        sample = recall.draw_sample(
+            StoredKeys(Layout(config).datastore("train")),
+            self.exact().search,
+            config.search_quality.sample_rows,
+            retrieval.num_neighbors,
+            (config.seed, _SAMPLE_SEED),
+        )
+        found = engine.search(sample.query_QD, retrieval.num_neighbors + 1)
+        found = drop_own_row(found, sample.row_Q)
+        divergence = compare_neighbors(found, sample.truth, self.train_label, temperature)
+        return {"recall": recall.recall(found, sample.truth), **dataclasses.asdict(divergence)}
+
+    def _knn(self, config: Config, engine: Engine) -> dict[str, Any]:
+        retrieval = config.retrieval
+        searched = SearchedKnn(
+            engine,
+            Layout(config),
+            self.train_label,
+            retrieval.num_neighbors,
+            retrieval.query_batch,
+        )
+        tuned = searched.tune(self.stored["valid"], config.evaluate.knn_valid_rows, config.seed)
+        part_N = {
+            split: searched.logprob(split, one, tuned.temperature)
+            for split, one in self.stored.items()
+        }
+        return self._scores("knn", part_N) | {"temperature": tuned.temperature}
+
+    def _memory(self, config: Config) -> dict[str, Any]:
+        decoder = finished_decoder(config, self.mesh)
+        return self._scores("memory", memory_logprobs(config, decoder, self.mesh))
+
+    def _scores(self, name: str, part_N: Mapping[Split, np.ndarray]) -> dict[str, Any]:
+        """Chooses λ on validation; returns nats per token, and nats by test document."""
+        scores = {
+            split: SplitScores(one.counts, one.logprob_N, part_N[split], part_N[split])
+            for split, one in self.stored.items()
+        }
+        weight = chosen_weight(scores["valid"], name)
+        nats = {split: one.nats_by_document(name, weight) for split, one in scores.items()}
+        tokens = {split: int(one.counts.tokens_D.sum()) for split, one in scores.items()}
+        return {
+            "interpolation": weight,
+            "valid_nats": float(nats["valid"].sum()) / tokens["valid"],
+            "test_nats": float(nats["test"].sum()) / tokens["test"],
+            "test_nats_by_document": nats["test"].tolist(),
+        }
+
+
+def summarize(
+    config: Config,
+    counts: DocumentCounts,
+    decoder_N: np.ndarray,
+    found: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Adds what is paired: differences to the decoder and to the exact setting.
+
+    Args:
+        config: The whole configuration.
+        counts: Documents of test.
+        decoder_N: log p_LM of the labels of test.
+        found: What was measured of each setting.
+    """
+    reference = reference_of(config)
+    decoder_D = -counts.sum_by_document(decoder_N)
+    column = {"decoder": 0}
+    values = [decoder_D]
+    for one in found:
+        for system in MEASURED:
+            column[f"{one['name']} {system}"] = len(values)
+            values.append(np.asarray(one[system]["test_nats_by_document"]))
+    values_DM = np.stack([*values, counts.tokens_D.astype(np.float64)], axis=1)
+    sums_RM = bootstrap_sums(values_DM, config.evaluate.bootstrap_samples, config.seed)
+    documents = int(np.count_nonzero(counts.tokens_D))
+
+    def difference(first: str, second: str) -> dict[str, float | None]:
+        a, b = column[first], column[second]
+
+        def statistic(sums: np.ndarray) -> np.ndarray:
+            return np.asarray((sums[..., a] - sums[..., b]) / sums[..., -1])
+
+        value = float(statistic(values_DM.sum(axis=0)))
+        wanted = documents > 1 and a != b
+        bounds = interval(statistic, sums_RM, config.evaluate.confidence) if wanted else None
+        return {
+            "nats": value,
+            "low": bounds.low if bounds else None,
+            "high": bounds.high if bounds else None,
+        }
+
+    settings = []
+    for one in found:
+        row = {name: value for name, value in one.items() if name not in MEASURED}
+        for system in MEASURED:
+            name = f"{one['name']} {system}"
+            row[system] = {
+                **one[system],
+                "against_decoder": difference(name, "decoder"),
+                "against_exact": difference(name, f"{reference} {system}") if reference else None,
+            }
+        settings.append(row)
+    notes = ["one training of each memory: differences below the spread of seeds are not resolved"]
+    if documents < FEW_DOCUMENTS:
+        notes.append(f"test has {documents} documents: intervals over so few are too narrow")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "test": counts.totals,
+        "confidence": config.evaluate.confidence,
+        "num_neighbors": config.retrieval.num_neighbors,
+        "sample_rows": config.search_quality.sample_rows,
+        "reference": reference,
+        "decoder_test_nats": float(decoder_D.sum() / counts.tokens_D.sum()),
+        "settings": settings,
+        "notes": notes,
+    }

@@ -1,0 +1,56 @@
+"""How pictures look, and how they become PNGs. The commands' pictures share it."""
+
+import io
+from typing import Any
+
+COLORS = {
+    "decoder": "#5b6470",
+    "knn": "#c7782a",
+    "memory": "#1f6f8b",
+    "mixture": "#7d4f9e",
+    "scann": "#c7782a",
+    "exact": "#a33b3b",
+}
+INK = "#22272e"
+QUIET = "#5b6470"
+LINE = "#9aa2ab"
+GRID = "#d9dde2"
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Returns a figure (inches) without pyplot: no display, no global state."""
+    # Imported here: commands that draw nothing start faster.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def as_png(figure: Any) -> bytes:
+    """Returns a figure as PNG, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def plain(axes: Any) -> None:
+    """Gives axes the common look."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(LINE)
+    axes.tick_params(colors=INK, labelsize=9, color=LINE, which="both")
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def title(axes: Any, text: str, subtitle: str) -> None:
+    """Writes a title and, smaller, what is shown."""
+    axes.set_title(text, loc="left", fontsize=11.5, fontweight="bold", color=INK, pad=20)
+    axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=9, color=QUIET)
+
+
+def axis_labels(axes: Any, x: str = "", y: str = "") -> None:
+    """Names the axes."""
+    axes.set_xlabel(x, fontsize=9.5, color=INK)
+    axes.set_ylabel(y, fontsize=9.5, color=INK)

@@ -1,0 +1,206 @@
+"""analyze, cost and search-quality on a tiny finished run."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlpmem_jax.__main__ import main
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.corpus.tokens import TokenSplit
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.store import open_array, read_rows
+from mlpmem_jax.retrieval.engine import is_approximate_installed
+from tests.pipeline.conftest import TINY
+
+# Where ScaNN has no wheels, the exact engine alone is measured.
+ENGINES = ("scann", "exact") if is_approximate_installed() else ("exact",)
+SHORT = [
+    f"cost.engines=[{', '.join(ENGINES)}]", "cost.doublings=2", "cost.rounds=3",
+    "cost.num_tokens=4", "cost.num_prompts=2", "cost.prompt_tokens=16", "cost.batch_size=2",
+    "cost.batch_steps=2", "analyze.sharpness_rows=300", "analyze.chunk_rows=128",
+    "analyze.read_tokens=5000", "search_quality.sample_rows=200",
+]  # fmt: skip
+if is_approximate_installed():
+    SHORT.append(
+        "search_quality.settings=[{name: coarse, num_leaves_to_search: 1}, "
+        "{name: exact, engine: exact}]"
+    )
+else:
+    SHORT.append("search_quality.settings=[{name: exact, engine: exact}]")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A copy of the finished tiny run, with short studies."""
+    workdir = tmp_path_factory.mktemp("studies") / "run"
+    shutil.copytree(tiny_run.workdir, workdir)
+    return load_config(TINY, SHORT, {"workdir": str(workdir)})
+
+
+def _start(command: str, config: Config, *more: str) -> int:
+    arguments = ["--config", str(TINY), "--workdir", config.workdir]
+    return main([command, *arguments, *SHORT, *more])
+
+
+def _report(path: Path, name: str) -> tuple[dict, list[dict[str, str]]]:
+    assert (path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    with (path / f"{name}.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return json.loads((path / f"{name}.json").read_text()), rows
+
+
+def _second_start_is_complete(command: str, config: Config, capsys, name: str) -> None:
+    capsys.readouterr()
+    assert _start(command, config) == 0
+    shown = capsys.readouterr().out
+    assert f"{name}: complete" in shown
+    assert ": making" not in shown
+    lines = shown.splitlines()
+    assert all(len(line) <= 100 for line in lines if line.startswith(("┌", "│", "└")))
+
+
+def test_analyze(run: Config, capsys: pytest.CaptureFixture[str]):
+    assert _start("analyze", run) == 0
+    layout = Layout(run)
+    results, rows = _report(layout.analysis.path, "analyze")
+    evaluated = json.loads((layout.results.path / "evaluate.json").read_text())["systems"]
+    for system in ("knn", "memory"):
+        gain = -evaluated[system]["difference_nats"]
+        assert results["all"][system]["gain"] == pytest.approx(gain, abs=1e-6)
+        for groups in (results["frequency"], *(one["groups"] for one in results["ngrams"])):
+            within = sum(group["token_share"] for group in groups)
+            if within == pytest.approx(1):  # Every scored token has a label that has a bin.
+                parts = sum(group[system]["contribution"] for group in groups)
+                assert parts == pytest.approx(gain, abs=1e-6)
+    assert sum(group["tokens"] for group in results["frequency"]) == results["test"]["tokens"]
+    sharp = results["sharpness"]
+    # The decoder run again gives the log-probabilities that were stored.
+    assert sharp["decoder_label_nats_difference"] < 1e-3
+    assert sharp["systems"]["knn"]["kl_from_knn"] == 0
+    decoder = sharp["systems"]["decoder"]
+    assert decoder["mean_tokens"] == sorted(decoder["mean_tokens"])
+    assert decoder["kl_from_knn"] > 0
+    assert {row["table"] for row in rows} >= {"all", "frequency", "2-gram", "sharpness"}
+    _second_start_is_complete("analyze", run, capsys, "analysis/base")
+
+
+def test_seen_bigrams_are_those_of_a_set(run: Config):
+    assert _start("analyze", run) == 0
+    results = json.loads((Layout(run).analysis.path / "analyze.json").read_text())
+    streams = {}
+    for split in ("train", "test"):
+        tokens = TokenSplit.open(Layout(run).tokens, split)
+        streams[split] = tokens.read(0, tokens.num_tokens).tolist()
+    separator = tokens.separator_id
+    seen = {
+        pair for pair in zip(streams["train"], streams["train"][1:], strict=False)
+        if pair[1] != separator
+    }  # fmt: skip
+    pairs = [
+        pair for pair in zip(streams["test"], streams["test"][1:], strict=False)
+        if pair[1] != separator
+    ]  # fmt: skip
+    unseen, known = results["ngrams"][0]["groups"]
+    assert known["tokens"] == sum(pair in seen for pair in pairs)
+    assert unseen["tokens"] == len(pairs) - known["tokens"]
+
+
+def test_cost(run: Config, capsys: pytest.CaptureFixture[str]):
+    assert _start("cost", run) == 0
+    layout = Layout(run)
+    results, rows = _report(layout.cost.path, "cost")
+    num_rows = layout.datastore("train").load().counts["rows"]
+    assert results["rows"] == [num_rows // 4, num_rows // 2, num_rows]
+    assert list(results["systems"]) == ["decoder", "memory", *ENGINES]
+    for name, system in results["systems"].items():
+        assert min(system["token_ms_p50"]) > 0
+        assert all(
+            a <= b for a, b in zip(system["token_ms_p50"], system["token_ms_p95"], strict=True)
+        )
+        assert min(system["tokens_per_sec"]) > 0
+        times = np.asarray(results["milliseconds"][name]["token"])
+        assert times.shape == (3, 3, 4)
+        middle = np.median(times.reshape(3, -1), axis=1)
+        np.testing.assert_allclose(system["token_ms_p50"], middle)
+        slope = system["slopes"]["token_ms_p50"]
+        assert slope["low"] <= slope["high"]
+        assert ("search_ms_p50" in system["slopes"]) == (name in ENGINES)
+    assert results["systems"]["memory"]["slopes"]["bytes"]["slope"] == pytest.approx(0)
+    assert 0.3 < results["systems"]["exact"]["slopes"]["bytes"]["slope"] < 1
+    assert not list(layout.cost.path.glob("index-*"))
+    assert len(rows) > 3 * len(results["systems"])
+    _second_start_is_complete("cost", run, capsys, "cost/base")
+
+
+def test_cost_goes_on_from_what_was_measured(run: Config):
+    assert _start("cost", run) == 0
+    path = Layout(run).cost.path
+    (path / "manifest.json").rename(path / "building.json")  # As a kill before the end leaves it.
+    kept = {file: file.read_bytes() for file in path.glob("round-*.json")}
+    assert len(kept) == 9
+    assert _start("cost", run) == 0
+    assert {file: file.read_bytes() for file in path.glob("round-*.json")} == kept
+
+
+def test_search_quality(run: Config, capsys: pytest.CaptureFixture[str]):
+    assert _start("search-quality", run) == 0
+    layout = Layout(run)
+    results, rows = _report(layout.search_quality.path, "search-quality")
+    *coarse, exact = results["settings"]
+    assert exact["recall"] == 1
+    assert exact["skew_kl"] == pytest.approx(0, abs=1e-6)
+    assert exact["missed_mass"] == 0
+    # The kNN-LM of the exact setting is the one of the main table.
+    evaluated = json.loads((layout.results.path / "evaluate.json").read_text())["systems"]
+    assert exact["knn"]["test_nats"] == pytest.approx(evaluated["knn"]["test_nats"], rel=1e-5)
+    assert exact["memory"]["test_nats"] == pytest.approx(evaluated["memory"]["test_nats"], rel=1e-5)
+    for one in coarse:
+        assert one["recall"] < 1
+        assert one["skew_kl"] > 0
+        assert one["memory"]["against_exact"]["low"] <= one["memory"]["against_exact"]["high"]
+    assert [row["name"] for row in rows] == [one["name"] for one in results["settings"]]
+    name = "search-quality/base"
+    assert not (Path(run.workdir) / "neighbors" / "base-exact").exists()  # They are shared.
+    _second_start_is_complete("search-quality", run, capsys, name)
+
+
+@pytest.mark.slow
+def test_quality_of_memories_of_growing_datastores(run: Config):
+    shutil.rmtree(Layout(run).cost.path, ignore_errors=True)
+    assert _start("cost", run, "cost.quality=train", "cost.doublings=1") == 0
+    results = json.loads((Layout(run).cost.path / "cost.json").read_text())
+    half, whole = results["quality"]["sizes"]
+    assert half["rows"] == whole["rows"] // 2
+    evaluated = json.loads((Layout(run).results.path / "evaluate.json").read_text())["systems"]
+    for system, nats in whole["test_nats"].items():
+        assert nats == pytest.approx(evaluated[system]["test_nats"], rel=1e-6)
+    part = Path(run.workdir) / "datastore" / f"base-rows-{half['rows']}" / "train"
+    for name in ("key", "label"):
+        copied = open_array(part / name)
+        original = open_array(Layout(run).datastore("train").path / name)
+        np.testing.assert_array_equal(
+            read_rows(copied, 0, copied.shape[0]), read_rows(original, 0, half["rows"])
+        )
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "said"),
+    [
+        ("cost", "cost.prompt_tokens=33", "cost.prompt_tokens=33 is longer than"),
+        ("cost", "cost.doublings=20", "cost.doublings=20"),
+        ("analyze", "analyze.masses=[2.0]", "analyze.masses"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tiny_run: Config, command: str, override: str, said: str, capsys: pytest.CaptureFixture[str]
+):
+    assert _start(command, tiny_run, override) == 2
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert len(shown) == 1
+    assert said in shown[0]
+    assert not (Path(tiny_run.workdir) / command).exists()

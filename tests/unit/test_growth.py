@@ -1,0 +1,88 @@
+"""Slopes against known data, sizes, and that few queries are searched as many are."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.evaluation.growth import slopes
+from mlpmem_jax.evaluation.growth.measuring import sizes
+from mlpmem_jax.evaluation.growth.writers import CompiledModel, make_search
+from mlpmem_jax.evaluation.latency import retriever
+from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.retrieval.engine import ArrayKeys
+from mlpmem_jax.retrieval.exact import ExactEngine, _MeshSearch
+
+ROWS = np.array([1000, 2000, 4000, 8000, 16_000])
+
+
+@pytest.mark.parametrize("power", [-0.5, 0.0, 1.0, 1.7])
+def test_the_slope_of_a_power_is_its_exponent(power: float):
+    assert slopes.fit(ROWS, 3.5 * ROWS**power) == pytest.approx(power, abs=1e-12)
+    both = np.stack([ROWS**power, 2 * ROWS**0.25])
+    np.testing.assert_allclose(slopes.fit(ROWS, both), [power, 0.25], atol=1e-12)
+
+
+def test_the_interval_holds_the_true_slope_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    held, widths = 0, []
+    for trial in range(16):
+        # Each round has a slowness of its own at each size, each value its own noise.
+        slow_SR1 = np.exp(0.1 * rng.standard_normal((len(ROWS), 20, 1)))
+        value_SRT = (ROWS**0.5)[:, None, None] * slow_SR1 * rng.gamma(50, 1 / 50, (5, 20, 3))
+        found = slopes.bootstrap_slope(
+            ROWS, value_SRT, slopes.percentile(50), confidence=0.9, seed=trial
+        )
+        held += found.interval.low <= 0.5 <= found.interval.high
+        widths.append(found.interval.high - found.interval.low)
+    assert 12 <= held <= 16
+    assert 0.005 < np.mean(widths) < 0.1
+
+
+def test_a_round_in_which_everything_was_slow_does_not_move_the_slope():
+    rng = np.random.default_rng(1)
+    value_SRT = np.ones((len(ROWS), 6, 4)) * rng.gamma(5, 1, (1, 6, 1))
+    found = slopes.bootstrap_slope(ROWS, value_SRT, slopes.mean, confidence=0.95, seed=0)
+    assert found.slope == pytest.approx(0, abs=1e-12)
+    assert max(abs(found.interval.low), abs(found.interval.high)) < 1e-12
+
+
+def test_sizes_double_up_to_all_rows():
+    assert sizes(1003, 3, 16) == [125, 250, 501, 1003]
+    with pytest.raises(ConfigError, match=r"cost\.doublings=7.*7 of 1003 rows"):
+        sizes(1003, 7, 16)
+
+
+def test_the_timed_knn_lm_draws_from_the_mixture():
+    rng = np.random.default_rng(0)
+    key = rng.standard_normal((300, 4)).astype(np.float32)
+    label = rng.integers(0, 9, 300).astype(np.int32)
+    logits = rng.standard_normal((5, 9))
+    logprob_BV = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
+    engine = ExactEngine(ArrayKeys(key), single_device_mesh(), 1024)
+    compiled = CompiledModel(SimpleNamespace(mesh=single_device_mesh()), None, 0.4)
+    search = make_search(engine, label, 20, 2.0, 0.4)
+    share_BK, label_BK = search(key[:5] + 0.1)
+    np.testing.assert_allclose(share_BK.sum(axis=1), 0.4, rtol=1e-5)
+    drawn = np.asarray(compiled.mix(logprob_BV, share_BK, label_BK))[:, 0]
+    plain = retriever(engine, label, 20, 2.0, 0.4)  # One text, in NumPy.
+    for row in range(5):
+        assert drawn[row] == plain(logprob_BV[row], key[row] + np.float32(0.1)).argmax()
+
+
+@pytest.mark.parametrize("num_queries", [1, 3, 32])
+def test_few_queries_find_what_many_find(num_queries: int):
+    rng = np.random.default_rng(num_queries)
+    key = rng.standard_normal((9000, 16)).astype(np.float32)
+    key[500:520] = key[0]  # Ties are ordered by row.
+    query = np.concatenate([key[:1], rng.standard_normal((99, 16)).astype(np.float32)])
+    for engine in (
+        ExactEngine(ArrayKeys(key), single_device_mesh(), 1024),
+        _MeshSearch(ArrayKeys(key), single_device_mesh(), 1024, "cpu"),
+    ):
+        many, few = engine.search(query, 40), engine.search(query[:num_queries], 40)
+        np.testing.assert_array_equal(few.row_QK, many.row_QK[:num_queries])
+        # XLA sums the differences of another shape in another order.
+        rtol = 1e-6 if isinstance(engine, _MeshSearch) else 0
+        np.testing.assert_allclose(few.distance_QK, many.distance_QK[:num_queries], rtol=rtol)

@@ -1,0 +1,95 @@
+"""Divergence of neighbour lists against dense distributions; configurations of settings."""
+
+import numpy as np
+import pytest
+
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.evaluation.search_quality.divergence import SKEW, compare_neighbors
+from mlpmem_jax.evaluation.search_quality.settings import reference_of, with_setting
+from mlpmem_jax.retrieval.merge import Neighbors
+from tests.conftest import ROOT
+
+VOCAB = 12
+
+
+def _neighbors(rng, num_rows, missing=False):
+    distance = np.sort(rng.gamma(2.0, 2.0, (20, 15)), axis=1).astype(np.float32)
+    row = rng.integers(0, num_rows, (20, 15))
+    if missing:
+        distance[:, -3:], row[:, -3:] = np.inf, -1
+    return Neighbors(distance, row)
+
+
+def _dense(neighbors, label, temperature):
+    prob = np.zeros((len(neighbors), VOCAB))
+    for query in range(len(neighbors)):
+        for distance, row in zip(
+            neighbors.distance_QK[query], neighbors.row_QK[query], strict=True
+        ):
+            if row >= 0:
+                nearest = neighbors.distance_QK[query, 0]
+                prob[query, label[row]] += np.exp((nearest - distance) / temperature)
+    return prob / prob.sum(axis=1, keepdims=True)
+
+
+def test_divergence_is_that_of_dense_distributions():
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, VOCAB, 100).astype(np.int32)
+    truth, found = _neighbors(rng, 100), _neighbors(rng, 100, missing=True)
+    p, q = (_dense(one, label, 3.0) for one in (truth, found))
+    measured = compare_neighbors(found, truth, label, 3.0)
+    mixed = (1 - SKEW) * q + SKEW * p
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kl = np.where(p > 0, p * np.log(p / mixed), 0).sum(axis=1)
+    assert measured.skew_kl == pytest.approx(kl.mean(), rel=1e-4)
+    assert measured.missed_mass == pytest.approx(np.where(q == 0, p, 0).sum(axis=1).mean())
+    assert measured.missed_mass > 0
+    assert measured.top1 == (p.argmax(axis=1) == q.argmax(axis=1)).mean()
+
+
+def test_exact_neighbours_diverge_in_nothing():
+    rng = np.random.default_rng(1)
+    label = rng.integers(0, VOCAB, 100).astype(np.int32)
+    truth = _neighbors(rng, 100)
+    measured = compare_neighbors(truth, truth, label, 3.0)
+    assert measured.skew_kl == pytest.approx(0, abs=1e-7)
+    assert (measured.missed_mass, measured.top1) == (0, 1)
+
+
+def _config(*overrides):
+    return load_config(ROOT / "configs" / "tiny.yaml", overrides, {"workdir": "run"})
+
+
+def test_each_setting_has_names_of_its_own_and_shares_the_rest():
+    config = _config()
+    names = [one.name for one in config.search_quality.settings]
+    parts = [with_setting(config, one) for one in config.search_quality.settings]
+    layouts = [Layout(config), *map(Layout, parts)]
+    for own in ("index", "memory"):
+        assert len({getattr(layout, own).relative for layout in layouts}) == len(layouts)
+    assert len({layout.targets("train").relative for layout in layouts}) == len(layouts)
+    assert len({layout.neighbors("test").relative for layout in layouts}) == 1
+    assert len({layout.datastore("train").relative for layout in layouts}) == 1
+    assert reference_of(config) == "exact" == names[-1]
+    assert parts[0].retrieval.num_leaves_to_search == 1
+    assert parts[0].retrieval.min_recall == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("search_quality.settings=[]", "must hold at least one setting"),
+        ("search_quality.settings=[{name: a}, {name: a}]", "the name a is given twice"),
+        ("search_quality.settings=[{name: a, num_reorder: 16}]", "num_reorder=16 must be more"),
+        ("cost.engines=[]", "must name at least one engine"),
+        ("analyze.ngram_orders=[2, 2]", "names something twice"),
+        ("analyze.masses=[]", "at least one mass"),
+        ("analyze.masses=[1.0]", "analyze.masses"),
+    ],
+)
+def test_mistakes_are_named(override: str, said: str):
+    with pytest.raises(ConfigError, match=".") as caught:
+        _config(override)
+    assert said in str(caught.value)
