@@ -23,6 +23,7 @@ from mlpmem_jax.config.stages import (
     PretrainConfig,
     TrainConfig,
 )
+from mlpmem_jax.config.suite import AblateConfig, CompareConfig, OverfittingConfig
 
 __all__ = ["Config"]
 
@@ -44,6 +45,9 @@ class Config(Section):
     train: TrainConfig = setting(TrainConfig(), TrainConfig.__doc__ or "")
     evaluate: EvaluateConfig = setting(EvaluateConfig(), EvaluateConfig.__doc__ or "")
     generate: GenerateConfig = setting(GenerateConfig(), GenerateConfig.__doc__ or "")
+    compare: CompareConfig = setting(CompareConfig(), CompareConfig.__doc__ or "")
+    overfitting: OverfittingConfig = setting(OverfittingConfig(), OverfittingConfig.__doc__ or "")
+    ablate: AblateConfig = setting(AblateConfig(), AblateConfig.__doc__ or "")
 
     @property
     def embedding_window_tokens(self) -> int:

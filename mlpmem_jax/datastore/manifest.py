@@ -157,6 +157,11 @@ class Artifact:
             "targets": "retrieve",
             "memory": "train",
             "results": "evaluate",
+            "scores": "compare",
+            "machine": "compare",
+            "compare": "compare",
+            "overfitting": "overfitting",
+            "ablate": "ablate",
         }[self.kind]
 
     def verify(self) -> Manifest:
