@@ -27,9 +27,7 @@ ALL_ROWS: tuple[RowName, ...] = get_args(RowName)
 class CompareConfig(Section):
     """The main table: the memory beside its baselines and controls, several seeds."""
 
-    name: str = setting(
-        "compare", "name of the table in results/", pattern=r"^[A-Za-z0-9._-]+$"
-    )
+    name: str = setting("compare", "name of the table in results/", pattern=r"^[A-Za-z0-9._-]+$")
     seeds: tuple[Seed, ...] = setting((0, 1, 2), "seeds; each trains every row anew", min_length=1)
     rows: tuple[RowName, ...] = setting(
         ALL_ROWS, "rows of the table, in its order; the decoder is always one", min_length=1

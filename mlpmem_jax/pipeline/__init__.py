@@ -31,6 +31,11 @@ class Command:
 
 
 _RUN = ("workdir", "seed")
+# What commands read that run every stage, some of them several times.
+_EVERY_STAGE = (
+    *_RUN, "corpus", "tokenizer", "decoder", "memory", "mesh", "datastore", "retrieval", "targets",
+    "pretrain", "train", "evaluate",
+)  # fmt: skip
 
 COMMANDS: dict[str, Command] = {
     "tokenize": Command(
@@ -70,6 +75,11 @@ COMMANDS: dict[str, Command] = {
             *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore", "retrieval",
             "targets", "train.loss_chunk_tokens", "evaluate",
         ),
+    ),
+    "compare": Command(
+        "compare",
+        "the main table: baselines, controls and memories, several seeds",
+        (*_EVERY_STAGE, "compare"),
     ),
     "generate": Command(
         "generate",

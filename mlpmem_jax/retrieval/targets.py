@@ -40,20 +40,25 @@ class Made:
     measured: Mapping[str, Any]
 
 
-def keep_neighbors(config: Config, split: Split, exact: ExactCache) -> Made:
+def keep_neighbors(
+    config: Config, split: Split, exact: ExactCache, *, by_index: bool = False
+) -> Made:
     """Finds and stores the neighbours of a split among the training rows.
 
-    Valid and test exactly; train by the engine of the index, each row's own excluded.
+    Valid and test exactly, unless `by_index` (then into an artifact of their own); train by
+    the engine of the index, each row's own excluded.
     """
     layout = Layout(config)
     _check_same_origin(layout, split)
     keys = StoredKeys(layout.datastore(split))
     _check_rows(config)
-    writer = _writer(layout.neighbors(split), layout.neighbors_arrays(), keys.num_rows)
+    artifact = layout.neighbors_by_index(split) if by_index else layout.neighbors(split)
+    writer = _writer(artifact, layout.neighbors_arrays(), keys.num_rows)
     measured: dict[str, Any] = {"engine": "exact"}
     engine: Engine
-    if split == "train":
-        engine, about = _measured_engine(config, exact, keys)
+    if split == "train" or by_index:
+        train_keys = StoredKeys(layout.datastore("train"))
+        engine, about = _measured_engine(config, exact, train_keys)
         measured |= about
     else:
         engine = exact()

@@ -80,7 +80,9 @@ def test_systems_by_document():
         total = 0.0
         for row in range(40):
             if counts.document_N[row] == document:
-                p = sum(w * np.exp(parts.logprob[n][row]) for w, n in zip(weight_M, "abc"))
+                p = sum(
+                    w * np.exp(parts.logprob[n][row]) for w, n in zip(weight_M, "abc", strict=True)
+                )
                 total -= np.log(p)
         assert found_D[document] == pytest.approx(total)
     alone_D = parts.nats_by_document(System("a", "a", ("a",)), np.ones(1))
