@@ -65,7 +65,8 @@ class SweepConfig(Section):
     )
     hold: Literal["none", "memory_parameters"] = setting(
         "none",
-        "memory_parameters: memory.width is chosen so that the memory keeps its parameters",
+        "memory_parameters (for key memory.num_layers): memory.width and memory.ffn_width are "
+        "chosen so that the memory keeps its parameters",
     )
 
 

@@ -81,6 +81,16 @@ COMMANDS: dict[str, Command] = {
         "the main table: baselines, controls and memories, several seeds",
         (*_EVERY_STAGE, "compare"),
     ),
+    "overfitting": Command(
+        "overfitting",
+        "test nats by epoch, for a decoder and a memory trained for long",
+        (*_EVERY_STAGE, "overfitting"),
+    ),
+    "ablate": Command(
+        "ablate",
+        "sweeps of one key each around the configuration",
+        (*_EVERY_STAGE, "ablate"),
+    ),
     "generate": Command(
         "generate",
         "continue prompts with decoder and memory",

@@ -1,7 +1,7 @@
 """The main table: the memory beside its baselines and controls, several seeds."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.suite import RowName
@@ -9,10 +9,15 @@ from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.datastore.files import read_json, write_bytes, write_json
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.rows import ROWS, Row, SeedPlan, planned_row
-from mlpmem_jax.pipeline.scores import SCORED
+from mlpmem_jax.pipeline.rows import ROWS, SeedPlan, planned_row
 from mlpmem_jax.pipeline.stage import Completion, Stage
-from mlpmem_jax.pipeline.suite import Work, run_suite
+from mlpmem_jax.pipeline.suite import (
+    RowsBySeed,
+    Work,
+    interval_settings,
+    rows_stage,
+    run_suite,
+)
 
 RESULTS = "compare.json"
 MEASURED = "measured.json"
@@ -57,7 +62,7 @@ def _row_stages(plan: SeedPlan, name: RowName) -> list[Stage]:
     return row.stages() if row else []
 
 
-def rows_by_seed(config: Config) -> dict[int, list[Row]]:
+def rows_by_seed(config: Config) -> RowsBySeed:
     """Returns the rows as they are planned now, by seed."""
     return {
         seed: [
@@ -73,47 +78,18 @@ def table_stage(config: Config) -> Stage:
     """Returns the stage that makes the table from finished scores."""
     layout = Layout(config)
     rows = rows_by_seed(config)
-    scores = {
-        part.scores(split).relative: part.scores(split)
-        for of_seed in rows.values()
-        for row in of_seed
-        for part in row.parts
-        for split in SCORED
-    }
-    evaluate = config.evaluate
-    recipe = {
-        "seed": config.seed,
-        "rows": {
-            str(seed): {row.key: [part.name for part in row.parts] for row in of_seed}
-            for seed, of_seed in rows.items()
-        },
-        "evaluate": {
-            "bootstrap_samples": evaluate.bootstrap_samples,
-            "confidence": evaluate.confidence,
-        },
-    }
-    return Stage(
-        artifact=layout.table("compare", config.compare.name),
-        recipe=recipe,
-        upstream=(layout.tokens, layout.machine, *scores.values()),
-        build=functools.partial(_build, config, rows),
+    return rows_stage(
+        config, layout.table("compare", config.compare.name), {"compare": rows}, {}, _build
     )
 
 
-def _build(config: Config, rows: dict[int, Sequence[Row]]) -> Completion:
+def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
     from mlpmem_jax.evaluation.suite import report
     from mlpmem_jax.evaluation.suite.assemble import table_costs, table_results
     from mlpmem_jax.evaluation.suite.picture import draw
-    from mlpmem_jax.evaluation.suite.statistics import Settings
 
-    settings = Settings(
-        bootstrap_samples=config.evaluate.bootstrap_samples,
-        confidence=config.evaluate.confidence,
-        seed=config.seed,
-        reference=REFERENCE,
-        full_gain=FULL_GAIN,
-    )
-    results = table_results(config, rows, settings)
+    rows = tables["compare"]
+    results = table_results(config, rows, interval_settings(config, REFERENCE, FULL_GAIN))
     documents = results.pop("documents")
     measured = table_costs(config, rows)
     path = Layout(config).table("compare", config.compare.name).path

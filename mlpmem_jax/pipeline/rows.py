@@ -15,7 +15,7 @@ from mlpmem_jax.datastore.manifest import MANIFEST
 from mlpmem_jax.evaluation.suite.ledger import Ledger
 from mlpmem_jax.pipeline.scores import Part
 from mlpmem_jax.pipeline.stage import Stage
-from mlpmem_jax.pipeline.variants import base_variant, changed_variant
+from mlpmem_jax.pipeline.variants import Variant, base_variant, changed_variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +225,14 @@ ROWS: dict[RowName, RowRecipe] = {
     ),
     # ---- rows of joint training: a `Part` of its own kind, and its recipe, belong here ----
 }
+
+
+def model_parts(variant: Variant) -> tuple[Part, ...]:
+    """Returns what is evaluated of a variant: its decoder with its memory.
+
+    Where training of both together makes another artifact, its parts belong here.
+    """
+    return (Part("decoder", variant), Part("memory", variant))
 
 
 def planned_row(plan: SeedPlan, key: RowName) -> Row | None:

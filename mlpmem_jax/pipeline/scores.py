@@ -22,10 +22,12 @@ class Part:
         kind: What it is; `knn_by_index` is the kNN distribution of the neighbours that the
             engine of the index finds, `knn` that of the exact ones.
         variant: How it is made.
+        step: Of a network, a step before its last whose checkpoint is kept; none: the last.
     """
 
     kind: Literal["decoder", "knn", "knn_by_index", "memory"]
     variant: Variant
+    step: int | None = None
 
     @property
     def config(self) -> Config:
@@ -41,7 +43,8 @@ class Part:
             "knn_by_index": self.config.retrieval_name,
             "memory": self.config.memory.name,
         }
-        return f"{self.kind.replace('_', '-')}-{named[self.kind]}"
+        after = "" if self.step is None else f"-step-{self.step}"
+        return f"{self.kind.replace('_', '-')}-{named[self.kind]}{after}"
 
     def scores(self, split: Split) -> Artifact:
         """Where its log-probabilities of the labels of a split lie."""
@@ -123,6 +126,8 @@ def _chunking(config: Config) -> dict[str, int]:
 def _score_stage(part: Part, split: Split) -> Stage:
     config, layout = part.config, Layout(part.config)
     recipe: dict[str, Any] = {"datastore": _chunking(config)}
+    if part.step is not None:
+        recipe["step"] = part.step
     upstream: list[Artifact]
     if part.kind == "decoder":
         recipe["datastore"] |= {
@@ -160,11 +165,11 @@ def _score(part: Part, split: Split) -> Completion:
     config, artifact = part.config, part.scores(split)
     if part.kind == "decoder":
         mesh = make_mesh(config.mesh)
-        decoder = finished_decoder(config, mesh)
+        decoder = finished_decoder(config, mesh, part.step)
         scored = scoring.score_decoder(config, decoder, split, artifact, mesh)
     elif part.kind == "memory":
         mesh = make_mesh(config.mesh)
-        memory = finished_memory(config, mesh)
+        memory = finished_memory(config, mesh, part.step)
         scored = scoring.score_memory_alone(config, memory, split, artifact, mesh)
     else:
         temperature = None

@@ -4,18 +4,22 @@ Work is planned lazily: what one piece is sized by may be measured by the one be
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.layout import SPLITS, Layout
-from mlpmem_jax.datastore.manifest import MANIFEST, fingerprint_of
+from mlpmem_jax.datastore.manifest import MANIFEST, Artifact, fingerprint_of
 from mlpmem_jax.evaluation.suite.forecast import Expected, Forecast, Forecaster, duration
+from mlpmem_jax.evaluation.suite.statistics import Settings
 from mlpmem_jax.pipeline import tokenize
 from mlpmem_jax.pipeline.execute import write_config
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.plan import intention
+from mlpmem_jax.pipeline.rows import Row
+from mlpmem_jax.pipeline.scores import SCORED
 from mlpmem_jax.pipeline.stage import Completion, Rebuild, Stage, run_stages
 from mlpmem_jax.pipeline.variants import made_by
 
@@ -35,6 +39,62 @@ class Work:
 
     title: str
     stages: Callable[[], list[Stage]]
+
+
+RowsBySeed = dict[int, list[Row]]
+
+
+def rows_stage(
+    config: Config,
+    artifact: Artifact,
+    tables: Mapping[str, RowsBySeed],
+    recipe: Mapping[str, Any],
+    build: Callable[[Config, Mapping[str, RowsBySeed]], Completion],
+) -> Stage:
+    """Returns the stage that makes tables from the finished scores of their rows.
+
+    Args:
+        config: The configuration of the command.
+        artifact: Where the tables go.
+        tables: The rows, by table and seed.
+        recipe: What else decides the content.
+        build: Makes them.
+    """
+    layout = Layout(config)
+    rows = [row for table in tables.values() for of_seed in table.values() for row in of_seed]
+    scores = {
+        part.scores(split).relative: part.scores(split)
+        for row in rows
+        for part in row.parts
+        for split in SCORED
+    }
+    named = {
+        name: {
+            str(seed): {row.key: [part.name for part in row.parts] for row in of_seed}
+            for seed, of_seed in table.items()
+        }
+        for name, table in tables.items()
+    }
+    evaluate = config.evaluate.recipe()
+    keys = ("bootstrap_samples", "confidence")
+    intervals = {key: evaluate[key] for key in keys}
+    return Stage(
+        artifact=artifact,
+        recipe={"seed": config.seed, "rows": named, "evaluate": intervals, **recipe},
+        upstream=(layout.tokens, layout.machine, *scores.values()),
+        build=functools.partial(build, config, tables),
+    )
+
+
+def interval_settings(config: Config, reference: str, full_gain: str = "") -> Settings:
+    """Returns how intervals are made, as configured."""
+    return Settings(
+        bootstrap_samples=config.evaluate.bootstrap_samples,
+        confidence=config.evaluate.confidence,
+        seed=config.seed,
+        reference=reference,
+        full_gain=full_gain,
+    )
 
 
 def machine_stage(config: Config) -> Stage:

@@ -85,20 +85,24 @@ def base_variant(config: Config, seed: int) -> Variant:
     return Variant.of(changed_config(config, {"seed": seed, **names}))
 
 
-def changed_variant(base: Variant, overrides: Mapping[str, Any], label: str) -> Variant:
+def changed_variant(
+    base: Variant, overrides: Mapping[str, Any], label: str, always: Sequence[str] = ()
+) -> Variant:
     """Returns a variant of a base; what changes is named after the label.
 
     Args:
         base: What is varied.
         overrides: Values by dotted path; keys of the networks, of retrieval and training.
         label: For the names.
+        always: Kinds of artifacts that get a name of their own in any case, because they
+            are made in another way (checkpoints are kept).
 
     Raises:
         ConfigError: A key or value is wrong, or a key is none that variants can change.
     """
     _check_keys(overrides)
     changed = changed_config(base.config, overrides)
-    kinds = _changed_kinds(base.config, changed)
+    kinds = _changed_kinds(base.config, changed) | set(always)
     config = _renamed(changed, kinds, label)
     if "datastore" in kinds and "targets" not in kinds:
         # Only what the memory reads is another state: targets stay, and so does their maker.
@@ -139,7 +143,8 @@ def label_of(key: str, value: Any) -> str:
 def _check_keys(overrides: Mapping[str, Any]) -> None:
     for key in overrides:
         section, _, rest = key.partition(".")
-        if section not in SECTIONS or rest == "name":
+        known = section in Config.model_fields  # What is not is refused with a hint.
+        if known and (section not in SECTIONS or rest == "name"):
             raise ConfigError(
                 f"{key}: cannot differ between the rows of a table; keys of "
                 f"{', '.join(SECTIONS)} can, but for names"

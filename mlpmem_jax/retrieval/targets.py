@@ -58,7 +58,8 @@ def keep_neighbors(
     engine: Engine
     if split == "train" or by_index:
         train_keys = StoredKeys(layout.datastore("train"))
-        engine, about = _measured_engine(config, exact, train_keys)
+        # Targets must be good; a baseline is what it is, and its recall is reported.
+        engine, about = _measured_engine(config, exact, train_keys, must_suffice=not by_index)
         measured |= about
     else:
         engine = exact()
@@ -183,12 +184,12 @@ def _about(tuned: Tuned) -> dict[str, Any]:
 
 
 def _measured_engine(
-    config: Config, exact: ExactCache, keys: StoredKeys
+    config: Config, exact: ExactCache, keys: StoredKeys, *, must_suffice: bool = True
 ) -> tuple[Engine, dict[str, Any]]:
     """Opens the engine of the index and measures its recall.
 
     Raises:
-        ConfigError: The recall is below `retrieval.min_recall`.
+        ConfigError: The recall is below `retrieval.min_recall`, and must not be.
     """
     engine, settings = open_index(config, exact)
     reference = recall.plain_search(keys) if settings is None else exact().search
@@ -205,7 +206,8 @@ def _measured_engine(
         f"retrieve: recall@{config.retrieval.num_neighbors} of the {engine.name} engine is "
         f"{found:.4f} on {num_queries:,} random rows"
     )
-    recall.check(found, config.retrieval, settings, num_queries)
+    if must_suffice:
+        recall.check(found, config.retrieval, settings, num_queries)
     if settings is not None:
         exact.release()
     measured = {"engine": engine.name, "recall": found, "recall_queries": num_queries}

@@ -34,8 +34,8 @@ def memory_builder(config: Config, vocab_size: int) -> Callable[[nnx.Rngs], Memo
     return lambda rngs: Memory(config.memory, config.decoder.width, vocab_size, rngs=rngs)
 
 
-def finished_decoder(config: Config, mesh: jax.sharding.Mesh) -> Decoder:
-    """Restores the run's decoder.
+def finished_decoder(config: Config, mesh: jax.sharding.Mesh, step: int | None = None) -> Decoder:
+    """Restores the run's decoder, as it was after its last step or after a given one.
 
     Raises:
         ArtifactError: It is missing, damaged, of another shape, or of another vocabulary
@@ -49,11 +49,11 @@ def finished_decoder(config: Config, mesh: jax.sharding.Mesh) -> Decoder:
             f"{artifact.path}: the decoder has a vocabulary of {trained} tokens and "
             f"{layout.tokens.path} one of {wanted}; use the tokenizer that it was trained with"
         )
-    return _restored(decoder_builder(config, wanted), artifact, mesh)
+    return _restored(decoder_builder(config, wanted), artifact, mesh, step)
 
 
-def finished_memory(config: Config, mesh: jax.sharding.Mesh) -> Memory:
-    """Restores the run's memory.
+def finished_memory(config: Config, mesh: jax.sharding.Mesh, step: int | None = None) -> Memory:
+    """Restores the run's memory, as it was after its last step or after a given one.
 
     Raises:
         ArtifactError: It is missing, damaged, of another shape, or was trained on the
@@ -67,17 +67,21 @@ def finished_memory(config: Config, mesh: jax.sharding.Mesh) -> Memory:
             f"{memory.path}: was trained on another decoder ({trained_on}) than {decoder.path} "
             f"({decoder.load().fingerprint}); train it again with `train --rebuild`"
         )
-    return _restored(memory_builder(config, vocab_size(config)), memory, mesh)
+    return _restored(memory_builder(config, vocab_size(config)), memory, mesh, step)
 
 
 def _restored(
-    build: Callable[[nnx.Rngs], Network], artifact: Artifact, mesh: jax.sharding.Mesh
+    build: Callable[[nnx.Rngs], Network],
+    artifact: Artifact,
+    mesh: jax.sharding.Mesh,
+    step: int | None,
 ) -> Network:
     def states() -> tuple[nnx.State, nnx.State]:
         return split_module(build(nnx.Rngs(0)))[1:]
 
     params, fixed = abstract_state(states, mesh)
-    flat = restore_finished(artifact, {"params": flatten(params), "fixed": flatten(fixed)})
+    items = {"params": flatten(params), "fixed": flatten(fixed)}
+    flat = restore_finished(artifact, items, step)
     return nnx.merge(
         structure(build), unflatten(params, flat["params"]), unflatten(fixed, flat["fixed"])
     )

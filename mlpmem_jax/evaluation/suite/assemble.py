@@ -112,6 +112,7 @@ def table_costs(config: Config, rows: Rows) -> dict[str, Any]:
             found.setdefault(row.key, {})[str(seed)] = {
                 **_size(row, vocab_size),
                 "temperature": _temperature(row),
+                "recall": _recall(row),
                 "made_of": row.made_of(),
                 "cost": cost.as_json(),
             }
@@ -138,4 +139,13 @@ def _temperature(row: TableRow) -> float | None:
     for part in row.parts:
         if part.kind.startswith("knn"):
             return float(part.scores("valid").load().counts["temperature"])
+    return None
+
+
+def _recall(row: TableRow) -> float | None:
+    """Returns how many of the true neighbours the engine of a row finds, where it was measured."""
+    for part in row.parts:
+        if part.kind == "knn_by_index":
+            layout = Layout(part.config)
+            return float(layout.neighbors_by_index("valid").load().measured["recall"])
     return None

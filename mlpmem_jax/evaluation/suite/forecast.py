@@ -127,11 +127,15 @@ class Forecaster:
             artifact = Artifact(self._workdir, relative, kind)
             if kind not in _NETWORKS or not (artifact.path / MANIFEST).exists():
                 continue
-            measured = artifact.load().measured
-            # A resumed start measured its own part of the time alone: use its own rate.
-            if measured.get("model_flops") and measured.get("seconds"):
-                flops[kind] = flops.get(kind, 0.0) + float(measured["model_flops"])
-                seconds[kind] = seconds.get(kind, 0.0) + float(measured["seconds"])
+            manifest = artifact.load()
+            measured = manifest.measured
+            if "model_flops" not in measured:
+                continue
+            # A step's time where there are steps: starting up costs the same for any number.
+            steps = int(manifest.counts.get("steps", 0))
+            spent = measured.get("secs_per_step", 0.0) * steps or measured["seconds"]
+            flops[kind] = flops.get(kind, 0.0) + float(measured["model_flops"])
+            seconds[kind] = seconds.get(kind, 0.0) + float(spent)
         return {kind: flops[kind] / max(seconds[kind], 1e-9) for kind in flops}
 
 

@@ -123,7 +123,14 @@ def _cost(row: Results, cost: Results) -> list[str]:
 
 def _notes(results: Results, measured: Results) -> list[str]:
     peak = measured["peak_flops"] / 1e9
+    recalls = [
+        one["recall"]
+        for row in measured["rows"].values()
+        for one in row.values()
+        if one.get("recall") is not None
+    ]
     return [
+        *([f"ScaNN finds {share_text(_mean(recalls))} of the neighbours"] if recalls else []),
         "training flops count everything that a row was made from, teacher, embedding, index and "
         f"search included; what is no network counts seconds × {peak:.0f} GFLOP/s, the measured "
         "peak of this CPU",
