@@ -141,22 +141,18 @@ def test_ablate_shares_what_does_not_depend_on_the_key(
     assert run("ablate", compared, "ablate.seeds=[0]", f"ablate.sweeps={sweeps}") == 0
     out = capsys.readouterr().out
     made = {line.split(":")[0] for line in out.splitlines() if line.endswith(": making")}
+    layer = "seed-0-datastore.input.layer-0.5"
+    alpha, tokens = "seed-0-train.alpha-1.0", "seed-0-targets.num_tokens-2"
     assert made == {
-        "memory/seed-0-train.alpha-1.0",
-        "targets/seed-0-targets.num_tokens-2/train",
-        "targets/seed-0-targets.num_tokens-2/valid",
-        "memory/seed-0-targets.num_tokens-2",
+        *(f"memory/{name}" for name in (alpha, tokens, layer)),
+        *(f"targets/{tokens}/{split}" for split in ("train", "valid")),
+        *(f"datastore/{layer}/{split}" for split in ("train", "valid", "test")),
         *(
-            f"scores/memory-seed-0-{name}/{split}"
-            for name in ("train.alpha-1.0", "targets.num_tokens-2")
+            f"scores/memory-{name}/{split}"
+            for name in (alpha, tokens, layer)
             for split in ("valid", "test")
         ),
         "results/ablate",
-    } | {
-        name
-        for name in made
-        if "datastore.input.layer" in name
-        and name.split("/")[0] in ("datastore", "memory", "scores")
     }
     folder = compared / "results" / "ablate"
     results = json.loads((folder / "ablate.json").read_text())

@@ -175,9 +175,8 @@ def draw(results: Results) -> bytes:
         nats = [one["test_nats"]["value"] for one in network["epochs"]]
         valid = [one["valid_nats"]["value"] for one in network["epochs"]]
         left.plot(epochs, nats, "o-", color=color, linewidth=2, markersize=5,
-                  markeredgecolor="white", label=f"{network['label']}, test")  # fmt: skip
-        left.plot(epochs, valid, color=color, linewidth=1.1, linestyle=(0, (3, 2)),
-                  label=f"{network['label']}, validation")  # fmt: skip
+                  markeredgecolor="white", label=network["label"])  # fmt: skip
+        left.plot(epochs, valid, color=color, linewidth=1.1, linestyle=(0, (3, 2)))
         best = network["best_epoch"] - 1
         left.plot([epochs[best]], [nats[best]], "o", color="none", markersize=13,
                   markeredgecolor=color, markeredgewidth=1.5)  # fmt: skip
@@ -191,7 +190,7 @@ def draw(results: Results) -> bytes:
     left.legend(frameon=False, fontsize=8.5, labelcolor=INK)
     right.axhline(0, color="#9aa2ab", linewidth=0.8)
     right.set_ylabel("test nats above the best epoch", fontsize=9.5, color=INK)
-    title(left, "Test and validation by epoch", "rings: the best epoch on test")
+    title(left, "Test and validation by epoch", "dashed: validation; rings: the best epoch on test")
     title(right, "What is lost", f"band: {level} interval of the paired difference, over documents")
     return as_png(figure)
 

@@ -155,7 +155,7 @@ def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, results: 
         axes.scatter([cost["flops"]], [nats], s=area, color=color, alpha=0.85, linewidth=0.8,
                      edgecolor="white", zorder=4)  # fmt: skip
         points.append((cost["flops"], nats, row["label"], color))
-    axes.set_xscale("log")
+    _log_ticks(axes)
     flops = [point[0] for point in points]
     axes.set_xlim(min(flops) / 1.35, max(flops) * 2.1)
     axes.margins(y=0.12)
@@ -167,6 +167,23 @@ def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, results: 
                     color=INK)  # fmt: skip
     axes.set_ylabel("test nats per token", fontsize=9.5, color=INK)
     title(axes, "What it costs", "area: parameters used at inference")
+
+
+def _log_ticks(axes: Any) -> None:
+    """Makes the horizontal axis logarithmic, with ticks at 1, 2 and 5 of every power."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("+", "")))
+
+
+def halo() -> list[Any]:
+    """Returns a white rim for text that lies on lines."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=3, foreground="white")]
 
 
 def _label_points(
@@ -195,4 +212,5 @@ def _label_points(
         axes.annotate(
             label, (x, y), (14, shift), textcoords="offset points", va="center", fontsize=9,
             color=color, zorder=5, arrowprops=arrow if abs(shift) > 4 else None,
+            path_effects=halo(),
         )  # fmt: skip

@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.evaluation.suite.picture import INK, SOFT, as_png, new_figure, plain, title
+from mlpmem_jax.evaluation.suite.picture import INK, as_png, halo, new_figure, plain, title
 from mlpmem_jax.evaluation.suite.report import mean_cost
 from mlpmem_jax.evaluation.table import bracket_text, count_text, number, render
 
@@ -13,7 +13,6 @@ Results = Mapping[str, Any]
 
 CONFIGURED = "configured"
 _COLOR = "#1f6f8b"
-_DECODER = "#5b6470"
 # Values this far apart are drawn on a logarithmic axis.
 _LOG_RATIO = 8.0
 _COLUMNS = (
@@ -153,30 +152,27 @@ def draw(results: Results, sweep: Results) -> bytes:
             axes.plot([place, place], [low, high], color=_COLOR, linewidth=1.6, zorder=3)
             axes.plot([place, place], [low, high], "_", color=_COLOR, markersize=9,
                       markeredgewidth=1.6, zorder=3)  # fmt: skip
+    drawn: list[float] = []
     for seed in results["seeds"] if len(results["seeds"]) > 1 else ():
         each = [point["by_seed"][str(seed)]["test_nats"]["value"] for point in points]
+        drawn += each
         axes.plot(places, each, "o", color=_COLOR, markersize=3, alpha=0.5, zorder=2)
-    for place, value, point in zip(places, nats, points, strict=True):
-        axes.annotate(number(value, 3), (place, value), (7, 7), textcoords="offset points",
-                      fontsize=8.5, color=INK, zorder=5)  # fmt: skip
-        del point
+    for place, value in zip(places, nats, strict=True):
+        axes.annotate(number(value, 3), (place, value), (8, 6), textcoords="offset points",
+                      fontsize=8.5, color=INK, zorder=5, path_effects=halo())  # fmt: skip
     axes.axhline(configured, color=_COLOR, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
-    shown = [*nats, *(end for pair in ends for end in pair), configured]
+    shown = [*nats, *(end for pair in ends for end in pair), *drawn, configured]
     span = max(max(shown) - min(shown), 1e-4)
     axes.set_ylim(min(shown) - 0.15 * span, max(shown) + 0.25 * span)
     axes.set_ylabel("test nats per token, decoder + memory", fontsize=9.5, color=INK)
-    axes.set_xlabel(sweep["title"], fontsize=9.5, color=INK)
     decoder = sweep["decoder"]["test_nats"]["value"]
     level = f"{100 * results['confidence']:g} %"
     title(
         axes,
         sweep["title"],
-        f"bars: {level} interval of the paired difference to the configured model (dashed)",
+        f"dashed: as configured; bars: {level} interval of the paired difference to it; "
+        f"decoder alone {number(decoder, 3)}",
     )
-    axes.annotate(
-        f"decoder alone: {number(decoder, 3)}", (1, 1), (0, -4), xycoords="axes fraction",
-        textcoords="offset points", ha="right", va="top", fontsize=8.5, color=SOFT,
-    )  # fmt: skip
     return as_png(figure)
 
 
