@@ -87,14 +87,17 @@ def variant_of(plan: SeedPlan, sweep: SweepConfig, value: Any) -> Variant:
 
 def sweep_rows(plan: SeedPlan, sweep: SweepConfig) -> list[Row]:
     """Returns the rows of one sweep for one seed: configured, its decoder, every value."""
-    rows = [
+    return [
         Row(CONFIGURED, "as configured", model_parts(plan.base)),
         Row("decoder", "decoder", (plan.decoder,)),
+        *(value_row(plan, sweep, value) for value in sweep.values),
     ]
-    for value in sweep.values:
-        text = value_text(value)
-        rows.append(Row(f"value={text}", text, model_parts(variant_of(plan, sweep, value))))
-    return rows
+
+
+def value_row(plan: SeedPlan, sweep: SweepConfig, value: Any) -> Row:
+    """Returns the row of one value."""
+    text = value_text(value)
+    return Row(f"value={text}", text, model_parts(variant_of(plan, sweep, value)))
 
 
 def title_of(sweep: SweepConfig) -> str:
@@ -108,19 +111,21 @@ def title_of(sweep: SweepConfig) -> str:
 
 
 def works(config: Config) -> list[Work]:
-    """Returns every value of every sweep and seed."""
+    """Returns the configured model and every value of every sweep, for every seed."""
     found = []
     for seed in config.ablate.seeds:
         plan = SeedPlan(config, seed)
-        for place, sweep in enumerate(config.ablate.sweeps):
-            for number, row in enumerate(sweep_rows(plan, sweep)):
-                title = f"seed {seed}, {title_of(sweep)}: {row.label}"
-                found.append(Work(title, functools.partial(_stages, plan, place, number)))
+        configured = Row(CONFIGURED, "as configured", model_parts(plan.base))
+        found.append(Work(f"seed {seed}, as configured", configured.stages))
+        for sweep in config.ablate.sweeps:
+            for value in sweep.values:
+                title = f"seed {seed}, {title_of(sweep)} = {value_text(value)}"
+                found.append(Work(title, functools.partial(_stages, plan, sweep, value)))
     return found
 
 
-def _stages(plan: SeedPlan, place: int, number: int) -> list[Stage]:
-    return sweep_rows(plan, plan.config.ablate.sweeps[place])[number].stages()
+def _stages(plan: SeedPlan, sweep: SweepConfig, value: Any) -> list[Stage]:
+    return value_row(plan, sweep, value).stages()
 
 
 def table_stage(config: Config) -> Stage:

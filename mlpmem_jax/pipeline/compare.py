@@ -46,7 +46,8 @@ def works(config: Config) -> list[Work]:
             names.append("memory")
         for name in sorted(names, key=lambda name: ROWS[name].uses_costs):
             title = f"seed {seed}, {ROWS[name].label}"
-            found.append(Work(title, functools.partial(_row_stages, plan, name)))
+            stages = functools.partial(_row_stages, plan, name)
+            found.append(Work(title, stages, ROWS[name].uses_costs))
     return found
 
 

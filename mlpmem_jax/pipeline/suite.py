@@ -35,10 +35,12 @@ class Work:
     Attributes:
         title: For people, for example "seed 0, + memory".
         stages: Returns its stages; asked for when it is its turn.
+        uses_costs: Whether they change as costs become known.
     """
 
     title: str
     stages: Callable[[], list[Stage]]
+    uses_costs: bool = False
 
 
 RowsBySeed = dict[int, list[Row]]
@@ -142,15 +144,17 @@ def run_suite(
         run_stages(stages, rebuild, before_building=lambda: write_config(config))
 
     # Planned once before anything is made, so that a mistake costs a second, not an hour.
-    for work in works:
-        work.stages()
+    planned = [work.stages() for work in works]
     run([*tokens, machine_stage(config)])
     peak = float(Layout(config).machine.load().counts["peak_flops"])
     done: dict[str, None] = {}
     estimates = Estimates()
     for place, work in enumerate(works):
-        stages = [stage for stage in made_by(work.stages()) if stage.name not in done]
-        rest = [s for later in works[place:] for s in later.stages()]
+        for later in range(place, len(works)):
+            if later == place or works[later].uses_costs:
+                planned[later] = works[later].stages()
+        stages = [stage for stage in made_by(planned[place]) if stage.name not in done]
+        rest = [stage for later in planned[place:] for stage in later]
         forecast = _forecast(config, made_by(rest), peak, estimates)
         if place == 0:
             say(f"{command}: {_in_words(forecast)}")
