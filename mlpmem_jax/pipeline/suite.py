@@ -5,7 +5,7 @@ Work is planned lazily: what one piece is sized by may be measured by the one be
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
@@ -155,7 +155,7 @@ def run_suite(
                 planned[later] = works[later].stages()
         stages = [stage for stage in made_by(planned[place]) if stage.name not in done]
         rest = [stage for later in planned[place:] for stage in later]
-        forecast = _forecast(config, made_by(rest), peak, estimates)
+        forecast = _forecast(config, made_by(rest), peak, estimates, done)
         if place == 0:
             say(f"{command}: {_in_words(forecast)}")
         if forecast.num_missing:
@@ -184,7 +184,11 @@ class Estimates:
 
 
 def _forecast(
-    config: Config, stages: Sequence[Stage], peak: float, estimates: Estimates
+    config: Config,
+    stages: Sequence[Stage],
+    peak: float,
+    estimates: Estimates,
+    others: Iterable[str] = (),
 ) -> Forecast:
     layout = Layout(config)
     num_rows = None
@@ -192,7 +196,7 @@ def _forecast(
         counts = layout.tokens.load().counts
         num_rows = {split: int(counts[f"{split}_tokens"]) - 1 for split in SPLITS}
     forecaster = Forecaster(layout.workdir, peak, num_rows, config.decoder.width)
-    return forecaster.forecast([estimates.of(stage) for stage in stages])
+    return forecaster.forecast([estimates.of(stage) for stage in stages], others)
 
 
 def _in_words(forecast: Forecast) -> str:

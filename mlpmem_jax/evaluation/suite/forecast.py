@@ -81,10 +81,15 @@ class Forecaster:
         self._num_rows = num_rows
         self._width = width
 
-    def forecast(self, expected: Sequence[Expected]) -> Forecast:
-        """Adds up what is missing."""
+    def forecast(self, expected: Sequence[Expected], others: Iterable[str] = ()) -> Forecast:
+        """Adds up what is missing.
+
+        Args:
+            expected: What is to be there in the end.
+            others: Further artifacts, by path, whose rates tell something.
+        """
         missing = [one for one in expected if not (one.artifact.path / MANIFEST).exists()]
-        rates = self._rates({one.artifact.relative for one in expected})
+        rates = self._rates({*others, *(one.artifact.relative for one in expected)})
         flops = 0.0
         seconds: dict[str, float] = {}
         unknown: dict[str, None] = {}
