@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mlpmem_jax.config.schema import Config
 
+_TABLES = ("compare", "overfitting", "ablate")
+
 
 def cross_section_mistakes(config: Config) -> list[str]:
     """Returns one line for each rule that is broken."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
         _sources, _heads, _layers, _windows, _storage, _batches, _arrays, _mesh,
-        _schedules, _names, _candidates, _losses, _starts, _studies,
+        _schedules, _names, _candidates, _losses, _starts, _studies, _tables,
     )  # fmt: skip
     return [mistake for rule in rules for mistake in rule(config)]
 
@@ -162,6 +164,22 @@ def _names(config: Config) -> Iterator[str]:
         yield f"retrieval.exact_name={name} must be the name of a directory to make"
     if config.memory.name == "metrics":
         yield "memory.name=metrics is taken: metrics of training lie in results/metrics"
+
+
+def _tables(config: Config) -> Iterator[str]:
+    tables = {f"{section}.name": getattr(config, section).name for section in _TABLES}
+    for key, name in tables.items():
+        if name in (".", "..", "metrics"):
+            yield f"{key}={name} must be the name of a directory to make in results/"
+        for other, taken in {"memory.name": config.memory.name, **tables}.items():
+            if other != key and taken == name and (other == "memory.name" or other < key):
+                yield f"{key}={name} and {other}={taken} must differ: both lie in results/"
+    for section in _TABLES:
+        seeds = getattr(config, section).seeds
+        if len(set(seeds)) < len(seeds):
+            yield f"{section}.seeds={list(seeds)} names a seed twice"
+    if len(set(config.compare.rows)) < len(config.compare.rows):
+        yield f"compare.rows={list(config.compare.rows)} names a row twice"
 
 
 def _candidates(config: Config) -> Iterator[str]:

@@ -24,8 +24,8 @@ KeyPath = tuple[str | int, ...]
 class Draft:
     """A tree of values on its way to a `Config`, with the mistakes met so far."""
 
-    def __init__(self) -> None:
-        self.tree: dict[str, Any] = _plain(Config().model_dump())
+    def __init__(self, base: Config | None = None) -> None:
+        self.tree: dict[str, Any] = _plain((base or Config()).model_dump())
         self.mistakes: list[str] = []
         self.doubtful: set[str] = set()  # keys whose meant value is unknown
 

@@ -42,6 +42,22 @@ def load_config(
     return draft.finish()
 
 
+def changed_config(config: Config, assigned: Mapping[str, Any]) -> Config:
+    """Returns a configuration with some keys changed.
+
+    Args:
+        config: A validated configuration.
+        assigned: Values by dotted path, already parsed.
+
+    Raises:
+        ConfigError: With one line for each mistake.
+    """
+    draft = Draft(config)
+    for dotted, value in assigned.items():
+        draft.put(tuple(dotted.split(".")), value)
+    return draft.finish()
+
+
 def dump_config(config: Config) -> str:
     """Returns the resolved configuration as YAML; reading it gives an equal one."""
     return write_yaml(config.model_dump(mode="json"))

@@ -25,6 +25,7 @@ from mlpmem_jax.config.stages import (
     PretrainConfig,
     TrainConfig,
 )
+from mlpmem_jax.config.suite import AblateConfig, CompareConfig, OverfittingConfig
 
 __all__ = ["Config", "LossWeights"]
 
@@ -60,6 +61,9 @@ class Config(Section):
     search_quality: SearchQualityConfig = setting(
         SearchQualityConfig(), SearchQualityConfig.__doc__ or ""
     )
+    compare: CompareConfig = setting(CompareConfig(), CompareConfig.__doc__ or "")
+    overfitting: OverfittingConfig = setting(OverfittingConfig(), OverfittingConfig.__doc__ or "")
+    ablate: AblateConfig = setting(AblateConfig(), AblateConfig.__doc__ or "")
 
     @property
     def embedding_window_tokens(self) -> int:

@@ -89,6 +89,11 @@ class Layout:
         name = self._config.retrieval_name if split == "train" else self._config.exact_name
         return self._artifact(f"neighbors/{name}/{split}", "neighbors")
 
+    def neighbors_by_index(self, split: Split) -> Artifact:
+        """The same for valid and test, as the engine of the index finds them."""
+        name = f"neighbors/{self._config.retrieval_name}/{split}-by-index"
+        return self._artifact(name, "neighbors")
+
     def targets(self, split: Split) -> Artifact:
         """Sparse kNN distributions, of this run or of its teacher's."""
         teacher = self._config.targets.workdir
@@ -132,6 +137,19 @@ class Layout:
         """What approximate search costs."""
         return self._artifact(f"search-quality/{self._config.memory.name}", "search-quality")
 
+    def scores(self, name: str, split: Split) -> Artifact:
+        """Log-probabilities that a model gives the labels of a split."""
+        return self._artifact(f"scores/{name}/{split}", "scores")
+
+    @property
+    def machine(self) -> Artifact:
+        """What the machine can do in a second, measured once."""
+        return self._artifact("machine", "machine")
+
+    def table(self, command: Literal["compare", "overfitting", "ablate"], name: str) -> Artifact:
+        """A table of several runs: JSON, CSV and picture."""
+        return self._artifact(f"results/{name}", command)
+
     def datastore_arrays(self) -> dict[str, ArraySpec]:
         """Arrays of a datastore split (design: key_ND, input_ND, label_N, logprob_N)."""
         store = self._config.datastore
@@ -151,6 +169,15 @@ class Layout:
     def input_array(self) -> str:
         """Name of the array that holds the memory's input."""
         return "input" if "input" in self.datastore_arrays() else "key"
+
+    def scores_arrays(self) -> dict[str, ArraySpec]:
+        """Arrays of scores: logprob_N (float32), and label_N to compare sides."""
+        store = self._config.datastore
+        chunking = (store.shard_rows, store.chunk_rows)
+        return {
+            "logprob": ArraySpec((), np.float32, *chunking),
+            "label": ArraySpec((), np.int32, *chunking),
+        }
 
     def neighbors_arrays(self) -> dict[str, ArraySpec]:
         """Arrays of neighbours: row (int64) and squared distance (float32)."""

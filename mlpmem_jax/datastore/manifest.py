@@ -161,6 +161,11 @@ class Artifact:
             "analysis": "analyze",
             "cost": "cost",
             "search-quality": "search-quality",
+            "scores": "compare",
+            "machine": "compare",
+            "compare": "compare",
+            "overfitting": "overfitting",
+            "ablate": "ablate",
         }[self.kind]
 
     def verify(self) -> Manifest:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.retrieval.distributions import LabelEvidence
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
@@ -19,7 +20,14 @@ _NO_LABEL = -1  # of a neighbour that is missing
 class LabelledNeighbors:
     """The stored neighbours of a split's rows, with the neighbours' labels."""
 
-    def __init__(self, layout: Layout, split: Split, label_N: np.ndarray, train_label: np.ndarray):
+    def __init__(
+        self,
+        layout: Layout,
+        split: Split,
+        label_N: np.ndarray,
+        train_label: np.ndarray,
+        artifact: Artifact | None = None,
+    ):
         """Opens the arrays.
 
         Args:
@@ -27,11 +35,12 @@ class LabelledNeighbors:
             split: valid or test.
             label_N: Labels of the split's rows.
             train_label: Labels of the training rows, which are what is found.
+            artifact: Which neighbours; none: the exact ones.
 
         Raises:
             ArtifactError: Neighbours are missing, damaged, or of another number of rows.
         """
-        artifact = layout.neighbors(split)
+        artifact = artifact or layout.neighbors(split)
         self._neighbors = StoredNeighbors(artifact)
         self._label_N = label_N
         self._train_label = train_label

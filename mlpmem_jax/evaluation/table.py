@@ -40,7 +40,7 @@ COLUMNS = (
     "stored_bytes",
     "ms_per_token",
 )
-_DASH = "–"
+DASH = "–"
 _JOIN = "\x1f"  # stands for a space that may not be broken
 
 
@@ -88,7 +88,7 @@ def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def number(value: float | None, digits: int, *, sign: bool = False) -> str:
     """Formats a number with a true minus sign, or a dash where there is none."""
     if value is None or math.isnan(value):
-        return _DASH
+        return DASH
     if abs(value) >= 10**5:
         return f"{value:.1e}"
     value = round(value, digits) + 0.0  # No minus before a zero.
@@ -96,24 +96,27 @@ def number(value: float | None, digits: int, *, sign: bool = False) -> str:
     return text.replace("-", "−")
 
 
-def _bracket(low: float | None, high: float | None, digits: int, unit: str = "") -> str:
+def bracket_text(low: float | None, high: float | None, digits: int, unit: str = "") -> str:
+    """Formats an interval; with the unit % its ends are shares."""
     if low is None or high is None:
         return ""
     scale = 100.0 if unit else 1.0
     return f"[{number(low * scale, digits)}, {number(high * scale, digits)}]"
 
 
-def _count(value: int | None) -> str:
+def count_text(value: float | None) -> str:
+    """Formats a large number with a unit of a thousand, million, …"""
     if value is None:
-        return _DASH
+        return DASH
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.2f} {unit}"
-    return str(value)
+    return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
-def _share(value: float | None) -> str:
-    return _DASH if value is None else f"{number(100 * value, 1)} %"
+def share_text(value: float | None) -> str:
+    """Formats a share in per cent."""
+    return DASH if value is None else f"{number(100 * value, 1)} %"
 
 
 def flat_rows(results: Results, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -146,12 +149,12 @@ def as_text(results: Results, measured: Mapping[str, Any]) -> str:
             row["system"],
             number(row["test_nats"], 3),
             number(row["difference_nats"], 3, sign=True),
-            _bracket(row["difference_low"], row["difference_high"], 3),
+            bracket_text(row["difference_low"], row["difference_high"], 3),
             number(row["token_perplexity"], 2),
             number(row["word_perplexity"], 1),
             number(row["bits_per_byte"], 4),
-            _share(row["gain_recovered"]),
-            _bracket(row["gain_recovered_low"], row["gain_recovered_high"], 1, "%"),
+            share_text(row["gain_recovered"]),
+            bracket_text(row["gain_recovered_low"], row["gain_recovered_high"], 1, "%"),
         ]
         for row in rows
     ]
@@ -161,8 +164,8 @@ def as_text(results: Results, measured: Mapping[str, Any]) -> str:
             number(row["valid_nats"], 3),
             number(row["interpolation"], 3),
             number(row["temperature"], 3),
-            _count(row["parameters"]),
-            _count(row["non_embedding_parameters"]),
+            count_text(row["parameters"]),
+            count_text(row["non_embedding_parameters"]),
             human_bytes(row["stored_bytes"]),
             number(row["ms_per_token"], 2),
         ]
@@ -201,7 +204,7 @@ def as_text(results: Results, measured: Mapping[str, Any]) -> str:
         ),
         *_remarks(results, measured),
         "",
-        *_paragraph(sentence(results)),
+        *paragraph(sentence(results)),
     ]
     return "\n".join(blocks)
 
@@ -232,7 +235,7 @@ def _wrapped(start: str, parts: Sequence[str], width: int = 100) -> list[str]:
     return lines
 
 
-def _paragraph(text: str, width: int = 100) -> list[str]:
+def paragraph(text: str, width: int = 100) -> list[str]:
     """Wraps a text, never inside of brackets."""
     joined = re.sub(r"\[[^]]*\]", lambda found: found[0].replace(" ", _JOIN), text)
     return [line.replace(_JOIN, " ") for line in textwrap.wrap(joined, width)]
@@ -251,18 +254,18 @@ def sentence(results: Results) -> str:
     if low is None:
         verdict = f"is {better if gain >= 0 else worse} (one document: no interval)"
     elif high < 0:
-        verdict = f"is {better} ({level} interval {_bracket(-high, -low, 3)})"
+        verdict = f"is {better} ({level} interval {bracket_text(-high, -low, 3)})"
     elif low > 0:
-        verdict = f"is {worse} ({level} interval {_bracket(low, high, 3)})"
+        verdict = f"is {worse} ({level} interval {bracket_text(low, high, 3)})"
     else:
         verdict = (
             "cannot be told from the decoder "
-            f"({level} interval of the gain {_bracket(-high, -low, 3)} nats per token)"
+            f"({level} interval of the gain {bracket_text(-high, -low, 3)} nats per token)"
         )
     text = f"On test, decoder + memory {verdict}"
     share = memory["gain_recovered"]
     if share is None:
         return text + "; the kNN-LM gains nothing here, so there is nothing to recover."
-    text += f" and recovers {_share(share)} of what the explicit kNN-LM gains"
-    bracket = _bracket(memory["gain_recovered_low"], memory["gain_recovered_high"], 1, "%")
+    text += f" and recovers {share_text(share)} of what the explicit kNN-LM gains"
+    bracket = bracket_text(memory["gain_recovered_low"], memory["gain_recovered_high"], 1, "%")
     return text + (f" {bracket}." if bracket else ".")

@@ -33,6 +33,11 @@ class Command:
 
 
 _RUN = ("workdir", "seed")
+# What commands read that run every stage, some of them several times.
+_EVERY_STAGE = (
+    *_RUN, "corpus", "tokenizer", "decoder", "memory", "mesh", "datastore", "retrieval", "targets",
+    "pretrain", "train", "evaluate",
+)  # fmt: skip
 
 COMMANDS: dict[str, Command] = {
     "tokenize": Command(
@@ -72,6 +77,21 @@ COMMANDS: dict[str, Command] = {
             *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore", "retrieval",
             "targets", "train.loss_chunk_tokens", "evaluate",
         ),
+    ),
+    "compare": Command(
+        "compare",
+        "the main table: baselines, controls and memories, several seeds",
+        (*_EVERY_STAGE, "compare"),
+    ),
+    "overfitting": Command(
+        "overfitting",
+        "test nats by epoch, for a decoder and a memory trained for long",
+        (*_EVERY_STAGE, "overfitting"),
+    ),
+    "ablate": Command(
+        "ablate",
+        "sweeps of one key each around the configuration",
+        (*_EVERY_STAGE, "ablate"),
     ),
     "generate": Command(
         "generate",

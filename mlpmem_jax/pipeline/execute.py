@@ -24,12 +24,12 @@ def execute(
     if options.dry_run:
         print_plan(config, stages, rebuild)
         return 0
-    run_stages(stages, rebuild, before_building=lambda: _write_config(config))
+    run_stages(stages, rebuild, before_building=lambda: write_config(config))
     return 0
 
 
-def _write_config(config: Config) -> None:
-    """Writes what the run is made with; a command that was refused leaves no trace."""
+def write_config(config: Config) -> None:
+    """Writes what a run is made with; a command that was refused leaves no trace."""
     workdir = epath.Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     write_bytes(workdir / "config.yaml", dump_config(config).encode())

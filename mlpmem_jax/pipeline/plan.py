@@ -19,12 +19,13 @@ def print_plan(config: Config, stages: Sequence[Stage], rebuild: Rebuild) -> Non
     say()
     say(f"# plan for workdir {config.workdir}")
     for stage in stages:
-        say(f"{stage.name:<28} {_intention(stage, rebuild)}")
+        say(f"{stage.name:<28} {intention(stage, rebuild)}")
         for name, value in stage.estimate().items():
             say(f"  {name:<34} {_shown(name, value)}")
 
 
-def _intention(stage: Stage, rebuild: Rebuild) -> str:
+def intention(stage: Stage, rebuild: Rebuild) -> str:
+    """Returns what would happen to an artifact, in words."""
     try:
         made_from = stage.made_from()
     except ArtifactError:

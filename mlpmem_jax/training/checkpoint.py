@@ -83,10 +83,8 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             if not self._sums_file(step).exists():
                 continue  # The save was killed before its checksums: it proves nothing.
-            root = self._directory / CHECKPOINTS / str(step)
             try:
-                for name, expected in read_json(self._sums_file(step)).items():
-                    verify_file(root / name, expected)
+                _verify(self._directory, step)
             except ArtifactError as error:
                 warn(f"checkpoint of step {step} is skipped: {error}")
                 continue
@@ -128,6 +126,15 @@ def _files_below(root: epath.Path) -> list[str]:
     return sorted(found)
 
 
+def _verify(directory: epath.Path, step: int) -> None:
+    """Compares the files of a checkpoint with their checksums."""
+    sums = directory / CHECKSUMS / f"{step}.json"
+    if not sums.exists():
+        raise ArtifactError(f"{directory}: there is no checkpoint of step {step}")
+    for name, expected in read_json(sums).items():
+        verify_file(directory / CHECKPOINTS / str(step) / name, expected)
+
+
 def _restored(
     manager: ocp.CheckpointManager,
     directory: epath.Path,
@@ -153,13 +160,15 @@ def restore_finished(
     Args:
         artifact: A decoder or memory whose training is complete.
         abstract_items: Item names to pytrees of `jax.ShapeDtypeStruct` with shardings.
-        step: A complete checkpoint's step, where the artifact has no manifest yet.
+        step: Another step whose checkpoint was kept; the artifact need not be finished then.
 
     Raises:
         ArtifactError: The artifact is not finished, or a file of it is damaged (named).
     """
     if step is None:
         step = int(artifact.verify().counts["steps"])
+    else:
+        _verify(artifact.path, step)
     manager = ocp.CheckpointManager(
         os.fspath(artifact.path / CHECKPOINTS),
         options=ocp.CheckpointManagerOptions(read_only=True),

@@ -42,8 +42,8 @@ def joint_builder(config: Config, vocab_size: int) -> Callable[[nnx.Rngs], Joint
     return lambda rngs: Joint(*parts, rngs=rngs)
 
 
-def finished_decoder(config: Config, mesh: jax.sharding.Mesh) -> Decoder:
-    """Restores the run's decoder.
+def finished_decoder(config: Config, mesh: jax.sharding.Mesh, step: int | None = None) -> Decoder:
+    """Restores the run's decoder, as it was after its last step or after a given one.
 
     Raises:
         ArtifactError: It is missing, damaged, of another shape, or of another vocabulary
@@ -58,11 +58,11 @@ def finished_decoder(config: Config, mesh: jax.sharding.Mesh) -> Decoder:
             f"{layout.tokens.path} one of {wanted}; use the tokenizer that it was trained with"
         )
     check_shape(config, artifact, "decoder")
-    return _restored(decoder_builder(config, wanted), artifact, mesh)
+    return _restored(decoder_builder(config, wanted), artifact, mesh, step)
 
 
-def finished_memory(config: Config, mesh: jax.sharding.Mesh) -> Memory:
-    """Restores the run's memory.
+def finished_memory(config: Config, mesh: jax.sharding.Mesh, step: int | None = None) -> Memory:
+    """Restores the run's memory, as it was after its last step or after a given one.
 
     Raises:
         ArtifactError: It is missing, damaged, of another shape, or was trained on the
@@ -77,7 +77,7 @@ def finished_memory(config: Config, mesh: jax.sharding.Mesh) -> Memory:
             f"({decoder.load().fingerprint}); train it again with `train --rebuild`"
         )
     check_shape(config, memory, "memory")
-    return _restored(memory_builder(config, vocab_size(config)), memory, mesh)
+    return _restored(memory_builder(config, vocab_size(config)), memory, mesh, step)
 
 
 def finished_networks(config: Config, mesh: jax.sharding.Mesh) -> tuple[Decoder, Memory]:

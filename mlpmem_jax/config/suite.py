@@ -1,0 +1,78 @@
+"""Sections about tables of several runs: compare, overfitting, ablate."""
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+
+from mlpmem_jax.config.base import Section, setting
+from mlpmem_jax.config.data import PositiveInt
+
+Seed = Annotated[int, Field(ge=0)]
+# A row of the main table; what each is stands in `pipeline/rows.py`.
+RowName = Literal[
+    "decoder",
+    "longer",
+    "equal_size",
+    "knn",
+    "knn_scann",
+    "memory",
+    "memory_ce",
+    "memory_kl",
+    "small_lm",
+    "memory_knn",
+]
+ALL_ROWS: tuple[RowName, ...] = get_args(RowName)
+
+
+class CompareConfig(Section):
+    """The main table: the memory beside its baselines and controls, several seeds."""
+
+    name: str = setting("compare", "name of the table in results/", pattern=r"^[A-Za-z0-9._-]+$")
+    seeds: tuple[Seed, ...] = setting((0, 1, 2), "seeds; each trains every row anew", min_length=1)
+    rows: tuple[RowName, ...] = setting(
+        ALL_ROWS, "rows of the table, in its order; the decoder is always one", min_length=1
+    )
+    extra_flops: Literal["all", "networks"] = setting(
+        "all",
+        "what the controls of equal cost are given: all that the memory cost beyond the decoder "
+        "(search and index count seconds × peak), or only what networks computed",
+    )
+    parameter_tolerance: float = setting(
+        0.01, "how far the parameters of controls of equal size may be off, as a share", gt=0, lt=1
+    )
+
+
+class OverfittingConfig(Section):
+    """Test nats by epoch, for a decoder and a memory that are trained for long."""
+
+    name: str = setting(
+        "overfitting", "name of the table in results/", pattern=r"^[A-Za-z0-9._-]+$"
+    )
+    seeds: tuple[Seed, ...] = setting((0,), "seeds", min_length=1)
+    decoder_epochs: PositiveInt = setting(6, "epochs that the decoder is trained for")
+    memory_epochs: PositiveInt = setting(8, "epochs that the memory is trained for")
+
+
+class SweepConfig(Section):
+    """One key of the configuration, and the values that it takes."""
+
+    key: str = setting("train.alpha", "dotted key of the configuration", min_length=1)
+    values: tuple[int | float | str | None, ...] = setting((), "its values")
+    role: Literal["model", "teacher"] = setting(
+        "model",
+        "model: the key changes what is evaluated; teacher: only the decoder whose states make "
+        "the targets, the model stays",
+    )
+    hold: Literal["none", "memory_parameters"] = setting(
+        "none",
+        "memory_parameters (for key memory.num_layers): memory.width and memory.ffn_width are "
+        "chosen so that the memory keeps its parameters",
+    )
+
+
+class AblateConfig(Section):
+    """Sweeps of one key each, around the configuration."""
+
+    name: str = setting("ablate", "name of the table in results/", pattern=r"^[A-Za-z0-9._-]+$")
+    seeds: tuple[Seed, ...] = setting((0,), "seeds", min_length=1)
+    sweeps: tuple[SweepConfig, ...] = setting((), "the sweeps, in order")

@@ -1,0 +1,1 @@
+"""Tables of several runs: scores, statistics over seeds, costs, reports and pictures."""

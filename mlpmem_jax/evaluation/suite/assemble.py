@@ -1,0 +1,151 @@
+"""From stored scores and manifests to what the files of a table hold."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.evaluation.suite.ledger import Ledger
+from mlpmem_jax.evaluation.suite.scoring import SplitLabels
+from mlpmem_jax.evaluation.suite.statistics import SeedScores, Settings, summarise
+from mlpmem_jax.evaluation.systems import SplitParts, System
+from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
+
+
+class ScoredPart(Protocol):
+    """A part of a row, as `pipeline/scores.py` makes it."""
+
+    @property
+    def kind(self) -> str:
+        """decoder, knn, knn_by_index or memory."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Its name among the scores."""
+        ...
+
+    @property
+    def config(self) -> Config:
+        """The configuration that names it."""
+        ...
+
+    def scores(self, split: Split) -> Artifact:
+        """Where its scores lie."""
+        ...
+
+
+class TableRow(Protocol):
+    """A row of a table for one seed, as `pipeline/rows.py` makes it."""
+
+    @property
+    def key(self) -> str:
+        """For files."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        ...
+
+    @property
+    def parts(self) -> Sequence[ScoredPart]:
+        """What is mixed, the base first."""
+        ...
+
+    def made_of(self) -> list[str]:
+        """The artifacts that it takes, by path."""
+        ...
+
+    def decoders(self) -> list[str]:
+        """The decoders among them."""
+        ...
+
+
+Rows = Mapping[int, Sequence[TableRow]]
+
+
+def table_results(config: Config, rows: Rows, settings: Settings) -> dict[str, Any]:
+    """Returns the numbers of a table, from stored scores.
+
+    Args:
+        config: The configuration, for the tokens.
+        rows: The rows of each seed, the same keys in the same order.
+        settings: How intervals are made.
+    """
+    layout = Layout(config)
+    labels = {split: SplitLabels.open(layout, split) for split in ("valid", "test")}
+    seeds = {}
+    for seed, of_seed in rows.items():
+        parts = {part.name: part for row in of_seed for part in row.parts}
+        read: dict[str, SplitParts] = {}
+        for split, label in labels.items():
+            logprob = {
+                _alias(name, seed): label.read(part.scores(split)) for name, part in parts.items()
+            }
+            read[split] = SplitParts(label.counts, logprob)
+        seeds[seed] = SeedScores(read["valid"], read["test"])
+    first = next(iter(rows))
+    systems = [
+        System(row.key, row.label, tuple(_alias(part.name, first) for part in row.parts))
+        for row in rows[first]
+    ]
+    return summarise(systems, seeds, settings)
+
+
+def _alias(name: str, seed: int) -> str:
+    """Returns a part's name without its seed: the same for all seeds."""
+    return name.replace(f"seed-{seed}", "base", 1)
+
+
+def table_costs(config: Config, rows: Rows) -> dict[str, Any]:
+    """Returns sizes, costs and temperatures of every row and seed, from manifests."""
+    layout = Layout(config)
+    peak = float(layout.machine.load().counts["peak_flops"])
+    ledger = Ledger(layout.workdir, peak)
+    vocab_size = int(layout.tokens.load().counts["vocab_size"])
+    found: dict[str, dict[str, Any]] = {}
+    for seed, of_seed in rows.items():
+        for row in of_seed:
+            cost = ledger.cost(row.made_of(), row.decoders())
+            found.setdefault(row.key, {})[str(seed)] = {
+                **_size(row, vocab_size),
+                "temperature": _temperature(row),
+                "recall": _recall(row),
+                "made_of": row.made_of(),
+                "cost": cost.as_json(),
+            }
+    return {"peak_flops": peak, "rows": found}
+
+
+def _size(row: TableRow, vocab_size: int) -> dict[str, int]:
+    """Returns the parameters of all networks of a row."""
+    total = {"parameters": 0, "non_embedding_parameters": 0}
+    for part in row.parts:
+        config = part.config
+        if part.kind == "decoder":
+            counts = decoder_parameters(config.decoder, vocab_size)
+        elif part.kind == "memory":
+            counts = memory_parameters(config.memory, config.decoder.width, vocab_size)
+        else:
+            continue
+        total["parameters"] += counts["total"]
+        total["non_embedding_parameters"] += counts["non_embedding"]
+    return total
+
+
+def _temperature(row: TableRow) -> float | None:
+    for part in row.parts:
+        if part.kind.startswith("knn"):
+            return float(part.scores("valid").load().counts["temperature"])
+    return None
+
+
+def _recall(row: TableRow) -> float | None:
+    """Returns how many of the true neighbours the engine of a row finds, where it was measured."""
+    for part in row.parts:
+        if part.kind == "knn_by_index":
+            layout = Layout(part.config)
+            return float(layout.neighbors_by_index("valid").load().measured["recall"])
+    return None

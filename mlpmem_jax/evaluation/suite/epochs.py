@@ -1,0 +1,205 @@
+"""Test nats by epoch: best epoch, what is lost after it; text, CSV and picture."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlpmem_jax.evaluation.suite.picture import INK, as_png, new_figure, plain, title
+from mlpmem_jax.evaluation.table import bracket_text, number, paragraph, render
+
+Results = Mapping[str, Any]
+
+LABELS = {
+    "decoder": "decoder trained on",
+    "memory": "decoder + memory",
+    "memory_alone": "memory alone",
+}
+_COLORS = {"decoder": "#5b6470", "memory": "#1f6f8b", "memory_alone": "#7fb0c2"}
+_COLUMNS = (
+    "network", "epoch", "step", "seed", "test_nats", "test_low", "test_high", "valid_nats",
+    "weight", "after_best", "after_best_low", "after_best_high",
+)  # fmt: skip
+
+
+def row_key(network: str, epoch: int) -> str:
+    """Returns the key of the row of one network after one epoch."""
+    return f"{network}_epoch_{epoch:03d}"
+
+
+def by_epoch(results: Results, steps: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Orders the rows of a table by network and epoch, and finds the best.
+
+    Args:
+        results: What `statistics.summarise` returned for rows named by `row_key`.
+        steps: For each network, the step at the end of each epoch.
+
+    Returns:
+        For each network its epochs, the best on test and on validation (means over seeds),
+        and how many nats the last has more than the best, with the paired interval.
+    """
+    rows = {row["key"]: row for row in results["rows"]}
+    pairs = {(pair["row"], pair["against"]): pair for pair in results["pairs"]}
+    networks = {}
+    for network, ends in steps.items():
+        epochs = [
+            {"epoch": epoch, "step": step, **_of_row(rows[row_key(network, epoch)])}
+            for epoch, step in enumerate(ends, 1)
+        ]
+        best = {
+            split: int(np.argmin([one[f"{split}_nats"]["value"] for one in epochs])) + 1
+            for split in ("test", "valid")
+        }
+        last = len(epochs)
+        lost = pairs.get((row_key(network, last), row_key(network, best["test"])))
+        for one in epochs:
+            one["after_best"] = _difference(pairs, network, one["epoch"], best["test"])
+        networks[network] = {
+            "label": LABELS[network],
+            "epochs": epochs,
+            "best_epoch": best["test"],
+            "best_epoch_on_valid": best["valid"],
+            "lost_after_best": lost and {k: lost[k] for k in ("value", "low", "high", "resolved")},
+        }
+    return networks
+
+
+def _of_row(row: Results) -> dict[str, Any]:
+    names = ("test_nats", "valid_nats", "weights", "spread", "by_seed")
+    return {name: row[name] for name in names}
+
+
+def _difference(
+    pairs: Mapping[tuple[str, str], Results], network: str, epoch: int, best: int
+) -> dict[str, Any]:
+    """Returns how many nats more an epoch has than the best one, with its interval."""
+    if epoch == best:
+        return {"value": 0.0, "low": 0.0, "high": 0.0}
+    this, that = row_key(network, epoch), row_key(network, best)
+    if (this, that) in pairs:
+        pair = pairs[this, that]
+        return {name: pair[name] for name in ("value", "low", "high")}
+    pair = pairs[that, this]
+    swapped = {"value": pair["value"], "low": pair["high"], "high": pair["low"]}
+    return {name: None if value is None else -value for name, value in swapped.items()}
+
+
+def as_text(results: Results) -> str:
+    """Returns the table for the terminal, and one sentence a network."""
+    level = f"{100 * results['confidence']:g} %"
+    blocks = []
+    for network in results["networks"].values():
+        rows = [
+            [
+                f"epoch {one['epoch']}",
+                f"{one['step']:,}",
+                number(one["test_nats"]["value"], 3),
+                bracket_text(one["test_nats"]["low"], one["test_nats"]["high"], 3),
+                number(one["after_best"]["value"], 3, sign=True),
+                bracket_text(one["after_best"]["low"], one["after_best"]["high"], 3),
+                number(one["valid_nats"]["value"], 3),
+                " + ".join(number(weight, 3) for weight in one["weights"]) or "–",
+            ]
+            for one in network["epochs"]
+        ]
+        header = [
+            network["label"], "step", "test\nnats", f"{level}\ninterval", "against\nbest",
+            f"{level}\ninterval", "valid\nnats", "weight\nλ*",
+        ]  # fmt: skip
+        blocks += [render(header, rows), *paragraph(sentence(network, level)), ""]
+    return "\n".join([*blocks, *(f"note: {note}" for note in results["notes"])])
+
+
+def sentence(network: Results, level: str) -> str:
+    """Says when a network is best and what is lost after that."""
+    best, last = network["best_epoch"], len(network["epochs"])
+    label = network["label"]
+    if best == last:
+        return f"{label}: best after the last epoch ({last}): no overfitting within {last} epochs."
+    lost = network["lost_after_best"]
+    interval = bracket_text(lost["low"], lost["high"], 3)
+    sure = "" if lost["resolved"] else ", not resolved"
+    return (
+        f"{label}: best after epoch {best} of {last} (on validation after epoch "
+        f"{network['best_epoch_on_valid']}); {number(lost['value'], 3)} nats are lost after it "
+        f"({level} interval {interval}{sure})."
+    )
+
+
+def as_csv(results: Results) -> str:
+    """Returns one line a network, epoch and seed, and one for the mean (seed "mean")."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for name, network in results["networks"].items():
+        for one in network["epochs"]:
+            after = one["after_best"]
+            start = {"network": name, "epoch": one["epoch"], "step": one["step"]}
+            line = start | _line("mean", one)
+            line |= {"after_best": after["value"]}
+            line |= {f"after_best_{end}": after[end] for end in ("low", "high")}
+            writer.writerow(line)
+            for seed, found in one["by_seed"].items():
+                writer.writerow(start | _line(seed, found))
+    return text.getvalue()
+
+
+def _line(seed: str, found: Results) -> dict[str, Any]:
+    return {
+        "seed": seed,
+        "test_nats": found["test_nats"]["value"],
+        "test_low": found["test_nats"]["low"],
+        "test_high": found["test_nats"]["high"],
+        "valid_nats": found["valid_nats"]["value"],
+        "weight": " ".join(f"{weight:.6f}" for weight in found["weights"]),
+    }
+
+
+def draw(results: Results) -> bytes:
+    """Draws test nats by epoch, and what is lost against the best; returns a PNG."""
+    figure = new_figure(13.0, 4.8)
+    left, right = figure.subplots(1, 2)
+    level = f"{100 * results['confidence']:g} %"
+    for axes in (left, right):
+        plain(axes)
+        axes.set_xlabel("epochs over the training text", fontsize=9.5, color=INK)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for name, network in results["networks"].items():
+        color = _COLORS[name]
+        epochs = [one["epoch"] for one in network["epochs"]]
+        for seed in results["seeds"] if len(results["seeds"]) > 1 else ():
+            each = [one["by_seed"][str(seed)]["test_nats"]["value"] for one in network["epochs"]]
+            left.plot(epochs, each, color=color, linewidth=0.8, alpha=0.4)
+        nats = [one["test_nats"]["value"] for one in network["epochs"]]
+        valid = [one["valid_nats"]["value"] for one in network["epochs"]]
+        left.plot(epochs, nats, "o-", color=color, linewidth=2, markersize=5,
+                  markeredgecolor="white", label=network["label"])  # fmt: skip
+        left.plot(epochs, valid, color=color, linewidth=1.1, linestyle=(0, (3, 2)))
+        best = network["best_epoch"] - 1
+        left.plot([epochs[best]], [nats[best]], "o", color="none", markersize=13,
+                  markeredgecolor=color, markeredgewidth=1.5)  # fmt: skip
+        _draw_loss(right, network, epochs, color)
+    reference = results["reference_nats"]
+    left.axhline(reference, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
+    left.annotate("decoder as configured, test", (1, reference), (0, 4),
+                  xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
+                  fontsize=8.5, color=INK)  # fmt: skip
+    left.set_ylabel("nats per token", fontsize=9.5, color=INK)
+    left.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+    right.axhline(0, color="#9aa2ab", linewidth=0.8)
+    right.set_ylabel("test nats above the best epoch", fontsize=9.5, color=INK)
+    title(left, "Test and validation by epoch", "dashed: validation; rings: the best epoch on test")
+    title(right, "What is lost", f"band: {level} interval of the paired difference, over documents")
+    return as_png(figure)
+
+
+def _draw_loss(axes: Any, network: Results, epochs: Sequence[int], color: str) -> None:
+    after = [one["after_best"] for one in network["epochs"]]
+    axes.plot(epochs, [one["value"] for one in after], "o-", color=color, linewidth=2,
+              markersize=5, markeredgecolor="white", label=network["label"])  # fmt: skip
+    if all(one["low"] is not None for one in after):
+        low, high = ([one[end] for one in after] for end in ("low", "high"))
+        axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)

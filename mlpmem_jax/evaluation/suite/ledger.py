@@ -1,0 +1,127 @@
+"""What a row of a table cost to make, from the manifests of everything it was made from.
+
+Networks are charged model flops by formula; what has none (building an index, searching)
+its seconds times the measured peak of the machine. Text and tokenizer are not charged, nor
+is what serves evaluation alone.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+
+from mlpmem_jax.datastore.manifest import Artifact, Manifest
+
+_FREE = ("tokenizer", "tokens")
+# What the cost of an artifact is called, by its kind.
+PURPOSES = {
+    "decoder": "pretrain",
+    "datastore": "embed",
+    "index": "index",
+    "neighbors": "search",
+    "targets": "search",
+    "memory": "train",
+    "joint": "train",
+}
+# Everything that was made for a decoder that is not part of the row, to make its targets.
+TEACHER = "teacher"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Training cost of a row.
+
+    Attributes:
+        flops: By purpose; `networks` of them are model flops, the rest seconds × peak.
+        network_flops: Model flops alone.
+        seconds: Wall time, by purpose.
+    """
+
+    flops: dict[str, float]
+    network_flops: float
+    seconds: dict[str, float]
+
+    @property
+    def total_flops(self) -> float:
+        """All of it."""
+        return sum(self.flops.values())
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall time of all stages."""
+        return sum(self.seconds.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns what files hold."""
+        return {
+            "flops": self.total_flops,
+            "network_flops": self.network_flops,
+            "flops_by_purpose": self.flops,
+            "seconds": self.total_seconds,
+            "seconds_by_purpose": self.seconds,
+        }
+
+
+class Ledger:
+    """Reads the manifests of one work directory, each once."""
+
+    def __init__(self, workdir: epath.Path, peak_flops: float):
+        """Prepares.
+
+        Args:
+            workdir: The run directory.
+            peak_flops: Flop/s that a second of search counts.
+        """
+        self._workdir = workdir
+        self._peak_flops = peak_flops
+        self._manifests: dict[str, Manifest] = {}
+
+    def _manifest(self, relative: str) -> Manifest:
+        if relative not in self._manifests:
+            artifact = Artifact(self._workdir, relative, relative.split("/")[0])
+            self._manifests[relative] = artifact.load()
+        return self._manifests[relative]
+
+    def closure(self, relatives: Iterable[str]) -> dict[str, None]:
+        """Returns artifacts and everything that they were made from, text excluded."""
+        found: dict[str, None] = {}
+        todo = list(relatives)
+        while todo:
+            relative = todo.pop()
+            if relative in found or relative.split("/")[0] in _FREE:
+                continue
+            found[relative] = None
+            todo += self._manifest(relative).made_from
+        return found
+
+    def _purpose(self, relative: str, decoders: set[str]) -> str:
+        kind = relative.split("/")[0]
+        if kind in ("memory", "joint"):
+            return PURPOSES[kind]
+        made_by = {name for name in self.closure([relative]) if name.split("/")[0] == "decoder"}
+        return PURPOSES[kind] if made_by <= decoders else TEACHER
+
+    def cost(self, relatives: Iterable[str], decoders: Iterable[str]) -> Cost:
+        """Returns the cost of artifacts and of all that they were made from.
+
+        Args:
+            relatives: The trained parts of a row, by path in the run directory.
+            decoders: Those of them that are decoders of the row; others are teachers.
+
+        Raises:
+            ArtifactError: Something of it is missing.
+        """
+        flops: dict[str, float] = {}
+        seconds: dict[str, float] = {}
+        network_flops = 0.0
+        for relative in sorted(self.closure(relatives)):
+            measured = self._manifest(relative).measured
+            purpose = self._purpose(relative, set(decoders))
+            spent = float(measured["seconds"])
+            model = measured.get("model_flops")
+            network_flops += model or 0.0
+            charged = spent * self._peak_flops if model is None else float(model)
+            flops[purpose] = flops.get(purpose, 0.0) + charged
+            seconds[purpose] = seconds.get(purpose, 0.0) + spent
+        return Cost(flops, network_flops, seconds)

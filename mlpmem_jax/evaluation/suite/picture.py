@@ -1,0 +1,216 @@
+"""The main table as a picture, drawn from what its files hold."""
+
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlpmem_jax.evaluation.suite.report import mean_cost
+from mlpmem_jax.evaluation.table import number
+
+Results = Mapping[str, Any]
+
+INK = "#22272e"
+SOFT = "#5b6470"
+GRID = "#d9dde2"
+_AXIS = "#9aa2ab"
+# Families of rows, by the kinds of their parts.
+_COLORS = {
+    "decoder": "#5b6470",
+    "ensemble": "#8a6d3b",
+    "knn": "#c7782a",
+    "memory": "#1f6f8b",
+    "memory and knn": "#6b4f9e",
+    "joint": "#3d7d44",
+}
+
+
+def color_of(row: Results) -> str:
+    """Returns the colour of a row's family."""
+    kinds = [part.split("-")[0] for part in row["parts"]]
+    if "joint" in kinds:
+        return _COLORS["joint"]
+    if "memory" in kinds:
+        return _COLORS["memory and knn" if "knn" in kinds else "memory"]
+    if "knn" in kinds:
+        return _COLORS["knn"]
+    return _COLORS["ensemble" if len(kinds) > 1 else "decoder"]
+
+
+def draw(results: Results, measured: Results) -> bytes:
+    """Draws test nats of each row, and what they cost.
+
+    Args:
+        results: What `compare.json` holds.
+        measured: What `measured.json` holds.
+
+    Returns:
+        A PNG.
+    """
+    rows = [row for row in results["rows"] if row["test_nats"]["value"] is not None]
+    figure = new_figure(14.5, 2.0 + 0.5 * len(rows))
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1.0))
+    for axes in (left, right):
+        plain(axes)
+    _draw_rows(left, rows, results)
+    _draw_costs(right, rows, measured, results)
+    return as_png(figure)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Returns a figure without pyplot: no display, no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.03)
+    return figure
+
+
+def as_png(figure: Any) -> bytes:
+    """Returns a figure as PNG, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def plain(axes: Any) -> None:
+    """Takes away what says nothing."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_AXIS)
+    axes.tick_params(colors=INK, labelsize=9, color=_AXIS)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def title(axes: Any, text: str, subtitle: str) -> None:
+    """Writes what is shown, and how to read it."""
+    axes.set_title(text, loc="left", fontsize=12, fontweight="bold", color=INK, pad=22)
+    axes.annotate(
+        subtitle, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points",
+        fontsize=9, color=SOFT,
+    )  # fmt: skip
+
+
+def _draw_rows(axes: Any, rows: Sequence[Results], results: Results) -> None:
+    """Mean over seeds, every seed, and the interval of the paired difference."""
+    reference = next(r for r in rows if r["key"] == results["reference"])["test_nats"]["value"]
+    axes.axvline(reference, color=_COLORS["decoder"], linewidth=1, linestyle=(0, (4, 3)))
+    for height, row in enumerate(rows):
+        color, nats = color_of(row), row["test_nats"]["value"]
+        axes.plot([reference, nats], [height, height], color=color, linewidth=6, alpha=0.16,
+                  solid_capstyle="butt")  # fmt: skip
+        difference = row.get("difference")
+        if difference and difference["low"] is not None:
+            ends = [reference + difference["low"], reference + difference["high"]]
+            axes.plot(ends, [height, height], color=color, linewidth=2.2)
+            axes.plot(ends, [height, height], "|", color=color, markersize=11, markeredgewidth=2)
+        seeds = [one["test_nats"]["value"] for one in row["by_seed"].values()]
+        if len(seeds) > 1:
+            axes.plot(seeds, [height + 0.26] * len(seeds), "o", color=color, markersize=3.2,
+                      alpha=0.75, markeredgewidth=0)  # fmt: skip
+        axes.plot([nats], [height], "o", color=color, markersize=8, markeredgecolor="white")
+        shown = number(difference["value"], 3, sign=True) if difference else ""
+        axes.annotate(
+            number(nats, 3), (1.02, height), xycoords=("axes fraction", "data"), va="center",
+            fontsize=10, color=color, fontweight="bold", annotation_clip=False,
+        )  # fmt: skip
+        axes.annotate(
+            shown, (1.11, height), xycoords=("axes fraction", "data"), va="center", fontsize=9.5,
+            color=color, annotation_clip=False,
+        )  # fmt: skip
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=10.5)
+    for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
+        tick.set_color(color_of(row))
+        tick.set_fontweight("bold")
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(rows) - 0.45, -0.55)
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=False, axis="y")
+    axes.margins(x=0.06)
+    axes.set_xlabel("test nats per token (lower is better)", fontsize=9.5, color=INK)
+    level = f"{100 * results['confidence']:g} %"
+    several = "; dots below: each seed" if len(results["seeds"]) > 1 else ""
+    title(
+        axes,
+        f"Test, {_seeds(results)}",
+        f"bars: {level} interval of the paired difference to the decoder, over documents{several}",
+    )
+
+
+def _seeds(results: Results) -> str:
+    count = len(results["seeds"])
+    return f"mean of {count} seeds" if count > 1 else f"seed {results['seeds'][0]}"
+
+
+def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, results: Results) -> None:
+    """Test nats against all that a row cost to make; area: parameters."""
+    costs = [mean_cost(measured, row["key"]) for row in rows]
+    largest = max(cost["parameters"] for cost in costs)
+    points = []
+    for row, cost in zip(rows, costs, strict=True):
+        nats, color = row["test_nats"]["value"], color_of(row)
+        area = 25 + 150 * cost["parameters"] / largest
+        axes.scatter([cost["flops"]], [nats], s=area, color=color, alpha=0.85, linewidth=0.8,
+                     edgecolor="white", zorder=4)  # fmt: skip
+        points.append((cost["flops"], nats, row["label"], color))
+    _log_ticks(axes)
+    flops = [point[0] for point in points]
+    axes.set_xlim(min(flops) / 1.35, max(flops) * 2.1)
+    axes.margins(y=0.12)
+    axes.figure.draw_without_rendering()
+    _label_points(axes, points)
+    reference = next(r for r in rows if r["key"] == results["reference"])["test_nats"]["value"]
+    axes.axhline(reference, color=_COLORS["decoder"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.set_xlabel("training flops, teacher, embedding and search included", fontsize=9.5,
+                    color=INK)  # fmt: skip
+    axes.set_ylabel("test nats per token", fontsize=9.5, color=INK)
+    title(axes, "What it costs", "area: parameters used at inference")
+
+
+def _log_ticks(axes: Any) -> None:
+    """Makes the horizontal axis logarithmic, with ticks at 1, 2 and 5 of every power."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("+", "")))
+
+
+def halo() -> list[Any]:
+    """Returns a white rim for text that lies on lines."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=3, foreground="white")]
+
+
+def _label_points(
+    axes: Any, points: Sequence[tuple[float, float, str, str]], gap: float = 13.0
+) -> None:
+    """Writes each label to the right of its point, moved apart where they would overlap."""
+    pixels = axes.transData.transform([(x, y) for x, y, *_ in points])
+    scale = 72.0 / axes.figure.dpi
+    heights = {place: pixels[place][1] * scale for place in range(len(points))}
+    wanted = dict(heights)
+    order = sorted(heights, key=lambda place: heights[place])
+    for _ in range(200):  # Labels that are too near push each other apart.
+        moved = False
+        for below, above in itertools.pairwise(order):
+            missing = gap - (wanted[above] - wanted[below])
+            near = abs(pixels[below][0] - pixels[above][0]) * scale < 130
+            if near and missing > 0.01:
+                wanted[below] -= missing / 2
+                wanted[above] += missing / 2
+                moved = True
+        if not moved:
+            break
+    for place, (x, y, label, color) in enumerate(points):
+        shift = wanted[place] - heights[place]
+        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6}
+        axes.annotate(
+            label, (x, y), (14, shift), textcoords="offset points", va="center", fontsize=9,
+            color=color, zorder=5, arrowprops=arrow if abs(shift) > 4 else None,
+            path_effects=halo(),
+        )  # fmt: skip

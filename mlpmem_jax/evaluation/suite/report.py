@@ -1,0 +1,239 @@
+"""The main table as text and CSV, from the dictionaries of `compare.json` and `measured.json`."""
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mlpmem_jax.evaluation.suite.forecast import duration
+from mlpmem_jax.evaluation.suite.ledger import TEACHER
+from mlpmem_jax.evaluation.table import (
+    DASH,
+    bracket_text,
+    count_text,
+    number,
+    paragraph,
+    render,
+    share_text,
+)
+
+Results = Mapping[str, Any]
+
+_PURPOSES = ("pretrain", TEACHER, "embed", "index", "search", "train")
+ROW_COLUMNS = (
+    "row", "label", "seed",
+    "test_nats", "test_low", "test_high", "test_min", "test_max", "test_std",
+    "difference", "difference_low", "difference_high", "difference_min", "difference_max",
+    "gain_recovered", "gain_recovered_low", "gain_recovered_high",
+    "token_perplexity", "word_perplexity", "bits_per_byte",
+    "valid_nats", "valid_low", "valid_high", "weights", "temperature",
+    "parameters", "non_embedding_parameters",
+    "flops", "network_flops", *(f"flops_{purpose}" for purpose in _PURPOSES),
+    "seconds",
+)  # fmt: skip
+PAIR_COLUMNS = (
+    "row", "against", "seed", "difference", "low", "high", "min", "max", "resolved",
+)  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values)
+
+
+def mean_cost(measured: Results, key: str) -> dict[str, Any]:
+    """Returns what a row cost and how large it is, the mean over seeds."""
+    seeds = list(measured["rows"][key].values())
+    flops = {
+        purpose: _mean([one["cost"]["flops_by_purpose"].get(purpose, 0.0) for one in seeds])
+        for purpose in _PURPOSES
+    }
+    temperatures = [one["temperature"] for one in seeds if one["temperature"] is not None]
+    return {
+        "parameters": round(_mean([one["parameters"] for one in seeds])),
+        "non_embedding_parameters": round(_mean([o["non_embedding_parameters"] for o in seeds])),
+        "flops": sum(flops.values()),
+        "network_flops": _mean([one["cost"]["network_flops"] for one in seeds]),
+        "flops_by_purpose": flops,
+        "seconds": _mean([one["cost"]["seconds"] for one in seeds]),
+        "temperature": _mean(temperatures) if temperatures else None,
+    }
+
+
+def as_text(results: Results, measured: Results) -> str:
+    """Returns what is shown in the terminal."""
+    rows = results["rows"]
+    level = f"{100 * results['confidence']:g} %"
+    seeds = results["seeds"]
+    test = results["test"]
+    several = f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    quality_header = [
+        "", "test\nnats", f"{level}\ninterval", "over\nseeds", "against\ndecoder",
+        f"{level}\ninterval", "token\nPPL", "word\nPPL", "bits per\nbyte", "kNN gain\nrecovered",
+    ]  # fmt: skip
+    cost_header = [
+        "", "valid\nnats", "weight\nλ*", "temper-\nature τ*", "para-\nmeters",
+        "without\nembedding", "training\nflops", "of which\nnetworks", "wall\ntime",
+    ]  # fmt: skip
+    return "\n".join(
+        [
+            f"test: {test['tokens']:,} tokens in {test['documents']:,} documents "
+            f"({test['words']:,} words, {test['bytes']:,} bytes), {several}",
+            render(quality_header, [_quality(row) for row in rows]),
+            render(cost_header, [_cost(row, mean_cost(measured, row["key"])) for row in rows]),
+            *(line for note in _notes(results, measured) for line in paragraph(f"note: {note}")),
+            *_verdicts(results),
+        ]
+    )
+
+
+def _quality(row: Results) -> list[str]:
+    nats, difference = row["test_nats"], row.get("difference")
+    spread = row["spread"]["test_nats"]
+    several = len(row["by_seed"]) > 1
+    low, high = number(spread["min"], 3), number(spread["max"], 3)
+    return [
+        row["label"],
+        number(nats["value"], 3),
+        bracket_text(nats["low"], nats["high"], 3),
+        f"{low}…{high}" if several else DASH,
+        number(difference["value"], 3, sign=True) if difference else DASH,
+        bracket_text(difference["low"], difference["high"], 3) if difference else "",
+        number(row["token_perplexity"], 2),
+        number(row["word_perplexity"], 1),
+        number(row["bits_per_byte"], 4),
+        share_text(row["gain_recovered"]["value"]) if row.get("gain_recovered") else DASH,
+    ]
+
+
+def _cost(row: Results, cost: Results) -> list[str]:
+    weights = " + ".join(number(weight, 3) for weight in row["weights"])
+    return [
+        row["label"],
+        number(row["valid_nats"]["value"], 3),
+        weights or DASH,
+        number(cost["temperature"], 3),
+        count_text(cost["parameters"]),
+        count_text(cost["non_embedding_parameters"]),
+        f"{cost['flops']:.3g}",
+        f"{cost['network_flops']:.3g}",
+        duration(cost["seconds"]),
+    ]
+
+
+def _notes(results: Results, measured: Results) -> list[str]:
+    peak = measured["peak_flops"] / 1e9
+    recalls = [
+        one["recall"]
+        for row in measured["rows"].values()
+        for one in row.values()
+        if one.get("recall") is not None
+    ]
+    return [
+        *([f"ScaNN finds {share_text(_mean(recalls))} of the neighbours"] if recalls else []),
+        "training flops count everything that a row was made from, teacher, embedding, index and "
+        f"search included; what is no network counts seconds × {peak:.0f} GFLOP/s, the measured "
+        "peak of this CPU",
+        *results["notes"],
+    ]
+
+
+def _verdicts(results: Results) -> list[str]:
+    """Says of which rows the order is not resolved."""
+    labels = {row["key"]: row["label"] for row in results["rows"]}
+    open_pairs = [pair for pair in results["pairs"] if not pair["resolved"]]
+    if not open_pairs:
+        return ["every difference between two rows is resolved"]
+    lines = ["not resolved (interval over documents, then the range over seeds):"]
+    for pair in open_pairs:
+        text = (
+            f"  {labels[pair['row']]} against {labels[pair['against']]}: "
+            f"{number(pair['value'], 3, sign=True)} {bracket_text(pair['low'], pair['high'], 3)}"
+        )
+        spread = pair["spread"]
+        if len(pair["by_seed"]) > 1 and spread["min"] is not None:
+            low, high = (number(spread[end], 3, sign=True) for end in ("min", "max"))
+            text += f", {low} … {high}"
+        lines.append(text)
+    return lines
+
+
+def rows_csv(results: Results, measured: Results) -> str:
+    """Returns one line a row and seed, and one for the mean (seed "mean")."""
+    return _csv(ROW_COLUMNS, _flat_rows(results, measured))
+
+
+def _flat_rows(results: Results, measured: Results) -> Iterable[dict[str, Any]]:
+    for row in results["rows"]:
+        mean = mean_cost(measured, row["key"])
+        yield _flat_row(row, "mean", row) | _flat_cost(mean)
+        for seed, found in row["by_seed"].items():
+            one = measured["rows"][row["key"]][seed]
+            yield _flat_row(row, seed, found) | _flat_cost(one | one["cost"])
+
+
+def _flat_row(row: Results, seed: str, found: Results) -> dict[str, Any]:
+    flat: dict[str, Any] = {"row": row["key"], "label": row["label"], "seed": seed}
+    for name in ("token_perplexity", "word_perplexity", "bits_per_byte"):
+        flat[name] = found[name]
+    flat["weights"] = " ".join(f"{weight:.6f}" for weight in found["weights"])
+    for column, name, short in (
+        ("test_nats", "test_nats", "test"),
+        ("valid_nats", "valid_nats", "valid"),
+        ("difference", "difference", "difference"),
+        ("gain_recovered", "gain_recovered", "gain_recovered"),
+    ):
+        one = found.get(name) or {"value": None, "low": None, "high": None}
+        flat |= {column: one["value"], f"{short}_low": one["low"], f"{short}_high": one["high"]}
+    if seed == "mean":
+        spread = row["spread"]
+        flat |= {f"test_{end}": spread["test_nats"][end] for end in ("min", "max", "std")}
+        if "difference" in spread:
+            flat |= {f"difference_{end}": spread["difference"][end] for end in ("min", "max")}
+    return flat
+
+
+def _flat_cost(cost: Results) -> dict[str, Any]:
+    names = (
+        "temperature", "parameters", "non_embedding_parameters", "flops", "network_flops",
+        "seconds",
+    )  # fmt: skip
+    by_purpose = {f"flops_{p}": cost["flops_by_purpose"].get(p, 0.0) for p in _PURPOSES}
+    return {name: cost[name] for name in names} | by_purpose
+
+
+def pairs_csv(results: Results) -> str:
+    """Returns one line a pair of rows and seed, and one for the mean (seed "mean")."""
+    lines = []
+    for pair in results["pairs"]:
+        names = {"row": pair["row"], "against": pair["against"]}
+        mean = {"difference": pair["value"], "low": pair["low"], "high": pair["high"]}
+        ends = {end: pair["spread"][end] for end in ("min", "max")}
+        lines.append(names | {"seed": "mean", "resolved": pair["resolved"]} | mean | ends)
+        for seed, one in pair["by_seed"].items():
+            each = {"difference": one["value"], "low": one["low"], "high": one["high"]}
+            lines.append(names | {"seed": seed} | each)
+    return _csv(PAIR_COLUMNS, lines)
+
+
+def documents_csv(documents: Results) -> str:
+    """Returns tokens and nats of each document, a line a split, seed and document."""
+    lines = []
+    rows: list[str] = []
+    for split, found in documents.items():
+        rows = list(found["nats"])
+        seeds = list(found["nats"][rows[0]])
+        for seed in seeds:
+            for place in range(len(found["tokens"])):
+                line = {"split": split, "seed": seed, "document": place}
+                line |= {name: found[name][place] for name in ("tokens", "words", "bytes")}
+                lines.append(line | {row: found["nats"][row][seed][place] for row in rows})
+    return _csv(("split", "seed", "document", "tokens", "words", "bytes", *rows), lines)
+
+
+def _csv(columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()

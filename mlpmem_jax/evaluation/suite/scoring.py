@@ -1,0 +1,184 @@
+"""Scores: what one model gives the labels of a split, stored so that tables are recombined
+without running a network again.
+
+Suffix: N rows of the split.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.corpus.tokens import TokenSplit
+from mlpmem_jax.datastore.embedding import EmbeddingSettings, embed_split
+from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.datastore.shards import ShardWriter
+from mlpmem_jax.datastore.store import open_array, read_rows
+from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
+from mlpmem_jax.evaluation.memory_lm import SplitRows, score_memory
+from mlpmem_jax.evaluation.metrics import DocumentCounts, count_documents
+from mlpmem_jax.models.decoder import Decoder
+from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.training.networks import finished_decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What the manifest of finished scores says."""
+
+    counts: Mapping[str, Any]
+    arrays: Mapping[str, Any]
+
+
+def score_decoder(
+    config: Config, decoder: Decoder, split: Split, artifact: Artifact, mesh: jax.sharding.Mesh
+) -> Scored:
+    """Scores a decoder with the windows of `embed`; finished shards are skipped.
+
+    Args:
+        config: Its configuration.
+        decoder: On the mesh.
+        split: What is scored.
+        artifact: Where the scores go.
+        mesh: Devices.
+    """
+    layout = Layout(config)
+    tokens = TokenSplit.open(layout.tokens, split)
+    settings = EmbeddingSettings(
+        states={},
+        within=config.corpus.attention == "within",
+        window_tokens=config.embedding_window_tokens,
+        stride_tokens=config.embedding_stride_tokens,
+        batch_size=config.datastore.batch_size,
+    )
+    specs = layout.scores_arrays()
+    name = f"score {artifact.relative.removeprefix('scores/')}"
+    arrays = embed_split(decoder, tokens, artifact, specs, settings, mesh, name)
+    return Scored({"rows": tokens.num_rows}, arrays)
+
+
+def score_memory_alone(
+    config: Config, memory: Memory, split: Split, artifact: Artifact, mesh: jax.sharding.Mesh
+) -> Scored:
+    """Scores a memory on the stored inputs of its datastore."""
+    layout = Layout(config)
+    tokens = TokenSplit.open(layout.tokens, split)
+    source = SplitRows(
+        layout,
+        split,
+        config.datastore.chunk_rows,
+        config.evaluate.batch_size,
+        tokens.separator_id,
+        with_targets=False,
+    )
+    tied = config.memory.head == "tied"
+    head_VD = finished_decoder(config, mesh).head_VD() if tied else None
+    chunk_tokens = config.train.loss_chunk_tokens
+    scores = score_memory(memory, head_VD, source, mesh, chunk_tokens=chunk_tokens)
+    return _written(layout, artifact, scores.logprob_N, stored_labels(layout, split), {})
+
+
+def score_knn(
+    config: Config, split: Split, artifact: Artifact, *, by_index: bool, temperature: float | None
+) -> Scored:
+    """Scores the kNN distribution over all K neighbours.
+
+    Args:
+        config: Its configuration.
+        split: What is scored.
+        artifact: Where the scores go.
+        by_index: Whether the neighbours are those that the engine of the index finds,
+            rather than the exact ones.
+        temperature: τ; None chooses it, together with λ, on this split.
+    """
+    layout = Layout(config)
+    label_N = stored_labels(layout, split)
+    train_label = stored_labels(layout, "train")
+    found = layout.neighbors_by_index(split) if by_index else layout.neighbors(split)
+    neighbors = LabelledNeighbors(layout, split, label_N, train_label, artifact=found)
+    separator_id = TokenSplit.open(layout.tokens, split).separator_id
+    scored_N = label_N != separator_id
+    if temperature is None:
+        decoder_N = _whole(layout.datastore(split), "logprob")
+        most = config.evaluate.knn_valid_rows
+        tuned = tune_knn_lm(neighbors, scored_N, decoder_N, most, config.seed)
+        temperature = tuned.temperature
+    # No neighbour of a row may hold its label: −inf, which is a score like any other.
+    logprob_N = neighbors.logprob(scored_N, temperature)
+    counts = {"temperature": temperature}
+    return _written(layout, artifact, logprob_N, label_N, counts)
+
+
+def _written(
+    layout: Layout,
+    artifact: Artifact,
+    logprob_N: np.ndarray,
+    label_N: np.ndarray,
+    counts: Mapping[str, Any],
+) -> Scored:
+    writer = ShardWriter(
+        artifact.path, layout.scores_arrays(), len(label_N), refuse_non_finite=False
+    )
+    for rows in writer.remaining:
+        part = {"logprob": logprob_N[rows].astype(np.float32), "label": label_N[rows]}
+        writer.put(rows.start, part)
+    return Scored({"rows": len(label_N), **counts}, writer.close())
+
+
+def stored_labels(layout: Layout, split: Split) -> np.ndarray:
+    """Returns the label of each row of a datastore."""
+    return _whole(layout.datastore(split), "label")
+
+
+def _whole(artifact: Artifact, name: str) -> np.ndarray:
+    store = open_array(artifact.path / name)
+    return read_rows(store, 0, store.shape[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitLabels:
+    """The labels of a split, from its tokens, and the documents that they lie in."""
+
+    label_N: np.ndarray
+    counts: DocumentCounts
+
+    @classmethod
+    def open(cls, layout: Layout, split: Split) -> "SplitLabels":
+        """Reads tokens and documents.
+
+        Raises:
+            ArtifactError: There is nothing to score.
+        """
+        tokens = TokenSplit.open(layout.tokens, split)
+        label_N = tokens.read(1, tokens.num_tokens)
+        counts = count_documents(
+            label_N,
+            tokens.separator_id,
+            tokens.document_offset,
+            tokens.document_words,
+            tokens.document_bytes,
+            name=str(layout.tokens.path / split),
+        )
+        if not counts.scored_N.any():
+            raise ArtifactError(f"{layout.tokens.path / split}: no token to score")
+        return cls(label_N, counts)
+
+    def read(self, artifact: Artifact) -> np.ndarray:
+        """Returns stored scores, float32 [N].
+
+        Raises:
+            ArtifactError: They are missing, damaged, or of other tokens.
+        """
+        artifact.load()
+        label_N, logprob_N = _whole(artifact, "label"), _whole(artifact, "logprob")
+        if len(label_N) != len(self.label_N) or np.any(label_N != self.label_N):
+            raise ArtifactError(
+                f"{artifact.path}: scores of other tokens than the run's; make them again with "
+                "--rebuild"
+            )
+        return logprob_N

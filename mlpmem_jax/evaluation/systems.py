@@ -1,0 +1,57 @@
+"""Systems that are compared: mixtures of parts whose weights are chosen on validation.
+
+A part is anything that gives each label a probability: a decoder, the kNN distribution, a
+memory. A system is a base and the parts mixed into it.
+
+Suffixes: N rows of a split, D documents, M parts of a system.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from mlpmem_jax.evaluation.metrics import DocumentCounts
+from mlpmem_jax.evaluation.mixing import mixture_of, solve_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """One system.
+
+    Attributes:
+        key: For files.
+        label: For people.
+        parts: Names of its parts, the base first; one part alone has no weights.
+    """
+
+    key: str
+    label: str
+    parts: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitParts:
+    """What each part gives the labels of a split.
+
+    Attributes:
+        counts: Documents and scored rows.
+        logprob: By name of the part, log p(label) [N]; -inf where it has none.
+    """
+
+    counts: DocumentCounts
+    logprob: Mapping[str, np.ndarray]
+
+    def _scored(self, system: System) -> np.ndarray:
+        scored_N = self.counts.scored_N
+        return np.stack([self.logprob[name][scored_N] for name in system.parts])
+
+    def tuned_weights(self, system: System) -> np.ndarray:
+        """Returns the weights [M] that minimise a system's nats on this split."""
+        return solve_weights(self._scored(system))
+
+    def nats_by_document(self, system: System, weight_M: np.ndarray) -> np.ndarray:
+        """Returns negative log-probabilities of a system summed by document, float64 [D]."""
+        nats_N = np.zeros(len(self.counts.document_N))
+        nats_N[self.counts.scored_N] = -mixture_of(self._scored(system), weight_M)
+        return self.counts.sum_by_document(nats_N)

@@ -1,0 +1,129 @@
+"""The main table: the memory beside its baselines and controls, several seeds."""
+
+import functools
+from collections.abc import Mapping
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.suite import RowName
+from mlpmem_jax.console import is_speaker, say
+from mlpmem_jax.datastore.files import read_json, write_bytes, write_json
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.rows import ROWS, SeedPlan, planned_row
+from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.pipeline.suite import (
+    RowsBySeed,
+    Work,
+    interval_settings,
+    rows_stage,
+    run_suite,
+)
+
+RESULTS = "compare.json"
+MEASURED = "measured.json"
+TABLE = "compare.csv"
+PAIRS = "pairs.csv"
+DOCUMENTS = "documents.csv"
+PICTURE = "compare.png"
+
+REFERENCE: RowName = "decoder"
+FULL_GAIN: RowName = "knn"
+
+
+def row_names(config: Config) -> list[RowName]:
+    """Returns the rows of the table, the reference always among them."""
+    chosen = config.compare.rows
+    return [*([] if REFERENCE in chosen else [REFERENCE]), *chosen]
+
+
+def works(config: Config) -> list[Work]:
+    """Returns the rows of every seed, those last that are sized by what the memory cost."""
+    found = []
+    for seed in config.compare.seeds:
+        plan = SeedPlan(config, seed)
+        names = row_names(config)
+        if any(ROWS[name].uses_costs for name in names) and "memory" not in names:
+            names.append("memory")
+        for name in sorted(names, key=lambda name: ROWS[name].uses_costs):
+            title = f"seed {seed}, {ROWS[name].label}"
+            stages = functools.partial(_row_stages, plan, name)
+            found.append(Work(title, stages, ROWS[name].uses_costs))
+    return found
+
+
+def _say_what_is_missing(config: Config) -> None:
+    plan = SeedPlan(config, config.compare.seeds[0])
+    for name in row_names(config):
+        if planned_row(plan, name) is None:
+            say(f"compare: row {ROWS[name].label!r} is left out: {ROWS[name].missing}")
+
+
+def _row_stages(plan: SeedPlan, name: RowName) -> list[Stage]:
+    row = planned_row(plan, name)
+    return row.stages() if row else []
+
+
+def rows_by_seed(config: Config) -> RowsBySeed:
+    """Returns the rows as they are planned now, by seed."""
+    return {
+        seed: [
+            row
+            for name in row_names(config)
+            if (row := planned_row(SeedPlan(config, seed), name)) is not None
+        ]
+        for seed in config.compare.seeds
+    }
+
+
+def table_stage(config: Config) -> Stage:
+    """Returns the stage that makes the table from finished scores."""
+    layout = Layout(config)
+    rows = rows_by_seed(config)
+    return rows_stage(
+        config, layout.table("compare", config.compare.name), {"compare": rows}, {}, _build
+    )
+
+
+def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
+    from mlpmem_jax.evaluation.suite import report
+    from mlpmem_jax.evaluation.suite.assemble import table_costs, table_results
+    from mlpmem_jax.evaluation.suite.picture import draw
+
+    rows = tables["compare"]
+    results = table_results(config, rows, interval_settings(config, REFERENCE, FULL_GAIN))
+    documents = results.pop("documents")
+    measured = table_costs(config, rows)
+    path = Layout(config).table("compare", config.compare.name).path
+    if is_speaker():
+        write_json(path / RESULTS, results)
+        write_json(path / MEASURED, measured)
+        write_bytes(path / TABLE, report.rows_csv(results, measured).encode())
+        write_bytes(path / PAIRS, report.pairs_csv(results).encode())
+        write_bytes(path / DOCUMENTS, report.documents_csv(documents).encode())
+        write_bytes(path / PICTURE, draw(results, measured))
+    counts = {"test_tokens": results["test"]["tokens"], "rows": len(results["rows"])}
+    return Completion(counts=counts, files=[RESULTS, PAIRS, DOCUMENTS])
+
+
+def print_report(config: Config) -> None:
+    """Prints the finished table and where its files lie."""
+    from mlpmem_jax.evaluation.suite.report import as_text
+
+    artifact = Layout(config).table("compare", config.compare.name)
+    artifact.verify()
+    say()
+    say(as_text(read_json(artifact.path / RESULTS), read_json(artifact.path / MEASURED)))
+    say()
+    for name in (RESULTS, TABLE, PAIRS, DOCUMENTS, PICTURE):
+        say(f"  {artifact.path / name}")
+
+
+def main(config: Config, options: Options) -> int:
+    """Runs the command."""
+    _say_what_is_missing(config)
+    code = run_suite(
+        "compare", config, options, works(config), functools.partial(table_stage, config)
+    )
+    if code == 0 and not options.dry_run:
+        print_report(config)
+    return code

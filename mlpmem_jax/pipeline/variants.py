@@ -1,0 +1,203 @@
+"""Variants of a configuration inside one work directory, so that they share what is equal.
+
+A variant is a configuration with some keys changed. What it makes anew gets names of its
+own (`decoder.name`, `datastore.name`, …): everything whose recipe changes, and everything
+that is made from such a thing. What is not made anew keeps the name, and so is shared.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlpmem_jax.config.load import changed_config
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.manifest import fingerprint_of
+from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.pipeline import embed, index, pretrain, retrieve, train
+from mlpmem_jax.pipeline.stage import Stage
+
+# The sections whose names tell artifacts apart, in the order of the data flow, and the
+# kinds of artifacts that go by them.
+_NAMED = {
+    "decoder": ("decoder",),
+    "datastore": ("datastore",),
+    "retrieval": ("index", "neighbors"),
+    "targets": ("targets",),
+    "memory": ("memory", "joint"),
+}
+# What is not a matter of variants: other tokens need another work directory, and the rest
+# decides nothing that is made.
+SECTIONS = (*_NAMED, "pretrain", "train")
+_LONGEST_LABEL = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One configuration of the networks, and where its targets come from.
+
+    Attributes:
+        config: Of what is evaluated.
+        teacher: Of what makes index, neighbours and targets; usually the same.
+    """
+
+    config: Config
+    teacher: Config
+
+    @classmethod
+    def of(cls, config: Config) -> "Variant":
+        """Returns the variant that makes its own targets."""
+        return cls(config, config)
+
+    def decoder_stages(self) -> list[Stage]:
+        """Returns the stages up to the decoder."""
+        return pretrain.stages(self.config)
+
+    def datastore_stages(self) -> list[Stage]:
+        """Returns the stages up to the datastore of what is evaluated."""
+        return [*self.decoder_stages(), *embed.stages(self.config)]
+
+    def retrieval_stages(self) -> list[Stage]:
+        """Returns the stages up to neighbours and targets."""
+        return [
+            *self.datastore_stages(),
+            *pretrain.stages(self.teacher),
+            *embed.stages(self.teacher),
+            *index.stages(self.teacher),
+            *retrieve.stages(self.teacher),
+        ]
+
+    def memory_stages(self) -> list[Stage]:
+        """Returns the stages up to the memory; neighbours of test rows serve none."""
+        test = Layout(self.teacher).neighbors("test").relative
+        retrieval = [stage for stage in self.retrieval_stages() if stage.name != test]
+        return [*retrieval, *train.stages(self.config)]
+
+
+def base_variant(config: Config, seed: int) -> Variant:
+    """Returns the configuration itself with a seed, everything named after the seed.
+
+    Tokens do not depend on the seed and are shared by all.
+    """
+    name = f"seed-{seed}"
+    names = {f"{section}.name": name for section in _NAMED}
+    return Variant.of(changed_config(config, {"seed": seed, **names}))
+
+
+def changed_variant(
+    base: Variant, overrides: Mapping[str, Any], label: str, always: Sequence[str] = ()
+) -> Variant:
+    """Returns a variant of a base; what changes is named after the label.
+
+    Args:
+        base: What is varied.
+        overrides: Values by dotted path; keys of the networks, of retrieval and training.
+        label: For the names.
+        always: Kinds of artifacts that get a name of their own in any case, because they
+            are made in another way (checkpoints are kept).
+
+    Raises:
+        ConfigError: A key or value is wrong, or a key is none that variants can change.
+    """
+    _check_keys(overrides)
+    changed = changed_config(base.config, overrides)
+    kinds = _changed_kinds(base.config, changed) | set(always)
+    config = _renamed(changed, kinds, label)
+    if "datastore" in kinds and "targets" not in kinds:
+        # Only what the memory reads is another state: targets stay, and so does their maker.
+        return Variant(config, base.teacher)
+    teacher = config if base.teacher == base.config else base.teacher
+    return Variant(config, teacher)
+
+
+def taught_variant(base: Variant, overrides: Mapping[str, Any], label: str) -> Variant:
+    """Returns a base whose memory learns from the targets of another decoder.
+
+    Args:
+        base: What is evaluated, but for its memory.
+        overrides: What is different about the teacher.
+        label: For the names.
+
+    Raises:
+        ConfigError: As `changed_variant`; or the teacher's targets would be the same.
+    """
+    teacher = changed_variant(base, overrides, label).config
+    if teacher.targets.name == base.config.targets.name:
+        return base
+    names = {
+        "targets.name": teacher.targets.name,
+        "memory.name": teacher.memory.name,
+    }
+    return Variant(changed_config(base.config, names), teacher)
+
+
+def label_of(key: str, value: Any) -> str:
+    """Returns a name for one value of one key, fit for a path."""
+    text = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{key}-{value}")
+    if len(text) > _LONGEST_LABEL:
+        text = f"{text[: _LONGEST_LABEL - 9]}-{fingerprint_of([key, value])[:8]}"
+    return text.strip("-")
+
+
+def _check_keys(overrides: Mapping[str, Any]) -> None:
+    for key in overrides:
+        section, _, rest = key.partition(".")
+        known = section in Config.model_fields  # What is not is refused with a hint.
+        if known and (section not in SECTIONS or rest == "name"):
+            raise ConfigError(
+                f"{key}: cannot differ between the rows of a table; keys of "
+                f"{', '.join(SECTIONS)} can, but for names"
+            )
+
+
+def _stages(config: Config) -> list[Stage]:
+    commands = (pretrain, embed, index, retrieve, train)
+    return [stage for command in commands for stage in command.stages(config)]
+
+
+def _changed_kinds(base: Config, changed: Config) -> set[str]:
+    """Returns the kinds of artifacts that are made anew, by recipes and by what they read."""
+    before = {stage.name: stage for stage in _stages(base)}
+    fresh: set[str] = set()
+    input_alone = _differs_in_input_alone(base, changed)
+    for stage in _stages(changed):
+        kind = stage.name.split("/")[0]
+        old = before.get(stage.name)
+        sources = {one.relative for one in stage.origins()}
+        if input_alone and kind in ("index", "neighbors", "targets"):
+            # They read keys, labels and log-probabilities, which are the same.
+            sources = {name for name in sources if not name.startswith("datastore/")}
+        if (
+            old is None
+            or old.recipe != stage.recipe
+            or {one.relative for one in old.origins()} != {one.relative for one in stage.origins()}
+            or sources & fresh
+        ):
+            fresh.add(stage.name)
+    return {name.split("/")[0] for name in fresh}
+
+
+def _differs_in_input_alone(base: Config, changed: Config) -> bool:
+    """Whether of decoder and datastore only the state that the memory reads is another."""
+    if pretrain.recipe(base) != pretrain.recipe(changed):
+        return False
+    recipes = [embed.recipe(config) for config in (base, changed)]
+    differing = recipes[0]["datastore"]["input"] != recipes[1]["datastore"]["input"]
+    for recipe in recipes:
+        del recipe["datastore"]["input"]
+    return differing and recipes[0] == recipes[1]
+
+
+def _renamed(config: Config, kinds: set[str], label: str) -> Config:
+    names = {
+        f"{section}.name": f"{getattr(config, section).name}-{label}"
+        for section, made in _NAMED.items()
+        if kinds & set(made)
+    }
+    return changed_config(config, names) if names else config
+
+
+def made_by(stages: Sequence[Stage]) -> list[Stage]:
+    """Returns stages without repetitions, in their order."""
+    return list({stage.name: stage for stage in stages}.values())

@@ -1,0 +1,219 @@
+"""The commands that make many runs, on a tiny corpus: from text to table, and once again."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlpmem_jax.__main__ import main
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.store import open_array, read_rows
+from mlpmem_jax.evaluation.mixing import solve
+from tests.pipeline.conftest import TINY
+
+# As small as networks go: what is tested is the machinery.
+SMALL = (
+    "corpus.max_bytes=80_000", "decoder.num_layers=1", "decoder.width=16", "memory.width=16",
+    "memory.num_layers=1", "pretrain.num_steps=4", "train.num_steps=4",
+    "pretrain.eval_interval_steps=4", "train.eval_interval_steps=4", "datastore.batch_size=64",
+    "compare.seeds=[0,3]", "compare.rows=[knn,memory,longer,memory_knn]",
+    "compare.extra_flops=networks",
+)  # fmt: skip
+
+
+def run(command: str, workdir: Path, *overrides: str) -> int:
+    arguments = ["--config", str(TINY), "--workdir", str(workdir), *SMALL, *overrides]
+    return main([command, *arguments])
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory of a finished `compare`."""
+    workdir = tmp_path_factory.mktemp("compare") / "run"
+    assert run("compare", workdir) == 0
+    return workdir
+
+
+def _results(workdir: Path) -> dict:
+    return json.loads((workdir / "results" / "compare" / "compare.json").read_text())
+
+
+def test_rows_seeds_and_files(compared: Path):
+    results = _results(compared)
+    assert [row["key"] for row in results["rows"]] == [
+        "decoder", "knn", "memory", "longer", "memory_knn",
+    ]  # fmt: skip
+    assert results["seeds"] == [0, 3]
+    folder = compared / "results" / "compare"
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+    with open(folder / "compare.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["row"], line["seed"]) for line in lines[:3]] == [
+        ("decoder", "mean"), ("decoder", "0"), ("decoder", "3"),
+    ]  # fmt: skip
+    assert float(lines[0]["test_nats"]) == pytest.approx(results["rows"][0]["test_nats"]["value"])
+    with open(folder / "pairs.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 10 * 3
+
+
+def test_numbers_come_from_the_stored_scores(compared: Path):
+    """Nats and weights again, from the arrays alone."""
+    results = _results(compared)
+    rows = {row["key"]: row for row in results["rows"]}
+
+    def scores(name: str, split: str) -> np.ndarray:
+        folder = compared / "scores" / name / split
+        label, logprob = (
+            read_rows(store, 0, store.shape[0])
+            for store in (open_array(folder / one) for one in ("label", "logprob"))
+        )
+        return logprob[label != 0].astype(np.float64)
+
+    for seed in ("0", "3"):
+        base, memory = f"decoder-seed-{seed}", f"memory-seed-{seed}"
+        decoder_nats = -scores(base, "test").mean()
+        found = rows["decoder"]["by_seed"][seed]["test_nats"]["value"]
+        assert found == pytest.approx(decoder_nats, rel=1e-6)
+        weight = solve(scores(memory, "valid"), scores(base, "valid")).weight
+        assert rows["memory"]["by_seed"][seed]["weights"] == [pytest.approx(weight, abs=1e-6)]
+        mixed = weight * np.exp(scores(memory, "test"))
+        mixed += (1 - weight) * np.exp(scores(base, "test"))
+        found = rows["memory"]["by_seed"][seed]["test_nats"]["value"]
+        assert found == pytest.approx(-np.log(mixed).mean(), rel=1e-6)
+    with open(compared / "results" / "compare" / "documents.csv", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["split"] == "test"]
+    total = sum(float(line["memory"]) for line in lines if line["seed"] == "0")
+    tokens = sum(int(line["tokens"]) for line in lines if line["seed"] == "0")
+    found = rows["memory"]["by_seed"]["0"]["test_nats"]["value"]
+    assert total / tokens == pytest.approx(found, rel=1e-5)
+
+
+def test_the_longer_decoder_costs_what_decoder_and_memory_cost(compared: Path):
+    measured = json.loads((compared / "results" / "compare" / "measured.json").read_text())
+    for seed in ("0", "3"):
+        longer = measured["rows"]["longer"][seed]["cost"]["network_flops"]
+        memory = measured["rows"]["memory"][seed]["cost"]
+        config = load_config(TINY, SMALL)
+        step = measured["rows"]["decoder"][seed]["cost"]["flops"] / config.pretrain.num_steps
+        assert abs(longer - memory["network_flops"]) <= 0.5 * step
+        assert memory["flops"] > memory["network_flops"]  # Search counts seconds × peak.
+        by_purpose = memory["flops_by_purpose"]
+        assert set(by_purpose) == {"pretrain", "embed", "index", "search", "train"}
+        assert sum(by_purpose.values()) == pytest.approx(memory["flops"])
+
+
+def test_tokens_are_shared_and_seeds_differ(compared: Path):
+    assert {path.name for path in (compared / "tokens").iterdir()} >= {"train", "valid", "test"}
+    results = _results(compared)
+    (memory,) = (row for row in results["rows"] if row["key"] == "memory")
+    first, second = (one["test_nats"]["value"] for one in memory["by_seed"].values())
+    assert first != second
+    assert memory["spread"]["test_nats"]["max"] == max(first, second)
+
+
+def test_a_second_start_makes_nothing(compared: Path, capsys: pytest.CaptureFixture[str]):
+    before = {path: path.stat().st_mtime_ns for path in compared.rglob("*") if path.is_file()}
+    assert run("compare", compared) == 0
+    out = capsys.readouterr().out
+    assert "making" not in out and "0 to be made" in out
+    assert "against" in out and "+ memory + kNN-LM" in out
+    after = {path: path.stat().st_mtime_ns for path in compared.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_dry_run_says_what_it_will_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run("compare", tmp_path / "none", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "model flops" in out and "(estimated)" in out and "memory/seed-3" in out
+    assert not (tmp_path / "none").exists()
+
+
+def test_ablate_shares_what_does_not_depend_on_the_key(
+    compared: Path, capsys: pytest.CaptureFixture[str]
+):
+    sweeps = (
+        "[{key: train.alpha, values: [0.4, 1.0]}, {key: targets.num_tokens, values: [2]}, "
+        "{key: datastore.input.layer, values: [0.5], role: model}]"
+    )
+    assert run("ablate", compared, "ablate.seeds=[0]", f"ablate.sweeps={sweeps}") == 0
+    out = capsys.readouterr().out
+    made = {line.split(":")[0] for line in out.splitlines() if line.endswith(": making")}
+    layer = "seed-0-datastore.input.layer-0.5"
+    alpha, tokens = "seed-0-train.alpha-1.0", "seed-0-targets.num_tokens-2"
+    assert made == {
+        *(f"memory/{name}" for name in (alpha, tokens, layer)),
+        *(f"targets/{tokens}/{split}" for split in ("train", "valid")),
+        *(f"datastore/{layer}/{split}" for split in ("train", "valid", "test")),
+        *(
+            f"scores/memory-{name}/{split}"
+            for name in (alpha, tokens, layer)
+            for split in ("valid", "test")
+        ),
+        "results/ablate",
+    }
+    folder = compared / "results" / "ablate"
+    results = json.loads((folder / "ablate.json").read_text())
+    alpha = results["sweeps"][0]
+    assert alpha["points"][0]["difference"]["value"] == 0  # As configured: the same artifacts.
+    configured = alpha["configured"]["test_nats"]["value"]
+    assert alpha["points"][1]["difference"]["value"] == pytest.approx(
+        alpha["points"][1]["test_nats"]["value"] - configured
+    )
+    compared_rows = {row["key"]: row for row in _results(compared)["rows"]}
+    seed = compared_rows["memory"]["by_seed"]["0"]
+    assert configured == pytest.approx(seed["test_nats"]["value"])
+    assert (folder / "ablate-1-targets.num_tokens.png").exists()
+
+
+def test_overfitting_by_epoch(compared: Path, capsys: pytest.CaptureFixture[str]):
+    overrides = ("overfitting.decoder_epochs=2", "overfitting.memory_epochs=2")
+    assert run("overfitting", compared, *overrides) == 0
+    folder = compared / "results" / "overfitting"
+    networks = json.loads((folder / "overfitting.json").read_text())["networks"]
+    assert list(networks) == ["decoder", "memory", "memory_alone"]
+    for network in networks.values():
+        nats = [one["test_nats"]["value"] for one in network["epochs"]]
+        assert len(nats) == 2 and nats[0] != nats[1]
+        assert network["best_epoch"] == int(np.argmin(nats)) + 1
+        assert min(one["after_best"]["value"] for one in network["epochs"]) == 0
+    config = load_config(TINY, SMALL, {"workdir": str(compared)})
+    num_rows = int(Layout(config).tokens.load().counts["train_tokens"]) - 1
+    first = networks["decoder"]["epochs"][0]["step"]
+    rows_per_step = config.pretrain.batch_size * config.pretrain_window_tokens
+    assert abs(first * rows_per_step - num_rows) <= rows_per_step
+    assert "best after" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["ablate.sweeps=[]"], "ablate.sweeps=[]: names no sweep"),
+        (
+            ["ablate.sweeps=[{key: decodr.width, values: [1, 2]}]"],
+            "ablate.sweeps.0: decodr.width=1: unknown key; did you mean decoder.width?",
+        ),
+        (
+            ["ablate.sweeps=[{key: corpus.max_bytes, values: [1000]}]"],
+            "ablate.sweeps.0: corpus.max_bytes: cannot differ between the rows of a table",
+        ),
+        (
+            ["ablate.sweeps=[{key: train.alpha, values: [0.5, 3.0]}]"],
+            "ablate.sweeps.0: train.alpha=3.0: must be a number from 0 to 1",
+        ),
+        (
+            ["ablate.sweeps=[{key: train.log_interval_steps, values: [1, 2]}]"],
+            "ablate.sweeps.0.key=train.log_interval_steps decides nothing that is made",
+        ),
+        (["ablate.seeds=[1,1]"], "ablate.seeds=[1, 1] names a seed twice"),
+        (["ablate.name=base"], "ablate.name=base and memory.name=base must differ"),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], expected: str
+):
+    assert run("ablate", tmp_path / "none", *overrides) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,70 @@
+"""Controls of equal size: formulas against the networks, and the search."""
+
+import pytest
+
+from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
+from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.evaluation.suite.sizes import (
+    count_decoder,
+    count_memory,
+    decoder_shape,
+    memory_shape,
+)
+from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
+
+GPT2 = {
+    "norm": "layer", "positions": "learned", "activation": "gelu", "biases": "all",
+    "head": "tied", "width": 48, "num_layers": 3, "num_heads": 4, "context_tokens": 32,
+}  # fmt: skip
+LLAMA = {"width": 64, "num_layers": 2, "num_heads": 8, "num_kv_heads": 2, "ffn_width": 100}
+
+
+@pytest.mark.parametrize("keys", [GPT2, LLAMA, LLAMA | {"biases": "all", "head_width": 10}])
+def test_decoders_are_counted_as_they_are(keys):
+    config = DecoderConfig(**keys)
+    assert count_decoder(config, 300) == decoder_parameters(config, 300)["total"]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"width": 32},
+        {"width": 24, "block": "gelu", "input_norm": "rms"},
+        {"width": 32, "head": "tied", "ffn_width": 50},
+    ],
+)
+def test_memories_are_counted_as_they_are(keys):
+    config = MemoryConfig(num_layers=3, **keys)
+    assert count_memory(config, 32, 300) == memory_parameters(config, 32, 300)["total"]
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 1.0, 1.48, 2.5])
+@pytest.mark.parametrize("keys", [{}, LLAMA | {"width": 256}, GPT2 | {"width": 256}])
+def test_shapes_of_a_wanted_size(keys, share):
+    config = DecoderConfig(**keys)
+    wanted = round(share * count_decoder(config, 4096))
+    shape, overrides = decoder_shape(config, 4096, wanted, 0.02)
+    update = {name.removeprefix("decoder."): value for name, value in overrides.items()}
+    made = DecoderConfig(**{**config.model_dump(), **update})
+    assert count_decoder(made, 4096) == shape.parameters
+    assert abs(shape.parameters / wanted - 1) <= 0.02
+    assert made.width % (2 * made.num_heads) == 0
+    # Not a needle or a pancake: the proportions are near those asked for.
+    assert 1 / 5 < (made.width / made.num_layers) / (config.width / config.num_layers) < 5
+
+
+def test_an_impossible_size_is_refused():
+    with pytest.raises(ConfigError, match=r"compare.parameter_tolerance=0.001: no decoder has"):
+        decoder_shape(DecoderConfig(), 4096, 10_001, 0.001)
+
+
+def test_depth_against_width_at_equal_parameters():
+    config = MemoryConfig(width=128, num_layers=4)
+    wanted = count_memory(config, 128, 4096)
+    for num_layers in (1, 2, 4, 8, 16):
+        overrides = memory_shape(config, num_layers, 128, 4096)
+        update = {name.removeprefix("memory."): value for name, value in overrides.items()}
+        made = MemoryConfig(**{**config.model_dump(), **update})
+        assert made.num_layers == num_layers
+        assert abs(count_memory(made, 128, 4096) / wanted - 1) < 0.005
+        assert 2 < made.ffn_width / made.width < 4

@@ -1,0 +1,156 @@
+"""Numbers over rows and seeds against plain loops."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mlpmem_jax.evaluation.metrics import count_documents
+from mlpmem_jax.evaluation.mixing import solve
+from mlpmem_jax.evaluation.suite.statistics import SeedScores, Settings, spread, summarise
+from mlpmem_jax.evaluation.systems import SplitParts, System
+
+SYSTEMS = (
+    System("decoder", "decoder", ("base",)),
+    System("knn", "+ kNN-LM", ("base", "knn")),
+    System("memory", "+ memory", ("base", "memory")),
+    System("both", "+ both", ("base", "memory", "knn")),
+    System("twin", "twin", ("twin",)),
+)
+SETTINGS = Settings(
+    bootstrap_samples=300, confidence=0.9, seed=0, reference="decoder", full_gain="knn"
+)
+
+
+def _split(documents: np.random.Generator, noise: np.random.Generator, num_documents: int):
+    lengths = documents.integers(5, 60, num_documents)
+    offset = np.concatenate([[0], np.cumsum(lengths + 1)])
+    token = documents.integers(1, 50, offset[-1])
+    token[offset[:-1]] = 0
+    counts = count_documents(token[1:], 0, offset, lengths // 2, lengths * 4)
+    num_rows = len(token) - 1
+    base = -documents.gamma(3.0, 1.0, num_rows)
+    knn = np.minimum(base + 2 * noise.standard_normal(num_rows) + 0.6, -1e-3)
+    knn[noise.random(num_rows) < 0.2] = -np.inf
+    memory = np.minimum(base + 2 * noise.standard_normal(num_rows) + 0.3, -1e-3)
+    twin = base + 1e-3 * (-1.0) ** np.arange(num_rows)
+    return SplitParts(counts, {"base": base, "knn": knn, "memory": memory, "twin": twin})
+
+
+@pytest.fixture(scope="module")
+def seeds() -> dict[int, SeedScores]:
+    """Two seeds over the same documents."""
+    return {
+        seed: SeedScores(
+            valid=_split(np.random.default_rng(1), np.random.default_rng(10 + seed), 30),
+            test=_split(np.random.default_rng(2), np.random.default_rng(20 + seed), 40),
+        )
+        for seed in (3, 8)
+    }
+
+
+@pytest.fixture(scope="module")
+def found(seeds) -> dict:
+    return summarise(SYSTEMS, seeds, SETTINGS)
+
+
+def _nats(scores: SeedScores, part: str) -> float:
+    scored_N = scores.test.counts.scored_N
+    base = scores.test.logprob["base"][scored_N]
+    if part == "base":
+        return float(-base.mean())
+    rows = scores.valid.counts.scored_N
+    weight = solve(scores.valid.logprob[part][rows], scores.valid.logprob["base"][rows]).weight
+    mixed = weight * np.exp(scores.test.logprob[part][scored_N]) + (1 - weight) * np.exp(base)
+    return float(-np.log(mixed).mean())
+
+
+def test_numbers_of_seeds_and_their_mean(seeds, found):
+    json.dumps(found, allow_nan=False)
+    rows = {row["key"]: row for row in found["rows"]}
+    for key, part in (("decoder", "base"), ("knn", "knn"), ("memory", "memory")):
+        values = [_nats(scores, part) for scores in seeds.values()]
+        for seed, value in zip(seeds, values, strict=True):
+            assert rows[key]["by_seed"][str(seed)]["test_nats"]["value"] == pytest.approx(value)
+        assert rows[key]["test_nats"]["value"] == pytest.approx(np.mean(values))
+        assert rows[key]["spread"]["test_nats"]["min"] == pytest.approx(min(values))
+        assert rows[key]["spread"]["test_nats"]["max"] == pytest.approx(max(values))
+    base, knn, memory = (rows[key]["test_nats"]["value"] for key in ("decoder", "knn", "memory"))
+    assert rows["memory"]["gain_recovered"]["value"] == pytest.approx(
+        (base - memory) / (base - knn)
+    )
+    assert rows["both"]["valid_nats"]["value"] <= min(
+        rows["memory"]["valid_nats"]["value"], rows["knn"]["valid_nats"]["value"]
+    )
+    assert len(rows["both"]["weights"]) == 2 and rows["decoder"]["weights"] == []
+
+
+def test_intervals_are_paired_and_over_documents(seeds, found):
+    """Against a plain bootstrap that draws documents and sums each row over them."""
+    documents = found["documents"]["test"]
+    tokens = np.array(documents["tokens"])
+    nats = {
+        key: np.mean([values[str(seed)] for seed in seeds], axis=0)
+        for key, values in documents["nats"].items()
+    }
+    rng = np.random.default_rng(7)
+    drawn = [rng.integers(len(tokens), size=len(tokens)) for _ in range(4000)]
+    differences = [
+        (nats["memory"][d].sum() - nats["decoder"][d].sum()) / tokens[d].sum() for d in drawn
+    ]
+    low, high = np.quantile(differences, [0.05, 0.95])
+    (row,) = (row for row in found["rows"] if row["key"] == "memory")
+    width = high - low
+    assert row["difference"]["low"] == pytest.approx(low, abs=0.15 * width)
+    assert row["difference"]["high"] == pytest.approx(high, abs=0.15 * width)
+    # Not paired, it would be much wider.
+    assert row["test_nats"]["high"] - row["test_nats"]["low"] > 1.5 * width
+
+
+def test_pairs_say_what_is_not_resolved(found):
+    pairs = {(pair["row"], pair["against"]): pair for pair in found["pairs"]}
+    assert len(pairs) == 10
+    assert pairs["memory", "decoder"]["resolved"]
+    assert pairs["memory", "decoder"]["seeds_resolved"] == 2
+    assert not pairs["twin", "decoder"]["resolved"]
+    assert pairs["twin", "decoder"]["low"] < 0 < pairs["twin", "decoder"]["high"]
+    assert pairs["memory", "knn"]["value"] == pytest.approx(
+        pairs["memory", "decoder"]["value"] - pairs["knn", "decoder"]["value"]
+    )
+
+
+def test_seeds_that_disagree_do_not_resolve():
+    """Documents alone would be sure of the mean: one seed gains much, the other loses."""
+    rng = np.random.default_rng(0)
+    seeds = {}
+    for seed, shift in ((0, 0.5), (1, -0.1)):
+        one = _split(np.random.default_rng(1), np.random.default_rng(2), 40)
+        base = one.logprob["base"]
+        other = base + shift + 0.01 * rng.standard_normal(len(base))
+        parts = SplitParts(one.counts, {"base": base, "other": other})
+        seeds[seed] = SeedScores(parts, parts)
+    systems = (System("decoder", "", ("base",)), System("other", "", ("other",)))
+    (pair,) = summarise(systems, seeds, SETTINGS)["pairs"]
+    assert pair["high"] < 0 and pair["seeds_resolved"] == 2
+    assert not pair["resolved"]
+    assert pair["spread"]["min"] < 0 < pair["spread"]["max"]
+
+
+def test_spread_of_one_seed_has_no_deviation():
+    assert spread([2.0]) == {"min": 2.0, "max": 2.0, "std": None}
+    assert spread([2.0, None])["max"] is None
+    assert spread([1.0, 3.0])["std"] == pytest.approx(np.sqrt(2))
+
+
+def test_a_row_without_probability_left_is_reported_as_such():
+    """λ = 1 on validation, and a test label that no neighbour has: infinite, not a crash."""
+    scores = _split(np.random.default_rng(1), np.random.default_rng(2), 20)
+    base = scores.logprob["base"]
+    valid = SplitParts(scores.counts, {"base": base, "knn": base / 2})
+    knn = np.where(np.arange(len(base)) == np.flatnonzero(scores.counts.scored_N)[4], -np.inf, base)
+    test = SplitParts(scores.counts, {"base": base, "knn": knn})
+    found = summarise(SYSTEMS[:2], {0: SeedScores(valid, test)}, SETTINGS)
+    json.dumps(found, allow_nan=False)
+    assert found["rows"][1]["weights"] == [1.0]
+    assert found["rows"][1]["test_nats"]["value"] is None
+    assert not found["pairs"][0]["resolved"]

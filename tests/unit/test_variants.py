@@ -1,0 +1,202 @@
+"""Variants share what does not depend on the changed key; ledger and forecast of fake runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.evaluation.suite.forecast import Expected, Forecaster, duration
+from mlpmem_jax.evaluation.suite.ledger import Ledger
+from mlpmem_jax.pipeline.rows import ROWS, SeedPlan, planned_row
+from mlpmem_jax.pipeline.variants import (
+    base_variant,
+    changed_variant,
+    label_of,
+    taught_variant,
+)
+
+NAMED = ("decoder", "datastore", "retrieval", "targets", "memory")
+
+
+def renamed(config: Config) -> set[str]:
+    return {name for name in NAMED if getattr(config, name).name != "seed-7"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fresh"),
+    [
+        ("train.alpha", 0.0, {"memory"}),
+        ("memory.num_layers", 5, {"memory"}),
+        ("targets.temperature", 3.0, {"targets", "memory"}),
+        ("targets.num_tokens", 4, {"targets", "memory"}),
+        ("retrieval.num_neighbors", 8, {"retrieval", "targets", "memory"}),
+        ("datastore.input.layer", 1.0, {"datastore", "memory"}),
+        ("datastore.input.site", "residual", {"datastore", "memory"}),
+        ("datastore.key.layer", 0.5, set(NAMED) - {"decoder"}),
+        ("pretrain.num_steps", 9, set(NAMED)),
+        ("decoder.width", 64, set(NAMED)),
+        ("train.log_interval_steps", 3, set()),
+    ],
+)
+def test_only_what_depends_on_a_key_gets_a_new_name(
+    tiny_config: Config, key: str, value: object, fresh: set[str]
+):
+    base = base_variant(tiny_config, 7)
+    assert base.config.seed == 7 and renamed(base.config) == set()
+    variant = changed_variant(base, {key: value}, "x")
+    assert renamed(variant.config) == fresh
+    for name in fresh:
+        assert getattr(variant.config, name).name == "seed-7-x"
+    # What its memory needs is either shared as it is or all its own: nothing is overwritten.
+    shared = {stage.name: stage for stage in base.memory_stages()}
+    for stage in variant.memory_stages():
+        if stage.name in shared:
+            assert stage.recipe == shared[stage.name].recipe
+            assert [one.relative for one in stage.upstream] == [
+                one.relative for one in shared[stage.name].upstream
+            ]
+
+
+def test_other_inputs_keep_the_targets(tiny_config: Config):
+    base = base_variant(tiny_config, 7)
+    variant = changed_variant(base, {"datastore.input.layer": 1.0}, "x")
+    names = [stage.name for stage in variant.memory_stages()]
+    assert "datastore/seed-7-x/train" in names and "targets/seed-7/train" in names
+    assert "targets/seed-7-x/train" not in names
+    (train,) = (stage for stage in variant.memory_stages() if stage.name == "memory/seed-7-x")
+    sources = {one.relative for one in train.upstream}
+    assert {"datastore/seed-7-x/train", "targets/seed-7/train"} <= sources
+
+
+def test_a_teacher_makes_targets_alone(tiny_config: Config):
+    base = base_variant(tiny_config, 7)
+    variant = taught_variant(base, {"decoder.width": 64}, "big")
+    assert renamed(variant.config) == {"targets", "memory"}
+    assert variant.config.decoder.width == 32 and variant.teacher.decoder.width == 64
+    names = [stage.name for stage in variant.memory_stages()]
+    assert {"decoder/seed-7", "decoder/seed-7-big", "targets/seed-7-big/train"} <= set(names)
+    assert names[-1] == "memory/seed-7-big"
+    assert "neighbors/seed-7-big/test" not in names
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("corpus.max_bytes", "corpus.max_bytes: cannot differ between the rows"),
+        ("memory.name", "memory.name: cannot differ"),
+        ("memory.widht", "memory.widht=3: unknown key; did you mean memory.width?"),
+        ("memori.width", "unknown key"),
+    ],
+)
+def test_keys_that_cannot_be_varied(tiny_config: Config, key: str, message: str):
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        changed_variant(base_variant(tiny_config, 0), {key: 3}, "x")
+
+
+def test_labels_are_names_and_differ():
+    assert label_of("datastore.input.layer", 0.7) == "datastore.input.layer-0.7"
+    assert label_of("a b/c", None) == "a-b-c-None"
+    long = [label_of("x" * 80, value) for value in (1, 2)]
+    assert long[0] != long[1] and all(len(name) <= 60 for name in long)
+
+
+def test_rows_are_planned_before_anything_exists(make_config: Callable[..., Config]):
+    config = make_config("retrieval.engine=scann")
+    plan = SeedPlan(config, 0)
+    rows = {key: planned_row(plan, key) for key in ROWS}
+    both = rows["memory_knn"]
+    assert both is not None
+    assert [part.name for part in both.parts] == [
+        "decoder-seed-0", "memory-seed-0", "knn-seed-0",
+    ]  # fmt: skip
+    small, longer = rows["small_lm"], rows["longer"]
+    assert small is not None and longer is not None
+    assert longer.parts[0].config.pretrain.num_steps > config.pretrain.num_steps
+    assert small.parts[1].config.decoder.width < config.decoder.width
+    assert small.decoders() == ["decoder/seed-0", "decoder/seed-0-small"]
+
+
+def _finished(workdir: Path, relative: str, made_from: dict[str, str], **measured: float) -> str:
+    artifact = Artifact(workdir, relative, relative.split("/")[0])
+    artifact.begin({}, made_from)
+    return artifact.finish(measured=measured).fingerprint
+
+
+@pytest.fixture
+def fake_run(tiny_config: Config) -> Path:
+    """Manifests of a student and a teacher; seconds are powers of two, so sums tell apart."""
+    workdir = Path(Layout(tiny_config).workdir)
+    tokens = _finished(workdir, "tokens", {}, seconds=1000.0)
+    decoders = {
+        name: _finished(
+            workdir, f"decoder/{name}", {"tokens": tokens}, seconds=spent, model_flops=spent * 10
+        )
+        for name, spent in (("student", 1.0), ("teacher", 2.0))
+    }
+    stores = {
+        name: _finished(
+            workdir,
+            f"datastore/{name}/train",
+            {"tokens": tokens, f"decoder/{name}": decoders[name]},
+            seconds=spent,
+            model_flops=spent * 10,
+        )
+        for name, spent in (("student", 4.0), ("teacher", 8.0))
+    }
+    index = _finished(
+        workdir, "index/teacher", {"datastore/teacher/train": stores["teacher"]}, seconds=16.0
+    )
+    targets = _finished(workdir, "targets/teacher/train", {"index/teacher": index}, seconds=32.0)
+    _finished(
+        workdir,
+        "memory/student",
+        {
+            "tokens": tokens,
+            "decoder/student": decoders["student"],
+            "datastore/student/train": stores["student"],
+            "targets/teacher/train": targets,
+        },
+        seconds=64.0,
+        model_flops=640.0,
+    )
+    return workdir
+
+
+def test_costs_count_everything_once_and_the_teacher_apart(fake_run: Path):
+    ledger = Ledger(fake_run, peak_flops=3.0)
+    cost = ledger.cost(["decoder/student", "memory/student"], ["decoder/student"])
+    assert cost.seconds == {
+        "pretrain": 1.0, "embed": 4.0, "teacher": 2.0 + 8.0 + 16.0 + 32.0, "train": 64.0,
+    }  # fmt: skip
+    assert cost.flops["teacher"] == 20.0 + 80.0 + 3.0 * (16.0 + 32.0)
+    assert cost.network_flops == 10.0 * (1 + 2 + 4 + 8 + 64)
+    assert cost.total_flops == cost.network_flops + 3.0 * 48.0
+    alone = ledger.cost(["decoder/student"], ["decoder/student"])
+    assert alone.total_flops == 10.0 and alone.total_seconds == 1.0
+
+
+def test_forecasts_use_measured_rates(fake_run: Path):
+    def expected(name: str, **estimate: float) -> Expected:
+        return Expected(
+            Artifact(fake_run, name, name.split("/")[0]),
+            {key.replace("_", " "): value for key, value in estimate.items()},
+        )
+
+    forecaster = Forecaster(fake_run, 1e9, {"train": 8000, "valid": 10, "test": 10}, 4)
+    known = [expected("decoder/student"), expected("memory/student")]
+    todo = [*known, expected("decoder/new", model_flops=500.0), expected("targets/new/train")]
+    found = forecaster.forecast(todo)
+    assert (found.num_artifacts, found.num_missing, found.flops) == (4, 2, 500.0)
+    start = 4.0
+    assert found.seconds["decoder"] == pytest.approx(500.0 / 10.0 + start)
+    assert found.seconds["targets"] == pytest.approx(2.0 + start)
+    before = Forecaster(fake_run, 1e9, None, 4).forecast([expected("index/new")])
+    assert before.unknown == ("index",)
+
+
+def test_durations():
+    assert [duration(s) for s in (3, 600, 12_000)] == ["3 s", "10 min", "3 h 20 min"]
