@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from mlpmem_jax.config.table_checks import table_mistakes
+from mlpmem_jax.config.training_checks import training_mistakes
+
 if TYPE_CHECKING:
     from mlpmem_jax.config.schema import Config
-
-_TABLES = ("compare", "overfitting", "ablate")
 
 
 def cross_section_mistakes(config: Config) -> list[str]:
     """Returns one line for each rule that is broken."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
         _sources, _heads, _layers, _windows, _storage, _batches, _arrays, _mesh,
-        _schedules, _names, _candidates, _losses, _starts, _studies, _tables,
+        _names, _candidates, training_mistakes, table_mistakes,
     )  # fmt: skip
     return [mistake for rule in rules for mistake in rule(config)]
 
@@ -166,22 +167,6 @@ def _names(config: Config) -> Iterator[str]:
         yield "memory.name=metrics is taken: metrics of training lie in results/metrics"
 
 
-def _tables(config: Config) -> Iterator[str]:
-    tables = {f"{section}.name": getattr(config, section).name for section in _TABLES}
-    for key, name in tables.items():
-        if name in (".", "..", "metrics"):
-            yield f"{key}={name} must be the name of a directory to make in results/"
-        for other, taken in {"memory.name": config.memory.name, **tables}.items():
-            if other != key and taken == name and (other == "memory.name" or other < key):
-                yield f"{key}={name} and {other}={taken} must differ: both lie in results/"
-    for section in _TABLES:
-        seeds = getattr(config, section).seeds
-        if len(set(seeds)) < len(seeds):
-            yield f"{section}.seeds={list(seeds)} names a seed twice"
-    if len(set(config.compare.rows)) < len(config.compare.rows):
-        yield f"compare.rows={list(config.compare.rows)} names a row twice"
-
-
 def _candidates(config: Config) -> Iterator[str]:
     retrieval = config.retrieval
     if retrieval.num_reorder != "auto" and retrieval.num_reorder <= retrieval.num_neighbors:
@@ -196,109 +181,3 @@ def _candidates(config: Config) -> Iterator[str]:
                 f"retrieval.num_leaves_to_search={visited} is more than "
                 f"retrieval.num_leaves={leaves}"
             )
-
-
-def _studies(config: Config) -> Iterator[str]:
-    if not config.cost.engines:
-        yield "cost.engines=[] must name at least one engine (scann, exact)"
-    for key, values in (
-        ("cost.engines", config.cost.engines),
-        ("analyze.ngram_orders", config.analyze.ngram_orders),
-        ("analyze.masses", config.analyze.masses),
-    ):
-        if len(set(values)) < len(values):
-            yield f"{key}={list(values)} names something twice"
-    if not config.analyze.masses:
-        yield "analyze.masses=[] must hold at least one mass between 0 and 1"
-    settings = config.search_quality.settings
-    if not settings:
-        yield "search_quality.settings=[] must hold at least one setting"
-    names = [setting.name for setting in settings]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"search_quality.settings: the name {name} is given twice"
-    for place, setting in enumerate(settings):
-        wanted, least = setting.num_reorder, config.retrieval.num_neighbors + 1
-        if wanted != "auto" and wanted < least:
-            yield (
-                f"search_quality.settings.{place}.num_reorder={wanted} must be more than "
-                f"retrieval.num_neighbors={config.retrieval.num_neighbors} (the own row is found "
-                "too)"
-            )
-
-
-def _schedules(config: Config) -> Iterator[str]:
-    train = config.train
-    schedules = [
-        ("pretrain", "optimizer", 0),
-        ("train", "optimizer", train.memory_freeze_steps if train.mode == "joint" else 0),
-    ]
-    if train.mode == "joint":
-        schedules.append(("train", "decoder_optimizer", train.decoder_freeze_steps))
-    for name, key, frozen in schedules:
-        section = getattr(config, name)
-        warmup = getattr(section, key).warmup_steps
-        if warmup + frozen > section.num_steps:
-            added = f" and the {frozen} steps that it is frozen" if frozen else ""
-            less = "is" if not added else "are"
-            yield (
-                f"{name}.{key}.warmup_steps={warmup}{added} {less} more than "
-                f"{name}.num_steps={section.num_steps}"
-            )
-
-
-def _losses(config: Config) -> Iterator[str]:
-    train, weights = config.train, config.loss_weights
-    if not any(weights):
-        yield (
-            "train.joint_weight, train.lm_weight and train.memory_weight are all 0: "
-            "nothing would be trained"
-        )
-    if train.mode == "memory" and weights.lm > 0:
-        yield (
-            f"train.lm_weight={weights.lm} needs train.mode=joint: the decoder is frozen in "
-            "train.mode=memory"
-        )
-    if train.mode == "memory" and train.inputs == "online" and weights.joint > 0:
-        yield (
-            f"train.joint_weight={weights.joint} needs train.inputs=stored (which keeps "
-            "log p of the decoder) or train.mode=joint, not train.inputs=online"
-        )
-    learned = config.memory.gate == "learned"
-    if learned and weights.joint == 0:
-        yield (
-            "memory.gate=learned is trained by the joint loss: set train.joint_weight above 0 "
-            f"(train.mode={train.mode}, train.joint_weight={train.joint_weight})"
-        )
-    if learned and train.interpolation_final is not None:
-        yield (
-            f"train.interpolation_final={train.interpolation_final} is a schedule, and "
-            "memory.gate=learned learns λ: use one of the two"
-        )
-    floor = config.memory.gate_floor
-    if learned and not floor <= train.interpolation <= 1 - floor:
-        yield (
-            f"train.interpolation={train.interpolation}, where the gate begins, must be from "
-            f"memory.gate_floor={floor} to {1 - floor}"
-        )
-
-
-def _starts(config: Config) -> Iterator[str]:
-    train = config.train
-    starts = (train.decoder_start, train.memory_start)
-    if train.mode == "joint" and starts == ("fresh", "checkpoint"):
-        yield (
-            "train.memory_start=checkpoint needs train.decoder_start=checkpoint: a memory "
-            "reads the states of the decoder that it was trained on"
-        )
-    if train.refresh_interval_steps is None:
-        return
-    if train.mode != "joint":
-        yield (
-            f"train.refresh_interval_steps={train.refresh_interval_steps} needs "
-            "train.mode=joint: a frozen decoder's targets do not age"
-        )
-    if config.targets.workdir is not None:
-        yield (
-            f"train.refresh_interval_steps={train.refresh_interval_steps} makes targets from "
-            f"the current decoder: drop targets.workdir={config.targets.workdir}"
-        )
