@@ -28,8 +28,11 @@ pytestmark = pytest.mark.multidevice
 
 @pytest.fixture
 def join(tmp_path):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+
     def run(mode):
-        text = START.format(script=str(SCRIPT), mode=mode, logs=str(tmp_path / "logs"))
+        text = START.format(script=str(SCRIPT), mode=mode, logs=str(logs))
         began = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", text], capture_output=True, text=True, cwd=ROOT, timeout=300
