@@ -69,7 +69,7 @@ step() {
   if [ "$dry_run" = yes ]; then
     quoted "$@"
   else
-    "$@"
+    "$@" 3>&- # see ask
   fi
 }
 
@@ -82,7 +82,7 @@ ask() {
     quoted "$@" >&3
     printf '%s\n' "$answer"
   else
-    "$@" 2>/dev/null || true
+    "$@" 2>/dev/null 3>&- || true
   fi
 }
 

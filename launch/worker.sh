@@ -5,6 +5,7 @@
 #   worker.sh start COMMAND…   starts it, unless a run is going on
 #   worker.sh follow LINES     prints the log (from line +1, or its last LINES) until the run
 #                              has ended, and exits as it did
+#   worker.sh running          succeeds while a run is going on
 #   worker.sh failure          prints the end of the log, if this worker's run failed
 #   worker.sh stop             asks the run to save and end; kills it after a while
 #
@@ -90,12 +91,12 @@ stop() {
 
 verb="${1:-}"
 case "$verb" in
-  start | run | follow | failure | stop)
+  start | run | follow | running | failure | stop)
     shift
     "$verb" "$@"
     ;;
   *)
-    echo "usage: worker.sh start COMMAND… | follow LINES | failure | stop" >&2
+    echo "usage: worker.sh start COMMAND… | follow LINES | running | failure | stop" >&2
     exit 2
     ;;
 esac

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from mlpmem_jax import __main__ as command_line
 from mlpmem_jax.datastore.files import is_local
-from mlpmem_jax.errors import UserError
+from mlpmem_jax.errors import EXIT_USER_ERROR, UserError
+from mlpmem_jax.failures import explain
 from mlpmem_jax.parallel.cluster import (
     COORDINATOR,
     DEVICES_PER_PROCESS,
@@ -45,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command_line.main(arguments)
     workdir = Path(config.workdir if is_local(config.workdir) else ".").absolute()
     logs = Path(flags.logs).absolute() if flags.logs else workdir / LOGS
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: {explain(error) or error}", file=sys.stderr)
+        return EXIT_USER_ERROR
     print(
         f"launch: {flags.processes} processes; logs of all but the first: {logs}/process-*.log",
         file=sys.stderr,

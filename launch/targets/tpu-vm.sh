@@ -144,8 +144,10 @@ copy_code() {
   step bash "$root/launch/pack.sh" "$archive" || return
   gcloud_tpu tpu-vm scp "$archive" "$name:$remote.tar.gz" --worker all
   step "${words[@]}" || return
-  # What is no code (results, the environment) stays where it is.
-  on_workers all bash -c "mkdir -p $remote && find $remote -mindepth 1 -maxdepth 1 \
+  # What is no code (results, the environment) stays where it is, and a run that is going on
+  # keeps its code.
+  on_workers all bash -c "if bash $remote/launch/worker.sh running 2>/dev/null; then exit; fi; \
+mkdir -p $remote && find $remote -mindepth 1 -maxdepth 1 \
 ! -name runs ! -name .venv ! -name .run -exec rm -rf {} + && tar -xzf $remote.tar.gz -C $remote"
 }
 

@@ -105,7 +105,8 @@ def joined() -> Iterator[None]:
     yield
     import jax
 
-    barrier("mlpmem: end")  # Without a limit: process 0 may have more to do than the rest.
+    # The shutdown waits for SHUTDOWN_SECS only, and process 0 may have more to do than the rest.
+    barrier("mlpmem: end")
     jax.distributed.shutdown()
 
 

@@ -43,13 +43,12 @@ def run_processes(
     Args:
         command: Program and arguments, the same for all.
         environments: What each process has in its environment.
-        logs: Directory of `process-1.log` and so on; made here.
+        logs: Directory of `process-1.log` and so on.
 
     Returns:
         The exit code of the first that failed; 0 if none did; 75 if all saved and left;
         128 + number of a signal to this process that ended them.
     """
-    logs.mkdir(parents=True, exist_ok=True)
     received: list[int] = []
     children: list[subprocess.Popen[bytes]] = []
     with _collected(received):

@@ -40,9 +40,12 @@ sys.exit(processes.run_processes(command, environments, Path({logs!r})))
 
 @pytest.fixture
 def start(tmp_path):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+
     def begin(plan):
         program = PROGRAM.format(plan=plan)
-        text = START.format(program=program, number=len(plan), logs=str(tmp_path / "logs"))
+        text = START.format(program=program, number=len(plan), logs=str(logs))
         return subprocess.Popen(
             [sys.executable, "-c", text],
             stdout=subprocess.PIPE,
@@ -180,3 +183,7 @@ def test_mistakes_and_help_start_nothing(tmp_path):
     done = launch("tokenize", *given, "--dry-run")
     assert done.returncode == 0 and done.stdout.count("# plan") == 1
     assert not workdir.exists()
+    (tmp_path / "file").write_text("")
+    done = launch("pretrain", *given[:2], "--workdir", str(tmp_path / "file" / "run"))
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1

@@ -3,6 +3,7 @@
 Each worker is a home directory; ssh hands its one string to a shell there, as sshd does.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -201,7 +202,9 @@ def test_a_request_that_was_used_up_is_made_again(tpus, tmp_path):
     assert verbs(tpus.calls())[:3] == ["delete", "create", "scp"]
 
 
-def test_ctrl_c_saves_and_deletes(tpus, tmp_path):
+@pytest.fixture
+def waiting(tpus, tmp_path):
+    """A launcher whose run goes on until it is told to stop."""
     codes(tpus, "wait")
     process = subprocess.Popen(
         ["bash", str(tpus.root / "launch" / "run.sh"), "--target", "tpu-vm", *FLAGS, *COMMAND],
@@ -219,13 +222,41 @@ def test_ctrl_c_saves_and_deletes(tpus, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(1)
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode != 0
+    groups = [int(file.read_text()) for file in (tmp_path / "tpus").glob("*/mlpmem/.run/pid")]
+    yield process
+    for group in groups:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+
+def test_ctrl_c_saves_and_deletes(waiting, tmp_path):
+    os.killpg(waiting.pid, signal.SIGINT)
+    _, said = waiting.communicate(timeout=120)
+    assert waiting.returncode != 0
     assert "stopping the run on pod" in said
     for worker in range(NUM_WORKERS):
         assert (tmp_path / "runs" / f"worker-{worker}.saved").exists()
     assert not (tmp_path / "tpus" / "pod").exists()
+
+
+def test_a_lost_launcher_leaves_the_run_and_the_same_command_finds_it(tpus, waiting, tmp_path):
+    os.killpg(waiting.pid, signal.SIGKILL)
+    waiting.communicate(timeout=60)
+    again = subprocess.Popen(
+        [*waiting.args[:2], "--target", "tpu-vm", *FLAGS, "--restarts=0", *COMMAND],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=tpus.environment,
+        cwd=tpus.root,
+    )
+    assert "worker-0 says hello\n" in iter(again.stdout.readline, "")
+    for worker in range(NUM_WORKERS):
+        group = (tmp_path / "tpus" / f"worker-{worker}" / "mlpmem" / ".run" / "pid").read_text()
+        os.killpg(int(group), signal.SIGTERM)
+    _, said = again.communicate(timeout=120)
+    assert again.returncode == 75
+    assert said.count("a run is going on here") == NUM_WORKERS
 
 
 @pytest.mark.parametrize(
