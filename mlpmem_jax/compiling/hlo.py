@@ -113,7 +113,8 @@ class Program:
         """Reads `compiled.as_text()`."""
         self.computations: dict[str, Computation] = {}
         self.entry: Computation
-        name, lines, is_entry = "", [], False
+        name, is_entry = "", False
+        lines: list[str] = []
         for line in text.splitlines():
             if line.endswith("{") and not line.startswith((" ", "HloModule")):
                 found = _NAME.search(line) or re.search(r"(?:ENTRY )?([\w.\-]+)", line)

@@ -331,7 +331,7 @@ def test_output_is_checked_first(tmp_path, capsys):
 
 
 def test_known_topologies_pass():
-    for name in ("local", "v4:2x2x1", "v5p:8x8x8", "v5e:16x16", "v6e:2x4"):
+    for name in ("local", "v5p:8x8x8", "v5e:16x16", "v6e:2x4"):
         check_name(name)
     with pytest.raises(ConfigError):
         check_name("V5E:2x2")
