@@ -49,8 +49,8 @@ NOTES = (
     "- Weights of width 4096 over 64 chips are pieces of 64 columns, less than a TPU's row of 128:",
     "  the compiler then gathers them by all-reduce, twice the bytes (7 % of the step of",
     "  llama2_7b.v5p-128.train). `mesh.data=auto mesh.fsdp=32` should avoid it; not compiled.",
-    "- Plain attention (`decoder.attention=xla`) writes its float32 scores to memory: a pretraining",
-    "  step of configs/llama_1b.yaml on v5p:2x2x2 (fsdp 8, 64 windows) is bound by memory, at most",
+    "- Plain attention (`decoder.attention=xla`) writes its float32 scores to memory: training",
+    "  configs/llama_1b.yaml on v5p:2x2x2 (fsdp 8, 64 windows) is bound by memory, at most",
     "  34 % of peak. Hence `blocked` in the configurations here.",
 )
 
