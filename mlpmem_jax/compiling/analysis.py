@@ -39,7 +39,7 @@ def analyse(config: Config) -> dict[str, Any]:
     compiled: jax.stages.Compiled | None = None
     try:
         compiled = step.lowered.compile()
-        memory = memory_of(compiled, capacity)
+        memory = memory_of(compiled, step.arguments, capacity)
     except jax.errors.JaxRuntimeError as error:
         found = refused(error, capacity)
         if found is None:

@@ -113,9 +113,8 @@ class Program:
         """Reads `compiled.as_text()`."""
         self.computations: dict[str, Computation] = {}
         self.entry: Computation
-        name = ""
+        name, is_entry = "", False
         lines: list[str] = []
-        is_entry = False
         for line in text.splitlines():
             if line.endswith("{") and not line.startswith((" ", "HloModule")):
                 found = _NAME.search(line) or re.search(r"(?:ENTRY )?([\w.\-]+)", line)

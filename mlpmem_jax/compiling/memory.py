@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -76,8 +77,16 @@ def capacity_of(device: jax.Device, num_devices: int, wanted: int | str) -> int 
     return None if chip is None else chip.memory_bytes
 
 
-def memory_of(compiled: jax.stages.Compiled, capacity: int | None) -> Memory:
-    """Reads what the compiler planned."""
+def memory_of(
+    compiled: jax.stages.Compiled, arguments: Mapping[str, Any], capacity: int | None
+) -> Memory:
+    """Reads what the compiler planned.
+
+    Args:
+        compiled: The step.
+        arguments: Shapes and shardings of its arguments, by name.
+        capacity: Memory of a device; None: not known.
+    """
     stats: Any = compiled.memory_analysis()
     parts = {
         "arguments": int(stats.argument_size_in_bytes),
@@ -90,7 +99,7 @@ def memory_of(compiled: jax.stages.Compiled, capacity: int | None) -> Memory:
         **parts,
         total=sum(parts.values()) - 2 * parts["aliased"],
         capacity=capacity,
-        largest=_largest_arguments(compiled),
+        largest=_largest_arguments(arguments),
     )
 
 
@@ -118,14 +127,10 @@ def _allocations(message: str) -> list[Buffer]:
     return buffers[:NUM_LARGEST]
 
 
-def _largest_arguments(compiled: jax.stages.Compiled) -> tuple[Buffer, ...]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(compiled.args_info)
-    shardings = jax.tree.leaves(compiled.input_shardings, is_leaf=lambda leaf: leaf is None)
+def _largest_arguments(arguments: Mapping[str, Any]) -> tuple[Buffer, ...]:
     buffers = []
-    for (path, leaf), sharding in zip(leaves, shardings, strict=True):
-        if sharding is None:
-            continue  # Nothing reads this argument: it is left out.
-        shape = sharding.shard_shape(leaf.shape)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(arguments)):
+        shape = leaf.sharding.shard_shape(leaf.shape)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         held = f"{leaf.dtype}{list(shape)} of {list(leaf.shape)}"
         buffers.append(Buffer(f"{name} {held}", math.prod(shape) * leaf.dtype.itemsize))

@@ -1,7 +1,7 @@
 """The steps that can be compiled: those of the pipeline, on shapes instead of arrays."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,12 +33,14 @@ class LoweredStep:
 
     Attributes:
         lowered: What JAX lowered.
+        arguments: Shapes and shardings of what the step is given, by name.
         model_flops: Operations that the networks need for it, by formula.
         num_tokens: Tokens (or rows) that it handles, over all devices.
         inner_trips: Rounds of loops whose number is decided while they run.
     """
 
     lowered: jax.stages.Lowered
+    arguments: Mapping[str, Any]
     model_flops: float
     num_tokens: int
     inner_trips: int = 1
@@ -78,8 +80,10 @@ def _training(config: Config, mesh: jax.sharding.Mesh, section: str, task: Any) 
     typed: Task = task
     blueprint, step = assemble(typed, settings, seed=config.seed, mesh=mesh)
     batch: Batch = abstract_batch(task.source, size, mesh)  # type: ignore[assignment]
-    lowered = step.lower(blueprint.abstract(), task.frozen, batch)  # type: ignore[attr-defined]
-    return LoweredStep(lowered, typed.flops_per_step, typed.tokens_per_step)
+    state = blueprint.abstract()
+    lowered = step.lower(state, task.frozen, batch)  # type: ignore[attr-defined]
+    arguments = {"state": state, "frozen": task.frozen, "batch": batch}
+    return LoweredStep(lowered, arguments, typed.flops_per_step, typed.tokens_per_step)
 
 
 def _embed(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
@@ -96,6 +100,7 @@ def _embed(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
     jitted: Any = step.func
     return LoweredStep(
         jitted.lower(*step.args, batch),
+        {"decoder": step.args[0], "batch": batch},
         model_flops=size * (window * blocks + stride * head),
         num_tokens=size * stride,
     )
@@ -126,8 +131,10 @@ def _decode(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
     per_token = decoder_flops_per_token(
         config.decoder, run.vocab_size, context, attention="full"
     ) + memory_flops_per_token(config.memory, config.decoder.width, run.vocab_size)
+    jitted, arguments = generator.abstract_steps(prompts)
     return LoweredStep(
-        generator.lower_steps(prompts),
+        jitted.lower(*arguments),
+        {"networks": arguments[0][:2], "progress": arguments[1]},
         model_flops=prompts * STEPS_PER_CALL * per_token,
         num_tokens=prompts * STEPS_PER_CALL,
         inner_trips=STEPS_PER_CALL,

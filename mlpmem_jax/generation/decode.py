@@ -210,32 +210,25 @@ class Generator:
         where = (self._shardings(batch), replicated(self._model.mesh))
         return jax.jit(function, donate_argnums=1, out_shardings=where)
 
-    def lower_steps(self, num_prompts: int) -> jax.stages.Lowered:
-        """Lowers a call that draws tokens for `num_prompts` prompts, without running it."""
-        mesh = self._model.mesh
-        with jax.set_mesh(mesh):
-            places = self._shardings(num_prompts)
+    def abstract_steps(self, num_prompts: int) -> tuple[Any, tuple[Any, ...]]:
+        """Returns the function that draws tokens and shapes of its arguments, to lower it.
 
-            def make() -> tuple[Progress, jax.Array, jax.Array, jax.Array]:
-                zero_B = jnp.zeros(num_prompts, jnp.int32)
-                progress = Progress(self._model.empty_cache(num_prompts), zero_B, zero_B)
-                return (
-                    progress,
-                    jax.random.split(jax.random.key(0), num_prompts),
-                    zero_B > 0,
-                    zero_B[0],
-                )
+        Call it, and lower, with the model's mesh set.
+        """
+        everywhere: Any = replicated(self._model.mesh)
 
-            everywhere: Any = replicated(mesh)
-            arguments = jax.tree.map(
-                lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-                jax.eval_shape(make),
-                (places, everywhere, everywhere, everywhere),
-            )
-            lowered: jax.stages.Lowered = self._jitted(self._steps, num_prompts).lower(
-                self._model.parameters, *arguments
-            )
-            return lowered
+        def make() -> tuple[Progress, jax.Array, jax.Array, jax.Array]:
+            zero_B = jnp.zeros(num_prompts, jnp.int32)
+            progress = Progress(self._model.empty_cache(num_prompts), zero_B, zero_B)
+            key_B = jax.random.split(jax.random.key(0), num_prompts)
+            return progress, key_B, zero_B > 0, zero_B[0]
+
+        arguments = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            jax.eval_shape(make),
+            (self._shardings(num_prompts), everywhere, everywhere, everywhere),
+        )
+        return self._jitted(self._steps, num_prompts), (self._model.parameters, *arguments)
 
     def _start(
         self,
