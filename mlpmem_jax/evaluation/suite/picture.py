@@ -115,7 +115,8 @@ def _draw_rows(axes: Any, rows: Sequence[Results], results: Results) -> None:
         shown = number(difference["value"], 3, sign=True) if difference else ""
         axes.annotate(
             number(nats, 3), (1, height), (10, 0), xycoords=("axes fraction", "data"),
-            textcoords="offset points", va="center", fontsize=10, color=color, fontweight="bold", annotation_clip=False,
+            textcoords="offset points", va="center", fontsize=10, color=color,
+            fontweight="bold", annotation_clip=False,
         )  # fmt: skip
         axes.annotate(
             shown, (1, height), (52, 0), xycoords=("axes fraction", "data"),
