@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 from mlpmem_jax.config.schema import Config
@@ -64,7 +65,7 @@ class Part:
 
     def stages(self) -> list[Stage]:
         """Returns all stages up to the stored scores of valid and test."""
-        making = {
+        making: dict[str, Callable[[], list[Stage]]] = {
             "decoder": self.variant.decoder_stages,
             "knn": self.variant.retrieval_stages,
             "knn_by_index": functools.partial(_by_index_stages, self.variant),

@@ -191,7 +191,7 @@ def _forecast(
     others: Iterable[str] = (),
 ) -> Forecast:
     layout = Layout(config)
-    num_rows = None
+    num_rows: dict[str, int] | None = None
     if (layout.tokens.path / MANIFEST).exists():
         counts = layout.tokens.load().counts
         num_rows = {split: int(counts[f"{split}_tokens"]) - 1 for split in SPLITS}

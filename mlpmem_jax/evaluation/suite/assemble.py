@@ -63,6 +63,7 @@ class TableRow(Protocol):
         ...
 
 
+_SCORED: tuple[Split, ...] = ("valid", "test")
 Rows = Mapping[int, Sequence[TableRow]]
 
 
@@ -75,11 +76,11 @@ def table_results(config: Config, rows: Rows, settings: Settings) -> dict[str, A
         settings: How intervals are made.
     """
     layout = Layout(config)
-    labels = {split: SplitLabels.open(layout, split) for split in ("valid", "test")}
+    labels = {split: SplitLabels.open(layout, split) for split in _SCORED}
     seeds = {}
     for seed, of_seed in rows.items():
         parts = {part.name: part for row in of_seed for part in row.parts}
-        read: dict[str, SplitParts] = {}
+        read: dict[Split, SplitParts] = {}
         for split, label in labels.items():
             logprob = {
                 _alias(name, seed): label.read(part.scores(split)) for name, part in parts.items()

@@ -61,10 +61,11 @@ def new_figure(width: float, height: float) -> Any:
     """Returns a figure without pyplot: no display, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.03)
+    figure = Figure(figsize=(width, height), dpi=150, layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.03)
     return figure
 
 
@@ -113,12 +114,14 @@ def _draw_rows(axes: Any, rows: Sequence[Results], results: Results) -> None:
         axes.plot([nats], [height], "o", color=color, markersize=8, markeredgecolor="white")
         shown = number(difference["value"], 3, sign=True) if difference else ""
         axes.annotate(
-            number(nats, 3), (1.02, height), xycoords=("axes fraction", "data"), va="center",
-            fontsize=10, color=color, fontweight="bold", annotation_clip=False,
+            number(nats, 3), (1, height), (10, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", va="center", fontsize=10, color=color,
+            fontweight="bold", annotation_clip=False,
         )  # fmt: skip
         axes.annotate(
-            shown, (1.11, height), xycoords=("axes fraction", "data"), va="center", fontsize=9.5,
-            color=color, annotation_clip=False,
+            shown, (1, height), (52, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", va="center", fontsize=9.5, color=color,
+            annotation_clip=False,
         )  # fmt: skip
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=10.5)
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
@@ -155,8 +158,8 @@ def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, results: 
         axes.scatter([cost["flops"]], [nats], s=area, color=color, alpha=0.85, linewidth=0.8,
                      edgecolor="white", zorder=4)  # fmt: skip
         points.append((cost["flops"], nats, row["label"], color))
-    _log_ticks(axes)
     flops = [point[0] for point in points]
+    _log_ticks(axes, max(flops) / min(flops))
     axes.set_xlim(min(flops) / 1.35, max(flops) * 2.1)
     axes.margins(y=0.12)
     axes.figure.draw_without_rendering()
@@ -169,12 +172,17 @@ def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, results: 
     title(axes, "What it costs", "area: parameters used at inference")
 
 
-def _log_ticks(axes: Any) -> None:
-    """Makes the horizontal axis logarithmic, with ticks at 1, 2 and 5 of every power."""
+def _log_ticks(axes: Any, ratio: float) -> None:
+    """Makes the horizontal axis logarithmic, with ticks that do not touch.
+
+    Args:
+        axes: Where.
+        ratio: The largest value over the smallest.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 30 else (1.0,)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("+", "")))
 

@@ -105,7 +105,7 @@ class _Draws:
     ):
         self.seeds = list(nats)
         self._place: dict[tuple[int, str], int] = {}
-        columns = []
+        columns: list[np.ndarray] = []
         for seed, rows in nats.items():
             for key, nats_D in rows.items():
                 self._place[seed, key] = len(columns)
