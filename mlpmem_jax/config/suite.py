@@ -20,6 +20,8 @@ RowName = Literal[
     "memory_kl",
     "small_lm",
     "memory_knn",
+    "joint",
+    "joint_gate",
 ]
 ALL_ROWS: tuple[RowName, ...] = get_args(RowName)
 

@@ -41,9 +41,14 @@ class Row:
         return [name for part in self.parts for name in part.made_of()]
 
     def decoders(self) -> list[str]:
-        """Returns the decoders among them."""
-        parts = [part for part in self.parts if part.kind == "decoder"]
-        return [name for part in parts for name in part.made_of()]
+        """Returns the decoders among them, and those that joint training goes on from."""
+        found = []
+        for part in self.parts:
+            if part.kind == "decoder":
+                found += part.made_of()
+            elif part.kind == "joint" and part.config.train.decoder_start == "checkpoint":
+                found.append(Layout(part.config).decoder.relative)
+        return found
 
 
 class SeedPlan:
@@ -73,6 +78,22 @@ class SeedPlan:
         if overrides is None:
             return Part("memory", self.base)
         return Part("memory", changed_variant(self.base, overrides, label))
+
+    def joint(self, gate: str, label: str) -> Part:
+        """Decoder and memory trained together for as many steps as the memory alone.
+
+        The memory is warmed up: the decoder, from its checkpoint, moves in the second half.
+        """
+        train = self.base.config.train
+        frozen = train.num_steps // 2
+        warmup = min(train.decoder_optimizer.warmup_steps, (train.num_steps - frozen) // 2)
+        overrides = {
+            "train.mode": "joint",
+            "memory.gate": gate,
+            "train.decoder_freeze_steps": frozen,
+            "train.decoder_optimizer.warmup_steps": warmup,
+        }
+        return Part("joint", changed_variant(self.base, overrides, label))
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -223,15 +244,15 @@ ROWS: dict[RowName, RowRecipe] = {
     "memory_knn": RowRecipe(
         "+ memory + kNN-LM", lambda plan: (plan.decoder, plan.memory(), plan.knn())
     ),
-    # ---- rows of joint training: a `Part` of its own kind, and its recipe, belong here ----
+    "joint": RowRecipe("joint", lambda plan: (plan.joint("none", "joint"),)),
+    "joint_gate": RowRecipe("joint, learned gate", lambda plan: (plan.joint("learned", "gate"),)),
 }
 
 
 def model_parts(variant: Variant) -> tuple[Part, ...]:
-    """Returns what is evaluated of a variant: its decoder with its memory.
-
-    Where training of both together makes another artifact, its parts belong here.
-    """
+    """Returns what is evaluated of a variant: its decoder with its memory."""
+    if variant.config.train.mode == "joint":
+        return (Part("joint", variant),)
     return (Part("decoder", variant), Part("memory", variant))
 
 

@@ -21,12 +21,13 @@ class Part:
 
     Attributes:
         kind: What it is; `knn_by_index` is the kNN distribution of the neighbours that the
-            engine of the index finds, `knn` that of the exact ones.
+            engine of the index finds, `knn` that of the exact ones; `joint` is decoder and
+            memory trained together, mixed by the λ that they were trained with.
         variant: How it is made.
         step: Of a network, a step before its last whose checkpoint is kept; none: the last.
     """
 
-    kind: Literal["decoder", "knn", "knn_by_index", "memory"]
+    kind: Literal["decoder", "knn", "knn_by_index", "memory", "joint"]
     variant: Variant
     step: int | None = None
 
@@ -43,6 +44,7 @@ class Part:
             "knn": self.config.retrieval_name,
             "knn_by_index": self.config.retrieval_name,
             "memory": self.config.memory.name,
+            "joint": self.config.joint_name,
         }
         after = "" if self.step is None else f"-step-{self.step}"
         return f"{self.kind.replace('_', '-')}-{named[self.kind]}{after}"
@@ -58,6 +60,8 @@ class Part:
             return [layout.decoder.relative]
         if self.kind == "memory":
             return [layout.memory.relative]
+        if self.kind == "joint":
+            return [layout.joint.relative]
         tuned_on = layout.neighbors("valid")
         if self.kind == "knn_by_index":
             tuned_on = layout.neighbors_by_index("valid")
@@ -70,6 +74,7 @@ class Part:
             "knn": self.variant.retrieval_stages,
             "knn_by_index": functools.partial(_by_index_stages, self.variant),
             "memory": self.variant.memory_stages,
+            "joint": self.variant.memory_stages,
         }
         stages = making[self.kind]()
         if self.kind == "knn":  # Targets and the index serve memories alone.
@@ -130,13 +135,13 @@ def _score_stage(part: Part, split: Split) -> Stage:
     if part.step is not None:
         recipe["step"] = part.step
     upstream: list[Artifact]
-    if part.kind == "decoder":
+    if part.kind in ("decoder", "joint"):
         recipe["datastore"] |= {
             "window_tokens": config.embedding_window_tokens,
             "stride_tokens": config.embedding_stride_tokens,
         }
         recipe["corpus"] = {"attention": config.corpus.attention}
-        upstream = [layout.tokens, layout.decoder]
+        upstream = [layout.tokens, layout.decoder if part.kind == "decoder" else layout.joint]
     elif part.kind == "memory":
         upstream = [layout.tokens, layout.decoder, layout.datastore(split), layout.memory]
     else:
@@ -172,6 +177,8 @@ def _score(part: Part, split: Split) -> Completion:
         mesh = make_mesh(config.mesh)
         memory = finished_memory(config, mesh, part.step)
         scored = scoring.score_memory_alone(config, memory, split, artifact, mesh)
+    elif part.kind == "joint":
+        scored = scoring.score_joint(config, split, artifact, make_mesh(config.mesh))
     else:
         temperature = None
         if split == "test":

@@ -18,7 +18,7 @@ class ScoredPart(Protocol):
 
     @property
     def kind(self) -> str:
-        """decoder, knn, knn_by_index or memory."""
+        """decoder, knn, knn_by_index, memory or joint."""
         ...
 
     @property
@@ -125,14 +125,14 @@ def _size(row: TableRow, vocab_size: int) -> dict[str, int]:
     total = {"parameters": 0, "non_embedding_parameters": 0}
     for part in row.parts:
         config = part.config
-        if part.kind == "decoder":
-            counts = decoder_parameters(config.decoder, vocab_size)
-        elif part.kind == "memory":
-            counts = memory_parameters(config.memory, config.decoder.width, vocab_size)
-        else:
-            continue
-        total["parameters"] += counts["total"]
-        total["non_embedding_parameters"] += counts["non_embedding"]
+        counted = []
+        if part.kind in ("decoder", "joint"):
+            counted.append(decoder_parameters(config.decoder, vocab_size))
+        if part.kind in ("memory", "joint"):
+            counted.append(memory_parameters(config.memory, config.decoder.width, vocab_size))
+        for counts in counted:
+            total["parameters"] += counts["total"]
+            total["non_embedding_parameters"] += counts["non_embedding"]
     return total
 
 

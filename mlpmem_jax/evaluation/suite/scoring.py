@@ -22,9 +22,11 @@ from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
 from mlpmem_jax.evaluation.memory_lm import SplitRows, score_memory
 from mlpmem_jax.evaluation.metrics import DocumentCounts, count_documents
+from mlpmem_jax.evaluation.mixing import mixture_logprob
+from mlpmem_jax.evaluation.remembered import remember
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.training.networks import finished_decoder
+from mlpmem_jax.training.networks import finished_decoder, finished_networks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,21 @@ def score_memory_alone(
     chunk_tokens = config.train.loss_chunk_tokens
     scores = score_memory(memory, head_VD, source, mesh, chunk_tokens=chunk_tokens)
     return _written(layout, artifact, scores.logprob_N, stored_labels(layout, split), {})
+
+
+def score_joint(
+    config: Config, split: Split, artifact: Artifact, mesh: jax.sharding.Mesh
+) -> Scored:
+    """Scores jointly trained networks: the mixture by the λ that they were trained with."""
+    layout = Layout(config)
+    decoder, memory = finished_networks(config, mesh)
+    scores = remember(config, split, decoder, memory, mesh)
+    assert scores.decoder_N is not None and scores.weight is not None
+    logprob_N = mixture_logprob(scores.logprob_N, scores.decoder_N, scores.weight)
+    tokens = TokenSplit.open(layout.tokens, split)
+    label_N = tokens.read(1, tokens.num_tokens)
+    counts = {"interpolation": float(np.mean(scores.weight))}
+    return _written(layout, artifact, logprob_N, label_N, counts)
 
 
 def score_knn(
