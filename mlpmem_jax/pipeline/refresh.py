@@ -51,7 +51,8 @@ class Phases:
         changed: dict[str, Any] = {
             each: getattr(self.config, each).model_copy(update={"name": name}) for each in sections
         }
-        changed["retrieval"] = self.config.retrieval.model_copy(update={"name": "auto"})
+        own_names = {"name": "auto", "exact_name": "auto"}
+        changed["retrieval"] = self.config.retrieval.model_copy(update=own_names)
         return self.config.model_copy(update=changed)
 
     def is_fresh(self, phase: int) -> str | None:
