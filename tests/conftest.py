@@ -2,11 +2,18 @@
 which tests start inherit it and tests that need no JAX do not import it."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("MLPMEM_PROGRESS", "off")
+# Started in the background (nohup, a job of a script) this process ignores signals, and so
+# would those that tests start and then interrupt: handlers, unlike ignoring, end at exec.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 _COMPILED = tempfile.TemporaryDirectory(prefix="mlpmem-compiled-")
 # Tests start the same tiny networks dozens of times: compiled once, they take a third of the
 # time. A directory of this session's own, so that no result depends on an earlier one.
