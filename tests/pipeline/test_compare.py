@@ -131,6 +131,7 @@ def test_dry_run_says_what_it_will_take(tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_ablate_shares_what_does_not_depend_on_the_key(
     compared: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -168,6 +169,7 @@ def test_ablate_shares_what_does_not_depend_on_the_key(
     assert (folder / "ablate-1-targets.num_tokens.png").exists()
 
 
+@pytest.mark.slow
 def test_overfitting_by_epoch(compared: Path, capsys: pytest.CaptureFixture[str]):
     overrides = ("overfitting.decoder_epochs=2", "overfitting.memory_epochs=2")
     assert run("overfitting", compared, *overrides) == 0
