@@ -135,6 +135,7 @@ def test_issue_example_reports_both(mistakes):
         ("corpus.paths=a.txt", "must be a list of texts"),
         ("datastore.arrays=[keys]", "must be a list of key, input, label or logprob"),
         ("datastore.name=a/b", "must be text that matches ^[A-Za-z0-9._-]+$"),
+        ("train.interpolation=1.5", "must be"),
         (
             "datastore.key.layer=1.5",
             "must be a whole number of at least 1, or a number above 0, at most 1",
@@ -188,6 +189,19 @@ def test_what_is_no_override(mistakes, override):
         (["corpus.valid_fraction=0.6", "corpus.test_fraction=0.6"], "leave nothing to train on"),
         (["pretrain.optimizer.warmup_steps=601"], "=601 is more than pretrain.num_steps=600"),
         (["datastore.name=.."], "datastore.name=.. must be the name of a directory"),
+        (["train.memory_weight=0"], "are all 0: nothing would be trained"),
+        (["train.lm_weight=1"], "train.lm_weight=1.0 needs train.mode=joint"),
+        (["memory.gate=learned"], "set train.joint_weight above 0"),
+        (
+            ["train.mode=joint", "train.decoder_start=fresh", "train.memory_start=checkpoint"],
+            "needs train.decoder_start=checkpoint",
+        ),
+        (["train.refresh_interval_steps=5"], "needs train.mode=joint"),
+        (["train.inputs=online", "train.joint_weight=1"], "needs train.inputs=stored"),
+        (
+            ["train.mode=joint", "memory.gate=learned", "train.interpolation_final=1.0"],
+            "use one of the two",
+        ),
         (["retrieval.num_reorder=256"], "must be more than retrieval.num_neighbors=256"),
     ],
 )
