@@ -17,13 +17,21 @@ LINE = "#9aa2ab"
 GRID = "#d9dde2"
 
 
-def new_figure(width: float, height: float) -> Any:
-    """Returns a figure (inches) without pyplot: no display, no global state."""
+def new_figure(width: float, height: float, **paddings: Any) -> Any:
+    """Returns a figure (inches) without pyplot: no display, no global state.
+
+    Args:
+        width: Of the figure.
+        height: Of the figure.
+        paddings: What matplotlib's constrained layout keeps free (w_pad, h_pad, wspace).
+    """
     # Imported here: commands that draw nothing start faster.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    layout = ConstrainedLayoutEngine(**paddings)
+    figure = Figure(figsize=(width, height), dpi=150, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 

@@ -8,7 +8,7 @@ from mlpmem_jax.console import say
 from mlpmem_jax.datastore.files import read_json
 from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.pipeline.evaluate import RESULTS as EVALUATED
-from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.execute import execute_and_report
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.reports import print_files, write_report
 from mlpmem_jax.pipeline.stage import Completion, Stage
@@ -76,7 +76,4 @@ def print_report(config: Config) -> None:
 
 def main(config: Config, options: Options) -> int:
     """Runs the command."""
-    code = execute(stages, config, options)
-    if code == 0 and not options.dry_run:
-        print_report(config)
-    return code
+    return execute_and_report(stages, print_report, config, options)

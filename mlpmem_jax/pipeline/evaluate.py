@@ -10,7 +10,7 @@ from mlpmem_jax.datastore.files import read_json, write_bytes, write_json
 from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.datastore.manifest import MANIFEST, Artifact
 from mlpmem_jax.pipeline.checks import check_devices
-from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.execute import execute_and_report
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Completion, Stage
 
@@ -122,7 +122,4 @@ def stage_seconds(layout: Layout) -> dict[str, float]:
 
 def main(config: Config, options: Options) -> int:
     """Runs the command."""
-    code = execute(stages, config, options)
-    if code == 0 and not options.dry_run:
-        print_report(config)
-    return code
+    return execute_and_report(stages, print_report, config, options)

@@ -33,3 +33,17 @@ def write_config(config: Config) -> None:
     workdir = epath.Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     write_bytes(workdir / "config.yaml", dump_config(config).encode())
+
+
+def execute_and_report(
+    stages_of: Callable[[Config], Sequence[Stage]],
+    report: Callable[[Config], None],
+    config: Config,
+    options: Options,
+    when_rebuilding: Rebuild = Rebuild.ALWAYS,
+) -> int:
+    """As `execute`, and prints what was found once everything is there."""
+    code = execute(stages_of, config, options, when_rebuilding)
+    if code == 0 and not options.dry_run:
+        report(config)
+    return code

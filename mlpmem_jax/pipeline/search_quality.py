@@ -10,7 +10,7 @@ from mlpmem_jax.datastore.files import read_json
 from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline import embed, index, pretrain, retrieve, tokenize, train
-from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.execute import execute_and_report
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.reports import print_files, write_report
 from mlpmem_jax.pipeline.stage import Completion, Rebuild, Stage
@@ -103,7 +103,4 @@ def print_report(config: Config) -> None:
 
 def main(config: Config, options: Options) -> int:
     """Runs the command."""
-    code = execute(stages, config, options, when_rebuilding=Rebuild.STALE)
-    if code == 0 and not options.dry_run:
-        print_report(config)
-    return code
+    return execute_and_report(stages, print_report, config, options, Rebuild.STALE)

@@ -14,12 +14,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mlpmem_jax.console import warn
-from mlpmem_jax.datastore.files import read_json, write_json
+from mlpmem_jax.datastore.files import check_free_space, read_json, write_json
 from mlpmem_jax.datastore.manifest import Artifact, describe_file, verify_file
 from mlpmem_jax.errors import ArtifactError, RunFailed
 
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums"
+_OVERHEAD_BYTES = 256 << 10  # manifests and metadata, whatever the size of the arrays
 
 
 class Checkpoints:
@@ -44,8 +45,14 @@ class Checkpoints:
         )
 
     def save(self, step: int, items: Mapping[str, Any]) -> None:
-        """Begins to save; returns as soon as the arrays are copied to the host."""
+        """Begins to save; returns as soon as the arrays are copied to the host.
+
+        Raises:
+            UserError: The disk has no room for it; the checkpoints before it stay.
+        """
         self.wait()
+        # Before Orbax begins: its threads meet a full disk with tracebacks, not with an error.
+        check_free_space(self._directory, _estimated_bytes(items), f"the checkpoint of step {step}")
         if step in self._manager.all_steps():  # A damaged one of that step: replace it.
             self._sums_file(step).unlink(missing_ok=True)
             self._manager.delete(step)
@@ -112,6 +119,12 @@ class Checkpoints:
         """Waits for what is under way and releases resources."""
         self.wait()
         self._manager.close()
+
+
+def _estimated_bytes(items: Mapping[str, Any]) -> int:
+    """Returns about what a checkpoint takes on disk: arrays, and what Orbax adds to them."""
+    arrays = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(items)))
+    return int(1.05 * arrays) + _OVERHEAD_BYTES
 
 
 def _files_below(root: epath.Path) -> list[str]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mlpmem_jax.evaluation.suite.picture import INK, as_png, new_figure, plain, title
+from mlpmem_jax.evaluation.style import INK, as_png, plain
+from mlpmem_jax.evaluation.suite.picture import title, wide_figure
 from mlpmem_jax.evaluation.table import bracket_text, number, paragraph, render
 
 Results = Mapping[str, Any]
@@ -159,7 +160,7 @@ def _line(seed: str, found: Results) -> dict[str, Any]:
 
 def draw(results: Results) -> bytes:
     """Draws test nats by epoch, and what is lost against the best; returns a PNG."""
-    figure = new_figure(13.0, 4.8)
+    figure = wide_figure(13.0, 4.8)
     left, right = figure.subplots(1, 2)
     level = f"{100 * results['confidence']:g} %"
     for axes in (left, right):

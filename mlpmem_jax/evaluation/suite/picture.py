@@ -1,19 +1,15 @@
 """The main table as a picture, drawn from what its files hold."""
 
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlpmem_jax.evaluation.style import INK, QUIET, as_png, new_figure, plain
 from mlpmem_jax.evaluation.suite.report import mean_cost
 from mlpmem_jax.evaluation.table import number
 
 Results = Mapping[str, Any]
 
-INK = "#22272e"
-SOFT = "#5b6470"
-GRID = "#d9dde2"
-_AXIS = "#9aa2ab"
 # Families of rows, by the kinds of their parts.
 _COLORS = {
     "decoder": "#5b6470",
@@ -48,7 +44,7 @@ def draw(results: Results, measured: Results) -> bytes:
         A PNG.
     """
     rows = [row for row in results["rows"] if row["test_nats"]["value"] is not None]
-    figure = new_figure(14.5, 2.0 + 0.5 * len(rows))
+    figure = wide_figure(14.5, 2.0 + 0.5 * len(rows))
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1.0))
     for axes in (left, right):
         plain(axes)
@@ -57,32 +53,9 @@ def draw(results: Results, measured: Results) -> bytes:
     return as_png(figure)
 
 
-def new_figure(width: float, height: float) -> Any:
-    """Returns a figure without pyplot: no display, no global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.03)
-    figure = Figure(figsize=(width, height), dpi=150, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def as_png(figure: Any) -> bytes:
-    """Returns a figure as PNG, the same bytes for the same figure."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def plain(axes: Any) -> None:
-    """Takes away what says nothing."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_AXIS)
-    axes.tick_params(colors=INK, labelsize=9, color=_AXIS)
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
+def wide_figure(width: float, height: float) -> Any:
+    """Returns a figure with room between its columns."""
+    return new_figure(width, height, w_pad=0.12, h_pad=0.08, wspace=0.03)
 
 
 def title(axes: Any, text: str, subtitle: str) -> None:
@@ -90,7 +63,7 @@ def title(axes: Any, text: str, subtitle: str) -> None:
     axes.set_title(text, loc="left", fontsize=12, fontweight="bold", color=INK, pad=22)
     axes.annotate(
         subtitle, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points",
-        fontsize=9, color=SOFT,
+        fontsize=9, color=QUIET,
     )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.evaluation.suite.picture import INK, as_png, halo, new_figure, plain, title
+from mlpmem_jax.evaluation.style import INK, as_png, plain
+from mlpmem_jax.evaluation.suite.picture import halo, title, wide_figure
 from mlpmem_jax.evaluation.suite.report import mean_cost
 from mlpmem_jax.evaluation.table import bracket_text, count_text, number, render
 
@@ -133,7 +134,7 @@ def _line(seed: str, found: Results) -> dict[str, Any]:
 
 def draw(results: Results, sweep: Results) -> bytes:
     """Draws one sweep: nats against the value; returns a PNG."""
-    figure = new_figure(7.6, 4.6)
+    figure = wide_figure(7.6, 4.6)
     axes = figure.subplots()
     plain(axes)
     points = sweep["points"]
