@@ -12,9 +12,10 @@ from mlpmem_jax import __version__
 from mlpmem_jax.config.describe import describe
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.errors import EXIT_USER_ERROR, UserError
+from mlpmem_jax.errors import EXIT_USER_ERROR, PREEMPTED, UserError
 from mlpmem_jax.failures import explain, user_error_in
 from mlpmem_jax.parallel import multihost
+from mlpmem_jax.parallel.preemption import Preempted
 from mlpmem_jax.pipeline import COMMANDS, Options, run_command
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted; the same command continues where this one stopped")
         return multihost.leave(EXIT_INTERRUPTED)
+    except Preempted as notice:
+        _complain(f"{notice}; the same command continues", kind="preempted")
+        return multihost.leave_together(PREEMPTED)
     except BrokenPipeError:
         # The reader of our output left (`| head`): nothing to say, nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -188,8 +192,8 @@ def _unknown_command(command: str) -> str:
     return f"{command}: unknown command; {hint}"
 
 
-def _complain(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+def _complain(message: str, kind: str = "error") -> None:
+    print(f"{kind}: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@ which tests start inherit it and tests that need no JAX do not import it."""
 
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -70,3 +72,37 @@ def check_golden() -> Callable[[Path | str, str], None]:
         assert text == stored, f"{path} is not current; {UPDATE}=1 bash launch/test.sh writes it"
 
     return check
+
+
+# The launcher's own supervision, around any Python command.
+LAUNCHER = """
+import json, os, sys
+from pathlib import Path
+from mlpmem_jax.launching import environments_of
+from mlpmem_jax.parallel.processes import run_processes
+processes, devices, logs, *command = sys.argv[1:]
+environments = environments_of(int(processes), int(devices), os.environ)
+sys.exit(run_processes([sys.executable, *command], environments, Path(logs)))
+"""
+
+
+@pytest.fixture
+def on_processes(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Returns a function that runs a Python command in N processes of D devices each."""
+
+    def run(
+        processes: int, devices: int, *command: str, variables: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        logs = tmp_path / "logs"
+        logs.mkdir(exist_ok=True)
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        environment |= variables or {}
+        start = [sys.executable, "-c", LAUNCHER, str(processes), str(devices), str(logs)]
+        if processes == 1:
+            environment["MLPMEM_DEVICES_PER_PROCESS"] = str(devices)
+            start = [sys.executable]
+        return subprocess.run(
+            [*start, *command], env=environment, capture_output=True, text=True, cwd=ROOT
+        )
+
+    return run

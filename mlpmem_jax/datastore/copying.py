@@ -28,7 +28,7 @@ def copy_rows(
     """
     stores = {name: open_array(source.path / name) for name in specs}
     writer = ShardWriter(target.path, specs, num_rows)
-    for part in writer.remaining:
+    for part in writer.own_rows():
         rows = {name: read_rows(store, part.start, part.stop) for name, store in stores.items()}
         writer.put(part.start, rows)
     return writer.close()

@@ -6,7 +6,7 @@ TensorStore writes finished shards in the background.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +21,11 @@ from mlpmem_jax.corpus.windows import EmbeddingPlan
 from mlpmem_jax.datastore.layout import ArraySpec
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.datastore.shards import ShardWriter
+from mlpmem_jax.input.feed import local_positions, to_devices
 from mlpmem_jax.models.decoder import Decoder, Site
-from mlpmem_jax.parallel.sharding import batch_sharding
+from mlpmem_jax.parallel.preemption import Preempted, preempted, stopping_where_asked
+from mlpmem_jax.parallel.sharding import constrain
+from mlpmem_jax.parallel.sharing import dealt, local_rows, owners, process_index
 from mlpmem_jax.training.losses import token_logprob
 
 LOSS_CHUNK_TOKENS = 1024
@@ -95,9 +98,15 @@ def make_embed_step(
                 chunk_tokens=LOSS_CHUNK_TOKENS,
             ),
         }
-        return {name: rows[name].astype(spec.dtype) for name, spec in specs.items()}
+        stored = {name: rows[name].astype(spec.dtype) for name, spec in specs.items()}
+        return {name: by_window(array) for name, array in stored.items()}
 
     return functools.partial(embed, weights)
+
+
+def by_window(array_BX: jax.Array) -> jax.Array:
+    """Lays rows out as the windows are: each process can then take its own."""
+    return constrain(array_BX, "batch", *(None,) * (array_BX.ndim - 1))
 
 
 def scored_columns(
@@ -131,6 +140,9 @@ def embed_split(
 ) -> dict[str, Any]:
     """Embeds the shards of a split that are not on disk yet.
 
+    Every shard is written by one process: it gets the windows of its own shards at those
+    positions of a batch that its devices hold.
+
     Args:
         decoder: On the mesh.
         tokens: The split.
@@ -146,24 +158,29 @@ def embed_split(
     Raises:
         RunFailed: A state is not finite in its storage dtype.
         OSError: The disk is full; finished shards stay.
+        Preempted: The machine is about to go; finished shards stay.
     """
     plan = EmbeddingPlan(tokens.num_rows, settings.window_tokens, settings.stride_tokens)
     writer = ShardWriter(artifact.path, specs, tokens.num_rows)
-    todo = [
-        block
-        for shard in writer.missing_shards()
-        for block in plan.shard_blocks(shard, writer.shard_rows)
-    ]
+    missing = writer.missing_shards()
+    owner_B = owners(mesh, settings.batch_size)
+    parts = [(shard, plan.shard_blocks(shard, writer.shard_rows)) for shard in missing]
+    own_P = np.flatnonzero(owner_B == process_index())
     step = make_embed_step(decoder, settings, specs)
     bar = progress(tokens.num_rows, "row", description)
-    bar.update(tokens.num_rows - sum(int(n) for n in plan.blocks(np.array(todo, np.int64)).count))
-    with jax.set_mesh(mesh):
-        for numbers, rows in computed_blocks(step, plan, tokens, todo, settings.batch_size, mesh):
-            blocks = plan.blocks(numbers)
-            host = {name: np.asarray(array) for name, array in rows.items()}
-            for place, (row, count) in enumerate(zip(blocks.row, blocks.count, strict=True)):
-                writer.put(int(row), {name: host[name][place, :count] for name in host})
-                bar.update(int(count))
+    bar.update(tokens.num_rows - writer.count_rows(missing))
+    with jax.set_mesh(mesh), stopping_where_asked():
+        for number_B, rows in computed_blocks(step, plan, tokens, dealt(parts, owner_B), mesh):
+            host = {name: local_rows(array, own_P) for name, array in rows.items()}
+            for place, number in enumerate(number_B[own_P]):
+                if number >= 0:
+                    block = plan.blocks(number[None])
+                    row, count = int(block.row[0]), int(block.count[0])
+                    writer.put(row, {name: host[name][place, :count] for name in host})
+            bar.update(int(plan.blocks(number_B[number_B >= 0]).count.sum()))
+            if preempted():
+                writer.flush()
+                raise Preempted(f"{description}: finished shards are kept")
     bar.close()
     return writer.close()
 
@@ -172,8 +189,7 @@ def computed_blocks(
     step: Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]],
     plan: EmbeddingPlan,
     tokens: TokenSplit,
-    todo: list[int],
-    batch_size: int,
+    batches: Iterable[np.ndarray],
     mesh: jax.sharding.Mesh,
 ) -> Iterator[tuple[np.ndarray, dict[str, jax.Array]]]:
     """Yields block numbers with their rows, one batch behind what is being computed.
@@ -182,22 +198,22 @@ def computed_blocks(
         step: Jitted; arrays of windows to arrays of rows.
         plan: The windows.
         tokens: The split.
-        todo: Numbers of blocks.
-        batch_size: Blocks at once, over all devices.
+        batches: Numbers of blocks, int64 [B]; negative: none, and its rows mean nothing.
         mesh: Devices.
     """
     before: tuple[np.ndarray, dict[str, jax.Array]] | None = None
-    for first in range(0, len(todo), batch_size):
-        numbers = np.array(todo[first : first + batch_size], np.int64)
-        # One shape for all batches: the last one repeats its last block.
-        padded = np.pad(numbers, (0, batch_size - len(numbers)), mode="edge")
-        batch = {
-            name: jax.device_put(array, batch_sharding(mesh, array.ndim))
-            for name, array in plan.read(tokens, padded).items()
-        }
-        dispatched = (numbers, step(batch))
+    for number_B in batches:
+        position_P = local_positions(mesh, len(number_B))
+        local = plan.read(tokens, np.maximum(number_B[position_P], 0))
+        batch = to_devices(local, mesh, position_P, len(number_B))
+        dispatched = (number_B, step(batch))
         if before is not None:
             yield before
         before = dispatched
     if before is not None:
         yield before
+
+
+def in_batches(blocks: Sequence[int], batch_size: int) -> list[np.ndarray]:
+    """Cuts block numbers into batches of one size, int64 [B]; the last is filled with -1."""
+    return dealt([(0, blocks)], np.zeros(batch_size, np.int64))

@@ -1,9 +1,10 @@
 """Rows that arrive in pieces, written as whole shards in the background."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import tensorstore as ts
 from etils import epath
 
 from mlpmem_jax.datastore.files import check_free_space
@@ -16,6 +17,8 @@ from mlpmem_jax.datastore.store import (
     write_rows,
 )
 from mlpmem_jax.errors import RunFailed
+from mlpmem_jax.parallel.multihost import barrier, first_alone
+from mlpmem_jax.parallel.sharing import share_of
 
 _MAX_PENDING_SHARDS = 2
 
@@ -50,18 +53,26 @@ class ShardWriter:
         self.num_rows = num_rows
         self._refuses_non_finite = refuse_non_finite
         (self.shard_rows,) = {spec.shard_rows for spec in specs.values()}
-        self._stores = {
+        with first_alone(f"{path}: arrays"):
+            self._stores = self._opened()
+            done = frozenset.intersection(*(finished_shards(one) for one in self._stores.values()))
+        # Read once, before any process writes: all of them know the same.
+        self._missing = [shard for shard in range(self.num_shards) if shard not in done]
+        barrier(f"{path}: listed")
+        self._open: dict[int, tuple[dict[str, np.ndarray], int]] = {}
+        self._pending: list[list[PendingWrite]] = []
+
+    def _opened(self) -> dict[str, ts.TensorStore]:
+        return {
             name: create_array(
-                path / name,
-                shape=(num_rows, *spec.tail),
+                self._path / name,
+                shape=(self.num_rows, *spec.tail),
                 dtype=spec.dtype,
                 shard_rows=spec.shard_rows,
                 chunk_rows=spec.chunk_rows,
             )
-            for name, spec in specs.items()
+            for name, spec in self._specs.items()
         }
-        self._open: dict[int, tuple[dict[str, np.ndarray], int]] = {}
-        self._pending: list[list[PendingWrite]] = []
 
     @property
     def num_shards(self) -> int:
@@ -69,19 +80,28 @@ class ShardWriter:
         return -(-self.num_rows // self.shard_rows)
 
     def missing_shards(self) -> list[int]:
-        """Returns the shards that some array lacks, ascending; checks that they will fit."""
-        done = frozenset.intersection(*(finished_shards(store) for store in self._stores.values()))
-        missing = [shard for shard in range(self.num_shards) if shard not in done]
-        rows = sum(self._shard_length(shard) for shard in missing)
-        row_bytes = sum(spec.row_bytes for spec in self._specs.values())
-        check_free_space(self._path, rows * row_bytes, f"{self._path.name} ({rows} rows)")
-        return missing
+        """Returns the shards that some array lacked at first, ascending.
 
-    @property
-    def remaining(self) -> list[slice]:
-        """Rows of the shards that some array lacks."""
-        starts = (shard * self.shard_rows for shard in self.missing_shards())
-        return [slice(a, min(a + self.shard_rows, self.num_rows)) for a in starts]
+        Raises:
+            UserError: They do not fit on the disk.
+        """
+        row_bytes = sum(spec.row_bytes for spec in self._specs.values())
+        rows = self.count_rows(self._missing)
+        check_free_space(self._path, rows * row_bytes, f"{self._path.name} ({rows} rows)")
+        return self._missing
+
+    def count_rows(self, shards: Iterable[int]) -> int:
+        """Returns the rows of some shards."""
+        return sum(self._shard_length(shard) for shard in shards)
+
+    def rows_of(self, shard: int) -> slice:
+        """Returns the rows of a shard."""
+        start = shard * self.shard_rows
+        return slice(start, start + self._shard_length(shard))
+
+    def own_rows(self) -> list[slice]:
+        """Returns the rows of the missing shards that this process makes."""
+        return [self.rows_of(shard) for shard in share_of(self.missing_shards())]
 
     def _shard_length(self, shard: int) -> int:
         return min(self.shard_rows, self.num_rows - shard * self.shard_rows)
@@ -140,9 +160,13 @@ class ShardWriter:
     def close(self) -> dict[str, Any]:
         """Waits for all writes; returns the arrays as the manifest describes them."""
         assert not self._open, f"shards not filled: {sorted(self._open)}"
+        self.flush()
+        return self.describe()
+
+    def flush(self) -> None:
+        """Waits for the writes of whole shards."""
         while self._pending:
             self._finish_oldest()
-        return self.describe()
 
     def describe(self) -> dict[str, Any]:
         """Returns shapes and dtypes for the manifest."""

@@ -40,7 +40,7 @@ def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
     layout = Layout(config)
     decoder, memory = finished_networks(config, mesh)
     stored = {split: StoredSplit.open(layout, split) for split in _EVALUATED}
-    train_label = whole_array(layout, "train", "label")
+    train_label = whole_array(layout.datastore("train"), "label")
     neighbors = {
         split: LabelledNeighbors(layout, split, stored[split].label_N, train_label)
         for split in _EVALUATED

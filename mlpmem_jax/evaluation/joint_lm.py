@@ -16,9 +16,10 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import progress
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import EmbeddingPlan
-from mlpmem_jax.datastore.embedding import computed_blocks, scored_columns
+from mlpmem_jax.datastore.embedding import computed_blocks, in_batches, scored_columns
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.parallel.sharing import whole
 from mlpmem_jax.training.losses import token_logprob
 
 
@@ -79,16 +80,15 @@ def score_joint(
         return rows
 
     found: dict[str, np.ndarray] = {}
-    blocks = list(range(plan.num_blocks))
-    batch_size = config.datastore.batch_size
+    batches = in_batches(range(plan.num_blocks), config.datastore.batch_size)
     with jax.set_mesh(mesh), progress(plan.num_rows, "row", f"score {tokens.split}") as bar:
         step = functools.partial(score, state)
-        for numbers, rows in computed_blocks(step, plan, tokens, blocks, batch_size, mesh):
-            part = plan.blocks(numbers)
+        for number_B, rows in computed_blocks(step, plan, tokens, batches, mesh):
+            part = plan.blocks(number_B[number_B >= 0])
             for name, array in rows.items():
-                host_BR = np.asarray(array)
-                whole = found.setdefault(name, np.zeros(plan.num_rows, np.float32))
+                host_BR = whole(array)
+                found_N = found.setdefault(name, np.zeros(plan.num_rows, np.float32))
                 for place, (row, count) in enumerate(zip(part.row, part.count, strict=True)):
-                    whole[row : row + count] = host_BR[place, :count]
+                    found_N[row : row + count] = host_BR[place, :count]
             bar.update(int(part.count.sum()))
     return JointScores(found["decoder"], found["memory"], found.get("gate"))

@@ -4,18 +4,15 @@ The systems take turns token by token, so that whatever else the machine does fa
 of them alike. Each draws greedily from its own distribution and reads what it drew.
 """
 
-import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mlpmem_jax.evaluation.compare import SYSTEMS
+from mlpmem_jax.evaluation.timed_writer import CompiledSteps, Draw, TimedWriter
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Site
-from mlpmem_jax.parallel.sharding import replicated
 from mlpmem_jax.retrieval.distributions import neighbor_weights
 from mlpmem_jax.retrieval.engine import Engine
 
@@ -48,51 +45,14 @@ def retriever(
     return retrieve
 
 
-class _Writer:
-    """One system that continues one text."""
+def _drawing_from(retrieve: Retrieve) -> Draw:
+    """Returns what draws the kNN-LM's token: all of it in NumPy, for one text."""
 
-    def __init__(self, model: InterpolatedModel, step: Any, retrieve: Retrieve | None):
-        self._model = model
-        self._step = step
-        self._retrieve = retrieve
-        self._cache: Any = jax.jit(
-            lambda: model.empty_cache(1), out_shardings=model.cache_shardings(1)
-        )()
-        self._token: Any = jnp.zeros((1, 1), jnp.int32)
-        self._length = 0
+    def draw(logprob_BV: jax.Array, key_BD: jax.Array) -> np.ndarray:
+        probability_V = retrieve(np.asarray(logprob_BV)[0], np.asarray(key_BD)[0])
+        return np.asarray(probability_V.argmax(), np.int32).reshape(1, 1)
 
-    def write(self) -> float:
-        """Draws one token and returns the seconds that it took."""
-        if self._length == self._model.context_tokens:
-            # Start over: a step costs the same however full the cache is.
-            self._cache = self._cache._replace(length_B=self._cache.length_B * 0)
-            self._length = 0
-        started = time.perf_counter()
-        with jax.set_mesh(self._model.mesh):
-            self._cache, self._token, *seen = self._step(
-                self._model.parameters, self._cache, self._token
-            )
-        if self._retrieve is not None:
-            probability_V = self._retrieve(*map(np.asarray, seen))
-            self._token = np.asarray(probability_V.argmax(), np.int32).reshape(1, 1)
-        jax.block_until_ready(self._token)
-        self._length += 1
-        return time.perf_counter() - started
-
-
-def _compiled_step(model: InterpolatedModel, key: Site) -> Any:
-    """Returns (parameters, cache, token) → cache, token drawn, log p [V], key [D]."""
-
-    def step(parameters: Any, cache: Any, token_BL: jax.Array) -> Any:
-        logprob_BV, states, cache = model.extend_with_states(
-            parameters, cache, token_BL, jnp.ones(1, jnp.int32), (key,)
-        )
-        token_BL = jnp.argmax(logprob_BV, axis=-1).astype(jnp.int32)[:, None]
-        return cache, token_BL, logprob_BV[0], states[key][0].astype(jnp.float32)
-
-    everywhere = replicated(model.mesh)
-    shardings = (model.cache_shardings(1), everywhere, everywhere, everywhere)
-    return jax.jit(step, donate_argnums=1, out_shardings=shardings)
+    return draw
 
 
 def time_tokens(
@@ -110,9 +70,10 @@ def time_tokens(
     Returns:
         Milliseconds per token: median, and the quartiles.
     """
-    steps = {id(model): _compiled_step(model, key) for model in models.values()}
+    compiled = {id(model): CompiledSteps(model, key) for model in models.values()}
+    draw = _drawing_from(retrieve)
     writers = {
-        name: _Writer(model, steps[id(model)], retrieve if name == "knn" else None)
+        name: TimedWriter(compiled[id(model)], 1, draw if name == "knn" else None)
         for name, model in models.items()
     }
     secs: dict[str, list[float]] = {name: [] for name in writers}

@@ -1,16 +1,23 @@
 """The results as a picture, drawn from the dictionary of `evaluate.json` alone."""
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from mlpmem_jax.evaluation.style import (
+    COLORS,
+    DASHED,
+    INK,
+    LINE,
+    as_png,
+    axis_labels,
+    legend,
+    new_figure,
+    plain,
+    title,
+)
 from mlpmem_jax.evaluation.table import number
-
-_COLORS = {"decoder": "#5b6470", "knn": "#c7782a", "memory": "#1f6f8b"}
-_INK = "#22272e"
-_GRID = "#d9dde2"
 
 
 def draw(results: Mapping[str, Any]) -> bytes:
@@ -22,43 +29,23 @@ def draw(results: Mapping[str, Any]) -> bytes:
     Returns:
         A PNG.
     """
-    # Imported here, without pyplot: no display, no global state, and fast commands.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13.5, 4.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13.5, 4.6)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.15, 1.0, 1.0))
     for axes in (left, middle, right):
-        _plain(axes)
+        plain(axes)
     _draw_scores(left, results)
     _draw_weights(middle, results)
     _draw_documents(right, results)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#9aa2ab")
-    axes.tick_params(colors=_INK, labelsize=9, color="#9aa2ab")
-    axes.grid(color=_GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def _title(axes: Any, title: str, subtitle: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", color=_INK, pad=20)
-    axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=9, color="#5b6470")
+    return as_png(figure)
 
 
 def _draw_scores(axes: Any, results: Mapping[str, Any]) -> None:
     """Test nats of each system, with the interval of its difference to the decoder."""
     systems = results["systems"]
     reference = systems["decoder"]["test_nats"]
-    axes.axvline(reference, color=_COLORS["decoder"], linewidth=1, linestyle=(0, (4, 3)))
+    axes.axvline(reference, color=COLORS["decoder"], linewidth=1, linestyle=DASHED)
     for height, (key, system) in enumerate(systems.items()):
-        nats, color = system["test_nats"], _COLORS[key]
+        nats, color = system["test_nats"], COLORS[key]
         axes.plot([reference, nats], [height, height], color=color, linewidth=5, alpha=0.25)
         low, high = system["difference_low"], system["difference_high"]
         if low is not None:
@@ -78,9 +65,9 @@ def _draw_scores(axes: Any, results: Mapping[str, Any]) -> None:
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.08)
-    axes.set_xlabel("nats per token (lower is better)", fontsize=9.5, color=_INK)
+    axis_labels(axes, "nats per token (lower is better)")
     level = f"{100 * results['confidence']:g} %"
-    _title(axes, "Test", f"bars: {level} interval of the paired difference, over documents")
+    title(axes, "Test", f"bars: {level} interval of the paired difference, over documents")
 
 
 def _draw_weights(axes: Any, results: Mapping[str, Any]) -> None:
@@ -89,9 +76,9 @@ def _draw_weights(axes: Any, results: Mapping[str, Any]) -> None:
     for key in ("knn", "memory"):
         system = results["systems"][key]
         curve = [np.nan if nats is None else nats for nats in results["curves"][key]]
-        axes.plot(weights, curve, color=_COLORS[key], linewidth=2, label=system["label"])
+        axes.plot(weights, curve, color=COLORS[key], linewidth=2, label=system["label"])
         axes.plot(
-            [system["interpolation"]], [system["valid_nats"]], "o", color=_COLORS[key],
+            [system["interpolation"]], [system["valid_nats"]], "o", color=COLORS[key],
             markersize=7, markeredgecolor="white", zorder=5, clip_on=False,
         )  # fmt: skip
         axes.annotate(
@@ -101,17 +88,17 @@ def _draw_weights(axes: Any, results: Mapping[str, Any]) -> None:
             textcoords="offset points",
             ha=_alignment(system["interpolation"]),
             fontsize=9,
-            color=_COLORS[key],
+            color=COLORS[key],
         )
     decoder = results["systems"]["decoder"]["valid_nats"]
     best = min(system["valid_nats"] for system in results["systems"].values())
     span = max(decoder - best, 1e-3)
-    axes.axhline(decoder, color=_COLORS["decoder"], linewidth=1, linestyle=(0, (4, 3)))
+    axes.axhline(decoder, color=COLORS["decoder"], linewidth=1, linestyle=DASHED)
     axes.set_ylim(best - 0.22 * span, decoder + 0.35 * span)
     axes.set_xlim(0, 1)
-    axes.set_xlabel("weight λ of the kNN distribution or the memory", fontsize=9.5, color=_INK)
-    axes.legend(frameon=False, fontsize=9, loc="upper center", labelcolor=_INK)
-    _title(axes, "Validation", "nats per token while λ goes from the decoder (0) to 1")
+    axis_labels(axes, "weight λ of the kNN distribution or the memory")
+    legend(axes, size=9, place="upper center")
+    title(axes, "Validation", "nats per token while λ goes from the decoder (0) to 1")
 
 
 def _alignment(weight: float) -> str:
@@ -131,10 +118,10 @@ def _draw_documents(axes: Any, results: Mapping[str, Any]) -> None:
     knn = (base - np.asarray(documents["knn"])) / tokens
     memory = (base - np.asarray(documents["memory"])) / tokens
     area = 6 + 90 * tokens / tokens.max()
-    axes.axhline(0, color="#9aa2ab", linewidth=0.8)
-    axes.axvline(0, color="#9aa2ab", linewidth=0.8)
+    axes.axhline(0, color=LINE, linewidth=0.8)
+    axes.axvline(0, color=LINE, linewidth=0.8)
     axes.scatter(
-        knn, memory, s=area, color=_COLORS["memory"], alpha=0.45, linewidth=0.4, edgecolor="white"
+        knn, memory, s=area, color=COLORS["memory"], alpha=0.45, linewidth=0.4, edgecolor="white"
     )
     # A few tiny documents must not decide the scale.
     both = np.concatenate([knn, memory])
@@ -143,11 +130,11 @@ def _draw_documents(axes: Any, results: Mapping[str, Any]) -> None:
     limits = (min(low, 0) - margin, max(high, 0) + margin)
     axes.set_xlim(limits)
     axes.set_ylim(limits)
-    axes.plot(limits, limits, color=_INK, linewidth=0.8, linestyle=(0, (1, 2)))
+    axes.plot(limits, limits, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
     share = results["systems"]["memory"]["gain_recovered"]
     if share is not None:
         line = np.asarray(limits)
-        axes.plot(line, share * line, color=_COLORS["knn"], linewidth=1.6)
+        axes.plot(line, share * line, color=COLORS["knn"], linewidth=1.6)
         low_share = results["systems"]["memory"]["gain_recovered_low"]
         high_share = results["systems"]["memory"]["gain_recovered_high"]
         text = f"{100 * share:.0f} % of the gain recovered"
@@ -155,8 +142,7 @@ def _draw_documents(axes: Any, results: Mapping[str, Any]) -> None:
             text += f"\n[{100 * low_share:.0f}, {100 * high_share:.0f}]"
         axes.annotate(
             text, (0.04, 0.95), xycoords="axes fraction", va="top", fontsize=10,
-            fontweight="bold", color=_COLORS["knn"],
+            fontweight="bold", color=COLORS["knn"],
         )  # fmt: skip
-    axes.set_xlabel("gain of the kNN-LM, nats per token", fontsize=9.5, color=_INK)
-    axes.set_ylabel("gain of the memory, nats per token", fontsize=9.5, color=_INK)
-    _title(axes, "Test, document by document", "area: tokens; dotted: all of the gain recovered")
+    axis_labels(axes, "gain of the kNN-LM, nats per token", "gain of the memory, nats per token")
+    title(axes, "Test, document by document", "area: tokens; dotted: all of the gain recovered")

@@ -1,4 +1,4 @@
-"""What `embed` stored of a split, and its documents.
+"""Labels of a split and the documents that they lie in, with the scores stored beside them.
 
 Suffixes: N rows of the split.
 """
@@ -9,24 +9,60 @@ import numpy as np
 
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.evaluation.metrics import DocumentCounts, count_documents
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredSplit:
-    """Labels of a split, what the decoder gives them, and which are scored.
+class SplitLabels:
+    """The labels of a split, and which are scored.
 
     Attributes:
         label_N: int32 labels.
-        logprob_N: float32 log p_LM(label).
         counts: Documents and scored rows.
     """
 
     label_N: np.ndarray
-    logprob_N: np.ndarray
     counts: DocumentCounts
+
+    @classmethod
+    def open(cls, layout: Layout, split: Split) -> "SplitLabels":
+        """Reads the labels from the tokens.
+
+        Raises:
+            ArtifactError: The tokens are missing or damaged, or there is nothing to score.
+        """
+        tokens = TokenSplit.open(layout.tokens, split)
+        label_N = tokens.read(1, tokens.num_tokens)
+        return cls(label_N, _scored_documents(tokens, label_N, _path(tokens)))
+
+    def read(self, artifact: Artifact) -> np.ndarray:
+        """Returns stored scores, float32 [N].
+
+        Raises:
+            ArtifactError: They are missing, damaged, or of other tokens.
+        """
+        artifact.load()
+        label_N, logprob_N = whole_array(artifact, "label"), whole_array(artifact, "logprob")
+        if len(label_N) != len(self.label_N) or np.any(label_N != self.label_N):
+            raise ArtifactError(
+                f"{artifact.path}: scores of other tokens than the run's; make them again with "
+                "--rebuild"
+            )
+        return logprob_N
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredSplit(SplitLabels):
+    """What `embed` stored of a split: its labels, and what the decoder gives them.
+
+    Attributes:
+        logprob_N: float32 log p_LM(label).
+    """
+
+    logprob_N: np.ndarray
 
     @classmethod
     def open(cls, layout: Layout, split: Split) -> "StoredSplit":
@@ -36,22 +72,32 @@ class StoredSplit:
             ArtifactError: It is missing, damaged, of other tokens, or has nothing to score.
         """
         tokens = TokenSplit.open(layout.tokens, split)
-        label_N = whole_array(layout, split, "label")
-        name = f"{layout.datastore(split).path} and {layout.tokens.path / split}"
-        counts = count_documents(
-            label_N,
-            tokens.separator_id,
-            tokens.document_offset,
-            tokens.document_words,
-            tokens.document_bytes,
-            name=name,
-        )
-        if not counts.scored_N.any():
-            raise ArtifactError(f"{layout.tokens.path / split}: no token to score")
-        return cls(label_N, whole_array(layout, split, "logprob"), counts)
+        rows = layout.datastore(split)
+        label_N = whole_array(rows, "label")
+        counts = _scored_documents(tokens, label_N, f"{rows.path} and {_path(tokens)}")
+        return cls(label_N, counts, whole_array(rows, "logprob"))
 
 
-def whole_array(layout: Layout, split: Split, name: str) -> np.ndarray:
-    """Reads a whole array of a datastore split."""
-    store = open_array(layout.datastore(split).path / name)
+def whole_array(artifact: Artifact, name: str) -> np.ndarray:
+    """Reads a whole array of an artifact."""
+    store = open_array(artifact.path / name)
     return read_rows(store, 0, store.shape[0])
+
+
+def _scored_documents(tokens: TokenSplit, label_N: np.ndarray, name: str) -> DocumentCounts:
+    """Returns the documents of labels, at least one of which is scored."""
+    counts = count_documents(
+        label_N,
+        tokens.separator_id,
+        tokens.document_offset,
+        tokens.document_words,
+        tokens.document_bytes,
+        name=name,
+    )
+    if not counts.scored_N.any():
+        raise ArtifactError(f"{_path(tokens)}: no token to score")
+    return counts
+
+
+def _path(tokens: TokenSplit) -> str:
+    return str(tokens.artifact.path / tokens.split)

@@ -97,12 +97,26 @@ def barrier(name: str) -> None:
 
 
 @contextlib.contextmanager
+def first_alone(name: str) -> Iterator[None]:
+    """Lets process 0 through before the others, which find what it has made."""
+    if not is_writer():
+        barrier(name)
+    yield
+    if is_writer():
+        barrier(name)
+
+
+@contextlib.contextmanager
 def joined() -> Iterator[None]:
     """Joins the processes of this run and leaves together with them."""
     if not initialize():
         yield
         return
     yield
+    _part()
+
+
+def _part() -> None:
     import jax
 
     # The shutdown waits for SHUTDOWN_SECS only, and process 0 may have more to do than the rest.
@@ -126,6 +140,13 @@ def leave(code: int) -> int:
     """Ends a failed process without waiting for the others; returns where it is alone."""
     if is_active():
         _exit(code)
+    return code
+
+
+def leave_together(code: int) -> int:
+    """Ends a process that stops at the same point as all others; returns the code."""
+    if is_active():
+        _part()
     return code
 
 

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import quiet_libraries
+from mlpmem_jax.datastore.manifest import software_versions
 from mlpmem_jax.parallel import multihost
+from mlpmem_jax.parallel.agreement import refuse_different
 from mlpmem_jax.parallel.host import keep_freed_memory
+from mlpmem_jax.parallel.preemption import listening
 from mlpmem_jax.pipeline.options import Options
 
 __all__ = ["COMMANDS", "Command", "Options", "run_command"]
@@ -145,6 +148,8 @@ def run_command(name: str, config: Config, options: Options) -> int:
     """
     quiet_libraries()
     keep_freed_memory()
-    with contextlib.nullcontext() if options.dry_run else multihost.joined():
+    with contextlib.nullcontext() if options.dry_run else multihost.joined(), listening():
+        started_with = {"command": name, "software": software_versions()}
+        refuse_different(started_with | config.model_dump(mode="json"))
         module = importlib.import_module(f"{__name__}.{COMMANDS[name].module}")
         return int(module.main(config, options))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlpmem_jax.console import say
+from mlpmem_jax.datastore.lock import only_maker
 from mlpmem_jax.datastore.manifest import MANIFEST, Artifact, Manifest, Status
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.multihost import barrier, is_writer
@@ -114,23 +115,42 @@ def run_stage(
     All processes of a run come here together; process 0 alone writes what there is one of.
     """
     made_from = stage.made_from()
+    status = _status(stage, made_from, rebuild)
+    if status is not Status.COMPLETE:
+        stage.check()
+        barrier(f"{stage.name}: checked")
+        with only_maker(stage.artifact):
+            if status is None:
+                _remove(stage)
+            # Asked again: another run may have finished it just now.
+            status = stage.artifact.status(stage.recipe, made_from)
+            barrier(f"{stage.name}: seen")
+            if status is not Status.COMPLETE:
+                return _make(stage, made_from, status, before_building)
+    manifest = stage.artifact.load()
+    say(f"{stage.name}: complete ({manifest.fingerprint})")
+    return manifest
+
+
+def _status(stage: Stage, made_from: Mapping[str, str], rebuild: Rebuild) -> Status | None:
+    """Returns how far an artifact is; None: what is there is to be removed."""
     if rebuild is Rebuild.ALWAYS:
-        _remove(stage)
+        return None
     try:
-        status = stage.artifact.status(stage.recipe, made_from)
+        return stage.artifact.status(stage.recipe, made_from)
     except ArtifactError:
         if rebuild is Rebuild.REFUSE:
             raise
         say(f"{stage.name}: made otherwise; making it again")
-        barrier(f"{stage.name}: seen")
-        _remove(stage)
-        status = Status.MISSING
-    if status is Status.COMPLETE:
-        manifest = stage.artifact.load()
-        say(f"{stage.name}: complete ({manifest.fingerprint})")
-        return manifest
-    stage.check()
-    barrier(f"{stage.name}: checked")
+        return None
+
+
+def _make(
+    stage: Stage,
+    made_from: Mapping[str, str],
+    status: Status,
+    before_building: Callable[[], None],
+) -> Manifest:
     say(f"{stage.name}: " + ("continuing" if status is Status.PARTIAL else "making"))
     started = time.monotonic()
     if is_writer():

@@ -23,6 +23,7 @@ from etils import epath
 from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.datastore.files import is_local, read_json, write_json
 from mlpmem_jax.errors import ConfigError, RunFailed
+from mlpmem_jax.parallel.sharing import share_of
 from mlpmem_jax.retrieval.engine import EngineName, Keys, SomeKeys, read_all
 from mlpmem_jax.retrieval.merge import MISSING_ROW, Neighbors, merge, sortable, unpack
 
@@ -96,8 +97,8 @@ def index_bytes(num_rows: int, width: int, dims_per_block: int) -> int:
 
 def build_shards(
     keys: Keys, path: epath.Path, config: RetrievalConfig
-) -> Iterator[tuple[int, int, list[str]]]:
-    """Builds the shards that are not there yet.
+) -> Iterator[tuple[int, int]]:
+    """Builds the shards that are not there yet; each process of a run builds its own.
 
     Args:
         keys: All keys.
@@ -105,15 +106,28 @@ def build_shards(
         config: The section.
 
     Yields:
-        After each shard: its number, the number of shards, its files relative to `path`.
+        After each shard of this process: its number, and the number of all shards.
     """
     shards = shard_ranges(keys.num_rows, config.shard_rows)
-    for number, rows in enumerate(shards):
-        target = path / f"shard-{number:05d}"
+    for number in share_of(range(len(shards))):
+        rows, target = shards[number], _shard_path(path, number)
         if not (target / SHARD).exists():
             _build_shard(SomeKeys(keys, rows.start, len(rows)), rows, target, config)
-        names = [*read_json(target / SHARD)["files"], SHARD]
-        yield number, len(shards), [f"{target.name}/{name}" for name in names]
+        yield number, len(shards)
+
+
+def shard_files(path: epath.Path, num_shards: int) -> list[str]:
+    """Returns the files of finished shards, relative to the index."""
+    files: list[str] = []
+    for number in range(num_shards):
+        shard = _shard_path(path, number)
+        names = [*read_json(shard / SHARD)["files"], SHARD]
+        files += [f"{shard.name}/{name}" for name in names]
+    return files
+
+
+def _shard_path(path: epath.Path, number: int) -> epath.Path:
+    return path / f"shard-{number:05d}"
 
 
 def _build_shard(keys: Keys, rows: range, target: epath.Path, config: RetrievalConfig) -> None:
@@ -176,6 +190,7 @@ class ApproximateEngine:
     """
 
     name: EngineName = "scann"
+    spans_processes = False
 
     def __init__(self, path: epath.Path, settings: SearchSettings):
         self.settings = settings

@@ -14,6 +14,7 @@ from mlpmem_jax.console import say
 from mlpmem_jax.datastore.files import check_free_space, human_bytes, read_json, write_json
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.errors import UserError
+from mlpmem_jax.parallel.multihost import barrier, first_alone, is_writer
 from mlpmem_jax.retrieval import approximate, recall
 from mlpmem_jax.retrieval.approximate import SEARCH, ApproximateEngine, SearchSettings
 from mlpmem_jax.retrieval.engine import Engine, Keys, StoredKeys, choose_engine
@@ -59,7 +60,9 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
     if choice.engine == "exact":  # Nothing to build: it reads the datastore's keys.
         return BuiltIndex(counts, [], measured)
     path = layout.index.path
-    approximate.remove_unfinished(path)
+    with first_alone("index: directory"):
+        if is_writer():
+            approximate.remove_unfinished(path)
     largest = min(keys.num_rows, retrieval.shard_rows)
     check_memory(
         approximate.build_memory_bytes(largest, keys.width, retrieval.training_rows),
@@ -71,14 +74,16 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
         approximate.index_bytes(keys.num_rows, keys.width, retrieval.dims_per_block),
         "the index",
     )
-    files: list[str] = []
-    for number, num_shards, names in approximate.build_shards(keys, path, retrieval):
-        files += names
-        say(f"index: shard {number + 1} of {num_shards} is built")
+    for number, of_shards in approximate.build_shards(keys, path, retrieval):
+        say(f"index: shard {number + 1} of {of_shards} is built")
+    barrier("index: shards")
+    num_shards = len(approximate.shard_ranges(keys.num_rows, retrieval.shard_rows))
+    files = approximate.shard_files(path, num_shards)
     settings, calibrated = choose_settings(path, keys, ExactCache(config), retrieval, config.seed)
     if calibrated is not None:
         measured["calibration_recall"] = calibrated
-    write_json(path / SEARCH, dataclasses.asdict(settings))
+    if is_writer():
+        write_json(path / SEARCH, dataclasses.asdict(settings))
     shard_rows = max(len(rows) for rows in approximate.shard_ranges(keys.num_rows, largest))
     counts |= {
         "shards": num_shards,

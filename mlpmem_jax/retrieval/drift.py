@@ -9,10 +9,16 @@ import numpy as np
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import EmbeddingPlan
-from mlpmem_jax.datastore.embedding import EmbeddingSettings, computed_blocks, make_embed_step
+from mlpmem_jax.datastore.embedding import (
+    EmbeddingSettings,
+    computed_blocks,
+    in_batches,
+    make_embed_step,
+)
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.models.decoder import Decoder, Site
+from mlpmem_jax.parallel.sharing import whole
 
 SAMPLE_ROWS = 8192
 NEIGHBORS = 10
@@ -49,9 +55,10 @@ def neighbor_agreement(config: Config, decoder: Decoder, mesh: jax.sharding.Mesh
     old: list[np.ndarray] = []
     new: list[np.ndarray] = []
     with jax.set_mesh(mesh):
-        for numbers, rows in computed_blocks(step, plan, tokens, blocks, settings.batch_size, mesh):
-            part = plan.blocks(numbers)
-            key_BRD = np.asarray(rows["key"])
+        batches = in_batches(blocks, settings.batch_size)
+        for number_B, rows in computed_blocks(step, plan, tokens, batches, mesh):
+            part = plan.blocks(number_B[number_B >= 0])
+            key_BRD = whole(rows["key"])
             for place, (row, count) in enumerate(zip(part.row, part.count, strict=True)):
                 old.append(read_rows(stored, int(row), int(row + count)))
                 new.append(key_BRD[place, :count])

@@ -36,6 +36,11 @@ class Engine(Protocol):
         """Rows that it searches."""
         ...
 
+    @property
+    def spans_processes(self) -> bool:
+        """Whether all processes of the run search together, for the same queries."""
+        ...
+
     def search(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
         """Returns neighbours ordered by (distance, row), filled up where there are fewer.
 

@@ -51,6 +51,7 @@ class ExactEngine:
             self._on_host = BlockedSearch(keys.num_rows, keys.width, keys.read)
         else:
             self._on_mesh = _MeshSearch(keys, mesh, key_chunk_rows, platform)
+        self.spans_processes = len({device.process_index for device in mesh.devices.flat}) > 1
 
     def search(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
         """Returns the nearest rows, as the protocol says."""

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from mlpmem_jax.console import is_speaker, progress
+from mlpmem_jax.console import progress
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.datastore.shards import ShardWriter
 from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.parallel.preemption import Preempted, preempted, stopping_where_asked
+from mlpmem_jax.parallel.sharing import is_mine, most_shared, share_of
 from mlpmem_jax.retrieval.engine import Engine, Keys, row_ranges
 from mlpmem_jax.retrieval.merge import Neighbors, drop_own_row
 
@@ -52,6 +54,9 @@ def search_split(
 ) -> dict[str, float]:
     """Searches every row of a split that is not written yet.
 
+    Each of several processes searches for its own shards, unless the engine spans them: then
+    all of them search for all, together, and each writes its own.
+
     Args:
         engine: What is searched.
         keys: The queries: keys of the split.
@@ -64,9 +69,15 @@ def search_split(
 
     Returns:
         Numbers for the manifest: queries of this start, seconds, queries per second.
+
+    Raises:
+        Preempted: The machine is about to go; finished shards stay.
     """
-    remaining = writer.remaining
-    num_queries = sum(rows.stop - rows.start for rows in remaining)
+    missing = writer.missing_shards()
+    searched = missing if engine.spans_processes else share_of(missing)
+    num_queries = writer.count_rows(missing)
+    # So often all processes ask whether to stop, however many shards are theirs.
+    turns = len(missing) if engine.spans_processes else most_shared(missing)
     bar = progress(writer.num_rows, "row", description, initial=writer.num_rows - num_queries)
     started = time.monotonic()
     block_rows = max(query_batch, _READ_BYTES // (4 * keys.width))
@@ -74,10 +85,11 @@ def search_split(
     def take(row_Q: np.ndarray, found: Neighbors) -> Mapping[str, np.ndarray]:
         return consume(row_Q, drop_own_row(found, row_Q) if exclude_own_row else found)
 
-    with bar, concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with bar, stopping_where_asked(), concurrent.futures.ThreadPoolExecutor(1) as pool:
         tasks: list[concurrent.futures.Future[Any]] = []
-        for shard in remaining:
+        for turn in range(turns):
             parts: list[Part] = []
+            shard = writer.rows_of(searched[turn]) if turn < len(searched) else slice(0, 0)
             for block in row_ranges(shard.stop, block_rows, first=shard.start):
                 row_N = np.arange(block.start, block.stop, dtype=np.int64)
                 key_ND = keys.read(block.start, block.stop)
@@ -89,9 +101,13 @@ def search_split(
                     parts.append((row_N[part], pool.submit(take, row_N[part], found)))
                     bar.update(part.stop - part.start)
                     tasks = _drain([*tasks, parts[-1][1]], _MAX_PENDING_BATCHES)
-            tasks = _drain(
-                [*tasks, pool.submit(_write, writer, shard, parts)], _MAX_PENDING_BATCHES
-            )
+            if parts and is_mine(searched[turn]):
+                written = pool.submit(_write, writer, shard, parts)
+                tasks = _drain([*tasks, written], _MAX_PENDING_BATCHES)
+            if preempted():
+                _drain(tasks, 0)
+                writer.flush()
+                raise Preempted(f"{description}: finished shards are kept")
         _drain(tasks, 0)
         writer.close()
     seconds = time.monotonic() - started
@@ -121,8 +137,7 @@ def _write(writer: ShardWriter, shard: slice, parts: Sequence[Part]) -> None:
                 shape = (shard.stop - shard.start, *values.shape[1:])
                 arrays[name] = np.empty(shape, values.dtype)
             arrays[name][row_Q - shard.start] = values
-    if is_speaker():
-        writer.put(shard.start, arrays)
+    writer.put(shard.start, arrays)
 
 
 class StoredNeighbors:

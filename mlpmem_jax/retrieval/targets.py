@@ -14,6 +14,7 @@ from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.datastore.shards import ShardWriter
 from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.parallel.multihost import first_alone, is_writer
 from mlpmem_jax.retrieval import recall, temperature
 from mlpmem_jax.retrieval.building import MEASUREMENT_SEED, ExactCache, open_index
 from mlpmem_jax.retrieval.distributions import (
@@ -131,7 +132,7 @@ class _TargetSink:
 
     def take_stored(self, stored: StoredNeighbors) -> None:
         """Makes targets of neighbours that lie on disk."""
-        for rows in self.writer.remaining:
+        for rows in self.writer.own_rows():
             found = stored.read(rows.start, rows.stop)
             self.writer.put(rows.start, self.consume(np.arange(rows.start, rows.stop), found))
         self.writer.close()
@@ -150,10 +151,16 @@ class _TargetSink:
 
 def _temperature(config: Config) -> Tuned:
     """Returns τ, given or chosen on validation; what was chosen is kept for a later start."""
+    file = Layout(config).targets("train").path / TEMPERATURE
+    with first_alone("targets: temperature"):
+        if is_writer() and not file.exists():
+            write_json(file, dataclasses.asdict(_tuned(config)))
+    return Tuned(**read_json(file))
+
+
+def _tuned(config: Config) -> Tuned:
+    """Chooses τ, or λ for the τ that is given."""
     layout = Layout(config)
-    file = layout.targets("train").path / TEMPERATURE
-    if file.exists():
-        return Tuned(**read_json(file))
     separator_id = int(layout.tokens.load().counts["separator_id"])
     evidence, row_N = label_evidence(layout, "valid", separator_id, _TUNING_ROWS)
     if not len(evidence):
@@ -171,7 +178,6 @@ def _temperature(config: Config) -> Tuned:
         f"targets: temperature {tuned.temperature:g} ({how}); kNN-LM on validation "
         f"{tuned.nats:.4f} nats at weight {tuned.weight:.3f}, decoder {tuned.decoder_nats:.4f}"
     )
-    write_json(file, dataclasses.asdict(tuned))
     return tuned
 
 

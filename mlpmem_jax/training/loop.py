@@ -10,6 +10,7 @@ from flax import nnx
 
 from mlpmem_jax.config.stages import TrainingConfig
 from mlpmem_jax.input.feed import Batch
+from mlpmem_jax.parallel.preemption import Preempted, preempted, stopping_where_asked
 from mlpmem_jax.training.checkpoint import Checkpoints
 from mlpmem_jax.training.monitor import Monitor
 from mlpmem_jax.training.optimizer import group_optimizer, parameter_groups
@@ -95,13 +96,14 @@ def fit(
 
     Raises:
         RunFailed: The loss or a norm is not finite.
+        Preempted: The machine is about to go; the state is saved.
     """
     blueprint, train_step = assemble(task, config, seed=seed, mesh=mesh)
     checkpoints = Checkpoints(directory, config.keep_checkpoints, ITEM_NAMES)
     state, start = _begin(task, blueprint, checkpoints)
     stop = config.num_steps if stop_step is None else stop_step
     monitor = Monitor(task, config, start, stop, metrics_directory, checkpoints)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), stopping_where_asked():
         feed = task.feed(range(start, stop))
         for step in range(start, stop):
             batch = next(feed)
@@ -109,9 +111,14 @@ def fit(
             monitor.dispatched(step + 1, metrics, feed.wait_secs)
             if _due(step + 1, config.eval_interval_steps, stop):
                 monitor.validation(step + 1, task.validate(state))
-            if _due(step + 1, config.checkpoint_interval_steps, stop):
+            stops = preempted()
+            if stops or _due(step + 1, config.checkpoint_interval_steps, stop):
                 monitor.settle()  # A poisoned state must not become a checkpoint.
                 checkpoints.save(step + 1, state.items())
+            if stops:
+                checkpoints.close()
+                monitor.close()
+                raise Preempted(f"{task.name}: saved at step {step + 1} of {stop}")
     monitor.settle()
     checkpoints.close()
     monitor.close()

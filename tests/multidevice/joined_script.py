@@ -41,4 +41,6 @@ if __name__ == "__main__":
     stand_in.main = main
     sys.modules["mlpmem_jax.pipeline.tokenize"] = stand_in
     tiny = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
-    sys.exit(command_line.main(["tokenize", "--config", str(tiny)]))
+    differs = MODE == "differ" and os.environ["MLPMEM_PROCESS_INDEX"] == "1"
+    changed = ["seed=7", "memory.width=64"] if differs else []
+    sys.exit(command_line.main(["tokenize", "--config", str(tiny), *changed]))

@@ -70,6 +70,13 @@ def test_what_all_refuse_is_shown_once(join):
     assert err.count("error: all refuse") == 1
 
 
+def test_a_process_with_another_configuration_is_named(join):
+    code, _, err, _ = join("differ")
+    assert code == 2
+    said = "error: process 1 was started otherwise: memory.width=64, process 0 has 32; seed=7, "
+    assert err.count(said + "process 0 has 0") == 1
+
+
 @pytest.mark.slow
 def test_the_others_wait_for_the_first_at_the_end(join):
     code, _, err, _ = join("slow")

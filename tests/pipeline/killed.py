@@ -4,6 +4,9 @@
 
 FUNCTION is a dotted name; at its N-th call the process dies, before the call's body or
 right after it (writes that it began are then half done).
+
+KILLED_BY names another signal, which the process may survive; KILLED_PROCESS one of several
+processes, the others live on.
 """
 
 import functools
@@ -26,7 +29,13 @@ def _owner(dotted):
     raise SystemExit(f"{dotted}: no such function")
 
 
+SIGNAL = signal.Signals[os.environ.get("KILLED_BY", "SIGKILL")]
+
+
 def _die_at_call(dotted, number, when):
+    index = os.environ.get("MLPMEM_PROCESS_INDEX", "0")
+    if os.environ.get("KILLED_PROCESS", index) != index:
+        return
     owner, name = _owner(dotted)
     function = getattr(owner, name)
     calls = 0
@@ -36,10 +45,10 @@ def _die_at_call(dotted, number, when):
         nonlocal calls
         calls += 1
         if calls == number and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), SIGNAL)
         result = function(*args, **kwargs)
         if calls == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), SIGNAL)
         return result
 
     setattr(owner, name, counted)

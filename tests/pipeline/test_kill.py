@@ -16,6 +16,7 @@ from flax import nnx
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.datastore.store import open_array, read_rows
+from mlpmem_jax.errors import PREEMPTED
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
@@ -45,8 +46,19 @@ KILLS = [
 ]
 
 
-def _run(command):
-    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
+# Where it is told to stop: before a loop that can, within one, while a checkpoint is saved.
+NOTICES = [
+    ("mlpmem_jax.datastore.store.Appender.append", 5, "tokens"),
+    (STEP, 3, "decoder/base"),
+    (SAVE, 1, "decoder/base"),
+    (SHARDS, 7, "datastore/base/train"),
+    (SHARDS, 90, "targets/base/train"),
+    (STEP, 2, "memory/base"),
+]
+
+
+def _run(command, **variables):
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])} | variables
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -91,8 +103,27 @@ def test_killed_in_every_stage_equals_uninterrupted(tiny_run, tmp_path):
         assert died.returncode == -signal.SIGKILL, (function, number, died.stdout, died.stderr)
         assert (workdir / artifact / "building.json").exists(), (function, number, died.stdout)
         assert not (workdir / artifact / "manifest.json").exists(), (function, number)
-    command = [sys.executable, "-m", "mlpmem_jax", *arguments]
-    last = _run(command)
+    _check_continued(arguments, workdir, tiny_run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_told_to_stop_in_every_stage_equals_uninterrupted(tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = ["run", "--config", str(TINY), "--workdir", str(workdir)]
+    for function, number, artifact in NOTICES:
+        command = [sys.executable, str(HERE / "killed.py"), function, str(number), "after"]
+        told = _run([*command, *arguments], KILLED_BY="SIGTERM")
+        assert told.returncode == PREEMPTED, (function, number, told.stdout, told.stderr)
+        (line,) = [line for line in told.stderr.splitlines() if "preempted" in line]
+        assert line.startswith("preempted: ") and line.endswith("; the same command continues")
+        assert not (workdir / artifact / "manifest.json").exists(), (function, number)
+    _check_continued(arguments, workdir, tiny_run)
+
+
+def _check_continued(arguments, workdir, tiny_run):
+    """Runs to the end and compares with a run that nobody interrupted."""
+    last = _run([sys.executable, "-m", "mlpmem_jax", *arguments])
     assert last.returncode == 0, last.stderr
     config = load_config(TINY, (), {"workdir": str(workdir)})
     expected, found = _arrays(tiny_run), _arrays(config)

@@ -1,9 +1,6 @@
-"""The whole pipeline on eight simulated devices against one device."""
+"""The whole pipeline on eight simulated devices, of one process or several, against one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,30 +25,42 @@ def _losses(layout, name):
 
 
 @pytest.mark.multidevice
-@pytest.mark.timeout(1200)
-def test_a_run_on_eight_devices_equals_one_on_one(tiny_run, tmp_path):
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("processes", "devices", "engine"),
+    [
+        (2, 4, "exact"),
+        pytest.param(1, 8, "exact", marks=pytest.mark.slow),
+        pytest.param(4, 2, "exact", marks=pytest.mark.slow),
+        pytest.param(2, 4, "scann", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_on_eight_devices_equals_one_on_one(
+    tiny_run, on_processes, tmp_path, processes, devices, engine
+):
+    if engine == "scann":
+        pytest.importorskip("scann")
     # 384 padded entries of the vocabulary (300 real ones) over tensor=2.
-    mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    changed = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    # Several index shards, so that each process builds some.
+    changed += (f"retrieval.engine={engine}", "retrieval.shard_rows=20000")
     workdir = str(tmp_path / "run")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "mlpmem_jax",
-            "run",
-            "--config",
-            str(TINY),
-            "--workdir",
-            workdir,
-            *mesh,
-        ],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True,
-        text=True,
-        timeout=1100,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    one, eight = Layout(tiny_run), Layout(load_config(TINY, mesh, {"workdir": workdir}))
+    files = ["--config", str(TINY), "--workdir", workdir]
+    done = on_processes(processes, devices, "-m", "mlpmem_jax", "run", *files, *changed)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stdout.count("datastore/base/train: made in") == 1  # process 0 alone speaks
+    _check_same(tiny_run, load_config(TINY, changed, {"workdir": workdir}))
+    if engine == "exact":
+        return
+    prompted = ["generate", *files, *changed, "--prompt", "def f("]
+    done = on_processes(processes, devices, "-m", "mlpmem_jax", *prompted)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stdout.count("def f(") == 1
+
+
+def _check_same(tiny_run, other):
+    """Compares all that a run makes, to the rounding of other shardings."""
+    one, eight = Layout(tiny_run), Layout(other)
     for name in ("decoder-base", "memory-base"):
         np.testing.assert_allclose(_losses(eight, name), _losses(one, name), rtol=2e-4)
     for name, atol in (("key", 5e-3), ("input", 5e-3), ("logprob", 2e-3)):
@@ -66,6 +75,8 @@ def test_a_run_on_eight_devices_equals_one_on_one(tiny_run, tmp_path):
     a, b = (_read(each.neighbors("test"), "row") for each in (eight, one))
     shared = np.mean([len(np.intersect1d(x, y)) / len(x) for x, y in zip(a, b, strict=True)])
     assert shared > 0.97
+    a, b = (_read(each.targets("train"), "mass") for each in (eight, one))
+    assert np.mean(np.abs(a - b) < 1e-2) > 0.95
     a, b = (
         json.loads((each.results.path / "evaluate.json").read_text())["systems"]
         for each in (eight, one)

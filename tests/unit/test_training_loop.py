@@ -1,6 +1,8 @@
 """The loop on a small regression: resumed equals uninterrupted, damage is survived."""
 
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.input.feed import Feed
 from mlpmem_jax.models.layers import parameter
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.parallel.preemption import Preempted, listening
 from mlpmem_jax.training.loop import fit
 from mlpmem_jax.training.step import LossParts
 
@@ -49,8 +52,9 @@ class Task:
     tokens_per_step = 8
     flops_per_step = 1e3
 
-    def __init__(self, die_at=None, poison_at=None):
+    def __init__(self, die_at=None, poison_at=None, term_at=None):
         self._die_at = die_at
+        self._term_at = term_at
         self._poison_at = poison_at
 
     def build(self, rngs):
@@ -78,6 +82,8 @@ class Task:
             def __next__(self):
                 if self._step == task._die_at:
                     raise KeyboardInterrupt
+                if self._step == task._term_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
                 batch = next(feed)
                 if self._step == task._poison_at:
                     batch = batch | {"x": batch["x"] * jnp.nan}
@@ -128,6 +134,17 @@ def test_resumed_equals_uninterrupted(tmp_path, uninterrupted, die_at):
     whole, losses = uninterrupted
     with pytest.raises(KeyboardInterrupt):
         _fit(tmp_path, die_at=die_at)
+    resumed = _fit(tmp_path)
+    for a, b in zip(_leaves(whole), _leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert _losses(tmp_path) == losses
+
+
+def test_a_notice_saves_at_once_and_the_rest_follows(tmp_path, uninterrupted):
+    whole, losses = uninterrupted
+    with listening(), pytest.raises(Preempted, match=r"pretrain: saved at step 6 of 12"):
+        _fit(tmp_path, term_at=5)
+    assert (tmp_path / "run" / "checksums" / "6.json").exists()
     resumed = _fit(tmp_path)
     for a, b in zip(_leaves(whole), _leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)

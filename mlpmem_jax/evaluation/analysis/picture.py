@@ -8,11 +8,13 @@ import numpy as np
 from mlpmem_jax.evaluation.analysis.table import NAMES
 from mlpmem_jax.evaluation.style import (
     COLORS,
+    DASHED,
     INK,
     LINE,
     QUIET,
     as_png,
     axis_labels,
+    legend,
     new_figure,
     plain,
     title,
@@ -47,7 +49,7 @@ def _draw_gains(axes: Any, groups: Sequence[Results], results: Results, marker: 
         high = [_value(group[system]["gain_high"]) for group in groups]
         axes.vlines(place, low, high, color=color, linewidth=2.2, alpha=0.55)
         axes.plot(place, gain, marker, color=color, markersize=7, label=label, zorder=3)
-    axes.axhline(0, color=COLORS["decoder"], linewidth=1, linestyle=(0, (4, 3)))
+    axes.axhline(0, color=COLORS["decoder"], linewidth=1, linestyle=DASHED)
     # A bin of a few tokens must not decide the scale.
     shown: list[float] = [
         group[system][key]
@@ -72,7 +74,7 @@ def _draw_frequency(axes: Any, results: Results) -> None:
         for group in groups
     ]
     axes.set_xticks(range(len(groups)), names, fontsize=8.5)
-    axes.legend(frameon=False, fontsize=9.5, loc="upper right", labelcolor=INK)
+    legend(axes, place="upper right")
     axis_labels(
         axes,
         "times that the label token occurs in the training text, and share of test tokens",

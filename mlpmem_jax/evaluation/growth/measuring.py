@@ -90,8 +90,8 @@ class Timer:
         approximate.remove_unfinished(path)
         needed = approximate.index_bytes(num_rows, keys.width, retrieval.dims_per_block)
         check_free_space(path, needed, f"the index of {num_rows} rows")
-        shards = approximate.build_shards(keys, path, retrieval)
-        files = [path / name for _, _, names in shards for name in names]
+        num_shards = len(list(approximate.build_shards(keys, path, retrieval)))
+        files = [path / name for name in approximate.shard_files(path, num_shards)]
         engine = ExactEngine(keys, self.mesh, retrieval.key_chunk_rows)
         settings, _ = choose_settings(path, keys, lambda: engine, retrieval, seed)
         sample = recall.draw_sample(

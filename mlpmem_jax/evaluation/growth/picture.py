@@ -8,9 +8,9 @@ import numpy as np
 from mlpmem_jax.evaluation.cells import bracket
 from mlpmem_jax.evaluation.style import (
     COLORS,
-    INK,
     as_png,
     axis_labels,
+    legend,
     new_figure,
     plain,
     title,
@@ -108,7 +108,7 @@ def _draw_quality(axes: Any, results: Results) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(rows, [_count(value) for value in rows], fontsize=8.5)
     axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=9.5, labelcolor=INK)
+    legend(axes)
     axis_labels(axes, "rows of the datastore", "test nats per token")
     title(
         axes,

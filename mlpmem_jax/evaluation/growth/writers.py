@@ -1,8 +1,7 @@
-"""Systems that continue texts, with a clock: token by token, from a prompt, many at once.
+"""Systems that continue texts, with a clock, and how much of it is search.
 
-Each draws greedily from its own distribution and reads what it drew. A kNN-LM runs in
-three parts: the decoder on the device, the search, and on the device again the mixture
-with the K neighbours (Eq. 7), so that the vocabulary never travels.
+A kNN-LM runs in three parts: the decoder on the device, the search, and on the device
+again the mixture with the K neighbours (Eq. 7), so that the vocabulary never travels.
 
 Suffixes: B texts, L tokens of a prompt, K neighbours, D decoder width, V vocabulary.
 """
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlpmem_jax.evaluation.timed_writer import CompiledSteps, TimedWriter
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.parallel.sharding import replicated
@@ -49,8 +49,8 @@ def make_search(
     return search
 
 
-class CompiledModel:
-    """A model compiled once for every shape of tokens that it reads.
+class CompiledModel(CompiledSteps):
+    """A compiled model, and the mixture with neighbours.
 
     Args:
         model: Decoder, alone or with a memory.
@@ -59,31 +59,8 @@ class CompiledModel:
     """
 
     def __init__(self, model: InterpolatedModel, key: Site, weight: float):
-        self.model = model
-        self._key = key
+        super().__init__(model, key)
         self._weight = weight
-
-    @functools.cache  # noqa: B019  (lives as long as the measurement)
-    def empty(self, batch: int) -> Any:
-        """Returns a function that makes an empty cache."""
-        shardings = self.model.cache_shardings(batch)
-        return jax.jit(lambda: self.model.empty_cache(batch), out_shardings=shardings)
-
-    @functools.cache  # noqa: B019
-    def extend(self, batch: int) -> Any:
-        """Returns (parameters, cache, tokens [B, L]) → cache, token [B, 1], log p, key."""
-
-        def step(parameters: Any, cache: Any, token_BL: jax.Array) -> Any:
-            length_B = jnp.full(batch, token_BL.shape[1], jnp.int32)
-            logprob_BV, states, cache = self.model.extend_with_states(
-                parameters, cache, token_BL, length_B, (self._key,)
-            )
-            token_B1 = jnp.argmax(logprob_BV, axis=-1).astype(jnp.int32)[:, None]
-            return cache, token_B1, logprob_BV, states[self._key].astype(jnp.float32)
-
-        everywhere = replicated(self.model.mesh)
-        places = (self.model.cache_shardings(batch), everywhere, everywhere, everywhere)
-        return jax.jit(step, donate_argnums=1, out_shardings=places)
 
     @functools.cached_property
     def mix(self) -> Any:
@@ -114,6 +91,27 @@ class Spent:
     search: float
 
 
+class _NeighborsDraw:
+    """Draws the tokens of a kNN-LM.
+
+    Attributes:
+        search_secs: How long the last search took.
+    """
+
+    def __init__(self, compiled: CompiledModel, search: Search):
+        self._compiled = compiled
+        self._search = search
+        self.search_secs = 0.0
+
+    def __call__(self, logprob_BV: jax.Array, key_BD: jax.Array) -> Any:
+        with jax.set_mesh(self._compiled.model.mesh):
+            key = np.asarray(key_BD)  # Waits for the device.
+            started = time.perf_counter()
+            shares = self._search(key)
+            self.search_secs = time.perf_counter() - started
+            return self._compiled.mix(logprob_BV, *shares)
+
+
 class Writer:
     """One system that continues B texts.
 
@@ -123,45 +121,18 @@ class Writer:
     """
 
     def __init__(self, system: System, batch: int):
-        self._compiled = system.compiled
-        self._search = system.search
-        self._batch = batch
-        self._clear()
-
-    def _clear(self) -> None:
-        with jax.set_mesh(self._compiled.model.mesh):
-            self._cache = jax.block_until_ready(self._compiled.empty(self._batch)())
-        self._length = 0
-        # Where a drawn token lies too: one shape and place, compiled once.
-        zero_B1 = np.zeros((self._batch, 1), np.int32)
-        self._token: Any = jax.device_put(zero_B1, replicated(self._compiled.model.mesh))
+        self._draw: _NeighborsDraw | None = None
+        if system.search is not None:
+            self._draw = _NeighborsDraw(system.compiled, system.search)
+        self._writer = TimedWriter(system.compiled, batch, self._draw)
 
     def read(self, token_BL: np.ndarray) -> Spent:
         """Reads prompts into empty caches and draws a token for each: time to the first."""
-        self._clear()
-        return self._step(token_BL)
+        return self._spent(self._writer.read(token_BL))
 
     def write(self) -> Spent:
         """Draws one more token for each text."""
-        if self._length == self._compiled.model.context_tokens:
-            # Start over: a step costs the same however full the cache is.
-            self._cache = self._cache._replace(length_B=self._cache.length_B * 0)
-            self._length = 0
-        return self._step(self._token)
+        return self._spent(self._writer.write())
 
-    def _step(self, token_BL: Any) -> Spent:
-        model = self._compiled.model
-        extend = self._compiled.extend(self._batch)
-        started = time.perf_counter()
-        search_secs = 0.0
-        with jax.set_mesh(model.mesh):
-            self._cache, token, logprob_BV, key_BD = extend(model.parameters, self._cache, token_BL)
-            if self._search is not None:
-                key = np.asarray(key_BD)  # Waits for the device.
-                searched = time.perf_counter()
-                shares = self._search(key)
-                search_secs = time.perf_counter() - searched
-                token = self._compiled.mix(logprob_BV, *shares)
-            self._token = jax.block_until_ready(token)
-        self._length += token_BL.shape[1]
-        return Spent(time.perf_counter() - started, search_secs)
+    def _spent(self, total: float) -> Spent:
+        return Spent(total, 0.0 if self._draw is None else self._draw.search_secs)

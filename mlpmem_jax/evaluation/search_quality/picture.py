@@ -8,10 +8,11 @@ import numpy as np
 from mlpmem_jax.evaluation.search_quality.table import LABELS
 from mlpmem_jax.evaluation.style import (
     COLORS,
-    INK,
+    DASHED,
     QUIET,
     as_png,
     axis_labels,
+    legend,
     new_figure,
     plain,
     title,
@@ -35,7 +36,7 @@ def draw(results: Results) -> bytes:
 def _draw_nats(axes: Any, results: Results) -> None:
     """Test nats of kNN-LM and memory against recall; intervals of the paired difference."""
     decoder = results["decoder_test_nats"]
-    axes.axhline(decoder, color=COLORS["decoder"], linewidth=1, linestyle=(0, (4, 3)))
+    axes.axhline(decoder, color=COLORS["decoder"], linewidth=1, linestyle=DASHED)
     axes.annotate(
         "decoder", (0.01, decoder), (0, 4), xycoords=("axes fraction", "data"),
         textcoords="offset points", fontsize=9, color=QUIET,
@@ -51,7 +52,7 @@ def _draw_nats(axes: Any, results: Results) -> None:
                 ends = [decoder + against["low"], decoder + against["high"]]
                 axes.plot([place, place], ends, color=COLORS[system], linewidth=2, alpha=0.35)
     _recall_axis(axes)
-    axes.legend(frameon=False, fontsize=9.5, labelcolor=INK, loc="best")
+    legend(axes)
     axis_labels(axes, f"recall@{results['num_neighbors']}", "test nats per token")
     level = f"{100 * results['confidence']:g} %"
     title(axes, "What it costs", f"bars: {level} interval of the difference to the decoder")

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.evaluation.stored import SplitLabels
 from mlpmem_jax.evaluation.suite.ledger import Ledger
-from mlpmem_jax.evaluation.suite.scoring import SplitLabels
 from mlpmem_jax.evaluation.suite.statistics import SeedScores, Settings, summarise
 from mlpmem_jax.evaluation.systems import SplitParts, System
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters

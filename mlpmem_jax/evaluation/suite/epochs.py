@@ -1,15 +1,24 @@
 """Test nats by epoch: best epoch, what is lost after it; text, CSV and picture."""
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mlpmem_jax.evaluation.style import INK, as_png, plain
-from mlpmem_jax.evaluation.suite.picture import title, wide_figure
-from mlpmem_jax.evaluation.table import bracket_text, number, paragraph, render
+from mlpmem_jax.evaluation.cells import csv_text
+from mlpmem_jax.evaluation.style import (
+    COLORS,
+    INK,
+    LINE,
+    as_png,
+    axis_labels,
+    legend,
+    plain,
+    wide_figure,
+    wide_title,
+)
+from mlpmem_jax.evaluation.suite.lines import interval_columns, score_columns, weights_cell
+from mlpmem_jax.evaluation.table import DASH, bracket_text, number, paragraph, render
 
 Results = Mapping[str, Any]
 
@@ -18,7 +27,7 @@ LABELS = {
     "memory": "decoder + memory",
     "memory_alone": "memory alone",
 }
-_COLORS = {"decoder": "#5b6470", "memory": "#1f6f8b", "memory_alone": "#7fb0c2"}
+_COLORS = {**COLORS, "memory_alone": "#7fb0c2"}
 _COLUMNS = (
     "network", "epoch", "step", "seed", "test_nats", "test_low", "test_high", "valid_nats",
     "weight", "after_best", "after_best_low", "after_best_high",
@@ -101,7 +110,7 @@ def as_text(results: Results) -> str:
                 number(one["after_best"]["value"], 3, sign=True),
                 bracket_text(one["after_best"]["low"], one["after_best"]["high"], 3),
                 number(one["valid_nats"]["value"], 3),
-                " + ".join(number(weight, 3) for weight in one["weights"]) or "–",
+                weights_cell(one["weights"]) or DASH,
             ]
             for one in network["epochs"]
         ]
@@ -131,31 +140,17 @@ def sentence(network: Results, level: str) -> str:
 
 def as_csv(results: Results) -> str:
     """Returns one line a network, epoch and seed, and one for the mean (seed "mean")."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    return csv_text(_COLUMNS, _csv_lines(results))
+
+
+def _csv_lines(results: Results) -> Iterator[dict[str, Any]]:
     for name, network in results["networks"].items():
         for one in network["epochs"]:
-            after = one["after_best"]
             start = {"network": name, "epoch": one["epoch"], "step": one["step"]}
-            line = start | _line("mean", one)
-            line |= {"after_best": after["value"]}
-            line |= {f"after_best_{end}": after[end] for end in ("low", "high")}
-            writer.writerow(line)
+            after_best = interval_columns("after_best", one["after_best"])
+            yield start | score_columns("mean", one) | after_best
             for seed, found in one["by_seed"].items():
-                writer.writerow(start | _line(seed, found))
-    return text.getvalue()
-
-
-def _line(seed: str, found: Results) -> dict[str, Any]:
-    return {
-        "seed": seed,
-        "test_nats": found["test_nats"]["value"],
-        "test_low": found["test_nats"]["low"],
-        "test_high": found["test_nats"]["high"],
-        "valid_nats": found["valid_nats"]["value"],
-        "weight": " ".join(f"{weight:.6f}" for weight in found["weights"]),
-    }
+                yield start | score_columns(seed, found)
 
 
 def draw(results: Results) -> bytes:
@@ -165,7 +160,6 @@ def draw(results: Results) -> bytes:
     level = f"{100 * results['confidence']:g} %"
     for axes in (left, right):
         plain(axes)
-        axes.set_xlabel("epochs over the training text", fontsize=9.5, color=INK)
         axes.xaxis.get_major_locator().set_params(integer=True)
     for name, network in results["networks"].items():
         color = _COLORS[name]
@@ -187,12 +181,15 @@ def draw(results: Results) -> bytes:
     left.annotate("decoder as configured, test", (1, reference), (0, 4),
                   xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
                   fontsize=8.5, color=INK)  # fmt: skip
-    left.set_ylabel("nats per token", fontsize=9.5, color=INK)
-    left.legend(frameon=False, fontsize=8.5, labelcolor=INK)
-    right.axhline(0, color="#9aa2ab", linewidth=0.8)
-    right.set_ylabel("test nats above the best epoch", fontsize=9.5, color=INK)
-    title(left, "Test and validation by epoch", "dashed: validation; rings: the best epoch on test")
-    title(right, "What is lost", f"band: {level} interval of the paired difference, over documents")
+    legend(left, size=8.5)
+    right.axhline(0, color=LINE, linewidth=0.8)
+    epochs_label = "epochs over the training text"
+    axis_labels(left, epochs_label, "nats per token")
+    axis_labels(right, epochs_label, "test nats above the best epoch")
+    about = "dashed: validation; rings: the best epoch on test"
+    wide_title(left, "Test and validation by epoch", about)
+    about = f"band: {level} interval of the paired difference, over documents"
+    wide_title(right, "What is lost", about)
     return as_png(figure)
 
 
@@ -203,4 +200,4 @@ def _draw_loss(axes: Any, network: Results, epochs: Sequence[int], color: str) -
     if all(one["low"] is not None for one in after):
         low, high = ([one[end] for one in after] for end in ("low", "high"))
         axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+    legend(axes, size=8.5)

@@ -4,7 +4,16 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.evaluation.style import INK, QUIET, as_png, new_figure, plain
+from mlpmem_jax.evaluation.style import (
+    COLORS,
+    DASHED,
+    as_png,
+    axis_labels,
+    halo,
+    plain,
+    wide_figure,
+    wide_title,
+)
 from mlpmem_jax.evaluation.suite.report import mean_cost
 from mlpmem_jax.evaluation.table import number
 
@@ -12,10 +21,8 @@ Results = Mapping[str, Any]
 
 # Families of rows, by the kinds of their parts.
 _COLORS = {
-    "decoder": "#5b6470",
+    **COLORS,
     "ensemble": "#8a6d3b",
-    "knn": "#c7782a",
-    "memory": "#1f6f8b",
     "memory and knn": "#6b4f9e",
     "joint": "#3d7d44",
 }
@@ -53,24 +60,10 @@ def draw(results: Results, measured: Results) -> bytes:
     return as_png(figure)
 
 
-def wide_figure(width: float, height: float) -> Any:
-    """Returns a figure with room between its columns."""
-    return new_figure(width, height, w_pad=0.12, h_pad=0.08, wspace=0.03)
-
-
-def title(axes: Any, text: str, subtitle: str) -> None:
-    """Writes what is shown, and how to read it."""
-    axes.set_title(text, loc="left", fontsize=12, fontweight="bold", color=INK, pad=22)
-    axes.annotate(
-        subtitle, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points",
-        fontsize=9, color=QUIET,
-    )  # fmt: skip
-
-
 def _draw_rows(axes: Any, rows: Sequence[Results], results: Results) -> None:
     """Mean over seeds, every seed, and the interval of the paired difference."""
     reference = next(r for r in rows if r["key"] == results["reference"])["test_nats"]["value"]
-    axes.axvline(reference, color=_COLORS["decoder"], linewidth=1, linestyle=(0, (4, 3)))
+    axes.axvline(reference, color=_COLORS["decoder"], linewidth=1, linestyle=DASHED)
     for height, row in enumerate(rows):
         color, nats = color_of(row), row["test_nats"]["value"]
         axes.plot([reference, nats], [height, height], color=color, linewidth=6, alpha=0.16,
@@ -105,10 +98,10 @@ def _draw_rows(axes: Any, rows: Sequence[Results], results: Results) -> None:
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.06)
-    axes.set_xlabel("test nats per token (lower is better)", fontsize=9.5, color=INK)
+    axis_labels(axes, "test nats per token (lower is better)")
     level = f"{100 * results['confidence']:g} %"
     several = "; dots below: each seed" if len(results["seeds"]) > 1 else ""
-    title(
+    wide_title(
         axes,
         f"Test, {_seeds(results)}",
         f"bars: {level} interval of the paired difference to the decoder, over documents{several}",
@@ -138,11 +131,10 @@ def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, results: 
     axes.figure.draw_without_rendering()
     _label_points(axes, points)
     reference = next(r for r in rows if r["key"] == results["reference"])["test_nats"]["value"]
-    axes.axhline(reference, color=_COLORS["decoder"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    axes.set_xlabel("training flops, teacher, embedding and search included", fontsize=9.5,
-                    color=INK)  # fmt: skip
-    axes.set_ylabel("test nats per token", fontsize=9.5, color=INK)
-    title(axes, "What it costs", "area: parameters used at inference")
+    axes.axhline(reference, color=_COLORS["decoder"], linewidth=1, linestyle=DASHED, zorder=1)
+    flops_label = "training flops, teacher, embedding and search included"
+    axis_labels(axes, flops_label, "test nats per token")
+    wide_title(axes, "What it costs", "area: parameters used at inference")
 
 
 def _log_ticks(axes: Any, ratio: float) -> None:
@@ -158,13 +150,6 @@ def _log_ticks(axes: Any, ratio: float) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 30 else (1.0,)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("+", "")))
-
-
-def halo() -> list[Any]:
-    """Returns a white rim for text that lies on lines."""
-    from matplotlib.patheffects import withStroke
-
-    return [withStroke(linewidth=3, foreground="white")]
 
 
 def _label_points(

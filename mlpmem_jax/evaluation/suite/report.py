@@ -1,13 +1,18 @@
 """The main table as text and CSV, from the dictionaries of `compare.json` and `measured.json`."""
 
-import csv
-import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mlpmem_jax.evaluation.cells import csv_text
 from mlpmem_jax.evaluation.suite.forecast import duration
 from mlpmem_jax.evaluation.suite.ledger import TEACHER
+from mlpmem_jax.evaluation.suite.lines import (
+    interval_columns,
+    seeds_cell,
+    weights_cell,
+    weights_column,
+)
 from mlpmem_jax.evaluation.table import (
     DASH,
     bracket_text,
@@ -89,14 +94,11 @@ def as_text(results: Results, measured: Results) -> str:
 
 def _quality(row: Results) -> list[str]:
     nats, difference = row["test_nats"], row.get("difference")
-    spread = row["spread"]["test_nats"]
-    several = len(row["by_seed"]) > 1
-    low, high = number(spread["min"], 3), number(spread["max"], 3)
     return [
         row["label"],
         number(nats["value"], 3),
         bracket_text(nats["low"], nats["high"], 3),
-        f"{low}…{high}" if several else DASH,
+        seeds_cell(row),
         number(difference["value"], 3, sign=True) if difference else DASH,
         bracket_text(difference["low"], difference["high"], 3) if difference else "",
         number(row["token_perplexity"], 2),
@@ -107,11 +109,10 @@ def _quality(row: Results) -> list[str]:
 
 
 def _cost(row: Results, cost: Results) -> list[str]:
-    weights = " + ".join(number(weight, 3) for weight in row["weights"])
     return [
         row["label"],
         number(row["valid_nats"]["value"], 3),
-        weights or DASH,
+        weights_cell(row["weights"]) or DASH,
         number(cost["temperature"], 3),
         count_text(cost["parameters"]),
         count_text(cost["non_embedding_parameters"]),
@@ -160,7 +161,7 @@ def _verdicts(results: Results) -> list[str]:
 
 def rows_csv(results: Results, measured: Results) -> str:
     """Returns one line a row and seed, and one for the mean (seed "mean")."""
-    return _csv(ROW_COLUMNS, _flat_rows(results, measured))
+    return csv_text(ROW_COLUMNS, _flat_rows(results, measured))
 
 
 def _flat_rows(results: Results, measured: Results) -> Iterable[dict[str, Any]]:
@@ -176,15 +177,15 @@ def _flat_row(row: Results, seed: str, found: Results) -> dict[str, Any]:
     flat: dict[str, Any] = {"row": row["key"], "label": row["label"], "seed": seed}
     for name in ("token_perplexity", "word_perplexity", "bits_per_byte"):
         flat[name] = found[name]
-    flat["weights"] = " ".join(f"{weight:.6f}" for weight in found["weights"])
-    for column, name, short in (
-        ("test_nats", "test_nats", "test"),
-        ("valid_nats", "valid_nats", "valid"),
-        ("difference", "difference", "difference"),
-        ("gain_recovered", "gain_recovered", "gain_recovered"),
+    flat["weights"] = weights_column(found["weights"])
+    for name, ends in (
+        ("test_nats", "test"),
+        ("valid_nats", "valid"),
+        ("difference", ""),
+        ("gain_recovered", ""),
     ):
         one = found.get(name) or {"value": None, "low": None, "high": None}
-        flat |= {column: one["value"], f"{short}_low": one["low"], f"{short}_high": one["high"]}
+        flat |= interval_columns(name, one, ends=ends)
     if seed == "mean":
         spread = row["spread"]
         flat |= {f"test_{end}": spread["test_nats"][end] for end in ("min", "max", "std")}
@@ -213,7 +214,7 @@ def pairs_csv(results: Results) -> str:
         for seed, one in pair["by_seed"].items():
             each = {"difference": one["value"], "low": one["low"], "high": one["high"]}
             lines.append(names | {"seed": seed} | each)
-    return _csv(PAIR_COLUMNS, lines)
+    return csv_text(PAIR_COLUMNS, lines)
 
 
 def documents_csv(documents: Results) -> str:
@@ -228,12 +229,4 @@ def documents_csv(documents: Results) -> str:
                 line = {"split": split, "seed": seed, "document": place}
                 line |= {name: found[name][place] for name in ("tokens", "words", "bytes")}
                 lines.append(line | {row: found["nats"][row][seed][place] for row in rows})
-    return _csv(("split", "seed", "document", "tokens", "words", "bytes", *rows), lines)
-
-
-def _csv(columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    return csv_text(("split", "seed", "document", "tokens", "words", "bytes", *rows), lines)

@@ -17,13 +17,11 @@ from mlpmem_jax.datastore.embedding import EmbeddingSettings, embed_split
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.datastore.shards import ShardWriter
-from mlpmem_jax.datastore.store import open_array, read_rows
-from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
 from mlpmem_jax.evaluation.memory_lm import SplitRows, score_memory
-from mlpmem_jax.evaluation.metrics import DocumentCounts, count_documents
 from mlpmem_jax.evaluation.mixing import mixture_logprob
 from mlpmem_jax.evaluation.remembered import remember
+from mlpmem_jax.evaluation.stored import whole_array
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.training.networks import finished_decoder, finished_networks
@@ -121,7 +119,7 @@ def score_knn(
     separator_id = TokenSplit.open(layout.tokens, split).separator_id
     scored_N = label_N != separator_id
     if temperature is None:
-        decoder_N = _whole(layout.datastore(split), "logprob")
+        decoder_N = whole_array(layout.datastore(split), "logprob")
         most = config.evaluate.knn_valid_rows
         tuned = tune_knn_lm(neighbors, scored_N, decoder_N, most, config.seed)
         temperature = tuned.temperature
@@ -141,7 +139,7 @@ def _written(
     writer = ShardWriter(
         artifact.path, layout.scores_arrays(), len(label_N), refuse_non_finite=False
     )
-    for rows in writer.remaining:
+    for rows in writer.own_rows():
         part = {"logprob": logprob_N[rows].astype(np.float32), "label": label_N[rows]}
         writer.put(rows.start, part)
     return Scored({"rows": len(label_N), **counts}, writer.close())
@@ -149,53 +147,4 @@ def _written(
 
 def stored_labels(layout: Layout, split: Split) -> np.ndarray:
     """Returns the label of each row of a datastore."""
-    return _whole(layout.datastore(split), "label")
-
-
-def _whole(artifact: Artifact, name: str) -> np.ndarray:
-    store = open_array(artifact.path / name)
-    return read_rows(store, 0, store.shape[0])
-
-
-@dataclasses.dataclass(frozen=True)
-class SplitLabels:
-    """The labels of a split, from its tokens, and the documents that they lie in."""
-
-    label_N: np.ndarray
-    counts: DocumentCounts
-
-    @classmethod
-    def open(cls, layout: Layout, split: Split) -> "SplitLabels":
-        """Reads tokens and documents.
-
-        Raises:
-            ArtifactError: There is nothing to score.
-        """
-        tokens = TokenSplit.open(layout.tokens, split)
-        label_N = tokens.read(1, tokens.num_tokens)
-        counts = count_documents(
-            label_N,
-            tokens.separator_id,
-            tokens.document_offset,
-            tokens.document_words,
-            tokens.document_bytes,
-            name=str(layout.tokens.path / split),
-        )
-        if not counts.scored_N.any():
-            raise ArtifactError(f"{layout.tokens.path / split}: no token to score")
-        return cls(label_N, counts)
-
-    def read(self, artifact: Artifact) -> np.ndarray:
-        """Returns stored scores, float32 [N].
-
-        Raises:
-            ArtifactError: They are missing, damaged, or of other tokens.
-        """
-        artifact.load()
-        label_N, logprob_N = _whole(artifact, "label"), _whole(artifact, "logprob")
-        if len(label_N) != len(self.label_N) or np.any(label_N != self.label_N):
-            raise ArtifactError(
-                f"{artifact.path}: scores of other tokens than the run's; make them again with "
-                "--rebuild"
-            )
-        return logprob_N
+    return whole_array(layout.datastore(split), "label")

@@ -1,19 +1,33 @@
 """Sweeps of one key each: tables as text and CSV, and a picture for each sweep."""
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.evaluation.style import INK, as_png, plain
-from mlpmem_jax.evaluation.suite.picture import halo, title, wide_figure
+from mlpmem_jax.evaluation.cells import csv_text
+from mlpmem_jax.evaluation.style import (
+    COLORS,
+    DASHED,
+    INK,
+    as_png,
+    axis_labels,
+    halo,
+    plain,
+    wide_figure,
+    wide_title,
+)
+from mlpmem_jax.evaluation.suite.lines import (
+    interval_columns,
+    score_columns,
+    seeds_cell,
+    weights_cell,
+)
 from mlpmem_jax.evaluation.suite.report import mean_cost
 from mlpmem_jax.evaluation.table import bracket_text, count_text, number, render
 
 Results = Mapping[str, Any]
 
 CONFIGURED = "configured"
-_COLOR = "#1f6f8b"
+_COLOR = COLORS["memory"]
 # Values this far apart are drawn on a logarithmic axis.
 _LOG_RATIO = 8.0
 _COLUMNS = (
@@ -80,19 +94,17 @@ def as_text(results: Results, measured: Results) -> str:
 
 def _cells(point: Results, costs: Results) -> list[str]:
     nats, difference = point["test_nats"], point["difference"]
-    spread = point["spread"]["test_nats"]
-    several = len(point["by_seed"]) > 1
     cost = mean_cost(costs, point["row"])
     mark = "" if point["resolved"] or difference["value"] == 0 else " *"
     return [
         value_text(point["value"]),
         number(nats["value"], 3),
         bracket_text(nats["low"], nats["high"], 3),
-        f"{number(spread['min'], 3)}…{number(spread['max'], 3)}" if several else "–",
+        seeds_cell(point),
         number(difference["value"], 3, sign=True) + mark,
         bracket_text(difference["low"], difference["high"], 3),
         number(point["valid_nats"]["value"], 3),
-        " + ".join(number(weight, 3) for weight in point["weights"]),
+        weights_cell(point["weights"]),
         count_text(cost["parameters"]),
         f"{cost['flops']:.3g}",
     ]
@@ -100,9 +112,10 @@ def _cells(point: Results, costs: Results) -> list[str]:
 
 def as_csv(results: Results, measured: Results) -> str:
     """Returns one line a sweep, value and seed, and one for the mean (seed "mean")."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    return csv_text(_COLUMNS, _csv_lines(results, measured))
+
+
+def _csv_lines(results: Results, measured: Results) -> Iterator[dict[str, Any]]:
     for place, sweep in enumerate(results["sweeps"]):
         for point in sweep["points"]:
             cost = mean_cost(measured["sweeps"][place], point["row"])
@@ -112,24 +125,13 @@ def as_csv(results: Results, measured: Results) -> str:
             mean = {"resolved": point["resolved"], "test_min": spread["min"]}
             mean |= {"test_max": spread["max"]}
             mean |= {name: cost[name] for name in ("parameters", "flops", "seconds")}
-            writer.writerow(start | _line("mean", point) | mean)
+            yield start | _score_columns("mean", point) | mean
             for seed, found in point["by_seed"].items():
-                writer.writerow(start | _line(seed, found))
-    return text.getvalue()
+                yield start | _score_columns(seed, found)
 
 
-def _line(seed: str, found: Results) -> dict[str, Any]:
-    return {
-        "seed": seed,
-        "test_nats": found["test_nats"]["value"],
-        "test_low": found["test_nats"]["low"],
-        "test_high": found["test_nats"]["high"],
-        "difference": found["difference"]["value"],
-        "difference_low": found["difference"]["low"],
-        "difference_high": found["difference"]["high"],
-        "valid_nats": found["valid_nats"]["value"],
-        "weight": " ".join(f"{weight:.6f}" for weight in found["weights"]),
-    }
+def _score_columns(seed: str, found: Results) -> dict[str, Any]:
+    return score_columns(seed, found) | interval_columns("difference", found["difference"])
 
 
 def draw(results: Results, sweep: Results) -> bytes:
@@ -161,14 +163,14 @@ def draw(results: Results, sweep: Results) -> bytes:
     for place, value in zip(places, nats, strict=True):
         axes.annotate(number(value, 3), (place, value), (8, 6), textcoords="offset points",
                       fontsize=8.5, color=INK, zorder=5, path_effects=halo())  # fmt: skip
-    axes.axhline(configured, color=_COLOR, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
+    axes.axhline(configured, color=_COLOR, linewidth=1, linestyle=DASHED, alpha=0.7)
     shown = [*nats, *(end for pair in ends for end in pair), *drawn, configured]
     span = max(max(shown) - min(shown), 1e-4)
     axes.set_ylim(min(shown) - 0.15 * span, max(shown) + 0.25 * span)
-    axes.set_ylabel("test nats per token, decoder + memory", fontsize=9.5, color=INK)
+    axis_labels(axes, y="test nats per token, decoder + memory")
     decoder = sweep["decoder"]["test_nats"]["value"]
     level = f"{100 * results['confidence']:g} %"
-    title(
+    wide_title(
         axes,
         sweep["title"],
         f"dashed: as configured; bars: {level} interval of the paired difference to it; "

@@ -1,0 +1,53 @@
+"""Lines that the tables of several commands share: cells for the terminal, columns of CSV."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mlpmem_jax.evaluation.table import DASH, number
+
+Results = Mapping[str, Any]
+
+
+def score_columns(seed: str, found: Results) -> dict[str, Any]:
+    """Returns the CSV columns that say how good a row is.
+
+    Args:
+        seed: One, or "mean".
+        found: Numbers of this seed, or of the mean over seeds.
+    """
+    return {
+        "seed": seed,
+        **interval_columns("test_nats", found["test_nats"], ends="test"),
+        "valid_nats": found["valid_nats"]["value"],
+        "weight": weights_column(found["weights"]),
+    }
+
+
+def interval_columns(name: str, found: Results, *, ends: str = "") -> dict[str, Any]:
+    """Returns the CSV columns of a number and of the ends of its interval.
+
+    Args:
+        name: Column of the number.
+        found: Its value, low and high.
+        ends: What the columns of the ends begin with; "": the name.
+    """
+    ends = ends or name
+    return {name: found["value"], f"{ends}_low": found["low"], f"{ends}_high": found["high"]}
+
+
+def weights_column(weights: Iterable[float]) -> str:
+    """Returns weights for a column of CSV."""
+    return " ".join(f"{weight:.6f}" for weight in weights)
+
+
+def weights_cell(weights: Iterable[float]) -> str:
+    """Returns weights for people; empty where nothing is mixed."""
+    return " + ".join(number(weight, 3) for weight in weights)
+
+
+def seeds_cell(row: Results) -> str:
+    """Returns the range of a row's test nats over seeds, or a dash where there is one seed."""
+    if len(row["by_seed"]) < 2:
+        return DASH
+    spread = row["spread"]["test_nats"]
+    return f"{number(spread['min'], 3)}…{number(spread['max'], 3)}"

@@ -1,0 +1,79 @@
+"""Processes of one run must have been started alike."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.parallel.multihost import is_active
+
+_MOST_SHOWN = 4
+
+
+def refuse_different(settings: Mapping[str, Any]) -> None:
+    """Compares what the processes of a run were started with; does nothing in one that is alone.
+
+    Args:
+        settings: JSON-ready; nested mappings are compared key by key.
+
+    Raises:
+        ConfigError: On every process: a process and the keys in which it differs from the first.
+    """
+    if is_active():
+        refuse_differences([_flat(each) for each in _gathered(settings)])
+
+
+def refuse_differences(settings: list[dict[str, Any]]) -> None:
+    """Compares settings, by dotted key, of each process with those of the first.
+
+    Raises:
+        ConfigError: One line for each process that differs.
+    """
+    lines = []
+    for index, own in enumerate(settings[1:], 1):
+        names = sorted(set(settings[0]) | set(own))
+        different = [name for name in names if settings[0].get(name) != own.get(name)]
+        if different:
+            shown = [
+                f"{name}={_text(own, name)}, process 0 has {_text(settings[0], name)}"
+                for name in different[:_MOST_SHOWN]
+            ]
+            more = len(different) - len(shown)
+            lines.append(
+                f"process {index} was started otherwise: {'; '.join(shown)}"
+                + (f"; and {more} more" if more else "")
+            )
+    if lines:
+        raise ConfigError(lines)
+
+
+def _text(settings: Mapping[str, Any], name: str) -> str:
+    return json.dumps(settings[name], ensure_ascii=False) if name in settings else "nothing"
+
+
+def _gathered(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the settings of every process, in every process."""
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(settings).encode()
+    length_P = np.ravel(multihost_utils.process_allgather(np.int32(len(text))))
+    padded = np.zeros(int(length_P.max()), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    text_PC = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(length_P), -1)
+    return [
+        json.loads(row[:length].tobytes())
+        for row, length in zip(text_PC.astype(np.uint8), length_P, strict=True)
+    ]
+
+
+def _flat(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = f"{path}.{name}" if path else name
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, key)
+        else:
+            flat[key] = value
+    return flat
