@@ -45,12 +45,12 @@ def listening() -> Iterator[None]:
     if is_active() or not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield  # jax.distributed listens, or whoever called us does.
         return
-    _notice.came = False
     signal.signal(signal.SIGTERM, _note)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _notice.came = False
 
 
 def _note(number: int, frame: FrameType | None) -> None:
