@@ -8,14 +8,42 @@ from typing import Any
 
 from etils import epath
 
-from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 
 _BLOCK_BYTES = 1 << 20
+_BUCKETS = ("gs://", "s3://")
 
 
 def is_local(path: str | epath.Path) -> bool:
     """Returns whether a path lies on a local file system."""
     return "://" not in os.fspath(path)
+
+
+def check_reachable(path: str | epath.Path, key: str) -> None:
+    """Asks a bucket whether a path exists; does nothing for a local path.
+
+    Args:
+        path: Where a run lives.
+        key: The configuration key that names it.
+
+    Raises:
+        ConfigError: The package for such paths is missing, or the bucket does not answer.
+    """
+    if is_local(path):
+        return
+    if not os.fspath(path).startswith(_BUCKETS):
+        raise ConfigError(f"{key}={os.fspath(path)}: must be a local path, gs://… or s3://…")
+    try:
+        epath.Path(path).exists()
+    except ImportError:
+        raise ConfigError(
+            f"{key}={os.fspath(path)}: paths in buckets need further packages "
+            "(pip install -r requirements-remote.txt)"
+        ) from None
+    # Each of the drivers has errors of its own: HTTP, credentials, sockets.
+    except Exception as error:
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{key}={os.fspath(path)}: cannot be reached ({what})") from None
 
 
 def absolute(path: str | epath.Path) -> epath.Path:

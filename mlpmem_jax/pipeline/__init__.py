@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import quiet_libraries
+from mlpmem_jax.datastore.files import check_reachable
 from mlpmem_jax.datastore.manifest import software_versions
 from mlpmem_jax.parallel import multihost
 from mlpmem_jax.parallel.agreement import refuse_different
@@ -146,6 +147,7 @@ def run_command(name: str, config: Config, options: Options) -> int:
 
     Here, and nowhere else, the processes of a run join; a dry run needs no others.
     """
+    check_reachable(config.workdir, "workdir")
     quiet_libraries()
     keep_freed_memory()
     with contextlib.nullcontext() if options.dry_run else multihost.joined(), listening():

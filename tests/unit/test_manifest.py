@@ -1,12 +1,13 @@
 """Artifacts: missing, partial, complete, refused, damaged."""
 
 import json
+import sys
 
 import pytest
 
-from mlpmem_jax.datastore.files import check_free_space, write_bytes
+from mlpmem_jax.datastore.files import check_free_space, check_reachable, write_bytes
 from mlpmem_jax.datastore.manifest import Artifact, Status
-from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 
 RECIPE = {"tokenizer": {"vocab_size": 4096}, "paths": ("a", "b")}
 
@@ -132,3 +133,18 @@ def test_a_relative_workdir_makes_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Artifact("runs/a", "tokens", "tokens").path == tmp_path / "runs" / "a" / "tokens"
     assert str(Artifact("gs://bucket/a", "tokens", "tokens").path) == "gs://bucket/a/tokens"
+
+
+@pytest.mark.parametrize(
+    ("workdir", "why"),
+    [
+        ("ftp://host/run", "must be a local path, gs://… or s3://…"),
+        ("gs://bucket/run", r"further packages \(pip install -r requirements-remote.txt\)|reached"),
+    ],
+)
+def test_a_bucket_that_cannot_be_reached_is_named(workdir, why, monkeypatch):
+    # No package, and no network: whichever is missing on this machine.
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ConfigError, match=f"workdir={workdir}: .*{why}"):
+        check_reachable(workdir, "workdir")
+    check_reachable("runs/local", "workdir")
