@@ -78,6 +78,9 @@ run_once() {
 with_restarts() {
   local code started
   told_to_stop="" child=""
+  # With --rebuild a later start keeps what this run has made since.
+  MLPMEM_STARTED_SECS="${MLPMEM_STARTED_SECS:-$(date +%s)}"
+  export MLPMEM_STARTED_SECS
   trap 'forward INT' INT
   trap 'forward TERM' TERM
   trap 'forward HUP' HUP

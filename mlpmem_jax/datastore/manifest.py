@@ -232,7 +232,18 @@ class Artifact:
     def begin(self, recipe: Mapping[str, Any], made_from: Mapping[str, str]) -> None:
         """Records what is about to be made, so that an interrupted start is continued."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / BUILDING, {"recipe": recipe, "made_from": made_from})
+        begun = {"recipe": recipe, "made_from": made_from, "begun": time.time()}
+        write_json(self.path / BUILDING, begun)
+
+    def touched_since(self, secs: float) -> bool:
+        """Returns whether it was made or begun after a moment (seconds since the epoch)."""
+        for name, key in ((MANIFEST, "created"), (BUILDING, "begun")):
+            if (self.path / name).exists():
+                try:
+                    return float(read_json(self.path / name).get(key, 0)) >= secs
+                except ArtifactError:
+                    return False  # Damaged, so not by this run.
+        return False
 
     def finish(
         self,

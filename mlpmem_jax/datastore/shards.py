@@ -17,7 +17,8 @@ from mlpmem_jax.datastore.store import (
     write_rows,
 )
 from mlpmem_jax.errors import RunFailed
-from mlpmem_jax.parallel.multihost import barrier, first_alone
+from mlpmem_jax.parallel.agreement import of_first
+from mlpmem_jax.parallel.multihost import first_alone, is_writer
 from mlpmem_jax.parallel.sharing import share_of
 
 _MAX_PENDING_SHARDS = 2
@@ -55,10 +56,8 @@ class ShardWriter:
         (self.shard_rows,) = {spec.shard_rows for spec in specs.values()}
         with first_alone(f"{path}: arrays"):
             self._stores = self._opened()
-            done = frozenset.intersection(*(finished_shards(one) for one in self._stores.values()))
-        # Read once, before any process writes: all of them know the same.
-        self._missing = [shard for shard in range(self.num_shards) if shard not in done]
-        barrier(f"{path}: listed")
+        # Listed once, by one process, before any writes: all must know the same.
+        self._missing: list[int] = of_first(self._listed() if is_writer() else None)
         self._open: dict[int, tuple[dict[str, np.ndarray], int]] = {}
         self._pending: list[list[PendingWrite]] = []
 
@@ -73,6 +72,10 @@ class ShardWriter:
             )
             for name, spec in self._specs.items()
         }
+
+    def _listed(self) -> list[int]:
+        done = frozenset.intersection(*(finished_shards(one) for one in self._stores.values()))
+        return [shard for shard in range(self.num_shards) if shard not in done]
 
     @property
     def num_shards(self) -> int:

@@ -1,4 +1,4 @@
-"""Processes of one run must have been started alike."""
+"""What the processes of a run must agree on: how they were started, and what is on disk."""
 
 import json
 from collections.abc import Mapping
@@ -7,9 +7,18 @@ from typing import Any
 import numpy as np
 
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.parallel.multihost import is_active
+from mlpmem_jax.parallel.multihost import is_active, is_writer
 
 _MOST_SHOWN = 4
+
+
+def of_first(value: Any) -> Any:
+    """Returns what process 0 knows, on every process: file systems show others old listings.
+
+    Args:
+        value: JSON-ready; what the other processes give is not looked at.
+    """
+    return _gathered(value if is_writer() else None)[0] if is_active() else value
 
 
 def refuse_different(settings: Mapping[str, Any]) -> None:
@@ -53,11 +62,11 @@ def _text(settings: Mapping[str, Any], name: str) -> str:
     return json.dumps(settings[name], ensure_ascii=False) if name in settings else "nothing"
 
 
-def _gathered(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the settings of every process, in every process."""
+def _gathered(value: Any) -> list[Any]:
+    """Returns the value of every process, in every process."""
     from jax.experimental import multihost_utils
 
-    text = json.dumps(settings).encode()
+    text = json.dumps(value).encode()
     length_P = np.ravel(multihost_utils.process_allgather(np.int32(len(text))))
     padded = np.zeros(int(length_P.max()), np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)

@@ -6,12 +6,16 @@ stop ask `preempted()`, all processes equally often, and all get the same answer
 """
 
 import contextlib
+import math
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
 from mlpmem_jax.parallel.multihost import is_active
+
+STARTED_SECS = "MLPMEM_STARTED_SECS"
 
 
 class Preempted(BaseException):
@@ -36,6 +40,14 @@ class _Notice:
 
 
 _notice = _Notice()
+
+
+def started_secs() -> float:
+    """Returns when this run was started first, seconds since the epoch; infinite: just now.
+
+    The launcher, which starts a run again after a preemption, says so in its environment.
+    """
+    return float(os.environ.get(STARTED_SECS) or math.inf)
 
 
 @contextlib.contextmanager
@@ -67,6 +79,8 @@ def stopping_where_asked() -> Iterator[None]:
         yield
     finally:
         _notice.can_wait = before
+    if _notice.came and not before and not is_active():
+        raise Preempted("stopped by SIGTERM")  # It came after the loop asked for the last time.
 
 
 def preempted() -> bool:
@@ -77,3 +91,13 @@ def preempted() -> bool:
 
     _notice.times_asked += 1
     return bool(multihost_utils.reached_preemption_sync_point(_notice.times_asked))
+
+
+def stop_if_alone(what: str) -> None:
+    """Stops between two moments at which several processes could stop together.
+
+    Raises:
+        Preempted: With this text, after a notice, in a process that is alone.
+    """
+    if _notice.came and not is_active():
+        raise Preempted(what)

@@ -12,6 +12,7 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import quiet_libraries
 from mlpmem_jax.datastore.files import check_reachable
 from mlpmem_jax.datastore.manifest import software_versions
+from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel import multihost
 from mlpmem_jax.parallel.agreement import refuse_different
 from mlpmem_jax.parallel.host import keep_freed_memory
@@ -29,11 +30,13 @@ class Command:
         module: Its module in this package.
         summary: One line for `--help`.
         sections: The sections, or single keys, of the configuration that it reads.
+        alone: Whether it is for one process.
     """
 
     module: str
     summary: str
     sections: tuple[str, ...]
+    alone: bool = False
 
 
 _RUN = ("workdir", "seed")
@@ -86,16 +89,19 @@ COMMANDS: dict[str, Command] = {
         "compare",
         "the main table: baselines, controls and memories, several seeds",
         (*_EVERY_STAGE, "compare"),
+        alone=True,
     ),
     "overfitting": Command(
         "overfitting",
         "test nats by epoch, for a decoder and a memory trained for long",
         (*_EVERY_STAGE, "overfitting"),
+        alone=True,
     ),
     "ablate": Command(
         "ablate",
         "sweeps of one key each around the configuration",
         (*_EVERY_STAGE, "ablate"),
+        alone=True,
     ),
     "generate": Command(
         "generate",
@@ -109,6 +115,7 @@ COMMANDS: dict[str, Command] = {
             *_RUN, "corpus.attention", "tokenizer.vocab_size", "decoder", "memory", "mesh",
             "datastore", "targets", "pretrain", "train", "compile",
         ),
+        alone=True,
     ),
     "analyze": Command(
         "analyze",
@@ -117,6 +124,7 @@ COMMANDS: dict[str, Command] = {
             *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore", "retrieval",
             "train.loss_chunk_tokens", "evaluate", "analyze",
         ),
+        alone=True,
     ),
     "cost": Command(
         "cost",
@@ -125,6 +133,7 @@ COMMANDS: dict[str, Command] = {
             *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore", "retrieval",
             "targets", "train", "evaluate", "cost",
         ),
+        alone=True,
     ),
     "search-quality": Command(
         "search_quality",
@@ -133,6 +142,7 @@ COMMANDS: dict[str, Command] = {
             *_RUN, "corpus", "tokenizer", "decoder", "memory", "mesh", "datastore", "retrieval",
             "targets", "pretrain", "train", "evaluate", "search_quality",
         ),
+        alone=True,
     ),
     "run": Command(
         "run",
@@ -151,7 +161,9 @@ def run_command(name: str, config: Config, options: Options) -> int:
     quiet_libraries()
     keep_freed_memory()
     with contextlib.nullcontext() if options.dry_run else multihost.joined(), listening():
-        started_with = {"command": name, "software": software_versions()}
+        started_with = {"command": name, "flags": options.flags(), "software": software_versions()}
         refuse_different(started_with | config.model_dump(mode="json"))
+        if COMMANDS[name].alone and multihost.is_active():
+            raise ConfigError(f"{name}: is for one process, without --processes")
         module = importlib.import_module(f"{__name__}.{COMMANDS[name].module}")
         return int(module.main(config, options))

@@ -20,3 +20,7 @@ class Options:
     rebuild: bool = False
     without_memory: bool = False
     output: str | None = None
+
+    def flags(self) -> dict[str, bool]:
+        """Returns what all processes of a run must have been given alike."""
+        return {"rebuild": self.rebuild, "without_memory": self.without_memory}

@@ -10,7 +10,11 @@ from mlpmem_jax.console import say
 from mlpmem_jax.datastore.lock import only_maker
 from mlpmem_jax.datastore.manifest import MANIFEST, Artifact, Manifest, Status
 from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.multihost import barrier, is_writer
+from mlpmem_jax.parallel.preemption import started_secs
+
+_VISIBLE_SECS = 120.0  # longer than file systems keep what they knew of a folder
 
 
 @dataclasses.dataclass
@@ -76,7 +80,9 @@ class Rebuild(enum.Enum):
 
     REFUSE = "refuse"  # One that was made otherwise is an error.
     STALE = "stale"  # One that was made otherwise is made again.
-    ALWAYS = "always"  # Made again in any case, for example because it is damaged.
+    # Made again in any case, for example because it is damaged; but what this run has made or
+    # begun before a preemption, it keeps.
+    ALWAYS = "always"
 
 
 def run_stages(
@@ -123,8 +129,8 @@ def run_stage(
             if status is None:
                 _remove(stage)
             # Asked again: another run may have finished it just now.
-            status = stage.artifact.status(stage.recipe, made_from)
-            barrier(f"{stage.name}: seen")
+            status = _status(stage, made_from, Rebuild.REFUSE)
+            assert status is not None
             if status is not Status.COMPLETE:
                 return _make(stage, made_from, status, before_building)
     manifest = stage.artifact.load()
@@ -133,11 +139,18 @@ def run_stage(
 
 
 def _status(stage: Stage, made_from: Mapping[str, str], rebuild: Rebuild) -> Status | None:
-    """Returns how far an artifact is; None: what is there is to be removed."""
-    if rebuild is Rebuild.ALWAYS:
+    """Returns how far an artifact is, as process 0 sees it; None: it is to be removed."""
+    seen = _seen_status(stage, made_from, rebuild) if is_writer() else None
+    value = of_first(None if seen is None else seen.value)
+    return None if value is None else Status(value)
+
+
+def _seen_status(stage: Stage, made_from: Mapping[str, str], rebuild: Rebuild) -> Status | None:
+    artifact = stage.artifact
+    if rebuild is Rebuild.ALWAYS and not artifact.touched_since(started_secs()):
         return None
     try:
-        return stage.artifact.status(stage.recipe, made_from)
+        return artifact.status(stage.recipe, made_from)
     except ArtifactError:
         if rebuild is Rebuild.REFUSE:
             raise
@@ -169,9 +182,17 @@ def _make(
             measured={"seconds": round(seconds, 3), **completion.measured},
         )
     barrier(f"{stage.name}: finished")
-    manifest = stage.artifact.load()
+    manifest = _load_soon(stage.artifact)
     say(f"{stage.name}: made in {seconds:.1f} s ({manifest.fingerprint})")
     return manifest
+
+
+def _load_soon(artifact: Artifact) -> Manifest:
+    """Reads a manifest that process 0 has just written; other hosts may see it later (NFS)."""
+    deadline = time.monotonic() + _VISIBLE_SECS
+    while not (is_writer() or (artifact.path / MANIFEST).exists() or time.monotonic() > deadline):
+        time.sleep(0.5)
+    return artifact.load()
 
 
 def _remove(stage: Stage) -> None:

@@ -15,6 +15,7 @@ from mlpmem_jax.datastore.files import check_free_space, human_bytes, read_json,
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.errors import UserError
 from mlpmem_jax.parallel.multihost import barrier, first_alone, is_writer
+from mlpmem_jax.parallel.sharing import process_count
 from mlpmem_jax.retrieval import approximate, recall
 from mlpmem_jax.retrieval.approximate import SEARCH, ApproximateEngine, SearchSettings
 from mlpmem_jax.retrieval.engine import Engine, Keys, StoredKeys, choose_engine
@@ -39,7 +40,8 @@ class BuiltIndex:
 def exact_engine(config: Config, mesh: jax.sharding.Mesh) -> ExactEngine:
     """Opens the exact engine over the training split's keys."""
     keys = StoredKeys(Layout(config).datastore("train"))
-    check_memory(keys.num_rows * (keys.width + 1) * 4, "the exact engine", "mesh.data (devices)")
+    held_rows = -(-keys.num_rows // process_count())  # The engine spans all devices.
+    check_memory(held_rows * (keys.width + 1) * 4, "the exact engine", "mesh.data (devices)")
     return ExactEngine(keys, mesh, config.retrieval.key_chunk_rows)
 
 

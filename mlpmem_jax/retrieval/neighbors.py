@@ -16,7 +16,12 @@ from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.datastore.shards import ShardWriter
 from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.parallel.preemption import Preempted, preempted, stopping_where_asked
+from mlpmem_jax.parallel.preemption import (
+    Preempted,
+    preempted,
+    stop_if_alone,
+    stopping_where_asked,
+)
 from mlpmem_jax.parallel.sharing import is_mine, most_shared, share_of
 from mlpmem_jax.retrieval.engine import Engine, Keys, row_ranges
 from mlpmem_jax.retrieval.merge import Neighbors, drop_own_row
@@ -87,27 +92,31 @@ def search_split(
 
     with bar, stopping_where_asked(), concurrent.futures.ThreadPoolExecutor(1) as pool:
         tasks: list[concurrent.futures.Future[Any]] = []
-        for turn in range(turns):
-            parts: list[Part] = []
-            shard = writer.rows_of(searched[turn]) if turn < len(searched) else slice(0, 0)
-            for block in row_ranges(shard.stop, block_rows, first=shard.start):
-                row_N = np.arange(block.start, block.stop, dtype=np.int64)
-                key_ND = keys.read(block.start, block.stop)
-                order = engine.visiting_order(block) if exclude_own_row else None
-                if order is not None:
-                    row_N, key_ND = row_N[order], key_ND[order]
-                for part in row_ranges(len(row_N), query_batch):
-                    found = engine.search(key_ND[part], num_neighbors + exclude_own_row)
-                    parts.append((row_N[part], pool.submit(take, row_N[part], found)))
-                    bar.update(part.stop - part.start)
-                    tasks = _drain([*tasks, parts[-1][1]], _MAX_PENDING_BATCHES)
-            if parts and is_mine(searched[turn]):
-                written = pool.submit(_write, writer, shard, parts)
-                tasks = _drain([*tasks, written], _MAX_PENDING_BATCHES)
-            if preempted():
-                _drain(tasks, 0)
-                writer.flush()
-                raise Preempted(f"{description}: finished shards are kept")
+        try:
+            for turn in range(turns):
+                parts: list[Part] = []
+                shard = writer.rows_of(searched[turn]) if turn < len(searched) else slice(0, 0)
+                for block in row_ranges(shard.stop, block_rows, first=shard.start):
+                    row_N = np.arange(block.start, block.stop, dtype=np.int64)
+                    key_ND = keys.read(block.start, block.stop)
+                    order = engine.visiting_order(block) if exclude_own_row else None
+                    if order is not None:
+                        row_N, key_ND = row_N[order], key_ND[order]
+                    for part in row_ranges(len(row_N), query_batch):
+                        found = engine.search(key_ND[part], num_neighbors + exclude_own_row)
+                        parts.append((row_N[part], pool.submit(take, row_N[part], found)))
+                        bar.update(part.stop - part.start)
+                        tasks = _drain([*tasks, parts[-1][1]], _MAX_PENDING_BATCHES)
+                        stop_if_alone(f"{description}: finished shards are kept")
+                if parts and is_mine(searched[turn]):
+                    written = pool.submit(_write, writer, shard, parts)
+                    tasks = _drain([*tasks, written], _MAX_PENDING_BATCHES)
+                if preempted():
+                    raise Preempted(f"{description}: finished shards are kept")
+        except Preempted:
+            _drain(tasks, 0)
+            writer.flush()
+            raise
         _drain(tasks, 0)
         writer.close()
     seconds = time.monotonic() - started

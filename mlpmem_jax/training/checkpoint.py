@@ -5,8 +5,9 @@ of checksums; one without it, or that does not match it, is never restored.
 """
 
 import contextlib
+import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +18,26 @@ from mlpmem_jax.console import warn
 from mlpmem_jax.datastore.files import check_free_space, read_json, write_json
 from mlpmem_jax.datastore.manifest import Artifact, describe_file, verify_file
 from mlpmem_jax.errors import ArtifactError, RunFailed
+from mlpmem_jax.parallel.multihost import barrier
 
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums"
 _OVERHEAD_BYTES = 256 << 10  # manifests and metadata, whatever the size of the arrays
+
+
+@dataclasses.dataclass
+class _LatestScheduled:
+    """Orbax's policy: the newest of the schedule, and the newest of all."""
+
+    keep: int
+    is_scheduled: Callable[[int], bool]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Returns, in the order of steps, which checkpoints stay."""
+        del context
+        steps = [int(checkpoint.step) for checkpoint in checkpoints]
+        kept = {*[step for step in steps if self.is_scheduled(step)][-self.keep :], *steps[-1:]}
+        return [step in kept for step in steps]
 
 
 class Checkpoints:
@@ -30,7 +47,22 @@ class Checkpoints:
     restored, onto any mesh.
     """
 
-    def __init__(self, directory: epath.Path, keep: int, item_names: tuple[str, ...]):
+    def __init__(
+        self,
+        directory: epath.Path,
+        keep: int,
+        item_names: tuple[str, ...],
+        is_scheduled: Callable[[int], bool] = lambda step: True,
+    ):
+        """Opens the checkpoints of a run.
+
+        Args:
+            directory: Of the run.
+            keep: Scheduled checkpoints that are kept, the newest.
+            item_names: What a checkpoint holds.
+            is_scheduled: Whether a step is one of the run's own; others, saved on a notice
+                of preemption, are kept until the next one is there.
+        """
         self._directory = directory
         self._sums = directory / CHECKSUMS
         self._sums.mkdir(parents=True, exist_ok=True)
@@ -39,10 +71,13 @@ class Checkpoints:
             os.fspath(directory / CHECKPOINTS),
             options=ocp.CheckpointManagerOptions(
                 enable_async_checkpointing=True,
-                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                preservation_policy=_LatestScheduled(keep, is_scheduled),
             ),
             item_names=item_names,
         )
+        # Orbax would ask JAX for notices of preemption too, with numbers of its own, and JAX
+        # agrees on a moment by the number that was asked last (see parallel/preemption.py).
+        self._manager.reached_preemption = lambda step: False  # type: ignore[method-assign]
 
     def save(self, step: int, items: Mapping[str, Any]) -> None:
         """Begins to save; returns as soon as the arrays are copied to the host.
@@ -116,8 +151,9 @@ class Checkpoints:
         return [f"{CHECKPOINTS}/{step}/{name}" for name in _files_below(root)]
 
     def close(self) -> None:
-        """Waits for what is under way and releases resources."""
+        """Waits for what is under way, on all processes, and releases resources."""
         self.wait()
+        barrier(f"{self._directory}: checksums")  # Process 0 writes them, all may read them next.
         self._manager.close()
 
 

@@ -99,9 +99,13 @@ def fit(
         Preempted: The machine is about to go; the state is saved.
     """
     blueprint, train_step = assemble(task, config, seed=seed, mesh=mesh)
-    checkpoints = Checkpoints(directory, config.keep_checkpoints, ITEM_NAMES)
-    state, start = _begin(task, blueprint, checkpoints)
     stop = config.num_steps if stop_step is None else stop_step
+
+    def saves(step: int) -> bool:
+        return _due(step, config.checkpoint_interval_steps, stop)
+
+    checkpoints = Checkpoints(directory, config.keep_checkpoints, ITEM_NAMES, saves)
+    state, start = _begin(task, blueprint, checkpoints)
     monitor = Monitor(task, config, start, stop, metrics_directory, checkpoints)
     with jax.set_mesh(mesh), stopping_where_asked():
         feed = task.feed(range(start, stop))
@@ -112,7 +116,7 @@ def fit(
             if _due(step + 1, config.eval_interval_steps, stop):
                 monitor.validation(step + 1, task.validate(state))
             stops = preempted()
-            if stops or _due(step + 1, config.checkpoint_interval_steps, stop):
+            if stops or saves(step + 1):
                 monitor.settle()  # A poisoned state must not become a checkpoint.
                 checkpoints.save(step + 1, state.items())
             if stops:

@@ -14,6 +14,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 
 
 def _owner(dotted):
@@ -49,6 +50,7 @@ def _die_at_call(dotted, number, when):
         result = function(*args, **kwargs)
         if calls == number:
             os.kill(os.getpid(), SIGNAL)
+            time.sleep(float(os.environ.get("KILLED_WAIT", "0")))
         return result
 
     setattr(owner, name, counted)

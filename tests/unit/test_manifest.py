@@ -1,7 +1,9 @@
 """Artifacts: missing, partial, complete, refused, damaged."""
 
 import json
+import math
 import sys
+import time
 
 import pytest
 
@@ -148,3 +150,14 @@ def test_a_bucket_that_cannot_be_reached_is_named(workdir, why, monkeypatch):
     with pytest.raises(ConfigError, match=f"workdir={workdir}: .*{why}"):
         check_reachable(workdir, "workdir")
     check_reachable("runs/local", "workdir")
+
+
+def test_what_a_run_has_touched_since_its_start(artifact):
+    before = time.time() - 1
+    assert not artifact.touched_since(before)
+    artifact.begin(RECIPE, {"tokenizer": "1234"})
+    assert artifact.touched_since(before) and not artifact.touched_since(time.time() + 1)
+    _finished(artifact)
+    assert artifact.touched_since(before) and not artifact.touched_since(math.inf)
+    (artifact.path / "manifest.json").write_text("{")
+    assert not artifact.touched_since(before)

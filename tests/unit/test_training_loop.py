@@ -15,7 +15,7 @@ from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.input.feed import Feed
 from mlpmem_jax.models.layers import parameter
 from mlpmem_jax.parallel.mesh import single_device_mesh
-from mlpmem_jax.parallel.preemption import Preempted, listening
+from mlpmem_jax.parallel.preemption import Preempted, listening, stopping_where_asked
 from mlpmem_jax.training.loop import fit
 from mlpmem_jax.training.step import LossParts
 
@@ -113,6 +113,10 @@ def _losses(directory):
     return {r["step"]: r["loss"] for r in records if "loss" in r}
 
 
+def _steps(directory):
+    return sorted(int(path.name) for path in (directory / "run" / "checkpoints").iterdir())
+
+
 def _leaves(fit_result):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(fit_result.state)]
 
@@ -145,10 +149,18 @@ def test_a_notice_saves_at_once_and_the_rest_follows(tmp_path, uninterrupted):
     with listening(), pytest.raises(Preempted, match=r"pretrain: saved at step 6 of 12"):
         _fit(tmp_path, term_at=5)
     assert (tmp_path / "run" / "checksums" / "6.json").exists()
+    # It is kept beside the schedule's until the next one, and costs none of these.
+    assert _steps(tmp_path) == [4, 6]
     resumed = _fit(tmp_path)
     for a, b in zip(_leaves(whole), _leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
     assert _losses(tmp_path) == losses
+    assert _steps(tmp_path) == [4, 8, 12]
+
+
+def test_a_notice_after_the_last_question_is_not_lost():
+    with listening(), pytest.raises(Preempted, match="stopped by SIGTERM"), stopping_where_asked():
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_finished_run_is_only_read(tmp_path, uninterrupted):

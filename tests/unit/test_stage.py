@@ -1,0 +1,53 @@
+"""When a stage makes its artifact, and when it makes it again."""
+
+import time
+
+import pytest
+
+from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.parallel.preemption import STARTED_SECS
+from mlpmem_jax.pipeline.stage import Completion, Rebuild, Stage, run_stage
+
+
+@pytest.fixture
+def make(tmp_path):
+    built = []
+
+    def run(recipe, rebuild=Rebuild.REFUSE, fails=False):
+        artifact = Artifact(tmp_path / "run", "memory/base", "memory")
+
+        def build():
+            built.append(recipe)
+            (artifact.path / "part.bin").write_bytes(b"content")
+            if fails:
+                raise KeyboardInterrupt
+            return Completion(counts={"rows": 3}, files=["part.bin"])
+
+        run_stage(Stage(artifact, {"size": recipe}, (), build), rebuild)
+        return len(built)
+
+    return run
+
+
+def test_made_once_refused_otherwise_and_made_again_when_asked(make):
+    assert make(1) == make(1) == 1
+    with pytest.raises(ArtifactError, match="size=1, now 2"):
+        make(2)
+    assert make(2, Rebuild.STALE) == 2
+    assert make(2, Rebuild.STALE) == 2
+    assert make(2, Rebuild.ALWAYS) == 3
+
+
+def test_after_a_preemption_what_the_run_has_made_again_is_kept(make, monkeypatch):
+    make(1)
+    monkeypatch.setenv(STARTED_SECS, str(time.time() + 0.2))
+    time.sleep(0.3)
+    assert make(1, Rebuild.ALWAYS) == 2
+    assert make(1, Rebuild.ALWAYS) == 2  # the same start of the launcher
+    monkeypatch.delenv(STARTED_SECS)
+    with pytest.raises(KeyboardInterrupt):
+        make(1, Rebuild.ALWAYS, fails=True)
+    monkeypatch.setenv(STARTED_SECS, str(time.time() - 60))
+    assert make(1, Rebuild.ALWAYS) == 4  # begun by it, and continued
+    assert make(1, Rebuild.ALWAYS) == 4
