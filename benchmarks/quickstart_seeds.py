@@ -20,6 +20,7 @@ import numpy as np
 
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import quiet_libraries
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.datastore.files import read_json, write_json
 from mlpmem_jax.datastore.layout import Layout
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workdir", type=Path, default=Path("runs/seeds"))
     flags = parser.parse_args()
+    quiet_libraries()
     results = {
         str(seed): one_seed(flags.config, seed, flags.workdir / f"seed-{seed}")
         for seed in flags.seeds
