@@ -4,6 +4,7 @@
 #   bash launch/test.sh                      everything but what is slow or needs hardware
 #   bash launch/test.sh -m slow              the slow ones
 #   bash launch/test.sh tests/unit -k config
+#   bash launch/test.sh -n 0 --pdb           in one process
 set -euo pipefail
 
 # shellcheck source=launch/environment.sh
@@ -11,4 +12,6 @@ set -euo pipefail
 
 ensure_environment requirements.txt requirements-test.txt
 cd "$root"
-exec "$venv/bin/python" -m pytest -m "not slow and not tpu and not gpu" "$@"
+# Two files at a time: much of a test is compiling, which takes one core. More would need the memory
+# of more pipelines.
+exec "$venv/bin/python" -m pytest -m "not slow and not tpu and not gpu" -n 2 --dist loadfile "$@"

@@ -29,6 +29,10 @@ def run(command: str, workdir: Path, *overrides: str) -> int:
     return main([command, *arguments])
 
 
+# The shared runs train a dozen networks: two minutes here, more where cores are shared.
+pytestmark = pytest.mark.timeout(1800)
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work directory of a finished `compare`."""
