@@ -42,17 +42,22 @@ def load_config(
     return draft.finish()
 
 
-def changed_config(config: Config, assigned: Mapping[str, Any]) -> Config:
+def changed_config(
+    config: Config, assigned: Mapping[str, Any], overrides: Sequence[str] = ()
+) -> Config:
     """Returns a configuration with some keys changed.
 
     Args:
         config: A validated configuration.
         assigned: Values by dotted path, already parsed.
+        overrides: `section.key=value` each, taken before them.
 
     Raises:
         ConfigError: With one line for each mistake.
     """
     draft = Draft(config)
+    for override in overrides:
+        draft.override(override)
     for dotted, value in assigned.items():
         draft.put(tuple(dotted.split(".")), value)
     return draft.finish()

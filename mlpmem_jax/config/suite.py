@@ -26,6 +26,19 @@ RowName = Literal[
 ALL_ROWS: tuple[RowName, ...] = get_args(RowName)
 
 
+class RecipeConfig(Section):
+    """A row of one's own: the configuration with some keys changed."""
+
+    name: str = setting("recipe", "name of the row", pattern=r"^[A-Za-z0-9._-]+$")
+    label: str | None = setting(None, "what tables and pictures call it; none: its name")
+    overrides: tuple[str, ...] = setting(
+        (), "what is different, section.key=value each, as on the command line"
+    )
+    parts: Literal["all", "decoder"] = setting(
+        "all", "all: decoder with memory, or joint; decoder: the decoder alone"
+    )
+
+
 class CompareConfig(Section):
     """The main table: the memory beside its baselines and controls, several seeds."""
 
@@ -34,6 +47,7 @@ class CompareConfig(Section):
     rows: tuple[RowName, ...] = setting(
         ALL_ROWS, "rows of the table, in its order; the decoder is always one", min_length=1
     )
+    recipes: tuple[RecipeConfig, ...] = setting((), "rows of one's own, after the others")
     extra_flops: Literal["all", "networks"] = setting(
         "all",
         "what the controls of equal cost are given: all that the memory cost beyond the decoder "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from mlpmem_jax.config.suite import ALL_ROWS
+
 if TYPE_CHECKING:
     from mlpmem_jax.config.schema import Config
 
@@ -59,3 +61,10 @@ def _tables(config: Config) -> Iterator[str]:
             yield f"{section}.seeds={list(seeds)} names a seed twice"
     if len(set(config.compare.rows)) < len(config.compare.rows):
         yield f"compare.rows={list(config.compare.rows)} names a row twice"
+    names: list[str] = list(ALL_ROWS)
+    for place, recipe in enumerate(config.compare.recipes):
+        if recipe.name in names:
+            yield f"compare.recipes.{place}.name={recipe.name} is the name of another row"
+        if not recipe.overrides:
+            yield f"compare.recipes.{place}.overrides=[] must change at least one key"
+        names.append(recipe.name)

@@ -9,7 +9,7 @@ from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.datastore.files import read_json, write_bytes, write_json
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.rows import ROWS, SeedPlan, planned_row
+from mlpmem_jax.pipeline.rows import SeedPlan, check_recipes, planned_row, row_recipe
 from mlpmem_jax.pipeline.stage import Completion, Stage
 from mlpmem_jax.pipeline.suite import (
     RowsBySeed,
@@ -30,10 +30,11 @@ REFERENCE: RowName = "decoder"
 FULL_GAIN: RowName = "knn"
 
 
-def row_names(config: Config) -> list[RowName]:
+def row_names(config: Config) -> list[str]:
     """Returns the rows of the table, the reference always among them."""
     chosen = config.compare.rows
-    return [*([] if REFERENCE in chosen else [REFERENCE]), *chosen]
+    own = [recipe.name for recipe in config.compare.recipes]
+    return [*([] if REFERENCE in chosen else [REFERENCE]), *chosen, *own]
 
 
 def works(config: Config) -> list[Work]:
@@ -42,12 +43,13 @@ def works(config: Config) -> list[Work]:
     for seed in config.compare.seeds:
         plan = SeedPlan(config, seed)
         names = row_names(config)
-        if any(ROWS[name].uses_costs for name in names) and "memory" not in names:
+        if any(row_recipe(config, name).uses_costs for name in names) and "memory" not in names:
             names.append("memory")
-        for name in sorted(names, key=lambda name: ROWS[name].uses_costs):
-            title = f"seed {seed}, {ROWS[name].label}"
+        recipes = {name: row_recipe(config, name) for name in names}
+        for name in sorted(names, key=lambda name: recipes[name].uses_costs):
+            title = f"seed {seed}, {recipes[name].label}"
             stages = functools.partial(_row_stages, plan, name)
-            found.append(Work(title, stages, ROWS[name].uses_costs))
+            found.append(Work(title, stages, recipes[name].uses_costs))
     return found
 
 
@@ -55,10 +57,11 @@ def _say_what_is_missing(config: Config) -> None:
     plan = SeedPlan(config, config.compare.seeds[0])
     for name in row_names(config):
         if planned_row(plan, name) is None:
-            say(f"compare: row {ROWS[name].label!r} is left out: {ROWS[name].missing}")
+            recipe = row_recipe(config, name)
+            say(f"compare: row {recipe.label!r} is left out: {recipe.missing}")
 
 
-def _row_stages(plan: SeedPlan, name: RowName) -> list[Stage]:
+def _row_stages(plan: SeedPlan, name: str) -> list[Stage]:
     row = planned_row(plan, name)
     return row.stages() if row else []
 
@@ -120,6 +123,7 @@ def print_report(config: Config) -> None:
 
 def main(config: Config, options: Options) -> int:
     """Runs the command."""
+    check_recipes(config)
     _say_what_is_missing(config)
     code = run_suite(
         "compare", config, options, works(config), functools.partial(table_stage, config)

@@ -6,12 +6,13 @@ To add a row, name it in `config/suite.py` (`RowName`) and give its recipe here.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.config.suite import RowName
+from mlpmem_jax.config.suite import RecipeConfig, RowName
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.datastore.manifest import MANIFEST
+from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.evaluation.suite.ledger import Ledger
 from mlpmem_jax.pipeline.scores import Part
 from mlpmem_jax.pipeline.stage import Stage
@@ -94,6 +95,14 @@ class SeedPlan:
             "train.decoder_optimizer.warmup_steps": warmup,
         }
         return Part("joint", changed_variant(self.base, overrides, label))
+
+    def changed(self, recipe: RecipeConfig) -> Variant:
+        """Returns the configuration with the changes of a row of one's own.
+
+        Raises:
+            ConfigError: A key or value is wrong.
+        """
+        return changed_variant(self.base, {}, recipe.name, texts=recipe.overrides)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -256,8 +265,43 @@ def model_parts(variant: Variant) -> tuple[Part, ...]:
     return (Part("decoder", variant), Part("memory", variant))
 
 
-def planned_row(plan: SeedPlan, key: RowName) -> Row | None:
+def _own_parts(recipe: RecipeConfig, plan: SeedPlan) -> tuple[Part, ...]:
+    changed = plan.changed(recipe)
+    return (Part("decoder", changed),) if recipe.parts == "decoder" else model_parts(changed)
+
+
+def row_recipe(config: Config, key: str) -> RowRecipe:
+    """Returns how a row of `compare` is made, one of ours or of the configuration's own."""
+    for recipe in config.compare.recipes:
+        if recipe.name == key:
+            return RowRecipe(recipe.label or recipe.name, functools.partial(_own_parts, recipe))
+    return ROWS[cast(RowName, key)]
+
+
+def planned_row(plan: SeedPlan, key: str) -> Row | None:
     """Returns a row for a seed, or None where it cannot be made here."""
-    recipe = ROWS[key]
+    recipe = row_recipe(plan.config, key)
     parts = recipe.parts(plan)
     return None if parts is None else Row(key, recipe.label, parts)
+
+
+def check_recipes(config: Config) -> None:
+    """Refuses rows of one's own that cannot be made, each with its place.
+
+    Raises:
+        ConfigError: With one line for each mistake.
+    """
+    mistakes = []
+    plan = SeedPlan(config, config.compare.seeds[0])
+    configured = {part.name for part in model_parts(plan.base)}
+    for place, recipe in enumerate(config.compare.recipes):
+        where = f"compare.recipes.{place}"
+        try:
+            parts = _own_parts(recipe, plan)
+        except ConfigError as error:
+            mistakes += [f"{where}: {message}" for message in error.messages]
+            continue
+        if {part.name for part in parts} <= configured:
+            mistakes.append(f"{where}.overrides={list(recipe.overrides)} decide nothing")
+    if mistakes:
+        raise ConfigError(mistakes)

@@ -40,10 +40,12 @@ class Variant:
     Attributes:
         config: Of what is evaluated.
         teacher: Of what makes index, neighbours and targets; usually the same.
+        start: Of the memory that joint training begins with, where it begins with one.
     """
 
     config: Config
     teacher: Config
+    start: Config | None = None
 
     @classmethod
     def of(cls, config: Config) -> "Variant":
@@ -72,7 +74,8 @@ class Variant:
         """Returns the stages up to the memory; neighbours of test rows serve none."""
         test = Layout(self.teacher).neighbors("test").relative
         retrieval = [stage for stage in self.retrieval_stages() if stage.name != test]
-        return [*retrieval, *train.stages(self.config)]
+        start = [] if self.start is None else train.stages(self.start)
+        return [*retrieval, *start, *train.stages(self.config)]
 
 
 def base_variant(config: Config, seed: int) -> Variant:
@@ -86,7 +89,11 @@ def base_variant(config: Config, seed: int) -> Variant:
 
 
 def changed_variant(
-    base: Variant, overrides: Mapping[str, Any], label: str, always: Sequence[str] = ()
+    base: Variant,
+    overrides: Mapping[str, Any],
+    label: str,
+    always: Sequence[str] = (),
+    texts: Sequence[str] = (),
 ) -> Variant:
     """Returns a variant of a base; what changes is named after the label.
 
@@ -96,19 +103,35 @@ def changed_variant(
         label: For the names.
         always: Kinds of artifacts that get a name of their own in any case, because they
             are made in another way (checkpoints are kept).
+        texts: More overrides, not parsed yet, `section.key=value` each.
 
     Raises:
         ConfigError: A key or value is wrong, or a key is none that variants can change.
     """
-    _check_keys(overrides)
-    changed = changed_config(base.config, overrides)
+    _check_keys([*overrides, *(text.partition("=")[0].strip() for text in texts)])
+    changed = changed_config(base.config, overrides, texts)
     kinds = _changed_kinds(base.config, changed) | set(always)
+    if changed.train.mode == "joint" and changed.train.memory_start == "checkpoint":
+        return _continued(base, changed, kinds, label)
     config = _renamed(changed, kinds, label)
     if "datastore" in kinds and "targets" not in kinds:
         # Only what the memory reads is another state: targets stay, and so does their maker.
         return Variant(config, base.teacher)
     teacher = config if base.teacher == base.config else base.teacher
     return Variant(config, teacher)
+
+
+def _continued(base: Variant, changed: Config, kinds: set[str], label: str) -> Variant:
+    """Returns a variant whose joint training begins with the memory of its base."""
+    before = base.config
+    if before.train.mode != "memory" or kinds - {"joint"} or changed.memory != before.memory:
+        raise ConfigError(
+            "train.memory_start=checkpoint: joint training of a row can begin with the memory of "
+            "the configuration itself alone: train.mode=memory there, and only keys of train "
+            "different here"
+        )
+    config = changed_config(changed, {"train.name": f"{before.memory.name}-{label}"})
+    return Variant(config, base.teacher, start=before)
 
 
 def taught_variant(base: Variant, overrides: Mapping[str, Any], label: str) -> Variant:
@@ -140,8 +163,8 @@ def label_of(key: str, value: Any) -> str:
     return text.strip("-")
 
 
-def _check_keys(overrides: Mapping[str, Any]) -> None:
-    for key in overrides:
+def _check_keys(keys: Sequence[str]) -> None:
+    for key in keys:
         section, _, rest = key.partition(".")
         known = section in Config.model_fields  # What is not is refused with a hint.
         if known and (section not in SECTIONS or rest == "name"):

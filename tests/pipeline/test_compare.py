@@ -21,6 +21,9 @@ SMALL = (
     "pretrain.eval_interval_steps=4", "train.eval_interval_steps=4", "datastore.batch_size=64",
     "compare.seeds=[0,3]", "compare.rows=[knn,memory,longer,memory_knn,joint_gate]",
     "compare.extra_flops=networks",
+    "compare.recipes=[{name: continued, label: 'joint, from both', overrides: [train.mode=joint, "
+    "train.memory_start=checkpoint, train.num_steps=2, "
+    "train.decoder_optimizer.warmup_steps=1]}]",
 )  # fmt: skip
 
 
@@ -48,7 +51,7 @@ def _results(workdir: Path) -> dict:
 def test_rows_seeds_and_files(compared: Path):
     results = _results(compared)
     assert [row["key"] for row in results["rows"]] == [
-        "decoder", "knn", "memory", "longer", "memory_knn", "joint_gate",
+        "decoder", "knn", "memory", "longer", "memory_knn", "joint_gate", "continued",
     ]  # fmt: skip
     assert results["seeds"] == [0, 3]
     folder = compared / "results" / "compare"
@@ -60,7 +63,7 @@ def test_rows_seeds_and_files(compared: Path):
     ]  # fmt: skip
     assert float(lines[0]["test_nats"]) == pytest.approx(results["rows"][0]["test_nats"]["value"])
     with open(folder / "pairs.csv", newline="") as file:
-        assert len(list(csv.DictReader(file))) == 15 * 3
+        assert len(list(csv.DictReader(file))) == 21 * 3
 
 
 def test_numbers_come_from_the_stored_scores(compared: Path):
@@ -107,6 +110,19 @@ def test_the_longer_decoder_costs_what_decoder_and_memory_cost(compared: Path):
         by_purpose = memory["flops_by_purpose"]
         assert set(by_purpose) == {"pretrain", "embed", "index", "search", "train"}
         assert sum(by_purpose.values()) == pytest.approx(memory["flops"])
+
+
+def test_a_row_of_ones_own_goes_on_from_the_memory_and_is_charged_for_it(compared: Path):
+    (row,) = (row for row in _results(compared)["rows"] if row["key"] == "continued")
+    assert row["label"] == "joint, from both"
+    measured = json.loads((compared / "results" / "compare" / "measured.json").read_text())
+    manifest = json.loads((compared / "joint" / "seed-0-continued" / "manifest.json").read_text())
+    assert {"decoder/seed-0", "memory/seed-0"} <= set(manifest["made_from"])
+    memory = measured["rows"]["memory"]["0"]["cost"]["flops_by_purpose"]
+    joint = measured["rows"]["continued"]["0"]["cost"]["flops_by_purpose"]
+    added = joint.pop("train") - memory.pop("train")
+    assert added == pytest.approx(manifest["measured"]["model_flops"])
+    assert joint == pytest.approx(memory)
 
 
 def test_tokens_are_shared_and_seeds_differ(compared: Path):
@@ -215,11 +231,28 @@ def test_overfitting_by_epoch(compared: Path, capsys: pytest.CaptureFixture[str]
         ),
         (["ablate.seeds=[1,1]"], "ablate.seeds=[1, 1] names a seed twice"),
         (["ablate.name=base"], "ablate.name=base and memory.name=base must differ"),
+        (
+            ["compare.recipes=[{name: memory, overrides: [train.alpha=1]}]"],
+            "compare.recipes.0.name=memory is the name of another row",
+        ),
+        (
+            ["compare.recipes=[{name: none}]"],
+            "compare.recipes.0.overrides=[] must change at least one key",
+        ),
+        (
+            ["compare.recipes=[{name: a, overrides: [train.alpa=1, train.num_steps]}]"],
+            "compare.recipes.0: train.alpa=1: unknown key; did you mean train.alpha?",
+        ),
+        (
+            ["compare.recipes=[{name: a, overrides: [train.log_interval_steps=3]}]"],
+            "compare.recipes.0.overrides=['train.log_interval_steps=3'] decide nothing",
+        ),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], expected: str
 ):
-    assert run("ablate", tmp_path / "none", *overrides) == 2
+    command = overrides[0].split(".")[0]
+    assert run(command, tmp_path / "none", *overrides) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "none").exists()

@@ -83,6 +83,31 @@ def test_a_teacher_makes_targets_alone(tiny_config: Config):
     assert "neighbors/seed-7-big/test" not in names
 
 
+def test_joint_training_goes_on_from_the_memory_of_the_base(tiny_config: Config):
+    base = base_variant(tiny_config, 7)
+    variant = changed_variant(
+        base,
+        {"train.mode": "joint", "train.num_steps": 3},
+        "x",
+        texts=["train.memory_start=checkpoint", "train.decoder_optimizer.warmup_steps=1"],
+    )
+    assert renamed(variant.config) == set() and variant.config.joint_name == "seed-7-x"
+    stages = {stage.name: stage for stage in variant.memory_stages()}
+    shared = {stage.name: stage for stage in base.memory_stages()}
+    assert set(stages) - set(shared) == {"joint/seed-7-x"}
+    assert stages["memory/seed-7"].recipe == shared["memory/seed-7"].recipe
+    sources = {one.relative for one in stages["joint/seed-7-x"].origins()}
+    assert {"decoder/seed-7", "memory/seed-7"} <= sources
+
+
+@pytest.mark.parametrize("other", ["pretrain.num_steps=3", "memory.gate=learned"])
+def test_joint_training_cannot_go_on_from_what_no_row_makes(tiny_config: Config, other: str):
+    start = ["train.mode=joint", "train.memory_start=checkpoint"]
+    texts = [*start, "train.decoder_optimizer.warmup_steps=1", other]
+    with pytest.raises(ConfigError, match="only keys of train different"):
+        changed_variant(base_variant(tiny_config, 7), {}, "x", texts=texts)
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [
