@@ -5,7 +5,8 @@ The command line turns them into lines on standard error and an exit code
 `AssertionError` and friends and keep their traceback.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 EXIT_RUN_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -40,3 +41,32 @@ class RunFailed(UserError):
     """A run that began well and cannot go on, for example on a non-finite loss."""
 
     exit_code = EXIT_RUN_FAILED
+
+
+class Mistakes:
+    """Gathers independent mistakes, so that a user sees all of them at once."""
+
+    def __init__(self) -> None:
+        self._first: UserError | None = None
+        self._messages: dict[str, None] = {}
+
+    @contextlib.contextmanager
+    def gather(self) -> Iterator[None]:
+        """Takes a mistake of its block and goes on after it."""
+        try:
+            yield
+        except UserError as error:
+            self._first = self._first or error
+            self._messages |= dict.fromkeys(error.messages)
+
+    def __bool__(self) -> bool:
+        return self._first is not None
+
+    def refuse(self) -> None:
+        """Raises what was gathered, each message once; nothing where there is none.
+
+        Raises:
+            UserError: Of the kind of the first mistake.
+        """
+        if self._first is not None:
+            raise type(self._first)(list(self._messages)) from None

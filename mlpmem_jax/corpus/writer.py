@@ -4,6 +4,7 @@ import io
 import json
 import os
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -256,5 +257,5 @@ def _read_progress(path: epath.Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(io.BytesIO(path.read_bytes())) as archive:
             return dict(archive)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{path}: damaged ({error}); make it again with --rebuild") from None

@@ -15,9 +15,10 @@ import numpy as np
 from flax import nnx
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.console import progress
+from mlpmem_jax.console import progress, say
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import EmbeddingPlan
+from mlpmem_jax.datastore.files import human_bytes
 from mlpmem_jax.datastore.layout import ArraySpec
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.datastore.shards import ShardWriter
@@ -167,6 +168,8 @@ def embed_split(
     parts = [(shard, plan.shard_blocks(shard, writer.shard_rows)) for shard in missing]
     own_P = np.flatnonzero(owner_B == process_index())
     step = make_embed_step(decoder, settings, specs)
+    if missing:
+        say(f"{description}: {human_bytes(writer.missing_bytes())} to be stored")
     bar = progress(tokens.num_rows, "row", description)
     bar.update(tokens.num_rows - writer.count_rows(missing))
     with jax.set_mesh(mesh), stopping_where_asked():

@@ -88,10 +88,14 @@ class ShardWriter:
         Raises:
             UserError: They do not fit on the disk.
         """
-        row_bytes = sum(spec.row_bytes for spec in self._specs.values())
         rows = self.count_rows(self._missing)
-        check_free_space(self._path, rows * row_bytes, f"{self._path.name} ({rows} rows)")
+        check_free_space(self._path, self.missing_bytes(), f"{self._path.name} ({rows} rows)")
         return self._missing
+
+    def missing_bytes(self) -> int:
+        """Returns what the missing shards will take on disk, uncompressed."""
+        row_bytes = sum(spec.row_bytes for spec in self._specs.values())
+        return self.count_rows(self._missing) * row_bytes
 
     def count_rows(self, shards: Iterable[int]) -> int:
         """Returns the rows of some shards."""

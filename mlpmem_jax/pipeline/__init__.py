@@ -40,6 +40,8 @@ class Command:
 
 
 _RUN = ("workdir", "seed")
+# What says which trained model is meant, and with which λ it was trained.
+_MODEL = ("train.mode", "train.name", "train.interpolation", "train.interpolation_final")
 # What commands read that run every stage, some of them several times.
 _EVERY_STAGE = (
     *_RUN, "corpus", "tokenizer", "decoder", "memory", "mesh", "datastore", "retrieval", "targets",
@@ -50,7 +52,7 @@ COMMANDS: dict[str, Command] = {
     "tokenize": Command(
         "tokenize",
         "text into documents, splits and tokens",
-        (*_RUN, "corpus", "tokenizer"),
+        (*_RUN, "corpus", "tokenizer", "decoder.context_tokens", "pretrain.window_tokens"),
     ),
     "pretrain": Command(
         "pretrain",
@@ -75,14 +77,17 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "train",
         "train the MLP Memory on those distributions",
-        (*_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore", "targets", "train"),
+        (
+            *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore", "retrieval",
+            "targets", "train",
+        ),
     ),
     "evaluate": Command(
         "evaluate",
         "compare decoder, kNN-LM and memory on held-out text",
         (
             *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore", "retrieval",
-            "targets", "train.loss_chunk_tokens", "evaluate",
+            "targets", *_MODEL, "train.joint_weight", "train.loss_chunk_tokens", "evaluate",
         ),
     ),
     "compare": Command(
@@ -106,7 +111,10 @@ COMMANDS: dict[str, Command] = {
     "generate": Command(
         "generate",
         "continue prompts with decoder and memory",
-        (*_RUN, "decoder", "memory", "mesh", "datastore.input", "generate"),
+        (
+            *_RUN, "decoder", "memory", "mesh", "datastore.input", *_MODEL, "train.joint_weight",
+            "generate",
+        ),
     ),
     "compile": Command(
         "compile",

@@ -3,7 +3,7 @@
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.manifest import MANIFEST
-from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.errors import ArtifactError, Mistakes
 
 _WITH_TARGETS: tuple[Split, ...] = ("train", "valid")
 
@@ -20,11 +20,13 @@ def check_devices(config: Config, *keys: str) -> None:
     """
     from mlpmem_jax.parallel.mesh import check_batch, make_mesh
 
-    mesh = make_mesh(config.mesh)
+    mesh, mistakes = make_mesh(config.mesh), Mistakes()
     for name in keys:
         section = getattr(config, name)
         accumulation = getattr(section, "accumulation_steps", 1)
-        check_batch(mesh, f"{name}.batch_size", section.batch_size, accumulation)
+        with mistakes.gather():
+            check_batch(mesh, f"{name}.batch_size", section.batch_size, accumulation)
+    mistakes.refuse()
 
 
 def check_retrieval(config: Config) -> None:
@@ -33,19 +35,20 @@ def check_retrieval(config: Config) -> None:
     Raises:
         ConfigError: Names the key, its value and what is allowed.
     """
-    from mlpmem_jax.corpus.tokens import TokenSplit
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.retrieval.engine import choose_engine
     from mlpmem_jax.retrieval.neighbors import check_enough_rows
 
-    layout = Layout(config)
-    num_rows = 0
+    layout, mistakes, num_rows = Layout(config), Mistakes(), 0
     if (layout.tokens.path / MANIFEST).exists():
-        num_rows = TokenSplit.open(layout.tokens, "train").num_rows
+        num_rows = int(layout.tokens.load().counts["train_tokens"]) - 1
         name = str(layout.datastore("train").path)
-        check_enough_rows(config.retrieval.num_neighbors, num_rows, name)
-    platform = make_mesh(config.mesh).devices.flat[0].platform
-    choose_engine(config.retrieval, num_rows, platform)
+        with mistakes.gather():
+            check_enough_rows(config.retrieval.num_neighbors, num_rows, name)
+    with mistakes.gather():
+        platform = make_mesh(config.mesh).devices.flat[0].platform
+        choose_engine(config.retrieval, num_rows, platform)
+    mistakes.refuse()
 
 
 def check_teacher(config: Config) -> None:

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-import numpy as np
-
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.corpus.expected import UNKNOWN_ROWS, count_rows, rows_entry
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.training.flops import (
@@ -25,17 +24,6 @@ def _vocab_size(config: Config) -> int:
         return int(Layout(config).tokens.load().counts["vocab_size"])
     except ArtifactError:
         return config.tokenizer.vocab_size
-
-
-def _num_rows(config: Config, split: Split) -> int | None:
-    try:
-        return max(0, int(Layout(config).tokens.load().counts[f"{split}_tokens"]) - 1)
-    except ArtifactError:
-        return None
-
-
-def _unknown() -> dict[str, Any]:
-    return {"rows": "known once there are tokens"}
 
 
 def pretraining_estimate(config: Config) -> dict[str, Any]:
@@ -85,9 +73,10 @@ def training_estimate(config: Config) -> dict[str, Any]:
 
 def embedding_estimate(config: Config, split: Split) -> dict[str, Any]:
     """Rows, disk, host memory and flops of embedding a split."""
-    rows = _num_rows(config, split)
-    if rows is None:
-        return _unknown()
+    counted = count_rows(config, split)
+    if counted is None:
+        return {"rows": UNKNOWN_ROWS}
+    rows = counted[0]
     specs = Layout(config).datastore_arrays()
     row_bytes = sum(spec.row_bytes for spec in specs.values())
     window, stride = config.embedding_window_tokens, config.embedding_stride_tokens
@@ -96,17 +85,8 @@ def embedding_estimate(config: Config, split: Split) -> dict[str, Any]:
     blocks = decoder_flops_per_token(config.decoder, vocab, window, head=False)
     head = decoder_flops_per_token(config.decoder, vocab, window) - blocks
     return {
-        "rows": rows,
+        **rows_entry(*counted),
         "disk bytes": rows * row_bytes,
         "host bytes of shards under way": 4 * config.datastore.shard_rows * row_bytes,
         "model flops": rows * (blocks * window / stride + head),
     }
-
-
-def targets_bytes(config: Config, split: Split) -> int | None:
-    """Returns the disk bytes of a split's targets, if its tokens are there."""
-    rows = _num_rows(config, split)
-    if rows is None:
-        return None
-    specs = Layout(config).targets_arrays(_vocab_size(config))
-    return int(rows * np.sum([spec.row_bytes for spec in specs.values()]))

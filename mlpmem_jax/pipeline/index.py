@@ -6,6 +6,7 @@ from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.pipeline.checks import check_retrieval
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Completion, Stage
@@ -40,6 +41,7 @@ def stages(config: Config) -> list[Stage]:
             recipe=recipe(config),
             upstream=(layout.datastore("train"),),
             build=functools.partial(_build, config),
+            check=functools.partial(check_retrieval, config),
             estimate=functools.partial(_estimate, config),
         )
     ]

@@ -7,8 +7,8 @@ from mlpmem_jax.config.load import dump_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.files import human_bytes
-from mlpmem_jax.datastore.manifest import Status
-from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.datastore.manifest import MANIFEST, Status
+from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.pipeline.stage import Rebuild, Stage
 
 
@@ -26,6 +26,11 @@ def print_plan(config: Config, stages: Sequence[Stage], rebuild: Rebuild) -> Non
 
 def intention(stage: Stage, rebuild: Rebuild) -> str:
     """Returns what would happen to an artifact, in words."""
+    if not (stage.artifact.path / MANIFEST).exists():
+        try:
+            stage.check()
+        except UserError as error:
+            return f"REFUSED: {'; '.join(error.messages)}"
     try:
         made_from = stage.made_from()
     except ArtifactError:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.pipeline.checks import check_retrieval
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Completion, Stage
@@ -25,12 +26,14 @@ def stages(config: Config) -> list[Stage]:
     layout = Layout(config)
     exact = ExactCache(config)
     train = layout.datastore("train")
+    check = functools.partial(check_retrieval, config)
     kept = [
         Stage(
             artifact=layout.neighbors(split),
             recipe=_exact_recipe(config),
             upstream=(train, layout.datastore(split)),
             build=functools.partial(_build_neighbors, config, split, exact),
+            check=check,
             estimate=functools.partial(_estimate, config, split),
         )
         for split in ("valid", "test")
@@ -42,6 +45,7 @@ def stages(config: Config) -> list[Stage]:
                 recipe=_searched_recipe(config),
                 upstream=(train, layout.index),
                 build=functools.partial(_build_neighbors, config, "train", exact),
+                check=check,
                 estimate=functools.partial(_estimate, config, "train"),
             )
         )
@@ -56,6 +60,7 @@ def stages(config: Config) -> list[Stage]:
             recipe=_targets_recipe(config),
             upstream=(layout.tokens, train, searched, *valid),
             build=functools.partial(_build_train_targets, config, exact),
+            check=check,
             estimate=functools.partial(_estimate_targets, config, "train"),
         ),
         Stage(
@@ -63,6 +68,7 @@ def stages(config: Config) -> list[Stage]:
             recipe=_targets_recipe(config),
             upstream=(layout.tokens, train, *valid, layout.targets("train")),
             build=functools.partial(_build_valid_targets, config),
+            check=check,
             estimate=functools.partial(_estimate_targets, config, "valid"),
         ),
     ]

@@ -1,8 +1,7 @@
 """All stages in order, each skipped when complete and current; then the table and a sample."""
 
-from collections.abc import Sequence
-
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.errors import Mistakes
 from mlpmem_jax.pipeline import (
     embed,
     evaluate,
@@ -15,16 +14,22 @@ from mlpmem_jax.pipeline import (
 )
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.stage import Rebuild, Stage
+from mlpmem_jax.pipeline.stage import Rebuild, Stage, check_stages
 
 
 def stages(config: Config) -> list[Stage]:
     """Returns every stage, in the order of the data flow."""
-    parts: Sequence[list[Stage]] = [
-        command.stages(config)
-        for command in (tokenize, pretrain, embed, index, retrieve, train, evaluate)
-    ]
-    return [stage for part in parts for stage in part]
+    commands = (tokenize, pretrain, embed, index, retrieve, train, evaluate)
+    found: list[Stage] = []
+    mistakes = Mistakes()
+    for command in commands:
+        with mistakes.gather():
+            found += command.stages(config)
+    if mistakes:
+        with mistakes.gather():
+            check_stages(found)
+    mistakes.refuse()
+    return found
 
 
 def main(config: Config, options: Options) -> int:

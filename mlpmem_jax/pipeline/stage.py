@@ -9,7 +9,7 @@ from typing import Any
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.lock import only_maker
 from mlpmem_jax.datastore.manifest import MANIFEST, Artifact, Manifest, Status
-from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.errors import ArtifactError, Mistakes
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.multihost import barrier, is_writer
 from mlpmem_jax.parallel.preemption import started_secs
@@ -45,8 +45,8 @@ class Stage:
             stages before are done; they must be complete when it is built.
         build: Makes it, continuing what an interrupted start left; returns the report.
         check: Refuses what can be known to be wrong before anything is made. Called for all
-            stages first, when upstream artifacts may still be missing, and again before
-            the artifact is begun.
+            stages first, when upstream artifacts may still be missing, and for those that are
+            left whenever one was made: what a later stage refuses costs no earlier one.
         estimate: Disk, memory and flops beforehand, for `--dry-run`: name to number or text.
         skip: Asked once the stages before are done: why the artifact is not needed, or None.
         builders: Which processes call `build`.
@@ -100,23 +100,35 @@ def run_stages(
     Raises:
         ArtifactError: An upstream artifact is missing, or an artifact was made otherwise.
     """
+    check_stages(stages)
+    for place, stage in enumerate(stages):
+        reason = stage.skip()
+        if reason is not None:
+            say(f"{stage.name}: not needed ({reason})")
+        elif run_stage(stage, rebuild, before_building):
+            check_stages(stages[place + 1 :])
+
+
+def check_stages(stages: Sequence[Stage]) -> None:
+    """Asks every stage whose artifact is not there what it refuses.
+
+    Raises:
+        UserError: With the mistakes of all.
+    """
+    mistakes = Mistakes()
     for stage in stages:
         if not (stage.artifact.path / MANIFEST).exists():
-            stage.check()
-    for stage in stages:
-        reason = stage.skip()
-        if reason is None:
-            run_stage(stage, rebuild, before_building)
-        else:
-            say(f"{stage.name}: not needed ({reason})")
+            with mistakes.gather():
+                stage.check()
+    mistakes.refuse()
 
 
 def run_stage(
     stage: Stage,
     rebuild: Rebuild = Rebuild.REFUSE,
     before_building: Callable[[], None] = lambda: None,
-) -> Manifest:
-    """Makes one artifact, unless it is complete and current.
+) -> bool:
+    """Makes one artifact, unless it is complete and current; returns whether it was made.
 
     All processes of a run come here together; process 0 alone writes what there is one of.
     """
@@ -132,10 +144,10 @@ def run_stage(
             status = _status(stage, made_from, Rebuild.REFUSE)
             assert status is not None
             if status is not Status.COMPLETE:
-                return _make(stage, made_from, status, before_building)
-    manifest = stage.artifact.load()
-    say(f"{stage.name}: complete ({manifest.fingerprint})")
-    return manifest
+                _make(stage, made_from, status, before_building)
+                return True
+    say(f"{stage.name}: complete ({stage.artifact.load().fingerprint})")
+    return False
 
 
 def _status(stage: Stage, made_from: Mapping[str, str], rebuild: Rebuild) -> Status | None:
@@ -163,7 +175,7 @@ def _make(
     made_from: Mapping[str, str],
     status: Status,
     before_building: Callable[[], None],
-) -> Manifest:
+) -> None:
     say(f"{stage.name}: " + ("continuing" if status is Status.PARTIAL else "making"))
     started = time.monotonic()
     if is_writer():
@@ -184,7 +196,6 @@ def _make(
     barrier(f"{stage.name}: finished")
     manifest = _load_soon(stage.artifact)
     say(f"{stage.name}: made in {seconds:.1f} s ({manifest.fingerprint})")
-    return manifest
 
 
 def _load_soon(artifact: Artifact) -> Manifest:

@@ -9,6 +9,7 @@ from typing import Any
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import progress, say
 from mlpmem_jax.corpus.checks import Scan, check_before, check_splits, check_window, tokenizer_for
+from mlpmem_jax.corpus.expected import BYTES_PER_TOKEN
 from mlpmem_jax.corpus.stream import Corpus
 from mlpmem_jax.corpus.tokenizer import (
     TOKENIZER_FILE,
@@ -157,8 +158,8 @@ def _text_bytes(config: Config, listed_bytes: int, scan: Scan | None) -> int | N
 
 
 def _estimate(config: Config, text_bytes: int | None) -> dict[str, int]:
-    """Returns what the token arrays will take, at three bytes of text a token."""
+    """Returns what the token arrays will take."""
     if text_bytes is None:
         return {}
     itemsize = token_dtype(config.tokenizer.vocab_size)().itemsize
-    return {"text_bytes": text_bytes, "disk_bytes": text_bytes // 3 * itemsize}
+    return {"text_bytes": text_bytes, "disk_bytes": text_bytes // BYTES_PER_TOKEN * itemsize}

@@ -22,7 +22,7 @@ from etils import epath
 
 from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.datastore.files import is_local, read_json, write_json
-from mlpmem_jax.errors import ConfigError, RunFailed
+from mlpmem_jax.errors import ConfigError, UserError
 from mlpmem_jax.parallel.sharing import share_of
 from mlpmem_jax.retrieval.engine import EngineName, Keys, SomeKeys, read_all
 from mlpmem_jax.retrieval.merge import MISSING_ROW, Neighbors, merge, sortable, unpack
@@ -175,10 +175,21 @@ def _build_shard(keys: Keys, rows: range, target: epath.Path, config: RetrievalC
 
 
 def _check_written(path: epath.Path, files: Sequence[str], rows: range) -> None:
-    # A full disk truncates files without an error from ScaNN.
-    stored = [name for name in files if name == "dataset.npy"]
-    if not stored or len(np.load(path / stored[0], mmap_mode="r")) != len(rows):
-        raise RunFailed(f"{path.parent.parent}: the index could not be written whole")
+    # A full disk truncates files without an error from ScaNN. Mapping an array fails where its
+    # file is shorter than its header says; other files are small, and the list of files, which
+    # is written after them, would not find room either.
+    try:
+        lengths = {
+            name: len(np.load(path / name, mmap_mode="r"))
+            for name in files
+            if name.endswith(".npy")
+        }
+    except (ValueError, OSError, EOFError):
+        lengths = {}
+    if lengths.get("dataset.npy") != len(rows):
+        raise UserError(
+            f"{path.parent.parent}: the index could not be written whole; is the disk full?"
+        )
 
 
 class ApproximateEngine:

@@ -3,16 +3,17 @@
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.corpus.expected import UNKNOWN_ROWS, count_rows, rows_entry
 from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.errors import UserError
 from mlpmem_jax.retrieval import approximate
 
 
 def estimate_index(config: Config) -> dict[str, Any]:
     """Returns disk and memory needed, as far as the number of rows is known."""
-    num_rows, width = _rows(config, "train"), config.decoder.width
-    if num_rows is None:
-        return {"index": "known once the datastore exists"}
+    counted, width = count_rows(config, "train"), config.decoder.width
+    if counted is None:
+        return {"rows": UNKNOWN_ROWS}
+    num_rows = counted[0]
     largest = min(num_rows, config.retrieval.shard_rows)
     return {
         "index bytes on disk, at most": approximate.index_bytes(
@@ -24,21 +25,15 @@ def estimate_index(config: Config) -> dict[str, Any]:
     }
 
 
-def _rows(config: Config, split: Split) -> int | None:
-    try:
-        return int(Layout(config).datastore(split).load().counts["rows"])
-    except UserError:
-        return None
-
-
 def estimate_neighbors(config: Config, split: Split) -> dict[str, Any]:
     """Returns disk and work of keeping the neighbours of a split."""
-    num_rows, num_keys = _rows(config, split), _rows(config, "train")
-    if num_rows is None or num_keys is None:
-        return {"neighbours": "known once the datastore exists"}
+    queries, keys = count_rows(config, split), count_rows(config, "train")
+    if queries is None or keys is None:
+        return {"rows": UNKNOWN_ROWS}
+    num_rows, num_keys = queries[0], keys[0]
     specs = Layout(config).neighbors_arrays()
     return {
-        "rows": num_rows,
+        **rows_entry(*queries),
         "bytes on disk": num_rows * sum(spec.row_bytes for spec in specs.values()),
         "bytes of memory": num_keys * (config.decoder.width + 1) * 4,
         "flops": 2.0 * num_rows * num_keys * config.decoder.width,
@@ -47,11 +42,12 @@ def estimate_neighbors(config: Config, split: Split) -> dict[str, Any]:
 
 def estimate_targets(config: Config, split: Split) -> dict[str, Any]:
     """Returns disk of the targets of a split."""
-    num_rows = _rows(config, split)
-    if num_rows is None:
-        return {"targets": "known once the datastore exists"}
+    counted = count_rows(config, split)
+    if counted is None:
+        return {"rows": UNKNOWN_ROWS}
+    num_rows = counted[0]
     specs = Layout(config).targets_arrays(config.tokenizer.vocab_size)
     return {
-        "rows": num_rows,
+        **rows_entry(*counted),
         "bytes on disk": num_rows * sum(spec.row_bytes for spec in specs.values()),
     }

@@ -48,7 +48,8 @@ def make_run(make_config):
             return config
         for artifact in (layout.tokens, layout.decoder):
             artifact.begin({}, {})
-            artifact.finish(counts={"separator_id": SEPARATOR, "vocab_size": VOCAB})
+            counts = {"separator_id": SEPARATOR, "vocab_size": VOCAB}
+            artifact.finish(counts={**counts, "train_tokens": ROWS["train"] + 1})
         origin = {one.relative: one.load().fingerprint for one in (layout.tokens, layout.decoder)}
         for seed, split in enumerate(SPLITS):
             generator = np.random.default_rng(seed)

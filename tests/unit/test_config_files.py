@@ -52,6 +52,19 @@ def test_help_lists_each_key_with_type_default_and_meaning(name):
     assert "seed int ≥ 0, default 0" in text
 
 
+def test_help_names_what_commands_read_of_other_sections():
+    """Each of these changes what the command does, or what it finds."""
+    model = {"train.mode", "train.name", "train.interpolation", "train.joint_weight"}
+    reads = {
+        "tokenize": {"decoder.context_tokens", "pretrain.window_tokens"},
+        "train": {"retrieval.num_neighbors"},  # the refreshes of joint training
+        "evaluate": model,
+        "generate": model,
+    }
+    for command, paths in reads.items():
+        assert paths <= {key.path for key in select(COMMANDS[command].sections)}
+
+
 def test_help_fits_its_width():
     lines = describe(("decoder", "train"), width=100).splitlines()
     assert max(map(len, lines)) <= 100

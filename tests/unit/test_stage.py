@@ -5,9 +5,9 @@ import time
 import pytest
 
 from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.parallel.preemption import STARTED_SECS
-from mlpmem_jax.pipeline.stage import Completion, Rebuild, Stage, run_stage
+from mlpmem_jax.pipeline.stage import Completion, Rebuild, Stage, run_stage, run_stages
 
 
 @pytest.fixture
@@ -51,3 +51,26 @@ def test_after_a_preemption_what_the_run_has_made_again_is_kept(make, monkeypatc
     monkeypatch.setenv(STARTED_SECS, str(time.time() - 60))
     assert make(1, Rebuild.ALWAYS) == 4  # begun by it, and continued
     assert make(1, Rebuild.ALWAYS) == 4
+
+
+def test_mistakes_of_all_stages_come_together_and_before_anything_is_made(tmp_path):
+    made = []
+
+    def stage(name, mistakes):
+        def check():
+            if mistakes and (made or name != "c"):
+                raise ConfigError(mistakes)
+
+        def build():
+            made.append(name)
+            return Completion()
+
+        return Stage(Artifact(tmp_path / "run", name, name), {}, (), build, check=check)
+
+    with pytest.raises(ConfigError) as refused:
+        run_stages([stage("a", ["first"]), stage("b", ["first", "second"]), stage("d", [])])
+    assert refused.value.messages == ("first", "second") and not made
+    # What a stage can say only once the one before it is made costs nothing in between.
+    with pytest.raises(UserError, match="third"):
+        run_stages([stage("a", []), stage("b", []), stage("c", ["third"])])
+    assert made == ["a"]

@@ -1,0 +1,147 @@
+"""What is refused, with one line for each mistake, before anything is computed or written."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from mlpmem_jax.__main__ import main
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.retrieval import engine
+from tests.pipeline.conftest import TINY
+
+
+def _start(command: str, workdir: Path | str, *overrides: str) -> int:
+    return main([command, "--config", str(TINY), "--workdir", str(workdir), *overrides])
+
+
+def _errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+
+
+@pytest.fixture
+def copied_run(tiny_run: Config, tmp_path: Path) -> Path:
+    """A finished run that may be changed."""
+    return shutil.copytree(tiny_run.workdir, tmp_path / "run")
+
+
+def test_mistakes_of_all_stages_are_reported_in_one_start(tmp_path, capsys, monkeypatch):
+    """One of the text, one of the devices, one of the installation."""
+    monkeypatch.setattr(engine, "is_approximate_installed", lambda: False)
+    overrides = (
+        "corpus.source=text", f"corpus.paths=['{tmp_path}/*.none']", "retrieval.engine=scann",
+        "pretrain.batch_size=7", "train.batch_size=9", "datastore.batch_size=5",
+    )  # fmt: skip
+    mesh = jax.make_mesh((2, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices() * 2)
+    monkeypatch.setattr("mlpmem_jax.parallel.mesh.make_mesh", lambda config: mesh)
+    assert _start("run", tmp_path / "run", *overrides) == 2
+    errors = _errors(capsys)
+    expected = (
+        "*.none", "pretrain.batch_size=7", "train.batch_size=9", "datastore.batch_size=5",
+        "retrieval.engine=scann",
+    )  # fmt: skip
+    assert len(errors) == len(expected)
+    for words in expected:
+        assert sum(words in line for line in errors) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_neighbours_than_rows_cost_no_training(tmp_path, capsys):
+    """How many rows there are is known once there are tokens."""
+    wanted = ("retrieval.engine=exact", "retrieval.num_neighbors=10000000")
+    assert _start("run", tmp_path / "run", *wanted) == 2
+    (line,) = _errors(capsys)
+    assert "retrieval.num_neighbors=10000000" in line and "other rows" in line
+    made = {path.name for path in (tmp_path / "run").iterdir()}
+    assert made == {"config.yaml", "tokenizer", "tokens"}
+
+
+def test_a_missing_package_is_noticed_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scann", None)
+    assert _start("run", tmp_path / "run", "retrieval.engine=scann") == 2
+    (line,) = _errors(capsys)
+    assert "retrieval.engine=scann" in line and "retrieval.engine=exact" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_of_another_size_than_the_decoders(copied_run: Path, capsys):
+    """The decoder's manifest says with how many tokens it was trained."""
+    shutil.rmtree(copied_run / "tokens")
+    shutil.rmtree(copied_run / "tokenizer")
+    assert _start("tokenize", copied_run, "tokenizer.vocab_size=320") == 0
+    capsys.readouterr()
+    assert _start("generate", copied_run, "tokenizer.vocab_size=320") == 2
+    (line,) = _errors(capsys)
+    assert "a vocabulary of" in line and "tokens" in line and "decoder/base" in line
+
+
+def test_a_memory_of_another_decoder(copied_run: Path, capsys):
+    shutil.rmtree(copied_run / "decoder")
+    assert _start("pretrain", copied_run, "pretrain.num_steps=4") == 0
+    capsys.readouterr()
+    assert _start("generate", copied_run, "pretrain.num_steps=4") == 2
+    (line,) = _errors(capsys)
+    assert "memory/base" in line and "another decoder" in line and "--rebuild" in line
+
+
+@pytest.mark.parametrize("kind", ["decoder", "memory"])
+def test_a_flipped_byte_in_finished_weights(copied_run: Path, capsys, kind: str):
+    """Orbax would restore it without a word."""
+    last = max((copied_run / kind / "base" / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    files = [path for path in (last / "params").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    assert _start("generate", copied_run) == 2
+    (line,) = _errors(capsys)
+    assert str(largest) in line and "damaged" in line
+
+
+def test_damaged_progress_of_tokenize_is_named(tmp_path, capsys):
+    config_dir = tmp_path / "run"
+    assert _start("tokenize", config_dir) == 0
+    tokens = config_dir / "tokens"
+    (tokens / "manifest.json").rename(tokens / "building.json")
+    (tokens / "progress.npz").write_bytes(b"PK\x03\x04 this is no archive")
+    capsys.readouterr()
+    assert _start("tokenize", config_dir) == 2
+    (line,) = _errors(capsys)
+    assert "progress.npz: damaged" in line and "--rebuild" in line
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="there is no /sys/kernel here")
+def test_a_directory_that_nobody_may_write(capsys):
+    """Permissions do not bind root; the kernel's own file system does."""
+    assert _start("tokenize", "/sys/kernel/mlpmem-run") == 2
+    (line,) = _errors(capsys)
+    assert "/sys/kernel/mlpmem-run" in line
+
+
+def test_a_truncated_file_of_the_index_is_noticed(tiny_run: Config, tmp_path, monkeypatch):
+    """A full disk cuts files short, and ScaNN does not say so."""
+    pytest.importorskip("scann")
+    from mlpmem_jax.errors import UserError
+    from mlpmem_jax.retrieval import approximate
+    from mlpmem_jax.retrieval.engine import StoredKeys
+
+    config = tiny_run
+    keys = StoredKeys(Layout(config).datastore("train"))
+    written = approximate._check_written
+
+    def cut(path, files, rows):
+        largest = max(
+            (Path(path / name) for name in files if name.endswith(".npy")),
+            key=lambda file: file.stat().st_size,
+        )
+        with open(largest, "r+b") as file:
+            file.truncate(largest.stat().st_size // 2)
+        written(path, files, rows)
+
+    monkeypatch.setattr(approximate, "_check_written", cut)
+    with pytest.raises(UserError, match="could not be written whole; is the disk full"):
+        for _ in approximate.build_shards(keys, Layout(config).index.path, config.retrieval):
+            pass
