@@ -15,38 +15,58 @@ DAY = 86_400.0
 SIZES = (100e6, 5e9, 300e9)
 
 
+def _given(value: float, source: str) -> float:
+    """Returns a field with a value and where it is from."""
+    return dataclasses.field(default=value, metadata={"source": source})
+
+
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Numbers of one plan; field comments name their sources."""
+    """Numbers of one plan, each with its meaning and its source."""
 
-    width: float = 4096  # D, of the keys and of the memory's input (Llama-2-7B)
-    decoder_flops: float = 1.4e10  # forward pass of a token: 2 · 6.7e9 parameters + attention
-    memory_flops: float = 2.43e9  # forward pass of a row: 2 · 1.21e9 parameters
-    vocab_bytes: float = 2  # of a token id in targets; 4 above 65536 entries
-    kept_tokens: float = 128  # S
-    neighbors: float = 1024  # K
-    context_overlap: float = 2.0  # window / stride: how often a token is read when embedding
-    epochs: float = 5  # of the memory's training (the paper)
-    chips: float = 64
-    chip_flops: float = 459e12  # v5p, data sheet
-    share_of_peak: float = 0.5  # assumed; `compile` gives an upper bound
-    chip_memory_bytes: float = 95 * 2**30  # v5p, data sheet
-    hosts: float = 16  # v5p: 4 chips a host
-    host_ram_bytes: float = 448e9  # v5p host, data sheet
-    host_cores: float = 208  # v5p host, data sheet
-    host_write_bytes_per_sec: float = 0.5e9  # zarr3 shards, one host: 340-750 MB/s measured
-    host_network_bytes_per_sec: float = 12.5e9  # 100 Gbit/s, assumed
-    scann_ram_factor: float = 3.0  # float32 keys and about 2 x beside them, measured
-    scann_dims_per_block: float = 2  # retrieval.dims_per_block
-    # Measured: 2.29M rows of width 128, 60 of 1513 leaves, 4,000 queries/s on 2 cores, so
+    width: float = _given(4096, "D, of the keys and of the memory's input (Llama-2-7B)")
+    decoder_flops: float = _given(
+        1.4e10, "forward pass of a token: 2 · 6.7e9 parameters + attention (Llama-2-7B)"
+    )
+    memory_flops: float = _given(
+        2.43e9, "forward pass of a row: 2 · 1.21e9 parameters (configs/llama2_7b.yaml)"
+    )
+    vocab_bytes: float = _given(2, "of a token id in targets (our format); 4 above 65536 entries")
+    kept_tokens: float = _given(128, "S, targets.num_tokens (configs/llama2_7b.yaml)")
+    neighbors: float = _given(1024, "K (the paper)")
+    context_overlap: float = _given(
+        2.0, "window / stride: how often a token is read when embedding (chosen)"
+    )
+    epochs: float = _given(5, "of the memory's training (the paper)")
+    chips: float = _given(64, "v5p-128 (chosen)")
+    chip_flops: float = _given(459e12, "v5p, bfloat16 (data sheet)")
+    share_of_peak: float = _given(0.5, "assumed; `compile` gives an upper bound")
+    chip_memory_bytes: float = _given(95 * 2**30, "v5p (data sheet)")
+    hosts: float = _given(16, "v5p: 4 chips a host (data sheet)")
+    host_ram_bytes: float = _given(448e9, "v5p host (data sheet)")
+    host_cores: float = _given(208, "v5p host (data sheet)")
+    host_write_bytes_per_sec: float = _given(
+        0.5e9, "zarr3 shards, one host (measured: 340-750 MB/s)"
+    )
+    host_network_bytes_per_sec: float = _given(12.5e9, "100 Gbit/s (assumed)")
+    scann_ram_factor: float = _given(3.0, "float32 keys and about 2 x beside them (measured)")
+    scann_dims_per_block: float = _given(2, "retrieval.dims_per_block (its default)")
     # 4000 · 2.29e6 · 60 / 1513 / 2 points a second and core, each of 64 codes.
-    scann_codes_per_sec_core: float = 4000 * 2.29e6 * 60 / 1513 / 2 * 64
-    # Measured: 500k rows of width 128 and 707 leaves in 9 s on 2 cores.
-    scann_build_per_sec_core: float = 500e3 * 128 * 707 / 9 / 2
-    shard_rows: float = 4e6  # retrieval.shard_rows
-    leaf_share: float = 0.04  # leaves visited: 60 of 1513 gave recall@256 0.997
-    routed_shards: float = 8  # shards that a query visits when centroids choose them
-    targets_rows_per_sec_core: float = 16.5e3  # 33,000 rows/s on 2 cores, measured
+    scann_codes_per_sec_core: float = _given(
+        4000 * 2.29e6 * 60 / 1513 / 2 * 64,
+        "measured: 2.29M rows of width 128, 60 of 1513 leaves, 4,000 queries/s on 2 cores",
+    )
+    scann_build_per_sec_core: float = _given(
+        500e3 * 128 * 707 / 9 / 2, "measured: 500k rows of width 128, 707 leaves, 9 s on 2 cores"
+    )
+    shard_rows: float = _given(4e6, "retrieval.shard_rows (its default)")
+    leaf_share: float = _given(0.04, "leaves visited (measured: 60 of 1513, recall@256 0.997)")
+    routed_shards: float = _given(
+        8, "shards that a query visits when centroids choose them (assumed)"
+    )
+    targets_rows_per_sec_core: float = _given(
+        16.5e3, "neighbours to targets (measured: 33,000 rows/s on 2 cores)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +185,16 @@ def table(plans: list[Plan]) -> str:
     return "\n".join(lines)
 
 
+def inputs_table() -> str:
+    """Returns every input with its value and its source, one a line."""
+    fields = dataclasses.fields(Inputs)
+    names = max(len(field.name) for field in fields)
+    return "\n".join(
+        f"{field.name:<{names}} = {field.default:<12g} {field.metadata['source']}"
+        for field in fields
+    )
+
+
 def _shown(field: str, value: float) -> str:
     if field.endswith("_bytes"):
         return _scaled(value, ("B", "kB", "MB", "GB", "TB", "PB", "EB"))
@@ -202,8 +232,7 @@ def main(arguments: list[str]) -> int:
     for argument in arguments:
         name, _, value = argument.partition("=")
         if argument == "--inputs":
-            for field in dataclasses.fields(Inputs):
-                print(f"{field.name} = {field.default:g}")
+            print(inputs_table())
             return 0
         try:
             number = float(value)

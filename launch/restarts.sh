@@ -76,11 +76,9 @@ run_once() {
 # with_restarts COMMAND…: runs a command, again after each preemption; returns its last code.
 # A signal to this script stops for good: whoever sent it may start the script again.
 with_restarts() {
-  local code started
+  local code started began
   told_to_stop="" child=""
-  # With --rebuild a later start keeps what this run has made since.
-  MLPMEM_STARTED_SECS="${MLPMEM_STARTED_SECS:-$(date +%s)}"
-  export MLPMEM_STARTED_SECS
+  began="$(date +%s)"
   trap 'forward INT' INT
   trap 'forward TERM' TERM
   trap 'forward HUP' HUP
@@ -90,5 +88,8 @@ with_restarts() {
     [ -z "$told_to_stop" ] || return "$code"
     may_restart "$code" $((SECONDS - started)) || return "$code"
     [ -z "$told_to_stop" ] || return "$code"
+    # With --rebuild a later start keeps what this run has made since. The first is told nothing:
+    # what a machine whose clock is fast wrote before would look as if this run had made it.
+    export MLPMEM_STARTED_SECS="${MLPMEM_STARTED_SECS:-$began}"
   done
 }

@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 # Sourced by run.sh: this machine, one process or several joined by jax.distributed.
 
-switches=""
+switches="--dry-run"
 values="--processes --devices-per-process --logs --with"
 
 target_usage() {
@@ -12,11 +12,30 @@ flags of local:
   --devices-per-process D   D simulated CPU devices in each process
   --logs DIR                another directory for these logs
   --with gpu|tpu            also installs requirements-gpu.txt or requirements-tpu.txt
+  --dry-run                 print the commands, run nothing (after COMMAND it is the command's
+                            own, and prints its plan)
 USAGE
 }
 
+# print_processes LOGS DEVICES COMMAND…: prints, as comments, what mlpmem_jax.launching starts:
+# the port is one that is free then, and it also stops all of them when one fails.
+print_processes() {
+  local logs="$1" devices="$2" index log
+  local variables=(JAX_PLATFORMS="${JAX_PLATFORMS-cpu}" MLPMEM_COORDINATOR=localhost:PORT
+    MLPMEM_NUM_PROCESSES="$processes")
+  shift 2
+  [ -z "$devices" ] || variables+=(MLPMEM_DEVICES_PER_PROCESS="$devices")
+  printf '# which starts\n'
+  for ((index = 0; index < processes; index++)); do
+    log=""
+    [ "$index" -eq 0 ] || log=" </dev/null >>$(quoted "$logs/process-$index.log") 2>&1"
+    printf '# %s%s &\n' \
+      "$(quoted env "${variables[@]}" MLPMEM_PROCESS_INDEX="$index" "$@")" "$log"
+  done
+}
+
 run_target() {
-  local processes devices logs with requirements=(requirements.txt) module=mlpmem_jax
+  local processes devices logs with requirements=(requirements.txt) variables
   processes="$(flag --processes 1)"
   devices="$(flag --devices-per-process)"
   logs="$(flag --logs)"
@@ -33,17 +52,27 @@ run_target() {
       fail "--with=$with: there is no requirements-$with.txt"
     requirements+=("requirements-$with.txt")
   fi
+  # Huge pages for what XLA on CPU allocates anew each step (see mlpmem_jax/parallel/host.py).
+  variables=(GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+    PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}")
+  # -P: a folder of the caller that happens to be named like the package is not imported.
+  local python=("$venv/bin/python" -P -m) launching=()
   if [ "$processes" -gt 1 ]; then
-    set -- ${logs:+--logs "$logs"} "$@"
-    set -- --processes "$processes" ${devices:+--devices-per-process "$devices"} "$@"
-    module=mlpmem_jax.launching
-  elif [ -n "$devices" ]; then
-    export MLPMEM_DEVICES_PER_PROCESS="$devices"
+    launching=("${python[@]}" mlpmem_jax.launching --processes "$processes")
+    [ -z "$devices" ] || launching+=(--devices-per-process "$devices")
+    [ -z "$logs" ] || launching+=(--logs "$logs")
+  else
+    launching=("${python[@]}" mlpmem_jax)
+    [ -z "$devices" ] || variables+=(MLPMEM_DEVICES_PER_PROCESS="$devices")
+  fi
+  if [ "$dry_run" = yes ]; then
+    quoted bash "$root/launch/install.sh" "${requirements[@]}"
+    quoted env "${variables[@]}" "${launching[@]}" "$@"
+    [ "$processes" -eq 1 ] ||
+      print_processes "${logs:-WORKDIR/logs}" "$devices" "${python[@]}" mlpmem_jax "$@"
+    return
   fi
   ensure_environment "${requirements[@]}"
-  # Huge pages for what XLA on CPU allocates anew each step (see mlpmem_jax/parallel/host.py).
-  export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
-  export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-  # -P: a folder of the caller that happens to be named like the package is not imported.
-  with_restarts "$venv/bin/python" -P -m "$module" "$@"
+  export "${variables[@]}"
+  with_restarts "${launching[@]}" "$@"
 }

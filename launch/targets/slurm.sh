@@ -48,6 +48,14 @@ set -euo pipefail
 cd $(quoted "$PWD")
 export PYTHONPATH=$(quoted "$root")
 logs=$(quoted "$folder")/$name-\$SLURM_JOB_ID
+# With --rebuild, a job that is queued again keeps what it has made since its first start.
+mkdir -p "\$logs"
+if [ "\${SLURM_RESTART_COUNT:-0}" -eq 0 ] || [ ! -s "\$logs/started" ]; then
+  date +%s >"\$logs/started"
+else
+  MLPMEM_STARTED_SECS="\$(cat "\$logs/started")"
+  export MLPMEM_STARTED_SECS
+fi
 code=0
 # A task that ends alone takes the others down within --wait seconds; --kill-on-bad-exit would
 # not leave the rest the time to save when one is preempted.

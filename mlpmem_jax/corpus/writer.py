@@ -7,12 +7,12 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from mlpmem_jax.corpus.encoding import encoded
 from mlpmem_jax.corpus.stream import Corpus, Piece, Position
 from mlpmem_jax.corpus.tokenizer import TextTokenizer
 from mlpmem_jax.corpus.tokens import tokens_arrays
@@ -20,6 +20,7 @@ from mlpmem_jax.datastore.files import write_bytes
 from mlpmem_jax.datastore.layout import SPLITS, Split
 from mlpmem_jax.datastore.store import Appender
 from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.parallel.agreement import of_first
 
 PROGRESS_FILE = "progress.npz"
 # Text that is encoded at once; encodings take some 60 times its size in memory.
@@ -176,7 +177,7 @@ class TokenWriter:
             corpus: The text.
             on_progress: Called with the number of bytes of each batch.
         """
-        for pieces, tokens in self._encoded(batches(corpus.pieces(self.position), _batch_bytes())):
+        for pieces, tokens in encoded(self._tokenizer, batches(corpus, self.position)):
             written = self._add(pieces, tokens)
             self.position = pieces[-1].position
             if written or time.monotonic() - self._saved > _SAVE_SECS:
@@ -184,20 +185,6 @@ class TokenWriter:
             on_progress(sum(piece.num_bytes for piece in pieces))
         self.position = corpus.position
         self.save()
-
-    def _encoded(
-        self, source: Iterator[list[Piece]]
-    ) -> Iterator[tuple[list[Piece], list[np.ndarray]]]:
-        """Yields batches in order; one is encoded while others are read and written."""
-        with ThreadPoolExecutor(1) as encoder:
-            waiting: tuple[list[Piece], Future[list[np.ndarray]]] | None = None
-            for pieces in source:
-                future = encoder.submit(self._tokenizer.encode, [piece.text for piece in pieces])
-                if waiting:
-                    yield waiting[0], waiting[1].result()
-                waiting = pieces, future
-            if waiting:
-                yield waiting[0], waiting[1].result()
 
     def _add(self, pieces: list[Piece], tokens: list[np.ndarray]) -> bool:
         written = False
@@ -232,7 +219,15 @@ class TokenWriter:
         return {**counts, "skipped_files": self.position.skipped_files}, arrays
 
 
-def batches(pieces: Iterator[Piece], num_bytes: int) -> Iterator[list[Piece]]:
+def batches(corpus: Corpus, position: Position) -> Iterator[list[Piece]]:
+    """Yields the pieces from a position on in groups to be encoded at once.
+
+    They are the same on all processes of a run.
+    """
+    return grouped(corpus.pieces(position), of_first(_batch_bytes()))
+
+
+def grouped(pieces: Iterator[Piece], num_bytes: int) -> Iterator[list[Piece]]:
     """Groups pieces so that each group holds about so many bytes."""
     batch: list[Piece] = []
     held = 0

@@ -64,16 +64,24 @@ def _text(settings: Mapping[str, Any], name: str) -> str:
 
 def _gathered(value: Any) -> list[Any]:
     """Returns the value of every process, in every process."""
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    return [json.loads(one.tobytes()) for one in gathered_arrays(text)]
+
+
+def gathered_arrays(array_N: np.ndarray) -> list[np.ndarray]:
+    """Returns the array of every process, in every process.
+
+    Args:
+        array_N: One dimension, of a length that may differ; at most 32 bits an element.
+    """
     from jax.experimental import multihost_utils
 
-    text = json.dumps(value).encode()
-    length_P = np.ravel(multihost_utils.process_allgather(np.int32(len(text))))
-    padded = np.zeros(int(length_P.max()), np.uint8)
-    padded[: len(text)] = np.frombuffer(text, np.uint8)
-    text_PC = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(length_P), -1)
+    length_P = np.ravel(multihost_utils.process_allgather(np.int32(len(array_N))))
+    padded = np.zeros(max(1, int(length_P.max())), array_N.dtype)
+    padded[: len(array_N)] = array_N
+    array_PN = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(length_P), -1)
     return [
-        json.loads(row[:length].tobytes())
-        for row, length in zip(text_PC.astype(np.uint8), length_P, strict=True)
+        row[:length].astype(array_N.dtype) for row, length in zip(array_PN, length_P, strict=True)
     ]
 
 

@@ -6,9 +6,11 @@ an interactive shell of an allocation, or one machine that merely has a TPU must
 """
 
 import dataclasses
+import functools
 import glob
 import importlib.util
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -34,8 +36,16 @@ _SLURM = (
 )
 _XPK_GPU = ("JAX_COORDINATOR_IP", "JAX_COORDINATOR_PORT", "NNODES", "NODE_RANK")
 _METADATA = "metadata.google.internal"
-_WORKERS = "computeMetadata/v1/instance/attributes/worker-network-endpoints"
+_ATTRIBUTES = "computeMetadata/v1/instance/attributes"
+_WORKERS = "worker-network-endpoints"
+_WORKER = "agent-worker-number"
 _TPU_DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
+# JAX's port on TPUs. Under SLURM it takes one of 4096 by the number of the job; so does the roll
+# call, but of others: the port above JAX's is that of the next job, which may share the node.
+_TPU_PORT = 8482
+_SLURM_PORTS = 4096
+_SLURM_FIRST_PORT = 24576
+_LAST_PORT = 65535
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,24 +56,27 @@ class Cluster:
         num_processes: How many there are, at least 2.
         detection: JAX's method that finds address and index, or None where they are given.
         coordinator: "host:port" of process 0, where it is given.
-        process_index: Which of them this is, where it is given.
+        process_index: Which of them this is; None where only JAX can tell.
+        roll_call: "host:port" below the port at which process 0 hears who has come, where it
+            is not the coordinator's; "" where it is, or is not known.
     """
 
     num_processes: int
     detection: str | None = None
     coordinator: str = ""
-    process_index: int = 0
+    process_index: int | None = None
+    roll_call: str = ""
 
 
 def find_cluster(
     environment: Mapping[str, str] = os.environ,
-    count_tpu_workers: Callable[[Mapping[str, str]], int] | None = None,
+    ask_metadata: Callable[[str], str] | None = None,
 ) -> Cluster | None:
     """Returns the processes of this run, or None where this process is alone.
 
     Args:
         environment: Variables to read.
-        count_tpu_workers: Asks how many hosts this TPU slice has; for tests.
+        ask_metadata: Asks the metadata server of a TPU VM for an attribute; for tests.
 
     Raises:
         ConfigError: The launcher's variables are incomplete or contradict each other.
@@ -71,21 +84,13 @@ def find_cluster(
     if any(environment.get(name) for name in (COORDINATOR, NUM_PROCESSES, PROCESS_INDEX)):
         return _named(environment)
     if all(name in environment for name in _SLURM):
-        tasks = _count(environment["SLURM_STEP_NUM_TASKS"])
-        same = tasks == _count(environment["SLURM_NTASKS"])
-        return Cluster(tasks, "slurm") if tasks > 1 and same else None
+        return _slurm(environment)
     if all(name in environment for name in _XPK_GPU) and _count(environment["NNODES"]) > 1:
         address, port, nodes, rank = (environment[name] for name in _XPK_GPU)
         return Cluster(_count(nodes), None, f"{address}:{port}", _count(rank))
     if not _may_use_tpu(environment):
         return None
-    slices = max(1, _count(environment.get("MEGASCALE_NUM_SLICES", "1")))
-    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
-    if hosts and "TPU_WORKER_ID" in environment:
-        count, method = len(hosts.split(",")), "gketpu"
-    else:
-        count, method = (count_tpu_workers or _tpu_vm_workers)(environment), "gcetpu"
-    return Cluster(count * slices, method) if count * slices > 1 else None
+    return _tpu(environment, ask_metadata or functools.partial(_metadata, environment))
 
 
 def devices_per_process(environment: Mapping[str, str] = os.environ) -> int | None:
@@ -121,9 +126,58 @@ def _named(environment: Mapping[str, str]) -> Cluster | None:
             f"{PROCESS_INDEX}={index}: must be less than {NUM_PROCESSES}={number} (counted from 0)"
         )
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ConfigError(f"{COORDINATOR}={coordinator}: must be HOST:PORT of process 0")
+    if not host or not port.isdecimal() or not 0 < int(port) < _LAST_PORT:
+        raise ConfigError(
+            f"{COORDINATOR}={coordinator}: must be HOST:PORT of process 0 (the port above it is "
+            "used too)"
+        )
     return Cluster(number, None, coordinator, index)
+
+
+def _slurm(environment: Mapping[str, str]) -> Cluster | None:
+    tasks = _count(environment["SLURM_STEP_NUM_TASKS"])
+    if tasks < 2 or tasks != _count(environment["SLURM_NTASKS"]):
+        return None
+    port = _SLURM_FIRST_PORT + _count(environment["SLURM_JOB_ID"]) % _SLURM_PORTS
+    node = _first_node(environment["SLURM_STEP_NODELIST"])
+    index = _number(environment["SLURM_PROCID"])
+    return Cluster(tasks, "slurm", "", index, _roll_call(node, port, index))
+
+
+def _first_node(nodes: str) -> str:
+    """Returns the first of nodes as SLURM writes them: node07,b1 or node[07-12,15],b1."""
+    match = re.match(r"([^,\[]*)(?:\[([^],-]*))?", nodes)
+    return "".join(match.groups("")) if match else ""
+
+
+def _tpu(environment: Mapping[str, str], ask_metadata: Callable[[str], str]) -> Cluster | None:
+    listed = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+    if listed and "TPU_WORKER_ID" in environment:
+        method, hosts, worker = "gketpu", listed.split(","), environment["TPU_WORKER_ID"]
+    else:
+        method, hosts = "gcetpu", ask_metadata(_WORKERS).split(",")
+        worker = ask_metadata(_WORKER) if len(hosts) > 1 else ""
+    slices = max(1, _count(environment.get("MEGASCALE_NUM_SLICES", "1")))
+    if len(hosts) * slices < 2:
+        return None
+    index = _number(worker)
+    if index is not None:
+        index += len(hosts) * _count(environment.get("MEGASCALE_SLICE_ID", "0"))
+    first = environment.get("MEGASCALE_COORDINATOR_ADDRESS", "").split(":")[0]
+    port = _count(environment.get("JAX_COORDINATOR_PORT", "")) or _TPU_PORT
+    roll_call = _roll_call(first or _address(hosts[0]), port, index)
+    return Cluster(len(hosts) * slices, method, "", index, roll_call)
+
+
+def _address(worker: str) -> str:
+    """Returns the address of a worker: "host", "host:port", or "name:number:address"."""
+    parts = worker.split(":")
+    return parts[2] if len(parts) == 3 else parts[0]
+
+
+def _roll_call(host: str, port: int, index: int | None) -> str:
+    """Returns where processes report; "" where that is not known, or not who they are."""
+    return f"{host}:{port}" if host and index is not None and port < _LAST_PORT else ""
 
 
 def _first_set(given: Mapping[str, object]) -> str:
@@ -139,8 +193,12 @@ def _at_least(environment: Mapping[str, str], name: str, least: int) -> int | No
     return int(text)
 
 
+def _number(text: str) -> int | None:
+    return int(text) if text.isdecimal() else None
+
+
 def _count(text: str) -> int:
-    return int(text) if text.isdecimal() else 0
+    return _number(text) or 0
 
 
 def _may_use_tpu(environment: Mapping[str, str]) -> bool:
@@ -152,14 +210,14 @@ def _may_use_tpu(environment: Mapping[str, str]) -> bool:
     )
 
 
-def _tpu_vm_workers(environment: Mapping[str, str]) -> int:
-    """Asks the metadata server of a Cloud TPU VM how many hosts its slice has."""
+def _metadata(environment: Mapping[str, str], attribute: str) -> str:
+    """Asks the metadata server of a Cloud TPU VM; returns "" where there is none."""
     host = environment.get("GCE_METADATA_IP", _METADATA)
     request = urllib.request.Request(
-        f"http://{host}/{_WORKERS}", headers={"Metadata-Flavor": "Google"}
+        f"http://{host}/{_ATTRIBUTES}/{attribute}", headers={"Metadata-Flavor": "Google"}
     )
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
-            return len(answer.read().decode().split(","))
+            return str(answer.read().decode()).strip()
     except (urllib.error.URLError, OSError, UnicodeDecodeError):
-        return 1  # No Cloud TPU VM.
+        return ""

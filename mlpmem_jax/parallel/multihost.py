@@ -8,13 +8,14 @@ process is alone. Within it a process that fails leaves at once: the shutdown ba
 import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from mlpmem_jax.errors import EXIT_RUN_FAILED
+from mlpmem_jax.errors import EXIT_RUN_FAILED, ConfigError
 from mlpmem_jax.parallel.cluster import Cluster, devices_per_process, find_cluster, join_secs
 from mlpmem_jax.parallel.rollcall import RollCall
 
@@ -35,7 +36,8 @@ def initialize() -> bool:
         Whether there are several processes.
 
     Raises:
-        ConfigError: The launcher's variables are incomplete or contradict each other.
+        ConfigError: The launcher's variables are incomplete or contradict each other, or the
+            name of this machine leads nowhere.
     """
     devices = devices_per_process()
     cluster = find_cluster()
@@ -52,12 +54,13 @@ def initialize() -> bool:
 def _join(cluster: Cluster, limit_secs: int) -> None:
     import jax
 
+    _refuse_a_name_without_address()
     _keep_standard_output_ours()
     given = cluster.detection is None
     with RollCall(
-        cluster.coordinator,
+        cluster.roll_call or cluster.coordinator,
         cluster.num_processes,
-        cluster.process_index if given else None,
+        cluster.process_index,
         limit_secs,
         _give_up,
     ):
@@ -71,6 +74,39 @@ def _join(cluster: Cluster, limit_secs: int) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECS,
             shutdown_timeout_seconds=SHUTDOWN_SECS,
         )
+
+
+def _refuse_a_name_without_address() -> None:
+    """Refuses a machine whose name is nobody's, or another machine's.
+
+    Gloo, which CPU devices speak over, listens at the address of the machine's own name; where it
+    cannot, JAX ends with a traceback that names neither.
+
+    Raises:
+        ConfigError: No address of this machine belongs to its name.
+    """
+    if "cpu" not in (os.environ.get("JAX_PLATFORMS") or "cpu"):
+        return
+    name = socket.gethostname()
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        found = []
+    if not any(_is_of_this_machine(family, address) for family, _, _, _, address in found):
+        raise ConfigError(
+            f"this machine is called {name}, and no address of its own belongs to that name; "
+            f"processes cannot find each other: add the line `127.0.0.1 {name}` to /etc/hosts (its "
+            "address in the network, where other machines take part)"
+        )
+
+
+def _is_of_this_machine(family: int, address: tuple[Any, ...]) -> bool:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            listener.bind(address)
+    except OSError:
+        return False
+    return True
 
 
 def is_active() -> bool:

@@ -11,8 +11,8 @@ from mlpmem_jax.datastore.lock import only_maker
 from mlpmem_jax.datastore.manifest import MANIFEST, Artifact, Manifest, Status
 from mlpmem_jax.errors import ArtifactError, Mistakes
 from mlpmem_jax.parallel.agreement import of_first
-from mlpmem_jax.parallel.multihost import barrier, is_writer
-from mlpmem_jax.parallel.preemption import started_secs
+from mlpmem_jax.parallel.multihost import barrier, is_active, is_writer
+from mlpmem_jax.parallel.preemption import Preempted, preempted, started_secs
 
 _VISIBLE_SECS = 120.0  # longer than file systems keep what they knew of a folder
 
@@ -107,6 +107,9 @@ def run_stages(
             say(f"{stage.name}: not needed ({reason})")
         elif run_stage(stage, rebuild, before_building):
             check_stages(stages[place + 1 :])
+            # Alone, a process that has nothing to stop tidily has ended already.
+            if stages[place + 1 :] and is_active() and preempted():
+                raise Preempted(f"{stage.name}: is made, what follows is not")
 
 
 def check_stages(stages: Sequence[Stage]) -> None:

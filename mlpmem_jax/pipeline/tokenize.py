@@ -9,19 +9,22 @@ from typing import Any
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import progress, say
 from mlpmem_jax.corpus.checks import Scan, check_before, check_splits, check_window, tokenizer_for
+from mlpmem_jax.corpus.encoding import encoded
 from mlpmem_jax.corpus.expected import BYTES_PER_TOKEN
-from mlpmem_jax.corpus.stream import Corpus
+from mlpmem_jax.corpus.stream import Corpus, Position
 from mlpmem_jax.corpus.tokenizer import (
     TOKENIZER_FILE,
     TextTokenizer,
     load_tokenizer,
     read_tokenizer,
 )
-from mlpmem_jax.corpus.writer import PROGRESS_FILE, TokenWriter
+from mlpmem_jax.corpus.writer import PROGRESS_FILE, TokenWriter, batches
 from mlpmem_jax.datastore.files import check_free_space, write_bytes
 from mlpmem_jax.datastore.layout import SPLITS, Layout, token_dtype
 from mlpmem_jax.datastore.manifest import Status
 from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.parallel.agreement import of_first
+from mlpmem_jax.parallel.multihost import is_writer
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Builders, Completion, Stage
@@ -53,7 +56,6 @@ def stages(config: Config) -> list[Stage]:
         recipe=text,
         upstream=(layout.tokenizer,),
         build=Completion,
-        builders=Builders.FIRST,
     )
     current = _is_current(tokenizer) and _is_current(tokens)
     scan = None if current else check_before(config, corpus, given)
@@ -105,12 +107,27 @@ def _make_tokenizer(config: Config, given: TextTokenizer | None) -> Completion:
 
 
 def _make_tokens(config: Config, text_bytes: int | None) -> Completion:
-    artifact = Layout(config).tokens
-    needed = _estimate(config, text_bytes).get("disk_bytes", 0)
-    check_free_space(artifact.path, needed, "the token stream")
+    """Makes the tokens: all processes encode, process 0 writes."""
     tokenizer = load_tokenizer(Layout(config).tokenizer)
+    writer = None
+    if is_writer():
+        artifact = Layout(config).tokens
+        needed = _estimate(config, text_bytes).get("disk_bytes", 0)
+        check_free_space(artifact.path, needed, "the token stream")
+        writer = TokenWriter(artifact.path, tokenizer)
+    begun = of_first(None if writer is None else writer.position.to_json())
+    if writer is None:
+        for _ in encoded(tokenizer, batches(Corpus(config.corpus), Position(**begun))):
+            pass  # Process 0 has got them.
+        return Completion()
+    return _written(config, tokenizer, writer, text_bytes)
+
+
+def _written(
+    config: Config, tokenizer: TextTokenizer, writer: TokenWriter, text_bytes: int | None
+) -> Completion:
+    artifact = Layout(config).tokens
     started = time.monotonic()
-    writer = TokenWriter(artifact.path, tokenizer)
     done = writer.num_bytes
     with progress(text_bytes, "B", "tokenize", initial=done) as bar:
         writer.write(Corpus(config.corpus), bar.update)

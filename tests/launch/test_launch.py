@@ -1,6 +1,7 @@
 """launch/run.sh and launch/test.sh, with a stand-in for Python that logs what it is asked."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -185,7 +186,8 @@ def test_without_arguments_it_is_the_quickstart(project):
     ]
     assert project.arguments() == quickstart
     assert project.arguments("--target", "local") == quickstart
-    assert project.arguments("--target=local", "--dry-run") == [*quickstart, "--dry-run"]
+    given = ["seed=1", "--dry-run"]
+    assert project.arguments("--target=local", *given) == [*quickstart, *given]
     assert project.arguments("seed=1") == [*quickstart, "seed=1"]
     assert project.arguments("--workdir", "x") == [*quickstart[:3], "--workdir", "x"]
     assert project.arguments("--config", "a.yaml", "--rebuild") == [
@@ -205,6 +207,38 @@ def test_arguments_are_passed_on_as_they_are(project):
     ]
     assert project.arguments(*given) == given
     assert project.arguments("train", "--help") == ["train", "--help"]
+
+
+@pytest.mark.parametrize("name", ["llama2_7b", "llama2_70b", "llama_1b", "gpt2_small"])
+def test_the_command_of_a_configuration_can_be_copied(project, name):
+    (head,) = re.findall(
+        "^# command: +(.*)\n# hardware:",
+        (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    done = subprocess.run(
+        ["bash", "-c", head],
+        capture_output=True,
+        text=True,
+        cwd=project.root,
+        env=project.environment,
+    )
+    assert done.returncode == 0, done.stderr
+    arguments = [line for line in done.stdout.splitlines() if line.startswith("argument=")]
+    assert arguments[3:6] == [
+        "argument=run", "argument=--config", f"argument=configs/{name}.yaml",
+    ]  # fmt: skip
+    assert len(arguments) == 7 and arguments[6].startswith('argument=corpus.paths=["text/')
+
+
+def test_the_page_names_every_variable_that_is_read():
+    files = [*(ROOT / "launch").rglob("*.sh"), *(ROOT / "mlpmem_jax" / "parallel").glob("*.py")]
+    read = {name for file in files for name in re.findall(r"MLPMEM_[A-Z_]*[A-Z]", file.read_text())}
+    page = (ROOT / "docs" / "launching.md").read_text(encoding="utf-8")
+    assert sorted(name for name in read if f"`{name}`" not in page) == []
+    forwarded = page.split("## Environment variables")[1].split("\n## ")[0]
+    for target in ("local", "tpu-vm", "gke", "slurm"):
+        assert f"| `{target}` |" in forwarded
 
 
 def test_paths_are_relative_to_the_caller(project):

@@ -27,6 +27,7 @@ if [ "$code" = wait ]; then
   while :; do sleep 0.1; done
 fi
 echo "run $*"
+[ -z "${STARTS:-}" ] || echo "${MLPMEM_STARTED_SECS:-}" >>"$STARTS"
 exit "${code:-0}"
 """
 
@@ -76,6 +77,15 @@ def test_back_off_doubles(run):
     _, _, said = run(["75", "75", "0"], MLPMEM_BACKOFF_SECS="1")
     assert "restart 1 of 100 in 1 s" in said and "restart 2 of 100 in 2 s" in said
     assert time.monotonic() - started >= 3
+
+
+def test_restarts_are_told_when_the_run_was_started_first(run, tmp_path):
+    starts, began = tmp_path / "starts", time.time()
+    assert run(["75", "75", "0"], STARTS=str(starts), MLPMEM_BACKOFF_SECS="2")[0] == 0
+    first, second, third = starts.read_text().split("\n")[:-1]
+    # The first has made nothing yet, and what another machine wrote may be of a later hour.
+    assert first == ""
+    assert second == third and began - 1 < int(second) < time.time() - 5
 
 
 @pytest.mark.parametrize("arguments", [["--restarts", "-1"], ["--restarts", "x"], ["--restarts"]])

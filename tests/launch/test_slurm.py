@@ -1,6 +1,7 @@
 """run.sh --target slurm, with stand-ins for sbatch, srun and scontrol."""
 
 import re
+import time
 
 import pytest
 
@@ -34,6 +35,7 @@ case "$1 ${2:-}" in
   "-m pip" | "-m ensurepip") exit 0 ;;
 esac
 printf '%s\\0' "$PWD" "$@" >"$WORDS-$SLURM_PROCID"
+env | grep -E '^(MLPMEM|HF)_' | sort >"$WORDS-$SLURM_PROCID.variables"
 echo "out $SLURM_PROCID"
 [ "${CODE:-0}" = 0 ] || { echo "error: mine $SLURM_PROCID" >&2; exit "$CODE"; }
 """
@@ -103,6 +105,30 @@ def test_a_preempted_job_is_queued_again(cluster, restarted, requeued):
     assert done.returncode == 75
     calls = cluster.calls()
     assert calls.count(["scontrol", "requeue", "7"]) == requeued
+
+
+def test_a_job_that_is_queued_again_says_when_it_was_started_first(cluster, tmp_path):
+    stamp = cluster.elsewhere / "slurm" / "mlpmem-7" / "started"
+
+    def variables(**environment):
+        given = ["--target", "slurm", *FLAGS, "--wait", *COMMAND, "--rebuild"]
+        done = cluster.start(*given, cwd=cluster.elsewhere, **environment)
+        assert done.returncode == 0, done.stderr
+        found = {(tmp_path / f"words-{task}.variables").read_text() for task in range(4)}
+        assert len(found) == 1
+        return dict(line.split("=") for line in found.pop().splitlines())
+
+    began = time.time()
+    own = {k: v for k, v in cluster.environment.items() if k.startswith("MLPMEM_")}
+    # The environment comes along, which is sbatch's own way, and the script leaves it alone.
+    assert variables(HF_TOKEN="secret") == own | {"HF_TOKEN": "secret"}
+    assert began - 1 < int(stamp.read_text()) < time.time()
+    assert "--export" not in (cluster.elsewhere / "slurm" / "mlpmem.sbatch").read_text()
+    stamp.write_text("1000\n")
+    assert variables(SLURM_RESTART_COUNT="2")["MLPMEM_STARTED_SECS"] == "1000"
+    # Another job of that number, years later.
+    assert variables(SLURM_RESTART_COUNT="0") == own
+    assert int(stamp.read_text()) > began - 1
 
 
 def test_a_failure_is_shown(cluster):

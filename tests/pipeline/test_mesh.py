@@ -1,6 +1,7 @@
 """The whole pipeline on eight simulated devices, of one process or several, against one."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from mlpmem_jax.config.load import load_config
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.datastore.store import open_array, read_rows
 
-TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
+HERE = Path(__file__).resolve().parent
+TINY = HERE.parents[1] / "configs" / "tiny.yaml"
 
 
 def _read(artifact, name):
@@ -48,7 +50,11 @@ def test_a_run_on_eight_devices_equals_one_on_one(
     files = ["--config", str(TINY), "--workdir", workdir]
     done = on_processes(processes, devices, "-m", "mlpmem_jax", "run", *files, *changed)
     assert done.returncode == 0, done.stderr[-6000:]
-    assert done.stdout.count("datastore/base/train: made in") == 1  # process 0 alone speaks
+    for stage in ("tokens", "datastore/base/train", "memory/base", "results/base"):
+        assert done.stdout.count(f"{stage}: made in") == 1
+    for log in (tmp_path / "logs").glob("*"):  # Process 0 alone speaks; the others keep files.
+        assert "made in" not in log.read_text(), log
+    assert processes == 1 or list((tmp_path / "logs").glob("*"))
     _check_same(tiny_run, load_config(TINY, changed, {"workdir": workdir}))
     if engine == "exact":
         return
@@ -61,6 +67,7 @@ def test_a_run_on_eight_devices_equals_one_on_one(
 def _check_same(tiny_run, other):
     """Compares all that a run makes, to the rounding of other shardings."""
     one, eight = Layout(tiny_run), Layout(other)
+    assert eight.tokens.load().fingerprint == one.tokens.load().fingerprint
     for name in ("decoder-base", "memory-base"):
         np.testing.assert_allclose(_losses(eight, name), _losses(one, name), rtol=2e-4)
     for name, atol in (("key", 5e-3), ("input", 5e-3), ("logprob", 2e-3)):
@@ -83,3 +90,115 @@ def _check_same(tiny_run, other):
     )
     for system in ("decoder", "knn", "memory"):
         assert a[system]["test_nats"] == pytest.approx(b[system]["test_nats"], abs=3e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.multidevice
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("memory-other", ("train.inputs=online",)),
+        (
+            "joint-other",
+            (
+                "train.mode=joint",
+                "memory.gate=learned",
+                "train.decoder_freeze_steps=3",
+                "train.decoder_optimizer.warmup_steps=2",
+            ),
+        ),
+    ],
+)
+def test_training_that_runs_the_decoder_on_two_processes(
+    tiny_run, on_processes, tmp_path, name, changes
+):
+    """The steps in which both networks run, against one device; also the λ that they learn."""
+    mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    changes += ("memory.name=other",)
+    layouts, texts = [], []
+    for place, shape in enumerate((None, mesh)):
+        workdir = str(shutil.copytree(tiny_run.workdir, tmp_path / f"run-{place}"))
+        words = ["--config", str(TINY), "--workdir", workdir, *changes, *(shape or ())]
+        for command in ("train", "evaluate", "generate"):
+            more = ["--prompt", "def f(", "generate.sampling=greedy"]
+            command = [command, *words, *(more if command == "generate" else [])]
+            done = on_processes(*((2, 4) if shape else (1, 1)), "-m", "mlpmem_jax", *command)
+            assert done.returncode == 0, done.stderr[-6000:]
+        texts.append(done.stdout)
+        layouts.append(Layout(load_config(TINY, changes, {"workdir": workdir})))
+    one, several = layouts
+    np.testing.assert_allclose(_losses(several, name), _losses(one, name), rtol=2e-4)
+    results = [json.loads((each.results.path / "evaluate.json").read_text()) for each in layouts]
+    for system in results[0]["systems"]:
+        nats = [each["systems"][system]["test_nats"] for each in results]
+        assert nats[0] == pytest.approx(nats[1], abs=3e-3)
+    # Greedy text is the same until two tokens are equally probable to rounding.
+    assert texts[0].split("def f(")[1][:8] == texts[1].split("def f(")[1][:8]
+
+
+SHARDS = "mlpmem_jax.datastore.shards.write_rows"
+
+
+@pytest.mark.slow
+@pytest.mark.multidevice
+@pytest.mark.timeout(1800)
+def test_one_of_two_processes_is_told_to_stop(tiny_run, on_processes, tmp_path):
+    """In embed, in retrieve and while a checkpoint is saved: all stop, and go on as if not."""
+    workdir = tmp_path / "run"
+    changed = ("mesh.data=2",)
+    arguments = ["run", "--config", str(TINY), "--workdir", str(workdir), *changed]
+    notices = [
+        ("mlpmem_jax.training.checkpoint.Checkpoints.save", 1, "decoder/base"),
+        (SHARDS, 7, "datastore/base/train"),
+        (SHARDS, 60, "targets/base/train"),
+    ]
+    for function, number, artifact in notices:
+        told = on_processes(
+            2, 1, str(HERE / "killed.py"), function, str(number), "after", *arguments,
+            variables={"KILLED_BY": "SIGTERM", "KILLED_PROCESS": "1", "KILLED_WAIT": "3"},
+        )  # fmt: skip
+        assert told.returncode == 75, (function, told.stdout, told.stderr[-6000:])
+        assert "Traceback" not in told.stderr and "the same command continues" in told.stderr
+        assert (workdir / artifact / "building.json").exists(), function
+        assert not (workdir / artifact / "manifest.json").exists(), function
+    done = on_processes(2, 1, "-m", "mlpmem_jax", *arguments)
+    assert done.returncode == 0, done.stderr[-6000:]
+    _check_same(tiny_run, load_config(TINY, changed, {"workdir": str(workdir)}))
+
+
+FULL = """
+import errno, os, sys
+from mlpmem_jax.datastore import shards
+from mlpmem_jax.__main__ import main
+write, calls = shards.write_rows, 0
+def fails(*arguments):
+    global calls
+    calls += 1
+    if calls == 9 and os.environ["MLPMEM_PROCESS_INDEX"] == "1":
+        raise OSError(errno.ENOSPC, "No space left on device", "/of/this/host")
+    return write(*arguments)
+shards.write_rows = fails
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multidevice
+@pytest.mark.timeout(900)
+def test_the_disk_of_one_of_two_processes_is_full(tiny_run, on_processes, tmp_path):
+    workdir = tmp_path / "run"
+    for name in ("tokenizer", "tokens", "decoder"):
+        shutil.copytree(Path(tiny_run.workdir) / name, workdir / name)
+    command = ["embed", "--config", str(TINY), "--workdir", str(workdir), "mesh.data=2"]
+    full = on_processes(2, 1, "-c", FULL, *command)
+    assert full.returncode == 2, full.stderr[-6000:]
+    lines = [line for line in full.stderr.splitlines() if "no space left on the disk" in line]
+    assert len(lines) == 1 and "/of/this/host" in lines[0]
+    assert "Traceback" not in full.stderr
+    assert not (workdir / "datastore" / "base" / "train" / "manifest.json").exists()
+    finished = list((workdir / "datastore" / "base" / "train").rglob("c/*"))
+    assert finished
+    done = on_processes(2, 1, "-m", "mlpmem_jax", *command)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "datastore/base/train: continuing" in done.stdout

@@ -1,5 +1,10 @@
 """Two runs do not make the same artifact at the same time."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from mlpmem_jax.datastore.lock import LOCKS, only_maker
@@ -25,3 +30,29 @@ def test_what_a_killed_maker_left_does_not_hold(tmp_path):
     with only_maker(artifact):
         pass
     assert not (tmp_path / LOCKS).exists()
+
+
+def test_a_second_run_of_the_same_command_is_refused(tmp_path, root):
+    """The first one is held in the middle of a step; it is none the worse for the second."""
+    arguments = ["pretrain", "--config", str(root / "configs" / "tiny.yaml")]
+    arguments += ["--workdir", str(tmp_path / "run")]
+    program = [sys.executable, "-m", "mlpmem_jax"]
+    environment = os.environ | {"PYTHONPATH": str(root), "KILLED_BY": "SIGSTOP"}
+    made = subprocess.run([*program, "tokenize", *arguments[1:]], env=environment, cwd=root)
+    assert made.returncode == 0
+    held = [sys.executable, str(root / "tests" / "pipeline" / "killed.py")]
+    held += ["mlpmem_jax.training.monitor.Monitor.dispatched", "3", "after"]
+    first = subprocess.Popen([*held, *arguments], env=environment, cwd=root)
+    try:
+        _, status = os.waitpid(first.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        second = subprocess.run(
+            [*program, *arguments], env=environment, cwd=root, capture_output=True, text=True
+        )
+        assert second.returncode == 2
+        (line,) = [line for line in second.stderr.splitlines() if line.startswith("error:")]
+        assert "decoder/base" in line
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert first.wait() == 0
+    assert (tmp_path / "run" / "decoder" / "base" / "manifest.json").exists()

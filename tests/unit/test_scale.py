@@ -42,3 +42,18 @@ def test_numbers_can_be_replaced(capsys):
     assert "4.1 TB" in capsys.readouterr().out
     assert main(["with=1"]) == 2
     assert "names: tokens" in capsys.readouterr().err
+
+
+def test_inputs_are_printed_with_their_sources(capsys):
+    assert main(["--inputs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    fields = dataclasses.fields(Inputs)
+    assert [line.split(" = ")[0].strip() for line in lines] == [field.name for field in fields]
+    origins = (
+        "measured", "assumed", "chosen", "data sheet", "the paper", "Llama-2-7B", "our format",
+        "its default", "configs/llama2_7b.yaml",
+    )  # fmt: skip
+    for line, field in zip(lines, fields, strict=True):
+        value, source = line.split(" = ")[1].split(maxsplit=1)
+        assert float(value) == pytest.approx(field.default, rel=1e-5)
+        assert any(origin in source for origin in origins), line

@@ -1,0 +1,88 @@
+"""How long after a kill a run of the quickstart makes its next step.
+
+    .venv/bin/python -m benchmarks.restart [--config FILE] [--workdir runs/quickstart]
+
+`pretrain`, and where there are targets `train`, are begun under names of their own, killed
+(SIGKILL) once a checkpoint is complete, and started again by the same command. The clock runs
+from that command to the first step that it finishes: start of Python, checks, restoring and
+verifying the checkpoint, compiling, one step.
+"""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.manifest import MANIFEST
+
+INTERVAL = 5
+LIMIT_SECS = 600.0
+
+
+def last_step(metrics: Path) -> int:
+    """Returns the step of the last whole line of a metrics file; 0 where there is none."""
+    if not metrics.exists():
+        return 0
+    lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def wait_for(metrics: Path, step: int, since: float, process: subprocess.Popen[bytes]) -> float:
+    """Returns the seconds until a process has written a record of a step or a later one."""
+    while time.time() - since < LIMIT_SECS:
+        if process.poll() is not None:
+            raise SystemExit(f"the command ended with {process.returncode}")
+        fresh = metrics.exists() and metrics.stat().st_mtime > since
+        if fresh and last_step(metrics) >= step:
+            return time.time() - since
+        time.sleep(0.05)
+    raise SystemExit(f"{metrics}: no step {step} within {LIMIT_SECS:.0f} s")
+
+
+def measure(command: str, section: str, config: str, workdir: Path) -> float:
+    """Returns seconds from the second start to its first finished step."""
+    name = f"restart-{time.time_ns()}"
+    overrides = [
+        f"{section}.name={name}",
+        f"{command}.checkpoint_interval_steps={INTERVAL}",
+        f"{command}.log_interval_steps=1",
+    ]
+    start = [sys.executable, "-m", "mlpmem_jax", command, "--config", config]
+    start += ["--workdir", str(workdir), *overrides]
+    metrics = workdir / "results" / "metrics" / f"{section}-{name}" / "metrics.jsonl"
+    sums = workdir / section / name / "checksums" / f"{INTERVAL}.json"
+    first = subprocess.Popen(start, stdout=subprocess.DEVNULL)
+    while not sums.exists() and first.poll() is None:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    since = time.time()
+    second = subprocess.Popen(start, stdout=subprocess.DEVNULL)
+    seconds = wait_for(metrics, INTERVAL + 1, since, second)
+    second.send_signal(signal.SIGKILL)
+    second.wait()
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"))
+    flags = parser.parse_args()
+    config = load_config(flags.config, (), {"workdir": str(flags.workdir)})
+    layout = Layout(config)
+    commands = [("pretrain", "decoder")]
+    if (layout.targets("train").path / MANIFEST).exists():
+        commands.append(("train", "memory"))
+    for command, section in commands:
+        seconds = measure(command, section, flags.config, flags.workdir)
+        print(f"{command}: first step {seconds:.1f} s after the restart", flush=True)
+
+
+if __name__ == "__main__":
+    main()

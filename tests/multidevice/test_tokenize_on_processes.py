@@ -1,0 +1,60 @@
+"""Several processes encode a corpus together: the same tokens as one makes, also after a kill."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlpmem_jax.__main__ import main
+from mlpmem_jax.datastore.files import read_json
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
+TEXT = ("corpus.max_bytes=400_000", "corpus.document_regex='(?:class|def) '")
+# Batches of 4 kB in place of megabytes, so that there are many rounds; progress is saved often.
+START = """
+import os, sys
+from mlpmem_jax.corpus import encoding, writer
+from mlpmem_jax.__main__ import main
+writer._MAX_BATCH_BYTES, writer._SAVE_SECS = 4000, 0.0
+rounds, die_in = encoding._exchanged, int(sys.argv[1])
+def counted(*arguments):
+    global die_in
+    die_in -= 1
+    if die_in == 0 and os.environ.get("MLPMEM_PROCESS_INDEX") == "1":
+        os._exit(9)
+    return rounds(*arguments)
+encoding._exchanged = counted
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def _manifest(workdir: Path) -> dict:
+    found = read_json(workdir / "tokens" / "manifest.json")
+    return {name: found[name] for name in ("fingerprint", "counts", "arrays")}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    assert main(["tokenize", "--config", str(TINY), "--workdir", str(workdir), *TEXT]) == 0
+    return _manifest(workdir)
+
+
+@pytest.mark.multidevice
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_tokens_do_not_depend_on_the_number_of_processes(alone, on_processes, tmp_path, processes):
+    assert alone["counts"]["train_bytes"] > 20 * 4000  # many rounds
+    workdir = tmp_path / "run"
+    command = ["tokenize", "--config", str(TINY), "--workdir", str(workdir), *TEXT]
+    killed = on_processes(processes, 1, "-c", START, "6", *command)
+    assert killed.returncode == 9, killed.stderr[-3000:]
+    assert (workdir / "tokens" / "progress.npz").exists()
+    assert not (workdir / "tokens" / "manifest.json").exists()
+    done = on_processes(processes, 1, "-c", START, "0", *command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "tokens: continuing" in done.stdout
+    # The fingerprint holds recipe, counts and the checksum of the token stream.
+    assert _manifest(workdir) == alone
+    if sys.platform == "linux":
+        assert done.stdout.count("tokens: made in") == 1
