@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     flags = parser.parse_args()
     keep_freed_memory()
-    names = ["xla", "blocked"] + (["cudnn"] if jax.default_backend() == "gpu" else [])
+    fused = {"gpu": ["cudnn"], "tpu": ["flash"]}.get(jax.default_backend(), [])
+    names = ["xla", "blocked", *fused]
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     shape = (flags.batch, flags.length, flags.heads, flags.width)
     qkv = [jax.random.normal(jax.random.key(n), shape, dtype) for n in range(3)]

@@ -17,6 +17,11 @@ FREE = frozenset(
         "partition-id", "replica-id", "add-dependency", "optimization-barrier", "domain",
     )
 )  # fmt: skip
+# Matrix products of splash attention: scores and values; the backward pass has scores and their
+# gradients in both kernels, then the queries' gradient in one, the keys' and values' in the other.
+_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+_ATTENTION = re.compile(r"splash_mha_(fwd|dq|dkv)")
+_TILE = re.compile(r'block_q(?:_dq|_dkv)?\\*": (\d+)')
 _PASSES_ON = ("bitcast", "reshape", "copy", "convert", "transpose")
 
 
@@ -37,7 +42,7 @@ class Costs:
             inner = self._program.computations[instruction.called[0]]
             return sum(self.flops(inner, each) for each in inner.instructions)
         if instruction.opcode == "custom-call":
-            return _library_flops(instruction, table)
+            return _kernel_flops(instruction, table) or _library_flops(instruction, table)
         return 0.0
 
     def memory_bytes(self, computation: Computation, instruction: Instruction) -> int:
@@ -187,6 +192,23 @@ def _valid_pairs(left: int, right: int, out: int, options: dict[str, tuple[int, 
             place, rest = divmod(position * stride + element * spread - pad, hole)
             count += rest == 0 and 0 <= place < left
     return count
+
+
+def _kernel_flops(call: Instruction, table: dict[str, Instruction]) -> float:
+    """Operations of the fused attention of models/flash.py, in the tiles that it computes."""
+    found = _ATTENTION.match(call.name)
+    tile = _TILE.search(call.attributes)
+    if not found or not tile:
+        return 0.0
+    queries = next(
+        shape
+        for name in call.operands
+        for shape in table[name].shapes
+        if len(shape.dims) >= 3 and "f" in shape.dtype
+    )
+    *lead, length, width = queries.dims
+    pairs = length * (length + int(tile[1])) / 2  # on and below the diagonal
+    return 2.0 * _PRODUCTS[found[1]] * math.prod(lead) * width * pairs
 
 
 def _library_flops(call: Instruction, table: dict[str, Instruction]) -> float:

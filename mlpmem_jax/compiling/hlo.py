@@ -6,6 +6,7 @@ JAX gives on every backend. Shapes in it are those of one device.
 
 import math
 import re
+from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ _SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|async_computation)=%([\w.\-]+)")
+_CONTINUES = ('"', "}}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -115,7 +117,7 @@ class Program:
         self.entry: Computation
         name, is_entry = "", False
         lines: list[str] = []
-        for line in text.splitlines():
+        for line in _logical_lines(text):
             if line.endswith("{") and not line.startswith((" ", "HloModule")):
                 found = _NAME.search(line) or re.search(r"(?:ENTRY )?([\w.\-]+)", line)
                 assert found
@@ -133,6 +135,20 @@ class Program:
     def tables(self) -> dict[str, dict[str, Instruction]]:
         """Instructions by name, of each computation."""
         return {name: each.by_name for name, each in self.computations.items()}
+
+
+def _logical_lines(text: str) -> Iterator[str]:
+    """Yields lines; the attributes of kernels may hold line breaks."""
+    held = ""
+    for line in text.splitlines():
+        if held and line.startswith(_CONTINUES):
+            held += line
+            continue
+        if held:
+            yield held
+        held = line
+    if held:
+        yield held
 
 
 def _computation(name: str, lines: list[str]) -> Computation:

@@ -38,8 +38,10 @@ class DecoderConfig(Section):
     layer_loop: Literal["auto", "scan", "unroll"] = runtime(
         "auto", "auto: unrolled on CPU up to 12 blocks, scanned elsewhere"
     )
-    attention: Literal["auto", "xla", "cudnn", "blocked"] = runtime(
-        "auto", "auto: blocked on CPU, as measured; cudnn or xla on accelerators, not yet measured"
+    attention: Literal["auto", "xla", "cudnn", "blocked", "flash"] = runtime(
+        "auto",
+        "flash: a fused kernel for TPUs (windows of a multiple of 128, else blocked); auto: "
+        "blocked on CPU, as measured; flash on TPU, by roofline; cudnn or xla on GPU, unmeasured",
     )
 
 

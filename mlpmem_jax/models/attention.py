@@ -6,9 +6,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from mlpmem_jax.models import flash
 from mlpmem_jax.parallel.sharding import target_platform
 
-Implementation = Literal["auto", "xla", "cudnn", "blocked"]
+Implementation = Literal["auto", "xla", "cudnn", "blocked", "flash"]
 
 # Masked scores: finite, since -inf - -inf in a row's maximum would be nan.
 MASKED = -1e30
@@ -40,22 +41,29 @@ def rotate(x_BLHA: jax.Array, angle_BLA: jax.Array) -> jax.Array:
     return rotated.astype(x_BLHA.dtype)
 
 
-def resolve_implementation(name: Implementation, masked: bool, dtype: jnp.dtype) -> str:
-    """Chooses how attention is computed: measured on CPU, a guess on GPU and TPU.
+def resolve_implementation(
+    name: Implementation, num_tokens: int, masked: bool, dtype: jnp.dtype
+) -> str:
+    """Chooses how attention is computed: measured on CPU, a guess on GPU, by roofline on TPU.
 
     Args:
         name: The configured implementation.
+        num_tokens: Length of the windows.
         masked: Whether there are segment ids.
         dtype: Of queries, keys and values.
 
     Returns:
-        "xla", "cudnn" or "blocked".
+        "xla", "cudnn", "blocked" or "flash".
     """
+    if name == "flash" and not flash.fits(num_tokens):
+        return "blocked"
     if name != "auto":
         return name
     platform = target_platform()
     if platform == "cpu":
         return "blocked"
+    if platform == "tpu":
+        return "flash" if flash.fits(num_tokens) else "blocked"
     half = dtype in (jnp.bfloat16, jnp.float16)
     return "cudnn" if platform == "gpu" and half and not masked else "xla"
 
@@ -80,7 +88,10 @@ def causal_attention(
     Returns:
         [B, L, H, A] in the queries' dtype; scores and softmax are float32.
     """
-    chosen = resolve_implementation(implementation, segment_BL is not None, query_BLHA.dtype)
+    masked = segment_BL is not None
+    chosen = resolve_implementation(implementation, query_BLHA.shape[1], masked, query_BLHA.dtype)
+    if chosen == "flash":
+        return flash.flash_attention(query_BLHA, key_BLGA, value_BLGA, segment_BL)
     if chosen == "blocked":
         return _blocked(query_BLHA, key_BLGA, value_BLGA, segment_BL)
     mask = None

@@ -1,0 +1,84 @@
+"""Fused attention, its kernel interpreted, against plain attention; what a roofline charges."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlpmem_jax.compiling.costs import Costs
+from mlpmem_jax.compiling.hlo import Program
+from mlpmem_jax.models import attention
+from mlpmem_jax.models.attention import causal_attention, resolve_implementation
+
+
+@pytest.mark.parametrize(("heads", "groups", "length"), [(4, 4, 128), (4, 2, 256), (2, 1, 384)])
+@pytest.mark.parametrize("within", [False, True])
+def test_value_and_gradients_equal_dense(heads, groups, length, within):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(2, length, heads, 16), (2, length, groups, 16), (2, length, groups, 16)]
+    qkv = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=False)]
+    segment_BL = None
+    if within:
+        segment_BL = jnp.cumsum(jax.random.bernoulli(keys[3], 0.02, (2, length)), axis=1)
+        segment_BL = segment_BL.astype(jnp.int32)
+
+    def loss(qkv, implementation):
+        return jnp.sum(jnp.sin(causal_attention(*qkv, segment_BL, implementation)))
+
+    both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    (value, grads), (expected, expected_grads) = both(qkv, "flash"), both(qkv, "xla")
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-4)
+    for a, b in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "num_tokens", "expected"),
+    [
+        ("auto", "tpu", 1024, "flash"),
+        ("auto", "tpu", 100, "blocked"),
+        ("flash", "cpu", 100, "blocked"),
+        ("flash", "cpu", 128, "flash"),
+        ("auto", "cpu", 128, "blocked"),
+        ("auto", "gpu", 128, "cudnn"),
+        ("xla", "tpu", 128, "xla"),
+    ],
+)
+def test_which_computation_is_taken(monkeypatch, name, platform, num_tokens, expected):
+    monkeypatch.setattr(attention, "target_platform", lambda: platform)
+    assert resolve_implementation(name, num_tokens, False, jnp.bfloat16) == expected
+
+
+# As the compiler for TPUs writes it, line breaks within the attributes included.
+KERNELS = """HloModule m, is_scheduled=true
+
+ENTRY %main (q: bf16[4,6,1024,64]) -> bf16[4,6,1024,64] {
+  %q = bf16[4,6,1024,64]{3,2,1,0} parameter(0)
+  %mask = s8[1,2,2]{2,1,0} constant({...})
+  %splash_mha_fwd_residuals.1 = (f32[4,512,128]{2,1,0}, bf16[4,6,1024,64]{3,2,1,0}) \
+custom-call(%mask, %mask, %q, %q, %q), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512, \\"block_kv\\": 512}"
+}}, metadata={op_name="a"}
+  %splash_mha_dkv_no_residuals.1 = (f32[4,512,64]{2,1,0}, bf16[4,6,1024,64]{3,2,1,0}) \
+custom-call(%mask, %mask, %q, %q, %q), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q_dkv\\": 256, \\"block_kv_dkv\\": 256}"
+}}, metadata={op_name="b"}
+  ROOT %out = bf16[4,6,1024,64]{3,2,1,0} get-tuple-element(%splash_mha_fwd_residuals.1), index=1
+}
+"""
+
+
+def test_kernels_are_charged_for_the_tiles_that_they_compute():
+    program = Program(KERNELS)
+    costs, entry = Costs(program), program.entry
+    found = {one.name: costs.flops(entry, one) for one in entry.instructions}
+    assert entry.root.name == "out"
+    product = 2 * 4 * 6 * 1024 * 1024 * 64
+    assert found["splash_mha_fwd_residuals.1"] == 2 * product * 0.75  # 3 of 4 tiles
+    assert found["splash_mha_dkv_no_residuals.1"] == 4 * product * 10 / 16
+    (forward,) = (one for one in entry.instructions if one.name.startswith("splash_mha_fwd"))
+    assert forward.source == "a"
+    array, scratch = 4 * 6 * 1024 * 64 * 2, 4 * 512 * 128 * 4
+    assert costs.memory_bytes(entry, forward) == 3 * array + array + scratch + 2 * 4
