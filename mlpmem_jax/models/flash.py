@@ -16,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask as masks,
 )
 
+from mlpmem_jax.models.layers import ATTENDED
 from mlpmem_jax.parallel.sharding import current_mesh, spec, target_platform
 
 # Windows are cut into tiles of one of these sizes; a tile is at least a row of the unit's lanes.
@@ -100,5 +101,10 @@ def _kernel(length: int, heads: int, interpret: bool) -> splash.SplashAttentionK
     )
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
     return splash.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=ATTENDED,
+        interpret=interpret,
     )

@@ -13,6 +13,9 @@ from mlpmem_jax.parallel.sharding import LOGICAL_AXES, Names, gather_for_use, ta
 
 VOCAB_MULTIPLE = 128
 MAX_UNROLLED_LAYERS = 12
+# What a fused attention kernel leaves for its backward pass; `remat=dots` keeps it, as it keeps
+# what matrix products made.
+ATTENDED = "attended"
 
 Arrays = dict[str, jax.Array]
 
@@ -171,7 +174,13 @@ def with_remat(block: Callable[..., Any], policy: Literal["none", "full", "dots"
     """Makes a block's backward pass recompute its inside: nothing, all, all but products."""
     if policy == "none":
         return block
-    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    saved = None
+    if policy == "dots":
+        policies = jax.checkpoint_policies
+        saved = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names(ATTENDED),
+        )
     return jax.checkpoint(block, policy=saved)
 
 

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 
 from mlpmem_jax.compiling.costs import Costs
 from mlpmem_jax.compiling.hlo import Program
 from mlpmem_jax.models import attention
 from mlpmem_jax.models.attention import causal_attention, resolve_implementation
+from mlpmem_jax.models.layers import with_remat
 
 
 @pytest.mark.parametrize(("heads", "groups", "length"), [(4, 4, 128), (4, 2, 256), (2, 1, 384)])
@@ -47,6 +49,20 @@ def test_value_and_gradients_equal_dense(heads, groups, length, within):
 def test_which_computation_is_taken(monkeypatch, name, platform, num_tokens, expected):
     monkeypatch.setattr(attention, "target_platform", lambda: platform)
     assert resolve_implementation(name, num_tokens, False, jnp.bfloat16) == expected
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("dots", 2), ("full", 0)])
+def test_what_rematerialisation_keeps(capsys, policy, kept):
+    """The result and the sums of the softmax, from which the backward pass begins."""
+    x_BLHA = jnp.ones((1, 128, 2, 16))
+
+    def block(x_BLHA):
+        return causal_attention(x_BLHA, x_BLHA, x_BLHA, None, "flash") ** 2
+
+    print_saved_residuals(lambda x: jnp.sum(with_remat(block, policy)(x)), x_BLHA)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "_splash_attention" in line]
+    assert len(lines) == kept
+    assert [line.split()[0] for line in lines] == ["f32[1,2,128,16]", "f32[1,2,128]"][:kept]
 
 
 # As the compiler for TPUs writes it, line breaks within the attributes included.
