@@ -3,14 +3,18 @@
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
+from mlpmem_jax.compiling.costs import FREE
+from mlpmem_jax.compiling.hlo import Program
 from mlpmem_jax.parallel.chips import chip_of
 
 NUM_LARGEST = 8
+# Their results are arrays that others made.
+_PASSING = ("while", "conditional", "call", "copy-done", "async-done", "async-update")
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _USED = re.compile(r"Used ([\d.]+)([KMGTB]?) of ([\d.]+)([KMGTB]?) (?:hbm|memory)")
 _ALLOCATION = re.compile(r"^\s*\d+\. Size: ([\d.]+)([KMGTB]?)\s*$", re.MULTILINE)
@@ -36,8 +40,8 @@ class Memory(NamedTuple):
         code: The program.
         total: All of it; None where the compiler gave up and told no sum.
         capacity: What a device has; None: not known.
-        largest: The largest buffers: of everything where the compiler refused the step,
-            else the largest arguments.
+        largest: The largest buffers: those that the compiler names where it refused the step,
+            else the largest arguments, and then the largest results of instructions.
     """
 
     arguments: int | None
@@ -99,7 +103,8 @@ def memory_of(
         **parts,
         total=sum(parts.values()) - 2 * parts["aliased"],
         capacity=capacity,
-        largest=_largest_arguments(arguments),
+        largest=_largest(_arguments(arguments))
+        + _largest(_results(Program(compiled.as_text() or ""))),
     )
 
 
@@ -127,14 +132,42 @@ def _allocations(message: str) -> list[Buffer]:
     return buffers[:NUM_LARGEST]
 
 
-def _largest_arguments(arguments: Mapping[str, Any]) -> tuple[Buffer, ...]:
+def _largest(buffers: Iterable[Buffer]) -> tuple[Buffer, ...]:
+    return tuple(sorted(buffers, key=lambda each: -each.bytes)[:NUM_LARGEST])
+
+
+def _results(program: Program) -> list[Buffer]:
+    """Returns what instructions leave in memory, each kind of array once.
+
+    Inside fusions nothing lies in memory; what a loop carries is the result of another.
+    """
+    inside = {
+        name
+        for computation in program.computations.values()
+        for each in computation.instructions
+        if each.opcode == "fusion"
+        for name in each.called
+    }
+    found: dict[str, int] = {}
+    for name, computation in program.computations.items():
+        for each in computation.instructions if name not in inside else ():
+            if each.opcode in FREE or each.opcode in _PASSING:
+                continue
+            for shape in each.shapes:
+                if shape.in_memory:
+                    words = f"{each.source} {shape.dtype}{list(shape.dims)}"
+                    found[words] = max(found.get(words, 0), shape.bytes)
+    return [Buffer(name, size) for name, size in found.items()]
+
+
+def _arguments(arguments: Mapping[str, Any]) -> list[Buffer]:
     buffers = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(dict(arguments)):
         shape = leaf.sharding.shard_shape(leaf.shape)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         held = f"{leaf.dtype}{list(shape)} of {list(leaf.shape)}"
         buffers.append(Buffer(f"{name} {held}", math.prod(shape) * leaf.dtype.itemsize))
-    return tuple(sorted(buffers, key=lambda each: -each.bytes)[:NUM_LARGEST])
+    return buffers
 
 
 def _bytes(number: str, unit: str) -> int:
