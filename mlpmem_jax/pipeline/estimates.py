@@ -12,6 +12,7 @@ from mlpmem_jax.training.flops import (
     decoder_parameters,
     memory_flops_per_token,
     memory_parameters,
+    memory_training_flops_per_token,
 )
 
 # float32 master weights, gradients and two moments.
@@ -51,15 +52,21 @@ def training_estimate(config: Config) -> dict[str, Any]:
     joint = config.train.mode == "joint"
     counts = memory_parameters(config.memory, config.decoder.width, vocab)
     rows = config.train.num_steps * config.train.batch_size * window
-    flops = TRAINING_FACTOR * memory_flops_per_token(config.memory, config.decoder.width, vocab)
+    flops = memory_training_flops_per_token(config.memory, config.decoder.width, vocab)
     if joint:
+        flops = TRAINING_FACTOR * memory_flops_per_token(config.memory, config.decoder.width, vocab)
         added = decoder_parameters(config.decoder, vocab)
         counts = {name: counts[name] + added[name] for name in counts}
         flops += TRAINING_FACTOR * decoder_flops_per_token(config.decoder, vocab, window)
     elif config.decoder_runs:
-        depth = config.datastore.input.block(config.decoder.num_layers)
+        site = config.datastore.input
         flops += decoder_flops_per_token(
-            config.decoder, vocab, window, num_layers=depth, head=False
+            config.decoder,
+            vocab,
+            window,
+            num_layers=site.block(config.decoder.num_layers),
+            last_ffn=site.site == "residual",
+            head=False,
         )
     return {
         "parameters": counts["total"],

@@ -1,13 +1,17 @@
 """Checkpoints through Orbax, with checksums of our own.
 
 Orbax restores a flipped byte without an error, so each finished checkpoint gets a file
-of checksums; one without it, or that does not match it, is never restored.
+of checksums; one without it, or that does not match it, is never restored. Writing and
+checksums go on in the background: training waits for the copy to the host alone, or, where
+a save takes longer than the interval between two, for the one before.
 """
 
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -18,11 +22,15 @@ from mlpmem_jax.console import warn
 from mlpmem_jax.datastore.files import check_free_space, read_json, write_json
 from mlpmem_jax.datastore.manifest import Artifact, describe_file, verify_file
 from mlpmem_jax.errors import ArtifactError, RunFailed
-from mlpmem_jax.parallel.multihost import barrier
+from mlpmem_jax.parallel.agreement import of_first
+from mlpmem_jax.parallel.multihost import barrier, is_writer
 
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums"
 _OVERHEAD_BYTES = 256 << 10  # manifests and metadata, whatever the size of the arrays
+# How long a listing that process 0 does not share may be a cached one: NFS keeps a minute.
+LISTING_SECS = 90.0
+_LISTING_PAUSE_SECS = 0.5
 
 
 @dataclasses.dataclass
@@ -66,7 +74,8 @@ class Checkpoints:
         self._directory = directory
         self._sums = directory / CHECKSUMS
         self._sums.mkdir(parents=True, exist_ok=True)
-        self._unverified: int | None = None
+        self._background = ThreadPoolExecutor(1, "checksums")
+        self._finishing: Future[None] | None = None
         self._manager = ocp.CheckpointManager(
             os.fspath(directory / CHECKPOINTS),
             options=ocp.CheckpointManagerOptions(
@@ -94,44 +103,81 @@ class Checkpoints:
         arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         if not self._manager.save(step, args=ocp.args.Composite(**arguments), force=True):
             raise RunFailed(f"{self._directory}: the checkpoint of step {step} was not saved")
-        self._unverified = step
+        kept = frozenset(self._manager.all_steps())
+        self._finishing = self._background.submit(self._finish, step, kept)
 
     def poll(self) -> None:
-        """Writes the checksums of a checkpoint that has been finished meanwhile."""
-        if self._unverified is not None and not self._manager.is_saving_in_progress():
+        """Raises what has gone wrong with the last save, if it has ended. Never waits."""
+        if self._finishing is not None and self._finishing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the last save is complete and has its checksums."""
+        """Waits until the last save is complete and has its checksums; raises its errors."""
+        if self._finishing is not None:
+            finishing, self._finishing = self._finishing, None
+            finishing.result()
+
+    def _finish(self, step: int, kept: frozenset[int]) -> None:
+        """Waits for Orbax, then writes the checksums: in the background, next to training."""
         self._manager.wait_until_finished()
-        if self._unverified is None:
-            return
-        step, self._unverified = self._unverified, None
-        if jax.process_index() == 0:
+        if is_writer():
             root = self._directory / CHECKPOINTS / str(step)
-            files = {name: describe_file(root / name) for name in _files_below(root)}
-            write_json(self._sums_file(step), files)
-            kept = {str(s) for s in self._manager.all_steps()}
-            for stale in self._sums.glob("*.json"):
-                if stale.stem not in kept:
-                    stale.unlink(missing_ok=True)
+            write_checksums(self._sums_file(step), root)
+            steps = [int(sums.stem) for sums in self._sums.glob("*.json")]
+            # Of what is older alone: after an interrupt, another start may write newer ones.
+            for stale in [old for old in steps if old < step and old not in kept]:
+                self._sums_file(stale).unlink(missing_ok=True)
 
     def _sums_file(self, step: int) -> epath.Path:
         return self._sums / f"{step}.json"
 
     def last_good_step(self) -> int | None:
-        """Returns the newest step whose files match their checksums; names damaged ones."""
+        """Returns the newest step whose files match their checksums; names damaged ones.
+
+        Process 0 looks and verifies, the others are told. All processes must call it.
+
+        Raises:
+            RunFailed: Another process does not see the checkpoints of process 0.
+        """
         self._manager.reload()
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        found = of_first(self._look() if is_writer() else None)
+        self._wait_for_listing(found["steps"])
+        return None if found["good"] is None else int(found["good"])
+
+    def _look(self) -> dict[str, Any]:
+        """Returns the steps on disk, and the newest good one of them (or None)."""
+        steps = sorted(int(step) for step in self._manager.all_steps())
+        skipped, good = [], None
+        for step in reversed(steps):
             if not self._sums_file(step).exists():
                 continue  # The save was killed before its checksums: it proves nothing.
             try:
                 _verify(self._directory, step)
             except ArtifactError as error:
-                warn(f"checkpoint of step {step} is skipped: {error}")
+                skipped.append(f"checkpoint of step {step} is skipped: {error}")
                 continue
-            return int(step)
-        return None
+            good = step
+            break
+        instead = "no other is good" if good is None else f"the newest good one is of step {good}"
+        for line in skipped:
+            warn(f"{line}; {instead}")
+        return {"steps": steps, "good": good}
+
+    def _wait_for_listing(self, steps: Sequence[int]) -> None:
+        """Waits until this process sees what process 0 sees: Orbax acts on its own listing.
+
+        Where that differs, processes would delete, save or restore other checkpoints.
+        """
+        deadline = time.monotonic() + LISTING_SECS
+        while sorted(self._manager.all_steps()) != list(steps):
+            if time.monotonic() > deadline:
+                raise RunFailed(
+                    f"{self._directory / CHECKPOINTS}: process {jax.process_index()} sees the "
+                    f"steps {sorted(self._manager.all_steps())}, process 0 {list(steps)}; all "
+                    "processes need the same work directory"
+                )
+            time.sleep(_LISTING_PAUSE_SECS)
+            self._manager.reload()
 
     def restore(self, step: int, abstract_items: Mapping[str, Any]) -> dict[str, Any]:
         """Restores the named items.
@@ -153,6 +199,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is under way, on all processes, and releases resources."""
         self.wait()
+        self._background.shutdown()
         barrier(f"{self._directory}: checksums")  # Process 0 writes them, all may read them next.
         self._manager.close()
 
@@ -161,6 +208,11 @@ def _estimated_bytes(items: Mapping[str, Any]) -> int:
     """Returns about what a checkpoint takes on disk: arrays, and what Orbax adds to them."""
     arrays = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(items)))
     return int(1.05 * arrays) + _OVERHEAD_BYTES
+
+
+def write_checksums(file: epath.Path, root: epath.Path) -> None:
+    """Reads a finished checkpoint and records what its files are; from now on it counts."""
+    write_json(file, {name: describe_file(root / name) for name in _files_below(root)})
 
 
 def _files_below(root: epath.Path) -> list[str]:

@@ -1,10 +1,11 @@
 """Counts of parameters and floating-point operations, and what devices can do.
 
 Model flops: matrix products only, a multiply-add is 2, the backward pass twice the forward
-pass, nothing recomputed. Attention is causal: by default a query is charged for the keys
-that it may see, half of the window on average ("half"); "full" charges all of them, the
-convention of PaLM (arXiv 2204.02311, appendix B). The head is charged for the padded
-vocabulary, since that is what runs.
+pass (once for a matrix that is frozen), nothing recomputed, and nothing that no result depends
+on. Not counted: norms, softmax, rotary positions and the like, and the optimiser. Attention is
+causal: by default a query is charged for the keys that it may see, half of the window on
+average ("half"); "full" charges all of them, the convention of PaLM (arXiv 2204.02311,
+appendix B). The head is charged for the padded vocabulary, since that is what runs.
 """
 
 import math
@@ -30,6 +31,7 @@ def decoder_flops_per_token(
     window_tokens: int,
     *,
     num_layers: int | None = None,
+    last_ffn: bool = True,
     head: bool = True,
     attention: Literal["half", "full"] = "half",
 ) -> float:
@@ -40,6 +42,8 @@ def decoder_flops_per_token(
         vocab_size: V; padded here.
         window_tokens: L, over which attention runs.
         num_layers: Blocks that run, when the states above are not wanted; None: all.
+        last_ffn: Whether the feed-forward of the last of them runs: what it reads may be all
+            that is wanted.
         head: Whether logits are computed.
         attention: Which keys a query is charged for, see above.
     """
@@ -51,9 +55,10 @@ def decoder_flops_per_token(
     keys = window_tokens if attention == "full" else (window_tokens + 1) / 2
     mixing = 2 * heads * head_width * keys  # scores, and the sum of values
     hidden = layers.ffn_width(config.ffn_width, config.width, config.activation)
-    block = projections + mixing + _ffn_weights(config.width, hidden, config.activation)
+    ffn = _ffn_weights(config.width, hidden, config.activation)
+    num_ffns = depth if last_ffn else depth - 1
     logits = config.width * layers.padded_vocab_size(vocab_size) if head else 0
-    return 2.0 * (depth * block + logits)
+    return 2.0 * (depth * (projections + mixing) + num_ffns * ffn + logits)
 
 
 def memory_flops_per_token(
@@ -67,6 +72,19 @@ def memory_flops_per_token(
     if head:
         weights += config.width * layers.padded_vocab_size(vocab_size)
     return 2.0 * weights
+
+
+def memory_training_flops_per_token(
+    config: MemoryConfig, input_width: int, vocab_size: int
+) -> float:
+    """Returns flops of training the memory alone, per token (arguments as above).
+
+    A tied head is the frozen decoder's and has no gradient of its own.
+    """
+    blocks = memory_flops_per_token(config, input_width, vocab_size, head=False)
+    head = memory_flops_per_token(config, input_width, vocab_size) - blocks
+    head_factor = TRAINING_FACTOR if config.head == "untied" else TRAINING_FACTOR - 1
+    return TRAINING_FACTOR * blocks + head_factor * head
 
 
 def decoder_parameters(config: DecoderConfig, vocab_size: int) -> dict[str, int]:

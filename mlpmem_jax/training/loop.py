@@ -114,11 +114,13 @@ def fit(
             state, metrics = train_step(state, task.frozen, batch)
             monitor.dispatched(step + 1, metrics, feed.wait_secs)
             if _due(step + 1, config.eval_interval_steps, stop):
+                monitor.pause()
                 monitor.validation(step + 1, task.validate(state))
             stops = preempted()
             if stops or saves(step + 1):
                 monitor.settle()  # A poisoned state must not become a checkpoint.
                 checkpoints.save(step + 1, state.items())
+                monitor.flush()
             if stops:
                 checkpoints.close()
                 monitor.close()

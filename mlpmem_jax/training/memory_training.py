@@ -10,11 +10,7 @@ from mlpmem_jax.datastore.layout import Split
 from mlpmem_jax.input.feed import Batch, WindowSource
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.training.flops import (
-    TRAINING_FACTOR,
-    decoder_flops_per_token,
-    memory_flops_per_token,
-)
+from mlpmem_jax.training.flops import decoder_flops_per_token, memory_training_flops_per_token
 from mlpmem_jax.training.input_statistics import measured_statistics, with_statistics
 from mlpmem_jax.training.interpolation import interpolation_of, joint_terms
 from mlpmem_jax.training.joint_loss import joint_loss
@@ -58,13 +54,14 @@ class MemoryTask(WindowTask):
 
     def _flops_per_token(self) -> float:
         config, width = self._config, self._config.decoder.width
-        flops = TRAINING_FACTOR * memory_flops_per_token(config.memory, width, self.vocab_size)
+        flops = memory_training_flops_per_token(config.memory, width, self.vocab_size)
         if self._online:  # Forward only, and only up to the state that the memory reads.
             flops += decoder_flops_per_token(
                 config.decoder,
                 self.vocab_size,
                 config.train_window_tokens,
                 num_layers=self._site.block,
+                last_ffn=self._site.kind == "residual",
                 head=False,
             )
         return flops

@@ -3,20 +3,38 @@
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from etils import epath
 from tensorboardX import SummaryWriter
 
 from mlpmem_jax.console import is_speaker, progress
 from mlpmem_jax.datastore.files import is_local, write_bytes
+from mlpmem_jax.training.uploads import GrowingObject, Uploads, pieces_of
 
 METRICS = "metrics.jsonl"
 
 
+class _Sink(Protocol):
+    """Where records go."""
+
+    def write(self, line: bytes, step: int, values: Mapping[str, float]) -> None: ...
+
+    def poll(self) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricsLog:
     """Appends records; a resumed run drops what the interrupted one wrote too far.
+
+    In a bucket they arrive once a minute and at checkpoints, in pieces (training/uploads.py);
+    what a kill loses is the last minute. Process 0 alone writes.
 
     Attributes:
         directory: Where `metrics.jsonl` and the TensorBoard events lie.
@@ -24,50 +42,148 @@ class MetricsLog:
 
     def __init__(self, directory: epath.Path, start_step: int):
         self.directory = directory
-        self._file = directory / METRICS
-        self._writer: SummaryWriter | None = None
-        if not is_speaker():
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        write_bytes(self._file, _lines_up_to(self._file, start_step))
-        # purge_step hides events of steps that are about to be repeated.
-        self._writer = SummaryWriter(
-            os.fspath(directory), purge_step=start_step + 1 if start_step else None
-        )
+        self._sink: _Sink | None = None
+        if is_speaker():
+            directory.mkdir(parents=True, exist_ok=True)
+            local = is_local(directory)
+            self._sink = (_Folder if local else _Bucket)(directory, start_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one record: values by name, after `step` finished steps."""
-        if self._writer is None:
+        if self._sink is None:
             return
         record = {"step": step} | {
             name: value if math.isfinite(value) else str(value) for name, value in values.items()
         }
-        line = json.dumps(record) + "\n"
-        if is_local(self._file):
-            with open(self._file, "a", encoding="utf-8") as file:
-                file.write(line)
-        else:  # Object stores cannot append.
-            write_bytes(self._file, self._file.read_bytes() + line.encode())
+        self._sink.write((json.dumps(record) + "\n").encode(), step, values)
+
+    def poll(self) -> None:
+        """Sends records away if it is time to. Never waits for that."""
+        if self._sink is not None:
+            self._sink.poll()
+
+    def flush(self) -> None:
+        """Sends records away now."""
+        if self._sink is not None:
+            self._sink.flush()
+
+    def close(self) -> None:
+        """Writes what is left; waits for it."""
+        if self._sink is not None:
+            self._sink.close()
+
+
+class _Folder:
+    """A local directory."""
+
+    def __init__(self, directory: epath.Path, start_step: int):
+        self._file = directory / METRICS
+        _shorten(self._file, start_step)
+        self._writer = _event_writer(directory, start_step)
+
+    def write(self, line: bytes, step: int, values: Mapping[str, float]) -> None:
+        with open(self._file, "ab") as file:
+            file.write(line)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    def poll(self) -> None:
+        pass  # Lines are there at once; events follow from a thread of the writer's own.
+
+    def flush(self) -> None:
+        pass
+
     def close(self) -> None:
-        """Flushes the events."""
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.close()
+
+
+class _Bucket:
+    """A directory in a bucket. TensorBoard's writer would send a whole file at each flush."""
+
+    def __init__(self, directory: epath.Path, start_step: int):
+        self._directory = directory
+        self._temporary = tempfile.TemporaryDirectory(prefix="mlpmem-metrics-")
+        self._uploads = Uploads()
+        file = directory / METRICS
+        self._lines = GrowingObject(file, _shorten(file, start_step))
+        self._events = self._event_object(start_step)
+        self._new_lines = b""
+        self._writer: SummaryWriter | None = None
+
+    def _event_object(self, start_step: int) -> GrowingObject:
+        """Opens a file of events, which says from which step on earlier ones are void."""
+        _event_writer(self._temporary.name, start_step).close()
+        (local,) = Path(self._temporary.name).iterdir()
+        target = self._directory / local.name
+        data = local.read_bytes()
+        local.unlink()
+        write_bytes(target, data)
+        return GrowingObject(target, data)
+
+    def write(self, line: bytes, step: int, values: Mapping[str, float]) -> None:
+        self._new_lines += line
+        if self._writer is None:
+            self._writer = _event_writer(self._temporary.name, 0)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self.poll()
+
+    def poll(self) -> None:
+        if self._new_lines and self._uploads.due():
+            self._uploads.send(self._additions())
+
+    def flush(self) -> None:
+        if self._new_lines and not self._uploads.busy():
+            self._uploads.send(self._additions())
+
+    def close(self) -> None:
+        self._uploads.finish(self._additions())
+        self._temporary.cleanup()
+
+    def _additions(self) -> dict[GrowingObject, bytes]:
+        """Returns what was written since it was last asked."""
+        lines, self._new_lines = self._new_lines, b""
+        return {self._lines: lines, self._events: self._new_events()}
+
+    def _new_events(self) -> bytes:
+        if self._writer is None:
+            return b""
+        self._writer.close()  # Only then are the events whole.
+        self._writer = None
+        # Files of events may be put one behind the other.
+        files = sorted(Path(self._temporary.name).iterdir())
+        events = b"".join(file.read_bytes() for file in files)
+        for file in files:
+            file.unlink()
+        return events
+
+
+def _event_writer(directory: str | os.PathLike[str], start_step: int) -> SummaryWriter:
+    # purge_step hides events of steps that are about to be repeated.
+    return SummaryWriter(os.fspath(directory), purge_step=start_step + 1 if start_step else None)
+
+
+def _shorten(file: epath.Path, step: int) -> bytes:
+    """Drops the lines after a step, and makes one file of all pieces; returns its content."""
+    kept = _lines_up_to(file, step)
+    write_bytes(file, kept)
+    for piece in pieces_of(file)[1:]:
+        piece.unlink()
+    return kept
 
 
 def _lines_up_to(file: epath.Path, step: int) -> bytes:
-    if not file.exists() or step == 0:
+    if step == 0:
         return b""
-    kept = []
-    for line in file.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break  # The line that a kill cut off; nothing follows it.
-        if record["step"] <= step:
-            kept.append(line + "\n")
+    kept: dict[str, None] = {}  # Without the lines that stand in two pieces.
+    for piece in pieces_of(file):
+        for line in piece.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break  # The line that a kill cut off; nothing follows it.
+            if record["step"] <= step:
+                kept[line + "\n"] = None
     return "".join(kept).encode()
 
 

@@ -20,6 +20,68 @@ if TYPE_CHECKING:
 _MUST_BE_FINITE = ("loss", "grad_norm", "update_norm")
 
 
+class _Clock:
+    """Steps, their time, and waits for batches since the last record, and altogether.
+
+    It runs from the end of the first step on: that one includes compiling.
+
+    Attributes:
+        compile_secs: From the start to the moment when the first step was dispatched, less
+            the wait for its batch; None: not yet.
+        total_steps: Steps that were timed.
+        total_secs: Their time.
+        total_wait_secs: How much of it was spent waiting for batches.
+    """
+
+    def __init__(self) -> None:
+        self.compile_secs: float | None = None
+        self.total_secs = self.total_wait_secs = 0.0
+        self.total_steps = 0
+        self._created = time.perf_counter()
+        self._running_since: float | None = None
+        self._begun = False
+        self._feed_wait_secs = self._waited_before = 0.0
+        self._steps, self._secs, self._wait_secs = 0, 0.0, 0.0
+
+    def dispatched(self, feed_wait_secs: float) -> None:
+        """Notes that a step was dispatched, and all that its feed has made it wait so far."""
+        self._feed_wait_secs = feed_wait_secs
+        if self.compile_secs is None:
+            self.compile_secs = max(time.perf_counter() - self._created - feed_wait_secs, 0.0)
+
+    def finished(self) -> None:
+        """Notes that a step has finished."""
+        if self._begun:
+            self._steps += 1
+        else:
+            self._begun = True
+            self.resume()
+
+    def pause(self) -> None:
+        """What passes from now on is not training."""
+        if self._running_since is not None:
+            self._secs += time.perf_counter() - self._running_since
+            self._wait_secs += self._feed_wait_secs - self._waited_before
+            self._running_since = None
+
+    def resume(self) -> None:
+        """Runs on, if the first step has finished."""
+        if self._begun:
+            self._running_since = time.perf_counter()
+            self._waited_before = self._feed_wait_secs
+
+    def lap(self) -> tuple[int, float, float]:
+        """Returns steps, seconds, and seconds of waiting since the last lap."""
+        self.pause()
+        lap = self._steps, self._secs, self._wait_secs
+        self.total_steps += lap[0]
+        self.total_secs += lap[1]
+        self.total_wait_secs += lap[2]
+        self._steps, self._secs, self._wait_secs = 0, 0.0, 0.0
+        self.resume()
+        return lap
+
+
 class Monitor:
     """Reads the metrics of step n−1 while step n runs, so that nothing waits for them."""
 
@@ -42,24 +104,30 @@ class Monitor:
         # NaN for an accelerator that the table does not know: no share is better than a wrong one.
         peak = peak_flops(jax.local_devices()[0])
         self._peak = math.nan if peak is None else peak * jax.device_count()
-        self._steps_in_window = 0
-        self._wait_at_window = 0.0
-        self._wait_secs = 0.0
-        self._window_started = time.perf_counter()
-        self._train_secs = 0.0
-        self._train_steps = 0
+        self._clock = _Clock()
+        self._compiling_logged = False
         self._last_validation: dict[str, float] = {}
 
     def dispatched(self, step: int, metrics: Mapping[str, jax.Array], wait_secs: float) -> None:
         """Takes the metrics of a step that has just been dispatched."""
+        self._clock.dispatched(wait_secs)
         self._read_pending()
         self._pending = (step, metrics)
-        self._wait_secs = wait_secs
         self._checkpoints.poll()
+        self._log.poll()
+
+    def flush(self) -> None:
+        """Sends what was logged to where it is kept, beside the checkpoint of this step."""
+        self._log.flush()
 
     def settle(self) -> None:
         """Waits for the last dispatched step and reads its metrics."""
         self._read_pending()
+
+    def pause(self) -> None:
+        """Waits likewise; what follows, until `validation`, is not the time of training."""
+        self.settle()
+        self._clock.pause()
 
     def _read_pending(self) -> None:
         if self._pending is None:
@@ -67,7 +135,7 @@ class Monitor:
         (step, on_device), self._pending = self._pending, None
         metrics = {name: float(value) for name, value in jax.device_get(dict(on_device)).items()}
         self._refuse_non_finite(step, metrics)
-        self._steps_in_window += 1
+        self._clock.finished()
         if step % self._config.log_interval_steps == 0 or step == self._stop_step:
             metrics |= self._speed()
             self._log.write(step, metrics)
@@ -91,41 +159,40 @@ class Monitor:
         )
 
     def _speed(self) -> dict[str, float]:
-        now = time.perf_counter()
-        seconds = max(now - self._window_started, 1e-9)
-        steps = self._steps_in_window
-        wait = self._wait_secs - self._wait_at_window
-        self._train_secs += seconds
-        self._train_steps += steps
-        self._window_started, self._steps_in_window = now, 0
-        self._wait_at_window = self._wait_secs
+        """Returns what steps took since the last record; nothing where none was timed."""
+        speed = {}
+        if self._clock.compile_secs is not None and not self._compiling_logged:
+            speed["compile_secs"] = self._clock.compile_secs
+            self._compiling_logged = True
+        steps, seconds, wait = self._clock.lap()
+        if steps == 0:
+            return speed
         flops = self._task.flops_per_step * steps / seconds
-        return {
+        return speed | {
             "tokens_per_sec": self._task.tokens_per_step * steps / seconds,
             "model_flops_per_sec": flops,
             "share_of_peak": flops / self._peak,
             "input_wait_share": wait / seconds,
-            "secs_per_step": seconds / max(steps, 1),
+            "secs_per_step": seconds / steps,
         }
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes validation metrics; their time does not count as training."""
-        self.settle()
+        """Writes validation metrics, measured after `pause`."""
         self._last_validation = {name: float(value) for name, value in metrics.items()}
         self._log.write(step, {f"valid_{n}": v for n, v in self._last_validation.items()})
-        self._window_started = time.perf_counter()
-        self._steps_in_window = 0
-        self._wait_at_window = self._wait_secs
+        self._clock.resume()
 
     def summary(self) -> dict[str, Any]:
         """Returns what the manifest records."""
-        seconds = max(self._train_secs, 1e-9)
+        clock = self._clock
+        rate = clock.total_steps / max(clock.total_secs, 1e-9)
         return {
             "validation": self._last_validation,
-            "secs_per_step": self._train_secs / max(self._train_steps, 1),
-            "tokens_per_sec": self._task.tokens_per_step * self._train_steps / seconds,
-            "share_of_peak": (self._task.flops_per_step * self._train_steps / seconds / self._peak),
-            "input_wait_share": self._wait_secs / seconds if self._train_steps else 0.0,
+            "compile_secs": clock.compile_secs or 0.0,
+            "secs_per_step": clock.total_secs / max(clock.total_steps, 1),
+            "tokens_per_sec": self._task.tokens_per_step * rate,
+            "share_of_peak": self._task.flops_per_step * rate / self._peak,
+            "input_wait_share": clock.total_wait_secs / max(clock.total_secs, 1e-9),
             "model_flops": self._task.flops_per_step * self._stop_step,
         }
 

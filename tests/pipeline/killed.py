@@ -3,10 +3,11 @@
     python killed.py FUNCTION N before|after ARGUMENTS…
 
 FUNCTION is a dotted name; at its N-th call the process dies, before the call's body or
-right after it (writes that it began are then half done).
+right after it (writes that it began are then half done). With N = 0 it lives.
 
 KILLED_BY names another signal, which the process may survive; KILLED_PROCESS one of several
-processes, the others live on.
+processes, the others live on. KILLED_STEPS names a file that gets a line for each step of
+training: the directory of its artifact, and how many steps are finished with it.
 """
 
 import functools
@@ -56,8 +57,24 @@ def _die_at_call(dotted, number, when):
     setattr(owner, name, counted)
 
 
+def _record_steps(file):
+    from mlpmem_jax.training.monitor import Monitor
+
+    dispatched = Monitor.dispatched
+
+    @functools.wraps(dispatched)
+    def recorded(self, step, *args):
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.write(f"{self._checkpoints._directory} {step}\n")
+        return dispatched(self, step, *args)
+
+    Monitor.dispatched = recorded
+
+
 if __name__ == "__main__":
     dotted, number, when, *arguments = sys.argv[1:]
+    if "KILLED_STEPS" in os.environ:
+        _record_steps(os.environ["KILLED_STEPS"])
     _die_at_call(dotted, int(number), when)
     from mlpmem_jax.__main__ import main
 

@@ -1,6 +1,7 @@
 """kill -9 in every stage: the same command continues, and the numbers are those of a run
 that nobody interrupted, bit for bit."""
 
+import itertools
 import json
 import os
 import signal
@@ -24,7 +25,9 @@ HERE = Path(__file__).resolve().parent
 TINY = HERE.parents[1] / "configs" / "tiny.yaml"
 SHARDS = "mlpmem_jax.datastore.shards.write_rows"
 SAVE = "mlpmem_jax.training.checkpoint.Checkpoints.save"
+SUMS = "mlpmem_jax.training.checkpoint.write_checksums"
 STEP = "mlpmem_jax.training.monitor.Monitor.dispatched"
+INTERVAL = 4  # checkpoint_interval_steps of both networks in configs/tiny.yaml
 
 # In the order of the stages, all in one work directory: where the process is killed, and
 # the artifact that is then begun and not finished.
@@ -34,6 +37,9 @@ KILLS = [
     (STEP, 3, "after", "decoder/base"),  # before the first checkpoint
     (SAVE, 1, "after", "decoder/base"),  # while it is being written
     (STEP, 2, "after", "decoder/base"),
+    (SUMS, 1, "before", "decoder/base"),  # written, and not yet known to be whole
+    (SUMS, 1, "after", "decoder/base"),  # from here on it is not trained again up to there
+    (STEP, 2, "after", "decoder/base"),
     (SHARDS, 7, "after", "datastore/base/train"),
     (SHARDS, 100, "after", "datastore/base/train"),
     ("mlpmem_jax.datastore.manifest.Artifact.finish", 3, "before", "datastore/base/test"),
@@ -42,6 +48,8 @@ KILLS = [
     (SHARDS, 90, "after", "targets/base/train"),
     (SAVE, 1, "after", "memory/base"),
     (STEP, 2, "after", "memory/base"),
+    (SUMS, 1, "after", "memory/base"),
+    (STEP, 3, "after", "memory/base"),
     ("mlpmem_jax.datastore.manifest.Artifact.finish", 2, "before", "results/base"),
 ]
 
@@ -93,17 +101,63 @@ def _losses(config, name):
     return [(r["step"], r["loss"]) for r in records if "loss" in r]
 
 
+class Steps:
+    """What starts of the same command have trained, and which checkpoints they left.
+
+    Attributes:
+        file: Where killed.py writes the steps of a start.
+    """
+
+    def __init__(self, workdir, file):
+        self.file = file
+        self._workdir = workdir
+        self._good = {}  # By artifact: the newest checkpoint with checksums.
+
+    def check_start(self, *about):
+        """Looks at a start that has ended: it went on from the newest good checkpoint."""
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.file.unlink(missing_ok=True)
+        trained = {}
+        for line in lines:
+            path, step = line.rsplit(" ", 1)
+            trained.setdefault(str(Path(path).relative_to(self._workdir)), []).append(int(step))
+        for artifact, steps in trained.items():
+            start = self._good.get(artifact, 0)
+            assert steps == list(range(start + 1, steps[-1] + 1)), (artifact, *about)
+            sums = (self._workdir / artifact / "checksums").glob("*.json")
+            self._good[artifact] = max((int(path.stem) for path in sums), default=0)
+            assert self._good[artifact] >= start, (artifact, *about)
+        return {artifact: (steps[0] - 1, steps[-1]) for artifact, steps in trained.items()}
+
+
 @pytest.mark.timeout(1800)  # A dozen starts of the whole pipeline.
 def test_killed_in_every_stage_equals_uninterrupted(tiny_run, tmp_path):
     workdir = tmp_path / "run"
     arguments = ["run", "--config", str(TINY), "--workdir", str(workdir)]
+    steps, trained = Steps(workdir, tmp_path / "steps"), []
     for function, number, when, artifact in KILLS:
         command = [sys.executable, str(HERE / "killed.py"), function, str(number), when]
-        died = _run([*command, *arguments])
+        died = _run([*command, *arguments], KILLED_STEPS=str(steps.file))
         assert died.returncode == -signal.SIGKILL, (function, number, died.stdout, died.stderr)
         assert (workdir / artifact / "building.json").exists(), (function, number, died.stdout)
         assert not (workdir / artifact / "manifest.json").exists(), (function, number)
-    _check_continued(arguments, workdir, tiny_run)
+        trained.append((function, when, artifact, steps.check_start(function, number)))
+    _check_at_most_one_interval_is_lost(trained)
+    _check_continued(arguments, workdir, tiny_run, steps)
+
+
+def _check_at_most_one_interval_is_lost(trained):
+    """Compares neighbouring starts: what one had trained when it died, where the next began."""
+    compared = 0
+    for (function, when, artifact, died), (*_, continued) in itertools.pairwise(trained):
+        # Before its checksums a checkpoint does not count, and the next one waits for them.
+        intervals = 2 if (function, when) == (SUMS, "before") else 1
+        if artifact in died and artifact in continued:
+            lost = died[artifact][1] - continued[artifact][0]
+            assert 0 <= lost <= intervals * INTERVAL, (function, when, artifact, died, continued)
+            compared += continued[artifact][0] > 0
+    # Of each network the kill after its first checksums, and the one after that.
+    assert compared >= 4, trained
 
 
 @pytest.mark.slow
@@ -111,20 +165,24 @@ def test_killed_in_every_stage_equals_uninterrupted(tiny_run, tmp_path):
 def test_told_to_stop_in_every_stage_equals_uninterrupted(tiny_run, tmp_path):
     workdir = tmp_path / "run"
     arguments = ["run", "--config", str(TINY), "--workdir", str(workdir)]
+    steps = Steps(workdir, tmp_path / "steps")
     for function, number, artifact in NOTICES:
         command = [sys.executable, str(HERE / "killed.py"), function, str(number), "after"]
-        told = _run([*command, *arguments], KILLED_BY="SIGTERM")
+        told = _run([*command, *arguments], KILLED_BY="SIGTERM", KILLED_STEPS=str(steps.file))
         assert told.returncode == PREEMPTED, (function, number, told.stdout, told.stderr)
         (line,) = [line for line in told.stderr.splitlines() if "preempted" in line]
         assert line.startswith("preempted: ") and line.endswith("; the same command continues")
         assert not (workdir / artifact / "manifest.json").exists(), (function, number)
-    _check_continued(arguments, workdir, tiny_run)
+        steps.check_start(function, number)
+    _check_continued(arguments, workdir, tiny_run, steps)
 
 
-def _check_continued(arguments, workdir, tiny_run):
+def _check_continued(arguments, workdir, tiny_run, steps):
     """Runs to the end and compares with a run that nobody interrupted."""
-    last = _run([sys.executable, "-m", "mlpmem_jax", *arguments])
+    command = [sys.executable, str(HERE / "killed.py"), STEP, "0", "after", *arguments]
+    last = _run(command, KILLED_STEPS=str(steps.file))
     assert last.returncode == 0, last.stderr
+    steps.check_start("the last start")
     config = load_config(TINY, (), {"workdir": str(workdir)})
     expected, found = _arrays(tiny_run), _arrays(config)
     assert expected.keys() == found.keys()

@@ -4,9 +4,11 @@ import jax
 import pytest
 from flax import nnx
 
+from mlpmem_jax.compiling.steps import lower_step
 from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.training import flops
 
 VOCAB, LENGTH = 1000, 64
@@ -52,6 +54,68 @@ def test_memory_flops_agree_with_xla(block):
     assert counted == pytest.approx(256 * formula, rel=0.05)
 
 
+# Blocks are written out and there is one chunk of the loss, since XLA counts a loop's body
+# once. With 2048 tokens a step, what is done once a parameter (AdamW, clipping, the norms of the
+# metrics: some 25 operations, none counted) is 0.2 % of the 6 · 2048 for it.
+TOKENS = 2048
+STEP = (
+    f"tokenizer.vocab_size={VOCAB}", f"decoder.context_tokens={LENGTH}", "decoder.width=256",
+    "decoder.num_layers=2", "decoder.num_heads=4", "memory.num_layers=2", "targets.num_tokens=8",
+    "decoder.attention=xla", "decoder.layer_loop=unroll", "memory.layer_loop=unroll",
+    "decoder.remat=none", "memory.remat=none", f"datastore.chunk_rows={LENGTH}",
+    f"pretrain.batch_size={TOKENS // LENGTH}", f"pretrain.loss_chunk_tokens={TOKENS}",
+    f"train.batch_size={TOKENS // LENGTH}", f"train.loss_chunk_tokens={TOKENS}",
+    "train.decoder_optimizer.warmup_steps=2",
+)  # fmt: skip
+GPT2_KEYS = (
+    "decoder.norm=layer", "decoder.positions=learned", "decoder.activation=gelu",
+    "decoder.biases=all", "decoder.head=tied",
+)  # fmt: skip
+JOINT = ("train.mode=joint", "memory.width=192", "memory.gate=learned", "decoder.num_kv_heads=2")
+ONLINE = ("train.inputs=online", "memory.width=256")
+
+
+def check_step(config, attention_passes):
+    """Compares a task's flops with XLA's count of its whole step, optimiser and all.
+
+    A task charges a query for the keys that it may see, XLA's dense attention multiplies with
+    all: `attention_passes` times the difference, in passes through all blocks, is added.
+    """
+    step = lower_step(config, single_device_mesh())
+    counted = step.lowered.compile().cost_analysis()["flops"]
+    full, half = (
+        flops.decoder_flops_per_token(config.decoder, VOCAB, LENGTH, attention=attention)
+        for attention in ("full", "half")
+    )
+    assert step.num_tokens == TOKENS
+    unseen = attention_passes * TOKENS * (full - half)
+    assert counted == pytest.approx(step.model_flops + unseen, rel=0.05)
+
+
+@pytest.mark.parametrize("family", [("decoder.num_kv_heads=2",), GPT2_KEYS], ids=["llama", "gpt2"])
+def test_flops_of_a_pretraining_step_agree_with_xla(make_config, family):
+    check_step(make_config(*STEP, *family, "compile.step=pretrain"), 3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "attention_passes"),
+    [
+        (("memory.width=192",), 0),
+        (("memory.width=256", "memory.block=gelu"), 0),
+        # The head is the decoder's, which is frozen.
+        (("memory.width=256", "memory.head=tied"), 0),
+        (("memory.width=192", "train.joint_weight=0.5"), 0),
+        # The decoder runs up to what the last feed-forward reads; its first block alone.
+        ((*ONLINE, "datastore.input.layer=2"), 1),
+        ((*ONLINE, "datastore.input.layer=1", "datastore.input.site=residual"), 1 / 2),
+        (JOINT, 3),
+    ],
+    ids=["memory", "gelu", "tied", "mixture", "online", "residual", "joint"],
+)
+def test_flops_of_a_training_step_agree_with_xla(make_config, keys, attention_passes):
+    check_step(make_config(*STEP, *keys, "compile.step=train"), attention_passes)
+
+
 def test_parts_of_the_decoder():
     """Causal attention costs half of the full one; blocks and head are counted apart."""
 
@@ -62,6 +126,8 @@ def test_parts_of_the_decoder():
     assert count(attention="full") - count() == mixing * (LENGTH - 1) / 2
     assert count() - count(head=False) == 2 * 256 * 1024
     assert count(num_layers=1, head=False) == count(head=False) / 2
+    hidden = 3 * 256 * 704
+    assert count() - count(last_ffn=False) == 2 * hidden
 
 
 @FAMILIES

@@ -1,12 +1,20 @@
-"""Metrics against numbers worked out by hand."""
+"""Metrics against numbers worked out by hand, and the log of a training run in a bucket."""
 
+import json
 import math
+import threading
 
 import numpy as np
 import pytest
+from etils import epath
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+from tensorboardX.proto.event_pb2 import Event
 
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.evaluation import metrics
+from mlpmem_jax.training import uploads
+from mlpmem_jax.training.metrics import MetricsLog
 
 SEPARATOR = 0
 # Three documents: "0 5 6 7", "0", "0 8 9". Row n predicts token n + 1.
@@ -64,3 +72,160 @@ def test_no_words_and_overflow_are_not_errors():
     result = metrics.score(np.array([5000.0]), counts)
     assert math.isnan(result.word_perplexity)
     assert result.token_perplexity == math.inf
+
+
+class Bucket(MemoryFileSystem):
+    """Stands in for S3: objects in memory, written whole."""
+
+    protocol = "s3"
+    store, pseudo_dirs = {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return MemoryFileSystem._strip_protocol("memory://" + path.removeprefix("s3://"))
+
+
+class Uploaded:
+    """Counts what goes to the bucket, which can be out of reach.
+
+    Attributes:
+        sizes: Of each object that was written.
+        reachable: Whether it can be written now.
+    """
+
+    def __init__(self):
+        self.sizes = []
+        self.reachable = threading.Event()
+        self.reachable.set()
+
+    def __call__(self, path, data):
+        assert str(path).startswith("s3://")
+        if not self.reachable.is_set():
+            raise OSError("the bucket is out of reach")
+        self.sizes.append(len(data))
+        path.write_bytes(data)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A folder in an empty bucket, and a counter of what is uploaded."""
+    monkeypatch.setattr(Bucket, "store", {})
+    monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
+    monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: Bucket())
+    uploaded = Uploaded()
+    monkeypatch.setattr(uploads, "write_bytes", uploaded)
+    return epath.Path("s3://bucket/run/metrics"), uploaded
+
+
+def _steps(directory):
+    """The steps that a reader finds who puts all pieces one behind the other."""
+    pieces = uploads.pieces_of(directory / "metrics.jsonl")
+    lines = b"".join(piece.read_bytes() for piece in pieces).splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def _scalars(directory):
+    found = []
+    names = sorted(path.name for path in directory.iterdir() if "tfevents" in path.name)
+    data = b"".join((directory / name).read_bytes() for name in names)
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        found += [(value.tag, event.step) for value in event.summary.value]
+        data = data[12 + length + 4 :]
+    return found
+
+
+def _sent(log):
+    """Flushes, and waits until the additions have arrived."""
+    log.flush()
+    log._sink._uploads._running.result()
+
+
+def test_a_bucket_gets_a_line_a_few_times_and_not_at_each_further_line(bucket):
+    directory, uploaded = bucket
+    log = MetricsLog(directory, 0)
+    count = 128
+    for step in range(1, count + 1):
+        log.write(step, {"loss": 1 / step, "grad_norm": math.inf})
+        if step % 2 == 0:
+            _sent(log)
+            assert _steps(directory) == list(range(1, step + 1))
+    pieces = len(list(directory.iterdir()))
+    assert pieces <= 2 * (1 + math.log2(count))
+    log.close()
+    assert _steps(directory) == list(range(1, count + 1))
+    assert _scalars(directory) == [(n, s) for s in range(1, 129) for n in ("loss", "grad_norm")]
+    files = {path.name: len(path.read_bytes()) for path in directory.iterdir()}
+    assert len(files) == 2 and "metrics.jsonl" in files
+    # Whole files at each flush would be 32 times as much.
+    assert sum(uploaded.sizes) < (2 + math.log2(count)) * sum(files.values())
+
+
+def test_lines_are_sent_once_a_minute(bucket, monkeypatch):
+    directory, uploaded = bucket
+    now = [1000.0]
+    monkeypatch.setattr(uploads.time, "monotonic", lambda: now[0])
+    log = MetricsLog(directory, 0)
+    begun = len(uploaded.sizes)
+    for step in range(1, 60):
+        now[0] += 1
+        log.write(step, {"loss": 1.0})
+        log.poll()
+    assert len(uploaded.sizes) == begun and _steps(directory) == []
+    now[0] += 1
+    log.poll()  # Without a further line too.
+    log._sink._uploads._running.result()
+    assert _steps(directory) == list(range(1, 60))
+    sent = len(uploaded.sizes)
+    now[0] += 61
+    log.poll()  # There is nothing new.
+    log.close()
+    assert len(uploaded.sizes) == sent
+
+
+def test_a_killed_run_goes_on_and_drops_what_it_repeats(bucket):
+    directory, _ = bucket
+    log = MetricsLog(directory, 0)
+    for step in range(1, 12):
+        log.write(step, {"loss": float(step)})
+        _sent(log)
+    # Killed while pieces were merged: the second still stands beside the first, which holds it.
+    first, second = uploads.pieces_of(directory / "metrics.jsonl")[:2]
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    again = MetricsLog(directory, 8)
+    assert _steps(directory) == list(range(1, 9))
+    again.write(9, {"loss": -9.0})
+    again.close()
+    assert _steps(directory) == list(range(1, 10))
+    (file,) = uploads.pieces_of(directory / "metrics.jsonl")
+    assert json.loads(file.read_text().splitlines()[-1]) == {"step": 9, "loss": -9.0}
+
+
+def test_a_bucket_out_of_reach_holds_up_nothing_and_loses_nothing(bucket, capsys):
+    directory, uploaded = bucket
+    log = MetricsLog(directory, 0)
+    uploaded.reachable.clear()
+    log.write(1, {"loss": 1.0})
+    log.flush()
+    assert log._sink._uploads._running.exception() is not None
+    log.write(2, {"loss": 2.0})
+    uploaded.reachable.set()
+    _sent(log)
+    assert "metrics were not uploaded, which is tried again: the bucket" in capsys.readouterr().err
+    assert _steps(directory) == [1, 2]
+    log.write(3, {"loss": 3.0})
+    uploaded.reachable.clear()
+    with pytest.raises(OSError, match="out of reach"):
+        log.close()
+
+
+def test_a_local_log_is_there_at_once(tmp_path):
+    log = MetricsLog(epath.Path(tmp_path), 0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1.0})
+        assert _steps(epath.Path(tmp_path)) == list(range(1, step + 1))
+    log.close()
+    assert _scalars(epath.Path(tmp_path)) == [("loss", 1), ("loss", 2), ("loss", 3)]
+    MetricsLog(epath.Path(tmp_path), 2).close()
+    assert _steps(epath.Path(tmp_path)) == [1, 2]

@@ -3,12 +3,15 @@
 import json
 import os
 import signal
+import struct
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tensorboardX.proto.event_pb2 import Event
 
 from mlpmem_jax.config.stages import OptimizerConfig, TrainingConfig
 from mlpmem_jax.errors import RunFailed
@@ -16,7 +19,9 @@ from mlpmem_jax.input.feed import Feed
 from mlpmem_jax.models.layers import parameter
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.parallel.preemption import Preempted, listening, stopping_where_asked
-from mlpmem_jax.training.loop import fit
+from mlpmem_jax.training import loop
+from mlpmem_jax.training.loop import assemble, fit
+from mlpmem_jax.training.optimizer import learning_rate_schedule
 from mlpmem_jax.training.step import LossParts
 
 CONFIG = TrainingConfig(
@@ -45,17 +50,24 @@ class Points:
 
 
 class Task:
-    """Learns y = 3x; dies after a given number of batches when told to."""
+    """Learns y = 3x; dies before a given step when told to, once a file is there.
+
+    Attributes:
+        fed: The steps whose batches were asked for.
+    """
 
     name = "pretrain"
     frozen = ()
     tokens_per_step = 8
     flops_per_step = 1e3
 
-    def __init__(self, die_at=None, poison_at=None, term_at=None):
+    def __init__(self, die_at=None, poison_at=None, term_at=None, die_after=None, slow=None):
         self._die_at = die_at
+        self._die_after = die_after
         self._term_at = term_at
         self._poison_at = poison_at
+        self._slow = slow or {}
+        self.fed = []
 
     def build(self, rngs):
         return Linear(rngs)
@@ -81,7 +93,10 @@ class Task:
 
             def __next__(self):
                 if self._step == task._die_at:
+                    task._wait_for(task._die_after)
                     raise KeyboardInterrupt
+                task.fed.append(self._step)
+                task._linger("batch", self)
                 if self._step == task._term_at:
                     os.kill(os.getpid(), signal.SIGTERM)
                 batch = next(feed)
@@ -92,13 +107,24 @@ class Task:
 
         return Watched()
 
+    def _wait_for(self, file):
+        while file is not None and not file.exists():  # The test's time limit ends it.
+            time.sleep(0.01)
+
+    def _linger(self, where, feed=None):
+        seconds = self._slow.get(where, 0.0)
+        time.sleep(seconds)
+        if feed is not None:
+            feed.wait_secs += seconds
+
     def validate(self, state):
+        self._linger("validation")
         return {"kernel": float(jnp.sum(jax.tree.leaves(state.params)[0]))}
 
 
-def _fit(directory, config=CONFIG, **task):
+def _fit(directory, config=CONFIG, task=None, **keys):
     return fit(
-        Task(**task),
+        task or Task(**keys),
         config,
         seed=0,
         mesh=single_device_mesh(),
@@ -107,10 +133,13 @@ def _fit(directory, config=CONFIG, **task):
     )
 
 
-def _losses(directory):
+def _records(directory):
     lines = (directory / "metrics" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return {r["step"]: r["loss"] for r in records if "loss" in r}
+    return [record for record in map(json.loads, lines) if "loss" in record]
+
+
+def _losses(directory):
+    return {record["step"]: record["loss"] for record in _records(directory)}
 
 
 def _steps(directory):
@@ -133,12 +162,18 @@ def test_it_learns(uninterrupted):
     assert losses[12] < 0.5 * losses[1]
 
 
-@pytest.mark.parametrize("die_at", [2, 6, 11])
-def test_resumed_equals_uninterrupted(tmp_path, uninterrupted, die_at):
+@pytest.mark.parametrize(("die_at", "expected"), [(2, 0), (6, 4), (11, 8)])
+def test_resumed_equals_uninterrupted(tmp_path, uninterrupted, die_at, expected):
     whole, losses = uninterrupted
+    # Dead after the newest checkpoint has its checksums: the loop does nothing for that.
+    sums = tmp_path / "run" / "checksums" / f"{expected}.json" if expected else None
+    dead, task = Task(die_at=die_at, die_after=sums), Task()
     with pytest.raises(KeyboardInterrupt):
-        _fit(tmp_path, die_at=die_at)
-    resumed = _fit(tmp_path)
+        _fit(tmp_path, task=dead)
+    assert dead.fed == list(range(die_at))
+    resumed = _fit(tmp_path, task=task)
+    assert task.fed == list(range(expected, 12))
+    assert die_at - task.fed[0] <= CONFIG.checkpoint_interval_steps
     for a, b in zip(_leaves(whole), _leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
     assert _losses(tmp_path) == losses
@@ -151,7 +186,9 @@ def test_a_notice_saves_at_once_and_the_rest_follows(tmp_path, uninterrupted):
     assert (tmp_path / "run" / "checksums" / "6.json").exists()
     # It is kept beside the schedule's until the next one, and costs none of these.
     assert _steps(tmp_path) == [4, 6]
-    resumed = _fit(tmp_path)
+    task = Task()
+    resumed = _fit(tmp_path, task=task)
+    assert task.fed == list(range(6, 12))
     for a, b in zip(_leaves(whole), _leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
     assert _losses(tmp_path) == losses
@@ -164,7 +201,9 @@ def test_a_notice_after_the_last_question_is_not_lost():
 
 
 def test_a_finished_run_is_only_read(tmp_path, uninterrupted):
-    first, second = _fit(tmp_path), _fit(tmp_path)
+    task = Task()
+    first, second = _fit(tmp_path), _fit(tmp_path, task=task)
+    assert task.fed == []
     for a, b in zip(_leaves(first), _leaves(second), strict=True):
         np.testing.assert_array_equal(a, b)
     assert second.files == first.files
@@ -178,9 +217,12 @@ def test_a_damaged_checkpoint_is_named_skipped_and_replaced(tmp_path, uninterrup
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    resumed = _fit(tmp_path)
+    task = Task()
+    resumed = _fit(tmp_path, task=task)
     error = capsys.readouterr().err
     assert "checkpoint of step 12 is skipped" in error and str(victim) in error
+    assert "the newest good one is of step 8" in error
+    assert task.fed == list(range(8, 12))
     for a, b in zip(_leaves(whole), _leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -209,3 +251,105 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     steps = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()}
     sums = {p.stem for p in (tmp_path / "run" / "checksums").iterdir()}
     assert steps == sums == {"8", "12"}
+
+
+SPEED = {
+    "tokens_per_sec", "model_flops_per_sec", "share_of_peak", "input_wait_share", "secs_per_step",
+}  # fmt: skip
+
+
+def _first_step(task):
+    """Returns the parameters, their gradients, and the next parameters, without the loop."""
+    mesh = single_device_mesh()
+    blueprint, train_step = assemble(task, CONFIG, seed=0, mesh=mesh)
+    state, batch = blueprint.create(), next(task.feed(range(1)))
+
+    def mean(params):
+        model = nnx.merge(blueprint.graphdef, params, state.fixed)
+        return task.loss(model, (), batch, state.step).total / jnp.sum(batch["weight"])
+
+    before = jax.tree.map(np.array, state.params)  # Copies: the step consumes its state.
+    gradients = jax.grad(mean)(state.params)
+    return before, gradients, train_step(state, (), batch)[0].params
+
+
+def _norm(tree):
+    return np.sqrt(sum(np.sum(np.square(np.asarray(x))) for x in jax.tree.leaves(tree)))
+
+
+def test_the_metrics_of_each_step(tmp_path):
+    measured = _fit(tmp_path).measured
+    records = _records(tmp_path)
+    assert [record["step"] for record in records] == list(range(1, 13))
+    for record in records:
+        assert {"loss", "grad_norm", "update_norm", "learning_rate"} <= record.keys()
+    for record in records[1:]:  # The first one compiles.
+        assert record.keys() >= SPEED
+        assert record["tokens_per_sec"] * record["secs_per_step"] == pytest.approx(8)
+        assert record["model_flops_per_sec"] * record["secs_per_step"] == pytest.approx(1e3)
+        assert 0 < record["share_of_peak"] < 1.5
+        assert 0 <= record["input_wait_share"] <= 1
+    assert measured["tokens_per_sec"] * measured["secs_per_step"] == pytest.approx(8)
+    assert 0 < measured["share_of_peak"] < 1.5 and 0 <= measured["input_wait_share"] <= 1
+
+
+def test_norms_and_rates_are_those_of_the_step(tmp_path):
+    before, gradients, after = _first_step(Task())
+    _fit(tmp_path)
+    records = _records(tmp_path)
+    assert records[0]["grad_norm"] == pytest.approx(_norm(gradients), rel=1e-5)
+    moved = jax.tree.map(lambda a, b: np.asarray(b) - np.asarray(a), before, after)
+    assert records[0]["update_norm"] == pytest.approx(_norm(moved), rel=1e-3)
+    rate = learning_rate_schedule(CONFIG.optimizer, CONFIG.num_steps)
+    expected = [float(rate(step)) for step in range(12)]
+    assert [record["learning_rate"] for record in records] == pytest.approx(expected)
+
+
+def _events(file):
+    """Reads a file of TensorBoard events: (tag, step, value)."""
+    data, place, found = file.read_bytes(), 0, []
+    while place < len(data):
+        (length,) = struct.unpack_from("<Q", data, place)
+        event = Event.FromString(data[place + 12 : place + 12 + length])
+        found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        place += 12 + length + 4
+    return found
+
+
+def test_tensorboard_shows_the_same(tmp_path):
+    _fit(tmp_path)
+    (file,) = (tmp_path / "metrics").glob("events.out.tfevents.*")
+    events = {(tag, step): value for tag, step, value in _events(file)}
+    for record in _records(tmp_path):
+        for name in record.keys() - {"step"}:
+            assert events[name, record["step"]] == pytest.approx(record[name], rel=1e-6)
+    assert {("valid_kernel", 6), ("valid_kernel", 12)} <= events.keys()
+
+
+def test_what_is_timed_is_training_and_not_compiling_or_validating(tmp_path, monkeypatch):
+    """Batches take 50 ms, compiling and each validation 3 s."""
+
+    def compiling(*arguments, **keys):
+        blueprint, train_step = assemble(*arguments, **keys)
+        monkeypatch.setattr(loop, "assemble", assemble)
+        compiled = []
+
+        def slow(*arguments):
+            if not compiled:
+                compiled.append(time.sleep(3))
+            return train_step(*arguments)
+
+        return blueprint, slow
+
+    monkeypatch.setattr(loop, "assemble", compiling)
+    config = CONFIG.model_copy(update={"num_steps": 10, "log_interval_steps": 3})
+    measured = _fit(tmp_path, config, Task(slow={"batch": 0.05, "validation": 3})).measured
+    records = _records(tmp_path)
+    assert [record["step"] for record in records] == [3, 6, 9, 10]
+    assert [record.get("compile_secs", 0) > 3 for record in records] == [True, False, False, False]
+    # The first two batches were there before the clock ran.
+    seconds = measured["secs_per_step"] * 9
+    assert 8 * 0.05 <= seconds < 3
+    assert max(record["secs_per_step"] for record in records) < 0.9
+    assert measured["input_wait_share"] * seconds == pytest.approx(8 * 0.05)
+    assert measured["compile_secs"] == records[0]["compile_secs"]

@@ -1,0 +1,228 @@
+"""Saving in the background, and what several processes agree on."""
+
+import contextlib
+import errno
+import shutil
+import threading
+import time
+
+import jax.numpy as jnp
+import pytest
+from etils import epath
+
+from mlpmem_jax.errors import RunFailed
+from mlpmem_jax.failures import explain
+from mlpmem_jax.training import checkpoint
+from mlpmem_jax.training.checkpoint import Checkpoints
+
+ITEMS = ("params", "loop")
+SLOW_SECS = 1.5
+# Far below SLOW_SECS, far above what a busy machine takes for nothing.
+BOUND_SECS = 0.5
+
+
+def _items(step):
+    return {
+        "params": {"kernel": jnp.full((64, 64), float(step))},
+        "loop": {"step": jnp.int32(step)},
+    }
+
+
+def _open(directory, keep=3):
+    return Checkpoints(epath.Path(directory), keep, ITEMS)
+
+
+def _save(directory, *steps):
+    with contextlib.closing(_open(directory)) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, _items(step))
+
+
+def _sums(directory):
+    return sorted(int(path.stem) for path in (directory / "checksums").glob("*.json"))
+
+
+def _damage(directory, step):
+    files = [p for p in (directory / "checkpoints" / str(step)).rglob("*") if p.is_file()]
+    victim = max(files, key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    return victim
+
+
+def _timed(function, *arguments):
+    started = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - started
+
+
+@pytest.fixture
+def slow_checksums(monkeypatch):
+    """Checksums of one checkpoint take SLOW_SECS; yields an event that is set when they begin."""
+    begun, describe = threading.Event(), checkpoint.describe_file
+
+    def slow(path):
+        if not begun.is_set():
+            begun.set()
+            time.sleep(SLOW_SECS)
+        return describe(path)
+
+    monkeypatch.setattr(checkpoint, "describe_file", slow)
+    return begun
+
+
+def test_checksums_hold_up_no_step_and_close_waits_for_them(tmp_path, slow_checksums):
+    checkpoints = _open(tmp_path)
+    checkpoints.save(4, _items(4))
+    polls = [_timed(checkpoints.poll)]
+    # Nobody waits for Orbax, and still they begin.
+    assert slow_checksums.wait(timeout=60)
+    while not _sums(tmp_path) and len(polls) < 20:
+        polls.append(_timed(checkpoints.poll))
+        time.sleep(0.01)
+    assert max(polls) < BOUND_SECS
+    assert _sums(tmp_path) == []  # They are still being computed,
+    closing = _timed(checkpoints.close)
+    assert _sums(tmp_path) == [4] and closing > SLOW_SECS / 3  # and that is waited for.
+    with contextlib.closing(_open(tmp_path)) as again:
+        assert again.last_good_step() == 4
+
+
+def test_a_second_save_waits_for_the_checksums_of_the_first(tmp_path, slow_checksums):
+    checkpoints = _open(tmp_path)
+    checkpoints.save(4, _items(4))
+    assert slow_checksums.wait(timeout=60)
+    checkpoints.save(8, _items(8))
+    assert 4 in _sums(tmp_path)
+    checkpoints.close()
+    assert _sums(tmp_path) == [4, 8]
+
+
+@pytest.mark.parametrize("noticed_by", ["poll", "save", "close"])
+def test_an_error_of_the_background_comes_up(tmp_path, monkeypatch, noticed_by):
+    """A disk that is full after Orbax has committed: the checkpoint does not count."""
+    _save(tmp_path, 4)
+
+    def full(file, value):
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    checkpoints = _open(tmp_path)
+    checkpoints.save(8, _items(8))
+
+    def notice():
+        if noticed_by == "save":
+            checkpoints.save(12, _items(12))
+        elif noticed_by == "close":
+            checkpoints.close()
+        else:
+            for _ in range(1000):
+                checkpoints.poll()
+                time.sleep(0.02)
+
+    with pytest.raises(OSError) as caught:
+        notice()
+    sums = tmp_path / "checksums" / "8.json"
+    assert explain(caught.value).startswith(f"{sums}: no space left on the disk")
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 8]
+    with contextlib.closing(_open(tmp_path)) as again:
+        assert again.last_good_step() == 4
+
+
+def test_one_that_was_killed_before_its_checksums_is_replaced(tmp_path):
+    _save(tmp_path, 4, 8)
+    (tmp_path / "checksums" / "8.json").unlink()
+    with contextlib.closing(_open(tmp_path)) as checkpoints:
+        assert checkpoints.last_good_step() == 4
+        checkpoints.save(8, _items(80))
+        checkpoints.wait()
+        assert checkpoints.last_good_step() == 8
+        restored = checkpoints.restore(8, {"params": _items(0)["params"]})
+    assert float(restored["params"]["kernel"][0, 0]) == 80
+
+
+def test_checksums_go_with_their_checkpoints(tmp_path):
+    with contextlib.closing(_open(tmp_path, keep=2)) as checkpoints:
+        for step in (4, 8, 12, 16):
+            checkpoints.save(step, _items(step))
+    assert _sums(tmp_path) == [12, 16]
+
+
+def test_a_damaged_one_is_named_with_the_one_that_is_used(tmp_path, capsys):
+    _save(tmp_path, 4, 8)
+    victim = _damage(tmp_path, 8)
+    with contextlib.closing(_open(tmp_path)) as checkpoints:
+        assert checkpoints.last_good_step() == 4
+        error = capsys.readouterr().err
+        assert "checkpoint of step 8 is skipped" in error and str(victim) in error
+        assert error.endswith("; the newest good one is of step 4\n")
+        _damage(tmp_path, 4)
+        assert checkpoints.last_good_step() is None
+        assert capsys.readouterr().err.count("; no other is good\n") == 2
+
+
+class _First:
+    """Stands in for process 0 of several."""
+
+    def __init__(self, monkeypatch, *, writer, tells=None):
+        self.heard, self.verified = [], []
+        self._tells, verify = tells, checkpoint._verify
+
+        def of_first(value):
+            self.heard.append(value)
+            return value if writer else self._tells
+
+        def counted(directory, step):
+            self.verified.append(step)
+            verify(directory, step)
+
+        monkeypatch.setattr(checkpoint, "is_writer", lambda: writer)
+        monkeypatch.setattr(checkpoint, "of_first", of_first)
+        monkeypatch.setattr(checkpoint, "_verify", counted)
+
+
+def test_process_0_looks_and_tells(tmp_path, monkeypatch):
+    _save(tmp_path, 4, 8, 12)
+    _damage(tmp_path, 12)
+    first = _First(monkeypatch, writer=True)
+    with contextlib.closing(_open(tmp_path)) as checkpoints:
+        assert checkpoints.last_good_step() == 8
+    assert first.heard == [{"steps": [4, 8, 12], "good": 8}]
+    assert first.verified == [12, 8]
+
+
+@pytest.mark.parametrize("good", [4, None])
+def test_the_others_read_nothing_and_take_the_step_of_process_0(tmp_path, monkeypatch, good):
+    _save(tmp_path, 4, 8)
+    first = _First(monkeypatch, writer=False, tells={"steps": [4, 8], "good": good})
+    with contextlib.closing(_open(tmp_path)) as checkpoints:
+        assert checkpoints.last_good_step() == good  # Whatever they would find: 8.
+    assert first.heard == [None] and first.verified == []
+
+
+def test_an_old_listing_is_waited_for(tmp_path, monkeypatch):
+    _save(tmp_path, 4, 8)
+    late = tmp_path / "checkpoints" / "8"
+    shutil.move(late, tmp_path / "hidden")
+    _First(monkeypatch, writer=False, tells={"steps": [4, 8], "good": 8})
+    monkeypatch.setattr(checkpoint, "_LISTING_PAUSE_SECS", 0.02)
+    with contextlib.closing(_open(tmp_path)) as checkpoints:
+        appears = threading.Timer(0.3, shutil.move, (tmp_path / "hidden", late))
+        appears.start()
+        assert checkpoints.last_good_step() == 8
+        appears.join()
+        assert float(checkpoints.restore(8, {"loop": _items(0)["loop"]})["loop"]["step"]) == 8
+
+
+def test_a_work_directory_of_its_own_is_an_error(tmp_path, monkeypatch):
+    _save(tmp_path, 4)
+    _First(monkeypatch, writer=False, tells={"steps": [4, 8], "good": 8})
+    monkeypatch.setattr(checkpoint, "LISTING_SECS", 0.1)
+    monkeypatch.setattr(checkpoint, "_LISTING_PAUSE_SECS", 0.02)
+    expected = r"sees the steps \[4\], process 0 \[4, 8\]; all processes need the same work dir"
+    with (
+        contextlib.closing(_open(tmp_path)) as checkpoints,
+        pytest.raises(RunFailed, match=expected),
+    ):
+        checkpoints.last_good_step()
