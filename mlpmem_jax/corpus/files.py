@@ -1,6 +1,7 @@
 """Text files, plain or compressed, read in blocks: memory does not grow with their size."""
 
 import codecs
+import contextlib
 import gzip
 import zlib
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from mlpmem_jax.datastore.files import is_local, unreachable
 from mlpmem_jax.errors import UserError
 
 BLOCK_BYTES = 1 << 20
@@ -56,17 +58,14 @@ def read_bytes(path: str) -> Iterator[bytes]:
         NotTextError: The compression is damaged or ends early.
         UserError: The file cannot be read.
     """
-    try:
-        with epath.Path(path).open("rb") as file:
-            if path.endswith(".gz"):
-                yield from _gunzip(file, path)
-            elif path.endswith(".zst"):
-                yield from _unzstd(file, path)
-            else:
-                while block := file.read(BLOCK_BYTES):
-                    yield block
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    with _opened(path) as file:
+        if path.endswith(".gz"):
+            yield from _gunzip(file, path)
+        elif path.endswith(".zst"):
+            yield from _unzstd(file, path)
+        else:
+            while block := file.read(BLOCK_BYTES):
+                yield block
 
 
 def ends_of(path: str, num_bytes: int) -> tuple[int, bytes]:
@@ -75,14 +74,29 @@ def ends_of(path: str, num_bytes: int) -> tuple[int, bytes]:
     Raises:
         UserError: The file cannot be read.
     """
+    with _opened(path) as file:
+        head = file.read(num_bytes)
+        size = file.seek(0, 2)
+        file.seek(max(0, size - num_bytes))
+        return size, head + file.read(num_bytes)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """Opens a file; what goes wrong until it is closed becomes one line."""
     try:
         with epath.Path(path).open("rb") as file:
-            head = file.read(num_bytes)
-            size = file.seek(0, 2)
-            file.seek(max(0, size - num_bytes))
-            return size, head + file.read(num_bytes)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+            yield file
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: cannot be read (no such file)") from None
+    except Exception as error:
+        if not is_local(path):
+            raise UserError(f"{path}: {unreachable(error)}") from None
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise
 
 
 def _with_end(blocks: Iterator[bytes]) -> Iterator[bytes]:

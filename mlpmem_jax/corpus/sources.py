@@ -18,7 +18,7 @@ from etils import epath
 
 from mlpmem_jax.config.data import CorpusConfig, Source
 from mlpmem_jax.corpus.files import ends_of, read_text
-from mlpmem_jax.datastore.files import is_local
+from mlpmem_jax.datastore.files import is_local, unreachable
 from mlpmem_jax.datastore.layout import SPLITS, Split
 from mlpmem_jax.errors import UserError
 
@@ -129,8 +129,8 @@ def _expand(patterns: Iterable[str], key: str, mistakes: list[str]) -> tuple[str
         expanded = os.path.expanduser(pattern)
         try:
             paths = _match(expanded)
-        except NotImplementedError:
-            mistakes.append(f"{key}: {pattern!r} uses ** on a remote path; write out its folders")
+        except UserError as error:
+            mistakes.append(f"{key}: {pattern!r} {error}")
             continue
         if paths:
             found.update(paths)
@@ -147,16 +147,36 @@ def _expand(patterns: Iterable[str], key: str, mistakes: list[str]) -> tuple[str
 
 
 def _match(pattern: str) -> list[str]:
-    if is_local(pattern):
-        # A file may be called like a pattern: `notes[1].txt`.
-        paths = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
-        return [os.path.normpath(path) for path in paths if os.path.isfile(path)]
-    if not glob.has_magic(pattern):
-        return [pattern] if epath.Path(pattern).exists() else []
+    """Returns the files that a path or glob names.
+
+    Raises:
+        UserError: What cannot be matched about the pattern, or why its bucket cannot be read.
+    """
+    if not is_local(pattern):
+        return _match_in_bucket(pattern)
+    # A file may be called like a pattern: `notes[1].txt`.
+    paths = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+    return [os.path.normpath(path) for path in paths if os.path.isfile(path)]
+
+
+def _match_in_bucket(pattern: str) -> list[str]:
+    if "**" in pattern:
+        raise UserError("uses ** on a remote path; write out its folders")
     scheme, _, rest = pattern.partition("://")
     bucket, _, inside = rest.partition("/")
-    root = epath.Path(f"{scheme}://{bucket}")
-    return [os.fspath(path) for path in root.glob(inside) if not path.is_dir()]
+    path = epath.Path(pattern)
+    try:
+        if glob.has_magic(pattern):
+            found = epath.Path(f"{scheme}://{bucket}").glob(inside)
+            return [os.fspath(one) for one in found if not one.is_dir()]
+        exists, is_folder = path.exists(), path.is_dir()
+    # Each of the drivers has errors of its own: HTTP, credentials, sockets.
+    except Exception as error:
+        raise UserError(unreachable(error)) from None
+    if is_folder:
+        example = os.path.join(pattern, "*.txt")
+        raise UserError(f"is a directory; name its files, for example {example!r}")
+    return [pattern] if exists else []
 
 
 def listing_of(parts: Iterable[Part]) -> dict[str, Any]:

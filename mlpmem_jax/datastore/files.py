@@ -1,9 +1,13 @@
 """Small files written whole or not at all, checksums, and free space."""
 
+import contextlib
+import glob
+import itertools
 import json
 import os
 import shutil
 import zlib
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -12,6 +16,8 @@ from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 
 _BLOCK_BYTES = 1 << 20
 _BUCKETS = ("gs://", "s3://")
+_CHECKPOINT_BUCKETS = ("gs://",)  # Orbax 0.12 refuses s3:// ("path should be absolute").
+_PATH_KEYS = ("workdir", "path", "paths")
 
 
 def is_local(path: str | epath.Path) -> bool:
@@ -19,31 +25,107 @@ def is_local(path: str | epath.Path) -> bool:
     return "://" not in os.fspath(path)
 
 
-def check_reachable(path: str | epath.Path, key: str) -> None:
-    """Asks a bucket whether a path exists; does nothing for a local path.
+def check_reachable(settings: Mapping[str, Any], read: Collection[str] | None = None) -> None:
+    """Asks the buckets that a configuration names whether they answer.
 
     Args:
-        path: Where a run lives.
-        key: The configuration key that names it.
+        settings: A configuration, JSON-ready.
+        read: The sections and keys that are read; the paths of others are not looked at. None:
+            all are.
 
     Raises:
-        ConfigError: The package for such paths is missing, or the bucket does not answer.
+        ConfigError: One line for each key and bucket that cannot be used: what is wrong with
+            the path, the package that is missing, or what the bucket answers.
     """
-    if is_local(path):
-        return
-    if not os.fspath(path).startswith(_BUCKETS):
-        raise ConfigError(f"{key}={os.fspath(path)}: must be a local path, gs://… or s3://…")
+    remote: dict[tuple[str, str], str] = {}
+    for key, path in _named_paths(settings):
+        if not is_local(path) and _is_read(key, read):
+            # A thousand texts of one bucket are one question.
+            remote.setdefault((key, _bucket_of(path)), path)
+    mistakes: list[str] = []
+    answers: dict[str, str | None] = {}
+    for (key, bucket), path in remote.items():
+        problem = _misplaced(key, path)
+        if problem is None:
+            if bucket not in answers:
+                answers[bucket] = _answer(path)
+            problem = answers[bucket]
+        if problem is not None:
+            mistakes.append(f"{key}={path}: {problem}")
+    if mistakes:
+        raise ConfigError(mistakes)
+
+
+def _named_paths(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the keys that name files or directories, dotted, with each of their values."""
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if name in _PATH_KEYS:
+            paths = [value] if isinstance(value, str) else value or ()
+            yield from ((key, path) for path in paths)
+        elif isinstance(value, Mapping):
+            yield from _named_paths(value, f"{key}.")
+        elif isinstance(value, list):
+            for number, entry in enumerate(value):
+                if isinstance(entry, Mapping):
+                    yield from _named_paths(entry, f"{key}.{number}.")
+
+
+def _is_read(key: str, read: Collection[str] | None) -> bool:
+    return read is None or any(f"{key}.".startswith(f"{one}.") for one in read)
+
+
+def _bucket_of(path: str) -> str:
+    return "/".join(path.split("/", 3)[:3])
+
+
+def _misplaced(key: str, path: str) -> str | None:
+    """Says why nothing of this kind can lie there, or None where it can."""
+    if not path.startswith(_BUCKETS):
+        return "must be a local path, gs://… or s3://…"
+    if key == "workdir" and not path.startswith(_CHECKPOINT_BUCKETS):
+        return (
+            "checkpoints cannot be written there (Orbax writes to local paths and gs://…); texts "
+            "and tokenizer may lie in s3://…"
+        )
+    return None
+
+
+def _answer(path: str) -> str | None:
+    """Asks a bucket whether a path, or the folder of a glob, exists; returns what failed."""
+    _see_what_others_write()
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), path.split("/")))
     try:
-        epath.Path(path).exists()
-    except ImportError:
-        raise ConfigError(
-            f"{key}={os.fspath(path)}: paths in buckets need further packages "
-            "(pip install -r requirements-remote.txt)"
-        ) from None
+        epath.Path("/".join(fixed)).exists()
     # Each of the drivers has errors of its own: HTTP, credentials, sockets.
     except Exception as error:
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{key}={os.fspath(path)}: cannot be reached ({what})") from None
+        return unreachable(error)
+    return None
+
+
+def unreachable(error: Exception) -> str:
+    """Says why a bucket cannot be read, whatever its driver raised."""
+    if isinstance(error, ImportError):
+        return "paths in buckets need further packages (pip install -r requirements-remote.txt)"
+    return f"cannot be reached ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _see_what_others_write() -> None:
+    """Keeps the drivers from remembering listings for ever, as they do by default.
+
+    TensorStore and the other processes of a run write past them: files would be missing from
+    listings, or be cut at the length that they had before.
+    """
+    with contextlib.suppress(ImportError):
+        import fsspec.config  # type: ignore[import-untyped]
+
+        for protocol in ("gs", "gcs", "s3"):
+            options = fsspec.config.conf.setdefault(protocol, {})
+            options.setdefault("use_listings_cache", False)
 
 
 def absolute(path: str | epath.Path) -> epath.Path:
@@ -52,10 +134,15 @@ def absolute(path: str | epath.Path) -> epath.Path:
 
 
 def write_bytes(path: str | epath.Path, data: bytes) -> None:
-    """Writes a file so that a kill leaves the old one or the new one, never half."""
+    """Writes a file so that a kill leaves the old one or the new one, never half.
+
+    Raises:
+        UserError: A bucket does not take it.
+        OSError: A local disk does not.
+    """
     path = epath.Path(path)
     if not is_local(path):
-        path.write_bytes(data)  # Object stores put objects atomically.
+        _put(path, data)
         return
     # One name a target: what a kill left is overwritten by the next start.
     temporary = f"{os.fspath(path)}.tmp"
@@ -69,6 +156,16 @@ def write_bytes(path: str | epath.Path, data: bytes) -> None:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
+
+
+def _put(path: epath.Path, data: bytes) -> None:
+    """Writes an object: buckets put them atomically."""
+    try:
+        path.write_bytes(data)
+    except FileNotFoundError:  # Anybody may look for objects in a bucket that is not there.
+        raise UserError(f"{path}: cannot be written (there is no such bucket)") from None
+    except Exception as error:
+        raise UserError(f"{path}: cannot be written ({_first_line(error)})") from None
 
 
 def write_json(path: str | epath.Path, value: Any) -> None:

@@ -21,11 +21,17 @@ DTYPES: Mapping[str, Any] = {
     "bfloat16": ml_dtypes.bfloat16,
     "float32": np.float32,
 }
+_DRIVERS = {"gs": "gcs"}  # TensorStore's names, where they are not the scheme of URLs.
 
 
-def _kvstore(path: str | epath.Path) -> dict[str, str] | str:
+def _kvstore(path: str | epath.Path) -> dict[str, str]:
     text = str(path).rstrip("/") + "/"
-    return {"driver": "file", "path": text} if is_local(text) else text
+    if is_local(text):
+        return {"driver": "file", "path": text}
+    # In its parts: TensorStore would read %, ? and # of a URL otherwise than etils does.
+    scheme, _, rest = text.partition("://")
+    bucket, _, inside = rest.partition("/")
+    return {"driver": _DRIVERS.get(scheme, scheme), "bucket": bucket, "path": inside}
 
 
 def _codecs(chunk_shape: list[int]) -> list[dict[str, Any]]:
@@ -129,7 +135,13 @@ def read_rows(store: ts.TensorStore, start: int, stop: int) -> np.ndarray:
 
 def array_path(store: ts.TensorStore) -> str:
     """Returns the directory of an open array."""
-    return str(store.kvstore.path if store.kvstore else "array").rstrip("/")
+    if not store.kvstore:
+        return "array"
+    spec = store.kvstore.spec().to_json()
+    schemes = {driver: scheme for scheme, driver in _DRIVERS.items()}
+    scheme = schemes.get(spec["driver"], spec["driver"])
+    root = f"{scheme}://{spec['bucket']}/" if "bucket" in spec else ""
+    return f"{root}{spec['path']}".rstrip("/")
 
 
 def write_rows(store: ts.TensorStore, start: int, array: np.ndarray) -> "PendingWrite":

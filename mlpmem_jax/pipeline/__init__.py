@@ -165,7 +165,7 @@ def run_command(name: str, config: Config, options: Options) -> int:
 
     Here, and nowhere else, the processes of a run join; a dry run needs no others.
     """
-    check_reachable(config.workdir, "workdir")
+    check_reachable(config.model_dump(mode="json"), COMMANDS[name].sections)
     quiet_libraries()
     keep_freed_memory()
     with contextlib.nullcontext() if options.dry_run else multihost.joined(), listening():

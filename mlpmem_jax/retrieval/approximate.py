@@ -7,7 +7,6 @@ is whole. ScaNN is imported only when it is used: it has wheels for Linux only.
 
 import contextlib
 import dataclasses
-import io
 import itertools
 import math
 import os
@@ -22,7 +21,8 @@ from etils import epath
 
 from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.datastore.files import is_local, read_json, write_json
-from mlpmem_jax.errors import ConfigError, UserError
+from mlpmem_jax.datastore.manifest import describe_file
+from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.parallel.sharing import share_of
 from mlpmem_jax.retrieval.engine import EngineName, Keys, SomeKeys, read_all
 from mlpmem_jax.retrieval.merge import MISSING_ROW, Neighbors, merge, sortable, unpack
@@ -163,7 +163,12 @@ def _build_shard(keys: Keys, rows: range, target: epath.Path, config: RetrievalC
         searcher.serialize(os.fspath(whole), relative_path=True)
         files = sorted(file.name for file in whole.iterdir())
         _check_written(whole, files, rows)
-        write_json(whole / SHARD, {"first_row": rows.start, "num_rows": len(rows), "files": files})
+        about = {
+            "first_row": rows.start,
+            "num_rows": len(rows),
+            "files": {name: describe_file(whole / name) for name in files},
+        }
+        write_json(whole / SHARD, about)
         if is_local(target):
             if target.exists():
                 target.rmtree()
@@ -211,12 +216,14 @@ class ApproximateEngine:
         scann = _import()
         for shard in sorted(path.glob("shard-*")):
             about: Mapping[str, Any] = read_json(shard / SHARD)
-            searcher = _load(scann, shard, about["files"])
+            with _on_local_disk(shard, about["files"]) as local:
+                searcher = scann.scann_ops_pybind.load_searcher(os.fspath(local))
+                if _LEAF_OF_ROW in about["files"]:
+                    leaves.append(np.load(local / _LEAF_OF_ROW))
+                else:
+                    leaves.append(np.zeros(about["num_rows"], np.int32))
             self._shards.append((searcher, int(about["first_row"])))
             self.num_rows += int(about["num_rows"])
-            has_tree = _LEAF_OF_ROW in about["files"]
-            with (shard / _LEAF_OF_ROW).open("rb") if has_tree else io.BytesIO() as file:
-                leaves.append(np.load(file) if has_tree else np.zeros(about["num_rows"], np.int32))
         self._leaf_N = np.concatenate(leaves)
 
     def search(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
@@ -256,13 +263,35 @@ def _in_order(distance_QK: np.ndarray, id_QK: np.ndarray, first_row: int) -> Nei
     return Neighbors(distance_QK, np.where(np.isinf(distance_QK), MISSING_ROW, row_QK + first_row))
 
 
-def _load(scann: Any, shard: epath.Path, files: Sequence[str]) -> Any:
+@contextlib.contextmanager
+def _on_local_disk(
+    shard: epath.Path, files: Mapping[str, Mapping[str, Any]]
+) -> Iterator[epath.Path]:
+    """Yields a local directory with the files of a shard: ScaNN reads no other.
+
+    Copies are compared with the checksums that the files had when they were written: those in
+    the bucket may have been verified, but not this way here.
+
+    Raises:
+        ArtifactError: A file is missing or damaged; it is named.
+    """
     if is_local(shard):
-        return scann.scann_ops_pybind.load_searcher(os.fspath(shard))
-    with tempfile.TemporaryDirectory() as local:  # ScaNN reads local directories only.
-        for name in files:
-            (shard / name).copy(epath.Path(local) / name)
-        return scann.scann_ops_pybind.load_searcher(local)
+        yield shard
+        return
+    with tempfile.TemporaryDirectory(prefix="index-") as temporary:
+        local = epath.Path(temporary)
+        for name, expected in files.items():
+            try:
+                (shard / name).copy(local / name)
+            except FileNotFoundError:
+                raise ArtifactError(f"{shard / name}: missing, though {SHARD} lists it") from None
+            found = describe_file(local / name)
+            if found != expected:
+                raise ArtifactError(
+                    f"{shard / name}: damaged, checksum {found['crc32']} of {found['bytes']} bytes "
+                    f"and not {expected['crc32']} of {expected['bytes']}"
+                )
+        yield local
 
 
 def remove_unfinished(path: epath.Path) -> None:

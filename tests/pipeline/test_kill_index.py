@@ -27,7 +27,8 @@ def _index(workdir: Path, *killed: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_build_goes_on_and_equals_an_uninterrupted_one(tiny_run: Config, tmp_path: Path):
     pytest.importorskip("scann")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

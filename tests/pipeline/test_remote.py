@@ -1,0 +1,450 @@
+"""Everything in a bucket, which a server of the tests keeps (bucket_server.py)."""
+
+import gzip
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import yaml
+from etils import epath
+
+from mlpmem_jax.__main__ import main
+from mlpmem_jax.config.data import CorpusConfig, RetrievalConfig
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.corpus.sources import find_parts
+from mlpmem_jax.corpus.stream import Corpus
+from mlpmem_jax.datastore.files import check_reachable
+from mlpmem_jax.datastore.layout import SPLITS, ArraySpec, Layout
+from mlpmem_jax.datastore.manifest import Artifact, Status
+from mlpmem_jax.datastore.shards import ShardWriter
+from mlpmem_jax.datastore.store import (
+    Appender,
+    array_path,
+    create_array,
+    finished_shards,
+    open_array,
+    read_rows,
+    write_rows,
+)
+from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.retrieval import approximate
+from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
+from mlpmem_jax.training.checkpoint import Checkpoints
+from tests.pipeline.bucket_server import Driver, Objects, serving
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
+# Two whole runs, here and in a bucket, are made before the first test that compares them.
+pytestmark = pytest.mark.timeout(1800)
+
+
+@pytest.fixture(scope="module")
+def objects():
+    """All buckets, while the server runs."""
+    with serving() as held:
+        yield held
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def bucket(objects):
+    """An empty bucket."""
+    return f"gs://bucket-{next(_numbers)}"
+
+
+# Arrays.
+
+
+def _array(path, rows=2500):
+    store = create_array(path, shape=(rows, 3), dtype=np.float32, shard_rows=1024, chunk_rows=256)
+    values = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)
+    for start in range(0, rows, 1024):
+        write_rows(store, start, values[start : start + 1024]).result()
+    return values
+
+
+@pytest.mark.parametrize("folder", ["run", "50%20 off/a?b#c/ü"])
+def test_an_array_is_read_as_it_was_written(bucket, folder):
+    path = f"{bucket}/{folder}/array"
+    values = _array(path)
+    store = open_array(path)
+    np.testing.assert_array_equal(read_rows(store, 999, 2500), values[999:])
+    assert finished_shards(store) == {0, 1, 2}
+    assert array_path(store) == path
+    assert (epath.Path(path) / "zarr.json").exists()  # Both libraries mean the same object.
+
+
+def test_damaged_and_missing_shards_are_named(bucket, objects):
+    path = f"{bucket}/run/array"
+    _array(path)
+    objects.damage(f"{path}/c/1/0")
+    with pytest.raises(ArtifactError, match=f"^{path}: damaged.*{path}/c/1/0"):
+        read_rows(open_array(path), 0, 2500)
+    (epath.Path(path) / "c" / "1" / "0").unlink()
+    with pytest.raises(ArtifactError, match=f"^{path}: a part is missing.*{path}/c/1/0"):
+        read_rows(open_array(path), 0, 2500)
+    with pytest.raises(ArtifactError, match=f"^{bucket}/none: a part is missing"):
+        open_array(f"{bucket}/none")
+
+
+def test_a_writer_of_shards_goes_on_and_writes_none_twice(bucket, objects):
+    path = epath.Path(f"{bucket}/run/datastore")
+    specs = {"key": ArraySpec((2,), np.float16, 100, 20), "label": ArraySpec((), np.int32, 100, 20)}
+    rows = {"key": np.random.rand(250, 2).astype(np.float16), "label": np.arange(250, dtype="i4")}
+
+    def put(writer, part):
+        writer.put(part.start, {name: array[part] for name, array in rows.items()})
+
+    first = ShardWriter(path, specs, 250)
+    put(first, slice(0, 100))
+    put(first, slice(100, 200))
+    first.flush()
+    (path / "label" / "c" / "1").unlink()  # Killed between the two.
+    objects.written.clear()
+    again = ShardWriter(path, specs, 250)
+    assert again.missing_shards() == [1, 2]
+    for part in again.own_rows():
+        put(again, part)
+    arrays = again.close()
+    assert not [name for name in objects.written if re.search(r"/c/0", name)]
+    for name in specs:
+        np.testing.assert_array_equal(read_rows(open_array(path / name), 0, 250), rows[name])
+    assert arrays["key"] == {"shape": [250, 2], "dtype": "float16"}
+
+
+def test_an_appender_goes_on_and_a_fresh_one_forgets(bucket):
+    path = f"{bucket}/run/tokens"
+    first = Appender(path, np.uint16, 64, 16)
+    first.append(np.arange(100))
+    state = first.state()
+    first.append(np.arange(100, 300))  # Killed here; it is appended again.
+    again = Appender(path, np.uint16, 64, 16, state=state)
+    again.append(np.arange(100, 200))
+    assert again.close() == 200
+    np.testing.assert_array_equal(read_rows(open_array(path), 0, 200), np.arange(200))
+    fresh = Appender(path, np.uint16, 64, 16)
+    fresh.append(np.arange(7))
+    assert fresh.close() == 7
+    assert finished_shards(open_array(path)) == {0}
+
+
+# Artifacts.
+
+
+def test_the_life_of_an_artifact(bucket, objects):
+    artifact = Artifact(f"{bucket}/run", "tokens", "tokens")
+    recipe, origin = {"a": 1}, {"tokenizer": "1234"}
+    assert artifact.status(recipe, origin) is Status.MISSING
+    artifact.begin(recipe, origin)
+    assert artifact.status({"a": 2}, {}) is Status.MISSING  # It holds nothing yet.
+    (artifact.path / "deep" / "part.bin").write_bytes(b"content")
+    assert artifact.status(recipe, origin) is Status.PARTIAL
+    manifest = artifact.finish(files=["deep/part.bin"])
+    assert artifact.status(recipe, origin) is Status.COMPLETE
+    assert artifact.verify() == manifest
+    assert not (artifact.path / "building.json").exists()
+    with pytest.raises(ArtifactError, match=f"^{artifact.path}: was made otherwise"):
+        artifact.status({"a": 2}, origin)
+    part = f"{artifact.path}/deep/part.bin"
+    objects.damage(part)
+    with pytest.raises(ArtifactError, match=f"^{part}: damaged, checksum"):
+        artifact.verify()
+    objects.damage(f"{artifact.path}/manifest.json")
+    with pytest.raises(ArtifactError, match=f"^{artifact.path}/manifest.json: damaged"):
+        artifact.load()
+    artifact.remove()
+    assert not objects.below(bucket.removeprefix("gs://"))
+    artifact.remove()  # Nothing is there: no error.
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [(FileNotFoundError("b/a"), "there is no such bucket"), (OSError("403\nyou"), "403")],
+)
+def test_a_bucket_that_takes_nothing_is_named(bucket, monkeypatch, error, why):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Objects, "put", fail)
+    artifact = Artifact(f"{bucket}/run", "tokens", "tokens")
+    with pytest.raises(UserError, match=rf"^{artifact.path}/building.json: .*written \({why}\)$"):
+        artifact.begin({}, {})
+
+
+# ScaNN.
+
+
+class Keys:
+    """Random keys in memory."""
+
+    num_rows, width = 3000, 8
+    values = np.random.default_rng(0).normal(size=(3000, 8)).astype(np.float32)
+
+    def read(self, start, stop):
+        return self.values[start:stop]
+
+
+RETRIEVAL = RetrievalConfig(num_neighbors=10, shard_rows=1500)
+
+
+@pytest.fixture
+def index(bucket):
+    """An index of two shards in a bucket."""
+    pytest.importorskip("scann")
+    path = epath.Path(f"{bucket}/run/index")
+    list(approximate.build_shards(Keys(), path, RETRIEVAL))
+    return path
+
+
+@pytest.fixture
+def staging(tmp_path, monkeypatch):
+    """Where temporary files lie; it is empty in the end."""
+    folder = tmp_path / "staging"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    yield folder
+    assert not list(folder.iterdir())
+
+
+def test_an_index_in_a_bucket_finds_what_a_local_one_finds(index, staging, tmp_path):
+    list(approximate.build_shards(Keys(), epath.Path(tmp_path / "index"), RETRIEVAL))
+    names = approximate.shard_files(index, 2)
+    assert names == approximate.shard_files(epath.Path(tmp_path / "index"), 2)
+    for name in names:
+        assert (index / name).read_bytes() == (tmp_path / "index" / name).read_bytes(), name
+    settings = SearchSettings(num_leaves_to_search=10, num_reorder=40)
+    remote = ApproximateEngine(index, settings)
+    local = ApproximateEngine(epath.Path(tmp_path / "index"), settings)
+    assert remote.num_rows == local.num_rows == 3000
+    queries = Keys.values[::7]
+    found, expected = remote.search(queries, 11), local.search(queries, 11)
+    np.testing.assert_array_equal(found.row_QK, expected.row_QK)
+    np.testing.assert_array_equal(found.distance_QK, expected.distance_QK)
+    every = slice(0, 3000)
+    np.testing.assert_array_equal(remote.visiting_order(every), local.visiting_order(every))
+
+
+@pytest.mark.parametrize("name", ["dataset.npy", "datapoint_to_token.npy", "scann_config.pb"])
+def test_a_damaged_copy_of_an_index_file_is_named(index, objects, staging, name):
+    """Whether it was damaged in the bucket or on the way here: the copy is what is compared."""
+    objects.damage(f"{index}/shard-00001/{name}")
+    with pytest.raises(ArtifactError, match=f"^{index}/shard-00001/{name}: damaged, checksum"):
+        ApproximateEngine(index, SearchSettings(10, 40))
+
+
+def test_a_missing_index_file_is_named(index, staging):
+    (index / "shard-00000" / "dataset.npy").unlink()
+    with pytest.raises(ArtifactError, match=f"^{index}/shard-00000/dataset.npy: missing"):
+        ApproximateEngine(index, SearchSettings(10, 40))
+
+
+def test_a_shard_whose_upload_was_interrupted_is_built_again(bucket, objects, staging, monkeypatch):
+    pytest.importorskip("scann")
+    path = epath.Path(f"{bucket}/run/index")
+    put = objects.put
+
+    def interrupted(name, data):
+        if name.endswith("shard-00001/dataset.npy"):
+            raise OSError("connection reset by peer")
+        put(name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objects, "put", interrupted)
+        with pytest.raises(OSError, match="connection reset"):
+            list(approximate.build_shards(Keys(), path, RETRIEVAL))
+    objects.written.clear()
+    list(approximate.build_shards(Keys(), path, RETRIEVAL))
+    assert all("shard-00001" in name for name in objects.written)
+    assert ApproximateEngine(path, SearchSettings(10, 40)).num_rows == 3000
+
+
+# Text.
+
+TEXTS = {f"text-{n:02d}.txt": f"document {n} tells of {n * n}\n" * (20 + n) for n in range(24)}
+
+
+def _tokenize_flags(paths, *more):
+    return [
+        "--config", str(TINY), "corpus.source=text", f"corpus.paths={json.dumps(paths)}",
+        "corpus.valid_fraction=0.3", "corpus.test_fraction=0.3", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def texts(bucket):
+    """A bucket with texts, half of them compressed, and what must not be read."""
+    for number, (name, text) in enumerate(TEXTS.items()):
+        packed = number % 2
+        data = gzip.compress(text.encode()) if packed else text.encode()
+        epath.Path(f"{bucket}/texts/{name}{'.gz' if packed else ''}").write_bytes(data)
+    epath.Path(f"{bucket}/texts/notes.md").write_bytes(b"\0 no text")
+    epath.Path(f"{bucket}/texts/deeper/text.txt").write_bytes(b"\0 no text")
+    return f"{bucket}/texts"
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_text_is_read_from_globs_and_paths_of_a_bucket(texts, scheme):
+    texts = texts.replace("gs://", f"{scheme}://")
+    patterns = [f"{texts}/text-0*", f"{texts}/text-1?.txt*", f"{texts}/text-20.txt"]
+    corpus = Corpus(CorpusConfig(source="text", paths=patterns))
+    assert [piece.text for piece in corpus.pieces()] == list(TEXTS.values())[:21]
+
+
+def test_what_a_bucket_does_not_hold_is_told_at_once(texts):
+    patterns = [f"{texts}/*.tex", f"{texts}/gone.txt", f"{texts}/deeper", f"{texts}/**/*.txt"]
+    with pytest.raises(UserError) as caught:
+        find_parts(CorpusConfig(source="text", paths=patterns))
+    assert list(caught.value.messages) == [
+        f"corpus.paths: '{texts}/*.tex' matches no file",
+        f"corpus.paths: '{texts}/gone.txt' does not exist",
+        f"corpus.paths: '{texts}/deeper' is a directory; name its files, for example "
+        f"'{texts}/deeper/*.txt'",
+        f"corpus.paths: '{texts}/**/*.txt' uses ** on a remote path; write out its folders",
+    ]
+
+
+@pytest.mark.parametrize("operation", ["info", "ls", "open"])
+def test_a_bucket_that_stops_answering_is_named(texts, operation, monkeypatch):
+    def fail(self, path, *_, **__):
+        raise RuntimeError("token expired\nlog in again")
+
+    monkeypatch.setattr(Driver, operation, fail)
+    pattern = f"{texts}/text-00.txt" if operation == "info" else f"{texts}/text-*"
+    with pytest.raises(UserError, match="cannot be reached .token expired.$") as caught:
+        list(Corpus(CorpusConfig(source="text", paths=[pattern])).pieces())
+    (line,) = caught.value.messages
+    expected = f"{texts}/text-00.txt: " if operation == "open" else f"corpus.paths: '{pattern}' "
+    assert line.startswith(expected)
+
+
+def test_tokenize_from_and_to_a_bucket(texts, bucket, objects, tmp_path, capsys):
+    """The tokens of the same texts here; a dry run before, which writes nothing."""
+    for name, text in TEXTS.items():
+        (tmp_path / name).write_text(text)
+    assert (
+        main(["tokenize", *_tokenize_flags([f"{tmp_path}/*.txt"], f"workdir={tmp_path}/run")]) == 0
+    )
+    given = f"{bucket}/given/tokenizer.json"
+    epath.Path(given).write_bytes((tmp_path / "run/tokenizer/tokenizer.json").read_bytes())
+    objects.written.clear()
+    flags = _tokenize_flags([f"{texts}/text-*"], f"tokenizer.path={given}")
+    flags += ["--workdir", f"{bucket}/run"]
+    capsys.readouterr()
+    assert main(["tokenize", "--dry-run", *flags]) == 0
+    plan = capsys.readouterr().out
+    assert f"# plan for workdir {bucket}/run" in plan and "will be made" in plan
+    assert not objects.written
+    assert main(["tokenize", *flags]) == 0
+    written = yaml.safe_load(epath.Path(f"{bucket}/run/config.yaml").read_text())
+    assert written["workdir"] == f"{bucket}/run" and written["tokenizer"]["path"] == given
+    here, there = (
+        Artifact(run, "tokens", "tokens") for run in (f"{tmp_path}/run", f"{bucket}/run")
+    )
+    assert here.load().counts == there.load().counts
+    for split in SPLITS:
+        _assert_same(here.path / split, there.path / split, ["token", "document_offset"])
+    objects.written.clear()
+    capsys.readouterr()
+    assert main(["tokenize", *flags]) == 0
+    assert "tokens: complete" in capsys.readouterr().out and not objects.written
+    assert main(["tokenize", "--rebuild", *flags]) == 0
+    _assert_same(here.path / "train", there.path / "train", ["token"])
+
+
+def _assert_same(one, other, names):
+    for name in names:
+        ours, theirs = (open_array(path / name) for path in (one, other))
+        assert ours.shape == theirs.shape, name
+        expected = read_rows(ours, 0, ours.shape[0])
+        np.testing.assert_array_equal(read_rows(theirs, 0, theirs.shape[0]), expected, str(name))
+
+
+# The whole pipeline.
+
+
+@pytest.fixture(scope="module")
+def remote_run(objects, tiny_run):
+    """A run of configs/tiny.yaml in a bucket, killed while it pretrains and started again."""
+    workdir = "gs://whole/run"
+    flags = ["--config", str(TINY), "--workdir", workdir]
+    save = Checkpoints.save
+
+    def killed(self, step, items):
+        if step == 8:
+            self.wait()  # Of the checkpoint before, which is on its way.
+            raise RuntimeError("killed")
+        save(self, step, items)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            main(["run", *flags])
+    assert main(["run", *flags]) == 0
+    return load_config(TINY, (), {"workdir": workdir})
+
+
+@pytest.mark.slow
+def test_the_whole_pipeline_makes_what_it_makes_here(remote_run, tiny_run):
+    there, here = Layout(remote_run), Layout(tiny_run)
+    for split in SPLITS:
+        _assert_same(here.tokens.path / split, there.tokens.path / split, ["token"])
+        _assert_same(
+            here.datastore(split).path, there.datastore(split).path, here.datastore_arrays()
+        )
+    for split in ("train", "valid"):
+        names = ["id", "prob", "mass", "label"]
+        _assert_same(here.targets(split).path, there.targets(split).path, names)
+    scores = [json.loads((one.results.path / "evaluate.json").read_text()) for one in (here, there)]
+    assert scores[0]["systems"] == scores[1]["systems"]
+    for artifact in (there.tokenizer, there.decoder, there.index, there.memory, there.results):
+        artifact.verify()
+    logged = [_steps(one.workdir / "results/metrics/decoder-base") for one in (here, there)]
+    assert logged[0] == logged[1]  # Steps that were repeated are there once.
+
+
+def _steps(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_made_again(remote_run, objects, capsys):
+    objects.written.clear()
+    flags = ["--config", str(TINY), "--workdir", remote_run.workdir]
+    assert main(["run", *flags]) == 0
+    assert "decoder/base: complete" in capsys.readouterr().out
+    assert not objects.written
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named(remote_run, objects, capsys):
+    decoder = Layout(remote_run).decoder
+    largest = max(decoder.load().files, key=lambda name: (decoder.path / name).stat().length)
+    kept = (decoder.path / largest).read_bytes()
+    objects.damage(f"{decoder.path}/{largest}")
+    flags = ["--config", str(TINY), "--workdir", remote_run.workdir]
+    assert main(["generate", *flags]) == 2
+    (decoder.path / largest).write_bytes(kept)
+    assert f"{decoder.path}/{largest}: damaged" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_targets_of_a_teacher_in_a_bucket(remote_run, tiny_run, tmp_path):
+    shutil.copytree(tiny_run.workdir, tmp_path / "run")
+    flags = ["--config", str(TINY), "--workdir", f"{tmp_path}/run"]
+    taught = [f"targets.workdir={remote_run.workdir}", "memory.name=taught"]
+    assert main(["train", *flags, *taught]) == 0
+    assert (tmp_path / "run" / "memory" / "taught" / "manifest.json").exists()
+
+
+def test_listings_are_not_remembered(bucket):
+    """TensorStore and other processes write past the drivers, which would not notice."""
+    check_reachable({"workdir": f"{bucket}/run"})
+    for protocol in ("gcs", "gs", "s3"):
+        assert fsspec.config.conf[protocol]["use_listings_cache"] is False
