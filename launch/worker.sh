@@ -52,7 +52,7 @@ run() {
   local code=0
   trap : TERM # Python answers it; this script stays to write down how it ended.
   {
-    find_or_get_python && bash launch/install.sh requirements.txt requirements-tpu.txt &&
+    find_or_get_python && bash launch/install.sh requirements.txt requirements-tpu.txt requirements-remote.txt &&
       PYTHONPATH="$here" "${MLPMEM_VENV:-$here/.venv}/bin/python" -P -m mlpmem_jax "$@"
   } || code=$?
   echo "$code" >"$state/exit_code.new"

@@ -88,7 +88,8 @@ run_target() {
   esac
   script="$folder/$name.sbatch"
   # Here and not in the job: nodes often have no network.
-  step bash "$root/launch/install.sh" requirements.txt requirements-gpu.txt
+  step bash "$root/launch/install.sh" requirements.txt requirements-gpu.txt \
+    requirements-remote.txt
   if [ "$dry_run" = yes ]; then
     printf 'mkdir -p %s\ncat >%s <<'\''END'\''\n' "$(quoted "$folder")" "$(quoted "$script")"
     job_script "$@"

@@ -41,7 +41,7 @@ class LossWeights(NamedTuple):
 class Config(Section):
     """Everything that can be set."""
 
-    workdir: str = runtime("runs/quickstart", "the run's directory, local, gs:// or s3://")
+    workdir: str = runtime("runs/quickstart", "the run's directory, local or gs://")
     seed: Annotated[int, Field(ge=0)] = setting(0, "seed of initial weights and of the data order")
     corpus: CorpusConfig = setting(CorpusConfig(), CorpusConfig.__doc__ or "")
     tokenizer: TokenizerConfig = setting(TokenizerConfig(), TokenizerConfig.__doc__ or "")

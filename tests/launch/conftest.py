@@ -27,7 +27,10 @@ class Checkout:
         (self.root / "configs").mkdir()
         for name in ("tiny.yaml", "quickstart.yaml"):
             shutil.copy(ROOT / "configs" / name, self.root / "configs" / name)
-        for name in ("requirements.txt", "requirements-gpu.txt", "requirements-tpu.txt"):
+        for name in (
+            "requirements.txt", "requirements-gpu.txt", "requirements-tpu.txt",
+            "requirements-remote.txt",
+        ):  # fmt: skip
             (self.root / name).write_text(f"# {name}\n")
         (self.root / "own").write_text("x")
         self.git("init", "--quiet")
