@@ -46,6 +46,9 @@ def test_a_run_on_eight_devices_equals_one_on_one(
     changed = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     # Several index shards, so that each process builds some.
     changed += (f"retrieval.engine={engine}", "retrieval.shard_rows=20000")
+    if engine == "scann":  # States of an untrained network are hard to search: all leaves.
+        thorough = ("num_leaves=64", "num_leaves_to_search=64", "num_reorder=2000")
+        changed += tuple(f"retrieval.{setting}" for setting in thorough)
     workdir = str(tmp_path / "run")
     files = ["--config", str(TINY), "--workdir", workdir]
     done = on_processes(processes, devices, "-m", "mlpmem_jax", "run", *files, *changed)
