@@ -33,8 +33,7 @@ def count_rows(config: Config, split: Split) -> tuple[int, bool] | None:
 
 def rows_entry(rows: int, known: bool) -> dict[str, int]:
     """Returns rows as an entry of a plan."""
-    name = "rows" if known else f"rows, about ({BYTES_PER_TOKEN} bytes of text a token)"
-    return {name: rows}
+    return {"rows" if known else "rows, about (by size of text)": rows}
 
 
 @functools.lru_cache(maxsize=8)
