@@ -39,7 +39,8 @@ def analyse(config: Config) -> dict[str, Any]:
     compiled: jax.stages.Compiled | None = None
     try:
         compiled = step.lowered.compile()
-        memory = memory_of(compiled, step.arguments, capacity)
+        program = Program(compiled.as_text() or "")
+        memory = memory_of(compiled, program, step.arguments, capacity)
     except jax.errors.JaxRuntimeError as error:
         found = refused(error, capacity)
         if found is None:
@@ -59,7 +60,7 @@ def analyse(config: Config) -> dict[str, Any]:
         "roofline": None,
     }
     if compiled is not None:
-        report |= _performance(step, compiled, mesh)
+        report |= _performance(step, compiled, program, mesh)
     result: dict[str, Any] = as_json(report)
     return result
 
@@ -70,11 +71,10 @@ def _memory(memory: Memory) -> dict[str, Any]:
 
 
 def _performance(
-    step: LoweredStep, compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh
+    step: LoweredStep, compiled: jax.stages.Compiled, program: Program, mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
     device = mesh.devices.flat[0]
     chip = chip_of(device.device_kind)
-    program = Program(compiled.as_text() or "")
     total = Simulator(program, chip, Fabric(mesh, chip), step.inner_trips).total()
     peak, bandwidth = (chip.flops, chip.memory_bandwidth) if chip else (math.nan, math.nan)
     bound = max(total.bound_secs, key=lambda name: total.bound_secs[name])

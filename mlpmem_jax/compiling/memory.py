@@ -82,12 +82,16 @@ def capacity_of(device: jax.Device, num_devices: int, wanted: int | str) -> int 
 
 
 def memory_of(
-    compiled: jax.stages.Compiled, arguments: Mapping[str, Any], capacity: int | None
+    compiled: jax.stages.Compiled,
+    program: Program,
+    arguments: Mapping[str, Any],
+    capacity: int | None,
 ) -> Memory:
     """Reads what the compiler planned.
 
     Args:
         compiled: The step.
+        program: Its text, as read.
         arguments: Shapes and shardings of its arguments, by name.
         capacity: Memory of a device; None: not known.
     """
@@ -103,8 +107,7 @@ def memory_of(
         **parts,
         total=sum(parts.values()) - 2 * parts["aliased"],
         capacity=capacity,
-        largest=_largest(_arguments(arguments))
-        + _largest(_results(Program(compiled.as_text() or ""))),
+        largest=_largest(_arguments(arguments)) + _largest(_results(program)),
     )
 
 

@@ -1,7 +1,8 @@
 """Causal attention by a fused kernel: scores never reach memory (arXiv 2205.14135).
 
 The kernel is JAX's own for TPUs (splash attention, in Pallas). A kernel is opaque to the
-partitioner, so each device runs it on its own windows and heads.
+partitioner, so each device runs it on its own windows and heads. It is imported where it is
+used: most runs, on CPU and GPU, never do.
 """
 
 import functools
@@ -9,12 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as splash,
-)
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask as masks,
-)
 
 from mlpmem_jax.models.layers import ATTENDED
 from mlpmem_jax.parallel.sharding import current_mesh, spec, target_platform
@@ -80,6 +75,8 @@ def _local(
     query_BHLA, key_BGLA, value_BGLA = (
         x.transpose(0, 2, 1, 3) for x in (scaled, key_BLGA, value_BLGA)
     )
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     arrays: tuple[Any, ...] = (query_BHLA, key_BGLA, value_BGLA)
     if segment_BL is not None:
         arrays += (splash.SegmentIds(q=segment_BL, kv=segment_BL),)
@@ -87,7 +84,10 @@ def _local(
     return out_BHLA.transpose(0, 2, 1, 3).astype(query_BLHA.dtype)  # type: ignore[no-any-return]
 
 
-def _kernel(length: int, heads: int, interpret: bool) -> splash.SplashAttentionKernel:
+def _kernel(length: int, heads: int, interpret: bool) -> Any:
+    """Returns the kernel, for one window."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     tile = next(size for size in TILES if length % size == 0)
     sizes = splash.BlockSizes(
         block_q=tile,
@@ -99,7 +99,7 @@ def _kernel(length: int, heads: int, interpret: bool) -> splash.SplashAttentionK
         block_q_dq=tile,
         block_kv_dq=tile,
     )
-    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
+    mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
     return splash.make_splash_mha(
         mask,
         block_sizes=sizes,
