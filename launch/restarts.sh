@@ -3,6 +3,7 @@
 #
 #   MLPMEM_RESTARTS      how often at most (--restarts); 100 by default
 #   MLPMEM_BACKOFF_SECS  wait before the first restart, doubled each time; 10 by default
+#   MLPMEM_RUN_ID        names the run, so that restarts with --rebuild keep what it has made
 #
 # A run that lasted ten minutes resets the back-off: a preemption a day is no crash loop.
 
@@ -12,6 +13,7 @@ HEALTHY_SECS=600
 
 restarts="${MLPMEM_RESTARTS:-100}"
 backoff_secs="${MLPMEM_BACKOFF_SECS:-10}"
+run_id="${MLPMEM_RUN_ID:-$(date +%Y%m%d-%H%M%S)-${HOSTNAME:-host}-$$}"
 
 # need_number NAME VALUE: refuses what is not a whole number of at least 0.
 need_number() {
@@ -76,9 +78,8 @@ run_once() {
 # with_restarts COMMAND…: runs a command, again after each preemption; returns its last code.
 # A signal to this script stops for good: whoever sent it may start the script again.
 with_restarts() {
-  local code started began
+  local code started
   told_to_stop="" child=""
-  began="$(date +%s)"
   trap 'forward INT' INT
   trap 'forward TERM' TERM
   trap 'forward HUP' HUP
@@ -88,8 +89,5 @@ with_restarts() {
     [ -z "$told_to_stop" ] || return "$code"
     may_restart "$code" $((SECONDS - started)) || return "$code"
     [ -z "$told_to_stop" ] || return "$code"
-    # With --rebuild a later start keeps what this run has made since. The first is told nothing:
-    # what a machine whose clock is fast wrote before would look as if this run had made it.
-    export MLPMEM_STARTED_SECS="${MLPMEM_STARTED_SECS:-$began}"
   done
 }

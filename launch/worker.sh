@@ -2,8 +2,8 @@
 # What run.sh --target tpu-vm does on each worker. A run goes on when the connection is lost:
 # it is started in the background, and followed.
 #
-#   worker.sh start SECS COMMAND…   starts it, unless a run is going on; a restart of what began
-#                                   SECS ago keeps with --rebuild what was made since (0: none)
+#   worker.sh start RUN COMMAND…    starts it, unless a run is going on; RUN names it and its
+#                                   restarts (MLPMEM_RUN_ID)
 #   worker.sh follow LINES          prints the log (from line +1, or its last LINES) until the run
 #                                   has ended, and exits as it did
 #   worker.sh running               succeeds while a run is going on
@@ -27,7 +27,7 @@ start() {
     echo "launch: a run is going on here (process $(cat "$state/pid"))" >&2
     return 0
   fi
-  [ "$1" -eq 0 ] || export MLPMEM_STARTED_SECS=$(($(date +%s) - $1))
+  export MLPMEM_RUN_ID="$1"
   shift
   rm -f "$state/exit_code" "$state/pid"
   [ ! -e "$state/log" ] || mv "$state/log" "$state/log.before"
@@ -99,7 +99,7 @@ case "$verb" in
     "$verb" "$@"
     ;;
   *)
-    echo "usage: worker.sh start SECS COMMAND… | follow LINES | running | failure | stop" >&2
+    echo "usage: worker.sh start RUN COMMAND… | follow LINES | running | failure | stop" >&2
     exit 2
     ;;
 esac

@@ -31,7 +31,7 @@ USAGE
 # YAML, and Kubernetes reads $(NAME) and $$ in it, so every $ is doubled.
 container_command() {
   local line
-  line="$(quoted exec python -P -m mlpmem_jax "$@")"
+  line="$(quoted exec env MLPMEM_RUN_ID="$run_id" python -P -m mlpmem_jax "$@")"
   printf '%s\n' "${line//\$/\$\$}"
 }
 

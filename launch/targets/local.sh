@@ -53,7 +53,7 @@ run_target() {
     requirements+=("requirements-$with.txt")
   fi
   # Huge pages for what XLA on CPU allocates anew each step (see mlpmem_jax/parallel/host.py).
-  variables=(GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+  variables=(GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}" MLPMEM_RUN_ID="$run_id"
     PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}")
   # -P: a folder of the caller that happens to be named like the package is not imported.
   local python=("$venv/bin/python" -P -m) launching=()

@@ -48,14 +48,9 @@ set -euo pipefail
 cd $(quoted "$PWD")
 export PYTHONPATH=$(quoted "$root")
 logs=$(quoted "$folder")/$name-\$SLURM_JOB_ID
-# With --rebuild, a job that is queued again keeps what it has made since its first start.
+# With --rebuild, a job that is queued again keeps what it has made itself.
+export MLPMEM_RUN_ID=$(quoted "$run_id")-\$SLURM_JOB_ID
 mkdir -p "\$logs"
-if [ "\${SLURM_RESTART_COUNT:-0}" -eq 0 ] || [ ! -s "\$logs/started" ]; then
-  date +%s >"\$logs/started"
-else
-  MLPMEM_STARTED_SECS="\$(cat "\$logs/started")"
-  export MLPMEM_STARTED_SECS
-fi
 code=0
 # A task that ends alone takes the others down within --wait seconds; --kill-on-bad-exit would
 # not leave the rest the time to save when one is preempted.

@@ -168,14 +168,12 @@ follow() {
 
 # attempt COMMAND…: one start, from the TPU to the end of the run.
 attempt() {
-  local code=0 ran_secs=0
+  local code=0
   fresh=no
   ready || return
   if [ "$fresh" = yes ] || [ "$copied" = no ]; then copy_code || return; fi
   copied=yes
-  # For how long, and not since when: the clock here may be hours from the worker's.
-  [ "$restarts_done" -eq 0 ] || ran_secs=$((SECONDS - began))
-  on_workers all bash "$remote/launch/worker.sh" start "$ran_secs" "$@" || return
+  on_workers all bash "$remote/launch/worker.sh" start "$run_id" "$@" || return
   follow || code=$?
   if [ -n "$told_to_stop" ]; then return "$code"; fi
   case "$code" in
@@ -213,7 +211,7 @@ warn_of_lost_results() {
 }
 
 run_target() {
-  local code started accelerator runtime began=$SECONDS
+  local code started accelerator runtime
   need_flags --name --zone --accelerator-type
   check_restarts
   name="$(flag --name)"

@@ -17,6 +17,8 @@ FREE = frozenset(
         "partition-id", "replica-id", "add-dependency", "optimization-barrier", "domain",
     )
 )  # fmt: skip
+# Transfers that go on while other instructions run, until a `-done` waits for them.
+TRANSFERS = ("copy-start", "slice-start")
 # Matrix products of splash attention: scores and values; the backward pass has scores and their
 # gradients in both kernels, then the queries' gradient in one, the keys' and values' in the other.
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
@@ -56,6 +58,9 @@ class Costs:
         operands = [table[name] for name in instruction.operands if name in table]
         if opcode == "copy-start":  # (destination, source, context)
             return sum(shape.bytes for shape in instruction.shapes[:2] if shape.in_memory)
+        if opcode == "slice-start":  # ((source), destination, context): it reads only the slice
+            source, destination = instruction.shapes[:2]
+            return destination.bytes * (source.in_memory + destination.in_memory)
         if opcode in ("dynamic-slice", "gather", "slice"):
             return 2 * _in_memory(instruction.shapes)
         if opcode == "dynamic-update-slice":

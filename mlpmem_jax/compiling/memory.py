@@ -14,7 +14,10 @@ from mlpmem_jax.parallel.chips import chip_of
 
 NUM_LARGEST = 8
 # Their results are arrays that others made.
-_PASSING = ("while", "conditional", "call", "copy-done", "async-done", "async-update")
+_PASSING = (
+    "while", "conditional", "call", "copy-done", "slice-start", "slice-done", "async-done",
+    "async-update",
+)  # fmt: skip
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _USED = re.compile(r"Used ([\d.]+)([KMGTB]?) of ([\d.]+)([KMGTB]?) (?:hbm|memory)")
 _ALLOCATION = re.compile(r"^\s*\d+\. Size: ([\d.]+)([KMGTB]?)\s*$", re.MULTILINE)

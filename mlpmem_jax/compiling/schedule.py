@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 
 from mlpmem_jax.compiling.collectives import Fabric, Traffic, kind_of
-from mlpmem_jax.compiling.costs import FREE, Costs
+from mlpmem_jax.compiling.costs import FREE, TRANSFERS, Costs
 from mlpmem_jax.compiling.hlo import Computation, Instruction, Program
 from mlpmem_jax.compiling.loops import trip_count
 from mlpmem_jax.parallel.chips import Chip
@@ -121,7 +121,7 @@ class Simulator:
             link_secs = self._collectives(computation, each, total)
             total.link_secs += link_secs
             starts = opcode.endswith("-start")
-            if opcode == "copy-start":
+            if opcode in TRANSFERS:
                 copies_free = max(copies_free, total.secs) + moved / self._bandwidth
                 pending[each.name] = (copies_free, MEMORY)
                 continue

@@ -49,6 +49,7 @@ class Manifest:
         fingerprint: Identifies kind, recipe, origin, counts, arrays and files.
         software: Versions of what made it; not fingerprinted.
         created: Seconds since the epoch; not fingerprinted.
+        run: Names the run that made it, restarts included, where it has a name; not fingerprinted.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Manifest:
     fingerprint: str
     software: Mapping[str, str]
     created: float
+    run: str | None = None
     schema_version: int = SCHEMA_VERSION
 
 
@@ -229,20 +231,21 @@ class Artifact:
             f"{fingerprint_of(new)}): {shown}; make it again with --rebuild, or use another workdir"
         )
 
-    def begin(self, recipe: Mapping[str, Any], made_from: Mapping[str, str]) -> None:
-        """Records what is about to be made, so that an interrupted start is continued."""
+    def begin(
+        self, recipe: Mapping[str, Any], made_from: Mapping[str, str], run: str | None = None
+    ) -> None:
+        """Records what is about to be made, and by which run, so that it can be continued."""
         self.path.mkdir(parents=True, exist_ok=True)
-        begun = {"recipe": recipe, "made_from": made_from, "begun": time.time()}
-        write_json(self.path / BUILDING, begun)
+        write_json(self.path / BUILDING, {"recipe": recipe, "made_from": made_from, "run": run})
 
-    def touched_since(self, secs: float) -> bool:
-        """Returns whether it was made or begun after a moment (seconds since the epoch)."""
-        for name, key in ((MANIFEST, "created"), (BUILDING, "begun")):
-            if (self.path / name).exists():
+    def is_of(self, run: str | None) -> bool:
+        """Returns whether this run made or began it; a run without a name made nothing."""
+        for name in (MANIFEST, BUILDING):
+            if run is not None and (self.path / name).exists():
                 try:
-                    return float(read_json(self.path / name).get(key, 0)) >= secs
+                    return bool(read_json(self.path / name).get("run") == run)
                 except ArtifactError:
-                    return False  # Damaged, so not by this run.
+                    return False  # Damaged, so not to be kept.
         return False
 
     def finish(
@@ -270,6 +273,7 @@ class Artifact:
             "measured": _as_json(dict(measured or {})),
             "software": software_versions(),
             "created": time.time(),
+            "run": begun.get("run"),
         }
         write_json(self.path / MANIFEST, content)
         (self.path / BUILDING).unlink(missing_ok=True)

@@ -6,7 +6,6 @@ stop ask `preempted()`, all processes equally often, and all get the same answer
 """
 
 import contextlib
-import math
 import os
 import signal
 import threading
@@ -15,7 +14,7 @@ from types import FrameType
 
 from mlpmem_jax.parallel.multihost import is_active
 
-STARTED_SECS = "MLPMEM_STARTED_SECS"
+RUN_ID = "MLPMEM_RUN_ID"
 
 
 class Preempted(BaseException):
@@ -42,12 +41,13 @@ class _Notice:
 _notice = _Notice()
 
 
-def started_secs() -> float:
-    """Returns when this run was started first, seconds since the epoch; infinite: just now.
+def run_id() -> str | None:
+    """Returns what names this run and its restarts, and no other run; None where it has no name.
 
-    The launcher, which starts a run again after a preemption, says so in its environment.
+    The launcher, which starts a run again after a preemption, says it in the environment. A name
+    and not the time of the first start: clocks of machines differ.
     """
-    return float(os.environ.get(STARTED_SECS) or math.inf)
+    return os.environ.get(RUN_ID) or None
 
 
 @contextlib.contextmanager

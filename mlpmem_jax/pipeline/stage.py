@@ -12,7 +12,7 @@ from mlpmem_jax.datastore.manifest import MANIFEST, Artifact, Manifest, Status
 from mlpmem_jax.errors import ArtifactError, Mistakes
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.multihost import barrier, is_active, is_writer
-from mlpmem_jax.parallel.preemption import Preempted, preempted, started_secs
+from mlpmem_jax.parallel.preemption import Preempted, preempted, run_id
 
 _VISIBLE_SECS = 120.0  # longer than file systems keep what they knew of a folder
 
@@ -162,7 +162,7 @@ def _status(stage: Stage, made_from: Mapping[str, str], rebuild: Rebuild) -> Sta
 
 def _seen_status(stage: Stage, made_from: Mapping[str, str], rebuild: Rebuild) -> Status | None:
     artifact = stage.artifact
-    if rebuild is Rebuild.ALWAYS and not artifact.touched_since(started_secs()):
+    if rebuild is Rebuild.ALWAYS and not artifact.is_of(run_id()):
         return None
     try:
         return artifact.status(stage.recipe, made_from)
@@ -183,7 +183,7 @@ def _make(
     started = time.monotonic()
     if is_writer():
         before_building()
-        stage.artifact.begin(stage.recipe, made_from)
+        stage.artifact.begin(stage.recipe, made_from, run_id())
     barrier(f"{stage.name}: begun")
     builds = stage.builders is Builders.ALL or is_writer()
     completion = stage.build() if builds else Completion()

@@ -42,6 +42,7 @@ class Checkout:
             "RECORDED": str(self.recorded),
             "MLPMEM_BACKOFF_SECS": "0",
             "MLPMEM_POLL_SECS": "1",
+            "MLPMEM_RUN_ID": "a-run",
         }
 
     def git(self, *arguments):

@@ -1,7 +1,6 @@
 """run.sh --target slurm, with stand-ins for sbatch, srun and scontrol."""
 
 import re
-import time
 
 import pytest
 
@@ -107,28 +106,28 @@ def test_a_preempted_job_is_queued_again(cluster, restarted, requeued):
     assert calls.count(["scontrol", "requeue", "7"]) == requeued
 
 
-def test_a_job_that_is_queued_again_says_when_it_was_started_first(cluster, tmp_path):
-    stamp = cluster.elsewhere / "slurm" / "mlpmem-7" / "started"
+def test_a_job_that_is_queued_again_keeps_its_name(cluster, tmp_path):
+    del cluster.environment["MLPMEM_RUN_ID"]
+    own = {k: v for k, v in cluster.environment.items() if k.startswith("MLPMEM_")}
 
-    def variables(**environment):
-        given = ["--target", "slurm", *FLAGS, "--wait", *COMMAND, "--rebuild"]
-        done = cluster.start(*given, cwd=cluster.elsewhere, **environment)
+    def run_id(script, **environment):
+        done = cluster.start(*script, cwd=cluster.elsewhere, **environment)
         assert done.returncode == 0, done.stderr
         found = {(tmp_path / f"words-{task}.variables").read_text() for task in range(4)}
         assert len(found) == 1
-        return dict(line.split("=") for line in found.pop().splitlines())
+        variables = dict(line.split("=") for line in found.pop().splitlines())
+        name = variables.pop("MLPMEM_RUN_ID")
+        # The environment comes along, which is sbatch's own way, and the script leaves it alone.
+        assert variables == own | environment
+        return name
 
-    began = time.time()
-    own = {k: v for k, v in cluster.environment.items() if k.startswith("MLPMEM_")}
-    # The environment comes along, which is sbatch's own way, and the script leaves it alone.
-    assert variables(HF_TOKEN="secret") == own | {"HF_TOKEN": "secret"}
-    assert began - 1 < int(stamp.read_text()) < time.time()
-    assert "--export" not in (cluster.elsewhere / "slurm" / "mlpmem.sbatch").read_text()
-    stamp.write_text("1000\n")
-    assert variables(SLURM_RESTART_COUNT="2")["MLPMEM_STARTED_SECS"] == "1000"
-    # Another job of that number, years later.
-    assert variables(SLURM_RESTART_COUNT="0") == own
-    assert int(stamp.read_text()) > began - 1
+    given = ["--target", "slurm", *FLAGS, "--wait", *COMMAND, "--rebuild"]
+    first, second = run_id(given, HF_TOKEN="secret"), run_id(given)
+    assert first != second and first.endswith("-7") and second.endswith("-7")
+    script = (cluster.elsewhere / "slurm" / "mlpmem.sbatch").read_text()
+    assert "--export" not in script
+    # Queued again, the same script runs in the same job.
+    assert re.findall("export MLPMEM_RUN_ID=(.*)", script) == [second[:-1] + "$SLURM_JOB_ID"]
 
 
 def test_a_failure_is_shown(cluster):

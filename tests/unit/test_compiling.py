@@ -202,6 +202,31 @@ def test_slices_of_stacked_arrays_cost_the_slice():
     assert simulated(SLICED).memory_bytes == 400 + 4 + 400
 
 
+PREFETCHED = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: f32[80,10], b: f32[10,10]) -> f32[20,10] {
+  %a = f32[80,10]{1,0} parameter(0)
+  %b = f32[10,10]{1,0:S(1)} parameter(1)
+  %start = ((f32[80,10]{1,0}), f32[20,10]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), SLICE
+  FIRST
+  %done = f32[20,10]{1,0:S(1)} slice-done(%start)
+  ROOT %d = f32[20,10]{1,0:S(1)} dot(%done, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+
+
+@pytest.mark.parametrize(("first", "exposed"), [("", 80.0), (DOT.replace("%a", "%b"), 60.0)])
+def test_a_slice_that_is_fetched_ahead_costs_its_own_bytes_and_overlaps(first, exposed):
+    """800 bytes of 3200 are fetched in 80 s; a product of 2000 operations takes 20 s."""
+    text = PREFETCHED.replace("FIRST", first).replace("SLICE", "slice={[0:20], [0:10]}")
+    total = simulated(text, TOY)
+    assert total.memory_bytes == 800
+    products = 60.0 if first else 40.0
+    assert total.bound_secs == pytest.approx(
+        {COMPUTE: products, MEMORY: exposed, INTERCONNECT: 0.0}
+    )
+
+
 def test_figures_of_chips_are_in_the_right_order_of_magnitude():
     for name, chip in CHIPS.items():
         assert 1e13 < chip.flops < 1e16, name

@@ -1,9 +1,7 @@
 """Artifacts: missing, partial, complete, refused, damaged."""
 
 import json
-import math
 import re
-import time
 
 import pytest
 from etils.epath import backend
@@ -252,12 +250,23 @@ def test_every_key_that_names_a_path_is_looked_at(drivers):
             check_reachable(settings)
 
 
-def test_what_a_run_has_touched_since_its_start(artifact):
-    before = time.time() - 1
-    assert not artifact.touched_since(before)
-    artifact.begin(RECIPE, {"tokenizer": "1234"})
-    assert artifact.touched_since(before) and not artifact.touched_since(time.time() + 1)
-    _finished(artifact)
-    assert artifact.touched_since(before) and not artifact.touched_since(math.inf)
+def test_what_a_run_has_made_or_begun_is_its_own(artifact):
+    assert not artifact.is_of("run-1")
+    artifact.begin(RECIPE, {"tokenizer": "1234"}, "run-1")
+    assert artifact.is_of("run-1") and not artifact.is_of("run-2") and not artifact.is_of(None)
+    (artifact.path / "ids.bin").write_bytes(b"x")
+    made = artifact.finish(files=["ids.bin"])
+    assert made.run == "run-1" and artifact.load() == made
+    assert artifact.is_of("run-1") and not artifact.is_of("run-2") and not artifact.is_of(None)
     (artifact.path / "manifest.json").write_text("{")
-    assert not artifact.touched_since(before)
+    assert not artifact.is_of("run-1")
+
+
+def test_the_name_of_the_run_is_not_fingerprinted(artifact):
+    artifact.begin(RECIPE, {"tokenizer": "1234"}, "run-1")
+    made = artifact.finish()
+    artifact.begin(RECIPE, {"tokenizer": "1234"})
+    again = artifact.finish()
+    assert (made.run, again.run) == ("run-1", None)
+    assert made.fingerprint == again.fingerprint
+    assert not artifact.is_of(None)  # Runs without a name are not the same run.

@@ -1,12 +1,10 @@
 """When a stage makes its artifact, and when it makes it again."""
 
-import time
-
 import pytest
 
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
-from mlpmem_jax.parallel.preemption import STARTED_SECS
+from mlpmem_jax.parallel.preemption import RUN_ID
 from mlpmem_jax.pipeline.stage import Completion, Rebuild, Stage, run_stage, run_stages
 
 
@@ -41,16 +39,15 @@ def test_made_once_refused_otherwise_and_made_again_when_asked(make):
 
 def test_after_a_preemption_what_the_run_has_made_again_is_kept(make, monkeypatch):
     make(1)
-    monkeypatch.setenv(STARTED_SECS, str(time.time() + 0.2))
-    time.sleep(0.3)
-    assert make(1, Rebuild.ALWAYS) == 2
-    assert make(1, Rebuild.ALWAYS) == 2  # the same start of the launcher
-    monkeypatch.delenv(STARTED_SECS)
+    assert make(1, Rebuild.ALWAYS) == 2  # Runs without a name keep nothing,
+    monkeypatch.setenv(RUN_ID, "first")
+    assert make(1, Rebuild.ALWAYS) == 3  # nor does the first start of one with a name.
+    assert make(1, Rebuild.ALWAYS) == 3
+    monkeypatch.setenv(RUN_ID, "second")
     with pytest.raises(KeyboardInterrupt):
         make(1, Rebuild.ALWAYS, fails=True)
-    monkeypatch.setenv(STARTED_SECS, str(time.time() - 60))
-    assert make(1, Rebuild.ALWAYS) == 4  # begun by it, and continued
-    assert make(1, Rebuild.ALWAYS) == 4
+    assert make(1, Rebuild.ALWAYS) == 5  # begun by it, and continued
+    assert make(1, Rebuild.ALWAYS) == 5
 
 
 def test_mistakes_of_all_stages_come_together_and_before_anything_is_made(tmp_path):
