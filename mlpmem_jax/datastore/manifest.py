@@ -253,10 +253,18 @@ class Artifact:
         *,
         counts: Mapping[str, Any] | None = None,
         arrays: Mapping[str, Any] | None = None,
-        files: Sequence[str] = (),
+        files: Sequence[str] | Mapping[str, Any] = (),
         measured: Mapping[str, Any] | None = None,
     ) -> Manifest:
-        """Writes the manifest; from now on the artifact is complete."""
+        """Writes the manifest; from now on the artifact is complete.
+
+        Args:
+            counts: See `Manifest`.
+            arrays: See `Manifest`.
+            files: Paths in the artifact, or a mapping of them to bytes and CRC-32, where these are
+                known: those files are not read again.
+            measured: See `Manifest`.
+        """
         begun = read_json(self.path / BUILDING)
         content: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -265,7 +273,9 @@ class Artifact:
             "made_from": begun["made_from"],
             "counts": dict(counts or {}),
             "arrays": dict(arrays or {}),
-            "files": {name: describe_file(self.path / name) for name in files},
+            "files": dict(files)
+            if isinstance(files, Mapping)
+            else {name: describe_file(self.path / name) for name in files},
         }
         content = _as_json(content)
         content["fingerprint"] = _content_fingerprint(content)

@@ -21,6 +21,15 @@ def of_first(value: Any) -> Any:
     return _gathered(value if is_writer() else None)[0] if is_active() else value
 
 
+def of_all(value: Any) -> list[Any]:
+    """Returns what each process knows, on every process.
+
+    Args:
+        value: JSON-ready.
+    """
+    return _gathered(value) if is_active() else [value]
+
+
 def refuse_different(settings: Mapping[str, Any]) -> None:
     """Compares what the processes of a run were started with; does nothing in one that is alone.
 

@@ -19,11 +19,11 @@ _VISIBLE_SECS = 120.0  # longer than file systems keep what they knew of a folde
 
 @dataclasses.dataclass
 class Completion:
-    """What a finished build reports, for the manifest."""
+    """What a finished build reports, for the manifest; see `Artifact.finish`."""
 
     counts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     arrays: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    files: Sequence[str] = ()
+    files: Sequence[str] | Mapping[str, Any] = ()
     measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

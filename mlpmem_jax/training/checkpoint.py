@@ -1,9 +1,9 @@
 """Checkpoints through Orbax, with checksums of our own.
 
-Orbax restores a flipped byte without an error, so each finished checkpoint gets a file
-of checksums; one without it, or that does not match it, is never restored. Writing and
-checksums go on in the background: training waits for the copy to the host alone, or, where
-a save takes longer than the interval between two, for the one before.
+Each finished checkpoint gets a file of checksums (`training/checksums.py`); one without it,
+or that does not match it, is never restored. Writing and checksums go on in the background:
+training waits for the copy to the host alone, or, where a save takes longer than the interval
+between two, for the one before.
 """
 
 import contextlib
@@ -19,11 +19,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mlpmem_jax.console import warn
-from mlpmem_jax.datastore.files import check_free_space, read_json, write_json
-from mlpmem_jax.datastore.manifest import Artifact, describe_file, verify_file
+from mlpmem_jax.datastore.files import check_free_space
+from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ArtifactError, RunFailed
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.multihost import barrier, is_writer
+from mlpmem_jax.training.checksums import read_checksums, verify_together, write_checksums
 
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums"
@@ -120,9 +121,8 @@ class Checkpoints:
     def _finish(self, step: int, kept: frozenset[int]) -> None:
         """Waits for Orbax, then writes the checksums: in the background, next to training."""
         self._manager.wait_until_finished()
+        write_checksums(self._sums_file(step), self._directory / CHECKPOINTS / str(step))
         if is_writer():
-            root = self._directory / CHECKPOINTS / str(step)
-            write_checksums(self._sums_file(step), root)
             steps = [int(sums.stem) for sums in self._sums.glob("*.json")]
             # Of what is older alone: after an interrupt, another start may write newer ones.
             for stale in [old for old in steps if old < step and old not in kept]:
@@ -134,7 +134,7 @@ class Checkpoints:
     def last_good_step(self) -> int | None:
         """Returns the newest step whose files match their checksums; names damaged ones.
 
-        Process 0 looks and verifies, the others are told. All processes must call it.
+        Process 0 looks, and each process verifies its share. All processes must call it.
 
         Raises:
             RunFailed: Another process does not see the checkpoints of process 0.
@@ -142,26 +142,27 @@ class Checkpoints:
         self._manager.reload()
         found = of_first(self._look() if is_writer() else None)
         self._wait_for_listing(found["steps"])
-        return None if found["good"] is None else int(found["good"])
-
-    def _look(self) -> dict[str, Any]:
-        """Returns the steps on disk, and the newest good one of them (or None)."""
-        steps = sorted(int(step) for step in self._manager.all_steps())
         skipped, good = [], None
-        for step in reversed(steps):
-            if not self._sums_file(step).exists():
-                continue  # The save was killed before its checksums: it proves nothing.
+        for step in reversed(found["finished"]):
             try:
-                _verify(self._directory, step)
+                verify_step(self._directory, step)
             except ArtifactError as error:
                 skipped.append(f"checkpoint of step {step} is skipped: {error}")
                 continue
-            good = step
+            good = int(step)
             break
         instead = "no other is good" if good is None else f"the newest good one is of step {good}"
-        for line in skipped:
+        for line in skipped if is_writer() else ():
             warn(f"{line}; {instead}")
-        return {"steps": steps, "good": good}
+        return good
+
+    def _look(self) -> dict[str, list[int]]:
+        """Returns the steps on disk, and those of them that have checksums.
+
+        Without them the save was killed before it ended: it proves nothing.
+        """
+        steps = sorted(int(step) for step in self._manager.all_steps())
+        return {"steps": steps, "finished": [s for s in steps if self._sums_file(s).exists()]}
 
     def _wait_for_listing(self, steps: Sequence[int]) -> None:
         """Waits until this process sees what process 0 sees: Orbax acts on its own listing.
@@ -191,10 +192,10 @@ class Checkpoints:
         """
         return _restored(self._manager, self._directory, step, abstract_items)
 
-    def files(self, step: int) -> list[str]:
-        """Returns the files of a checkpoint, relative to the artifact."""
-        root = self._directory / CHECKPOINTS / str(step)
-        return [f"{CHECKPOINTS}/{step}/{name}" for name in _files_below(root)]
+    def files(self, step: int) -> dict[str, Any]:
+        """Returns bytes and CRC-32 of a checkpoint's files, by path in the artifact."""
+        sums = read_checksums(self._sums_file(step))
+        return {f"{CHECKPOINTS}/{step}/{name}": about for name, about in sums.items()}
 
     def close(self) -> None:
         """Waits for what is under way, on all processes, and releases resources."""
@@ -210,30 +211,22 @@ def _estimated_bytes(items: Mapping[str, Any]) -> int:
     return int(1.05 * arrays) + _OVERHEAD_BYTES
 
 
-def write_checksums(file: epath.Path, root: epath.Path) -> None:
-    """Reads a finished checkpoint and records what its files are; from now on it counts."""
-    write_json(file, {name: describe_file(root / name) for name in _files_below(root)})
+def verify_step(directory: epath.Path, step: int) -> None:
+    """Compares the files of a checkpoint with their checksums; all processes must call it.
 
-
-def _files_below(root: epath.Path) -> list[str]:
-    found = []
-    stack = [root]
-    while stack:
-        for entry in stack.pop().iterdir():
-            if entry.is_dir():
-                stack.append(entry)
-            else:
-                found.append(os.fspath(entry.relative_to(root)))
-    return sorted(found)
-
-
-def _verify(directory: epath.Path, step: int) -> None:
-    """Compares the files of a checkpoint with their checksums."""
-    sums = directory / CHECKSUMS / f"{step}.json"
-    if not sums.exists():
-        raise ArtifactError(f"{directory}: there is no checkpoint of step {step}")
-    for name, expected in read_json(sums).items():
-        verify_file(directory / CHECKPOINTS / str(step) / name, expected)
+    Raises:
+        ArtifactError: On every process: there is none of this step, or a file is damaged.
+    """
+    found: dict[str, Any] = {}
+    if is_writer():
+        try:
+            found = {"sums": read_checksums(directory / CHECKSUMS / f"{step}.json")}
+        except ArtifactError as error:
+            found = {"problem": str(error)}
+    found = of_first(found)
+    if "problem" in found:
+        raise ArtifactError(found["problem"])
+    verify_together(directory / CHECKPOINTS / str(step), found["sums"])
 
 
 def _restored(
@@ -267,9 +260,11 @@ def restore_finished(
         ArtifactError: The artifact is not finished, or a file of it is damaged (named).
     """
     if step is None:
-        step = int(artifact.verify().counts["steps"])
+        manifest = artifact.load()
+        verify_together(artifact.path, manifest.files)
+        step = int(manifest.counts["steps"])
     else:
-        _verify(artifact.path, step)
+        verify_step(artifact.path, step)
     manager = ocp.CheckpointManager(
         os.fspath(artifact.path / CHECKPOINTS),
         options=ocp.CheckpointManagerOptions(read_only=True),

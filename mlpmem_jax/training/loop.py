@@ -69,7 +69,7 @@ class Fit:
     """A finished run."""
 
     state: TrainState
-    files: list[str]
+    files: dict[str, Any]
     measured: dict[str, Any]
 
 

@@ -1,7 +1,7 @@
 """How the configured networks are made, and restored from finished training runs."""
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 from flax import nnx
@@ -111,8 +111,8 @@ def finished_joint(
     return network.decoder, network.memory
 
 
-def save_network(network: nnx.Module, artifact: Artifact, step: int) -> list[str]:
-    """Saves a network alone, as `pretrain` and `train` save it; returns the files."""
+def save_network(network: nnx.Module, artifact: Artifact, step: int) -> dict[str, Any]:
+    """Saves a network alone, as `pretrain` and `train` save it; returns what its files are."""
     _, params, fixed = split_module(network)
     checkpoints = Checkpoints(artifact.path, 1, ("params", "fixed"))
     checkpoints.save(step, {"params": flatten(params), "fixed": flatten(fixed)})

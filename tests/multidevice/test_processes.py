@@ -1,10 +1,12 @@
 """Several processes joined by jax.distributed: the same result, and one error."""
 
+import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
@@ -12,6 +14,7 @@ from mlpmem_jax.launching import environments_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("joined_script.py")
+CHECKSUMS = str(Path(__file__).with_name("checksums_script.py"))
 START = """
 import os, sys
 from pathlib import Path
@@ -89,3 +92,22 @@ def test_a_process_that_never_comes_is_named():
     assert done.returncode == 1
     assert done.stderr.startswith("error: process 1, 2 of 3 did not come within 4 s: start the")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_each_reads_its_share_of_a_checkpoint_and_all_hear_of_damage(
+    on_processes, tmp_path, processes
+):
+    (tmp_path / "4" / "d").mkdir(parents=True)
+    names = ["a", "b", "c", "d/e", "d/f"]
+    for name in names:
+        (tmp_path / "4" / name).write_bytes(name.encode() * 3)
+    done = on_processes(processes, 1, CHECKSUMS, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    expected = {n: {"bytes": 3 * len(n), "crc32": f"{crc32(n.encode() * 3):08x}"} for n in names}
+    assert json.loads((tmp_path / "4.json").read_text()) == expected
+    said = [json.loads((tmp_path / f"read-{k}.json").read_text()) for k in range(processes)]
+    for index, one in enumerate(said):
+        share = [Path(name).name for name in names[index::processes]]
+        assert one["described"] == share and one["verified"][: len(share)] == share
+        assert "truncated or changed" in one["said"] and f"{tmp_path}/4/b" in one["said"]

@@ -12,8 +12,9 @@ from etils import epath
 
 from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.failures import explain
-from mlpmem_jax.training import checkpoint
+from mlpmem_jax.training import checkpoint, checksums
 from mlpmem_jax.training.checkpoint import Checkpoints
+from mlpmem_jax.training.checksums import read_checksums
 
 ITEMS = ("params", "loop")
 SLOW_SECS = 1.5
@@ -60,7 +61,7 @@ def _timed(function, *arguments):
 @pytest.fixture
 def slow_checksums(monkeypatch):
     """Checksums of one checkpoint take SLOW_SECS; yields an event that is set when they begin."""
-    begun, describe = threading.Event(), checkpoint.describe_file
+    begun, describe = threading.Event(), checksums.describe_file
 
     def slow(path):
         if not begun.is_set():
@@ -68,7 +69,7 @@ def slow_checksums(monkeypatch):
             time.sleep(SLOW_SECS)
         return describe(path)
 
-    monkeypatch.setattr(checkpoint, "describe_file", slow)
+    monkeypatch.setattr(checksums, "describe_file", slow)
     return begun
 
 
@@ -107,7 +108,7 @@ def test_an_error_of_the_background_comes_up(tmp_path, monkeypatch, noticed_by):
     def full(file, value):
         raise OSError(errno.ENOSPC, "No space left on device", str(file))
 
-    monkeypatch.setattr(checkpoint, "write_json", full)
+    monkeypatch.setattr(checksums, "write_json", full)
     checkpoints = _open(tmp_path)
     checkpoints.save(8, _items(8))
 
@@ -162,50 +163,58 @@ def test_a_damaged_one_is_named_with_the_one_that_is_used(tmp_path, capsys):
         assert capsys.readouterr().err.count("; no other is good\n") == 2
 
 
-class _First:
-    """Stands in for process 0 of several."""
-
-    def __init__(self, monkeypatch, *, writer, tells=None):
-        self.heard, self.verified = [], []
-        self._tells, verify = tells, checkpoint._verify
-
-        def of_first(value):
-            self.heard.append(value)
-            return value if writer else self._tells
-
-        def counted(directory, step):
-            self.verified.append(step)
-            verify(directory, step)
-
-        monkeypatch.setattr(checkpoint, "is_writer", lambda: writer)
-        monkeypatch.setattr(checkpoint, "of_first", of_first)
-        monkeypatch.setattr(checkpoint, "_verify", counted)
+def _sums_of(directory, step):
+    return read_checksums(epath.Path(directory) / "checksums" / f"{step}.json")
 
 
-def test_process_0_looks_and_tells(tmp_path, monkeypatch):
-    _save(tmp_path, 4, 8, 12)
-    _damage(tmp_path, 12)
-    first = _First(monkeypatch, writer=True)
-    with contextlib.closing(_open(tmp_path)) as checkpoints:
-        assert checkpoints.last_good_step() == 8
-    assert first.heard == [{"steps": [4, 8, 12], "good": 8}]
-    assert first.verified == [12, 8]
+class _Other:
+    """Stands in for the first process, to which the one of the test is the second of two."""
+
+    def __init__(self, monkeypatch, steps, sums, damage=None):
+        said = [{"steps": steps, "finished": sorted(sums)}]
+        said += [{"sums": sums[step]} for step in sorted(sums, reverse=True)]
+        self.said, self.read = iter(said), []
+        verify = checksums.verify_file
+
+        def counted(path, expected):
+            self.read.append(path)
+            verify(path, expected)
+
+        monkeypatch.setattr(checkpoint, "is_writer", lambda: False)
+        monkeypatch.setattr(checkpoint, "of_first", lambda value: next(self.said))
+        monkeypatch.setattr(checksums, "of_all", lambda found: [damage, found])
+        monkeypatch.setattr(checksums, "verify_file", counted)
+        monkeypatch.setattr(checksums.jax, "process_index", lambda: 1)
+        monkeypatch.setattr(checksums.jax, "process_count", lambda: 2)
 
 
-@pytest.mark.parametrize("good", [4, None])
-def test_the_others_read_nothing_and_take_the_step_of_process_0(tmp_path, monkeypatch, good):
+def test_a_process_reads_its_share_and_believes_the_others(tmp_path, monkeypatch):
     _save(tmp_path, 4, 8)
-    first = _First(monkeypatch, writer=False, tells={"steps": [4, 8], "good": good})
-    with contextlib.closing(_open(tmp_path)) as checkpoints:
-        assert checkpoints.last_good_step() == good  # Whatever they would find: 8.
-    assert first.heard == [None] and first.verified == []
+    sums = {step: _sums_of(tmp_path, step) for step in (4, 8)}
+    with contextlib.closing(_open(tmp_path)) as checkpoints, monkeypatch.context() as patch:
+        other = _Other(patch, [4, 8], sums)
+        assert checkpoints.last_good_step() == 8
+        root = epath.Path(tmp_path) / "checkpoints" / "8"
+        assert other.read == [root / name for name in sorted(sums[8])[1::2]]
+    with contextlib.closing(_open(tmp_path)) as checkpoints, monkeypatch.context() as patch:
+        _Other(patch, [4, 8], sums, damage="file of another share: damaged")
+        assert checkpoints.last_good_step() is None
+
+
+def test_steps_that_process_0_does_not_name_do_not_count(tmp_path, monkeypatch):
+    _save(tmp_path, 4, 8)
+    with contextlib.closing(_open(tmp_path)) as checkpoints, monkeypatch.context() as patch:
+        _Other(patch, [4, 8], {4: _sums_of(tmp_path, 4)})
+        assert checkpoints.last_good_step() == 4  # Whatever this process would find: 8.
 
 
 def test_an_old_listing_is_waited_for(tmp_path, monkeypatch):
     _save(tmp_path, 4, 8)
     late = tmp_path / "checkpoints" / "8"
     shutil.move(late, tmp_path / "hidden")
-    _First(monkeypatch, writer=False, tells={"steps": [4, 8], "good": 8})
+    told = {"steps": [4, 8], "finished": [4, 8]}
+    answers = iter([told, {"sums": _sums_of(tmp_path, 8)}])
+    monkeypatch.setattr(checkpoint, "of_first", lambda value: next(answers))
     monkeypatch.setattr(checkpoint, "_LISTING_PAUSE_SECS", 0.02)
     with contextlib.closing(_open(tmp_path)) as checkpoints:
         appears = threading.Timer(0.3, shutil.move, (tmp_path / "hidden", late))
@@ -217,7 +226,8 @@ def test_an_old_listing_is_waited_for(tmp_path, monkeypatch):
 
 def test_a_work_directory_of_its_own_is_an_error(tmp_path, monkeypatch):
     _save(tmp_path, 4)
-    _First(monkeypatch, writer=False, tells={"steps": [4, 8], "good": 8})
+    told = {"steps": [4, 8], "finished": [4, 8]}
+    monkeypatch.setattr(checkpoint, "of_first", lambda value: told)
     monkeypatch.setattr(checkpoint, "LISTING_SECS", 0.1)
     monkeypatch.setattr(checkpoint, "_LISTING_PAUSE_SECS", 0.02)
     expected = r"sees the steps \[4\], process 0 \[4, 8\]; all processes need the same work dir"
