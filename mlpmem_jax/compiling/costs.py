@@ -25,6 +25,8 @@ _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 _ATTENTION = re.compile(r"splash_mha_(fwd|dq|dkv)")
 _TILE = re.compile(r'block_q(?:_dq|_dkv)?\\*": (\d+)')
 _PASSES_ON = ("bitcast", "reshape", "copy", "convert", "transpose")
+# Which operand is written into the first one, in place.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 
 class Costs:
@@ -93,7 +95,7 @@ class Costs:
             place = user.operands.index(name)
             if user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
                 total += user.bytes
-            elif user.opcode == "dynamic-update-slice" and place == 0:
+            elif user.opcode in _UPDATES and place == 0:
                 continue
             elif user.opcode == "fusion":
                 inner = self._program.computations[user.called[0]]
@@ -122,8 +124,8 @@ class Costs:
                 continue
             while part.opcode in _PASSES_ON:
                 part = table[part.operands[0]]
-            in_place = part.opcode == "dynamic-update-slice"
-            total += table[part.operands[1]].bytes if in_place else shape.bytes
+            update = _UPDATES.get(part.opcode)
+            total += shape.bytes if update is None else table[part.operands[update]].bytes
         return total
 
 

@@ -40,7 +40,8 @@ class Exchange:
     def first_hears(self, value: Any) -> list[Any] | None:
         """Returns what each process gives, JSON-ready, on process 0; None elsewhere.
 
-        It is the end of the exchange: the name is free again.
+        It is the end of the exchange. Before another one of the same name all must have met: what
+        process 0 removes here could be the next one's.
         """
         if not is_active():
             return [value]

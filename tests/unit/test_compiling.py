@@ -202,6 +202,29 @@ def test_slices_of_stacked_arrays_cost_the_slice():
     assert simulated(SLICED).memory_bytes == 400 + 4 + 400
 
 
+SCATTERED = """HloModule m, is_scheduled=true
+
+%fused (p: f32[6,10,10], i: s32[2,2], u: f32[2,10]) -> f32[6,10,10] {
+  %p = f32[6,10,10]{2,1,0} parameter(0)
+  %i = s32[2,2]{1,0} parameter(1)
+  %u = f32[2,10]{1,0} parameter(2)
+  ROOT %s = f32[6,10,10]{2,1,0} scatter(%p, %i, %u), update_window_dims={1}, to_apply=%new
+}
+
+ENTRY %main (a: f32[6,10,10], i: s32[2,2], u: f32[2,10]) -> f32[6,10,10] {
+  %a = f32[6,10,10]{2,1,0} parameter(0)
+  %i = s32[2,2]{1,0} parameter(1)
+  %u = f32[2,10]{1,0} parameter(2)
+  ROOT %f = f32[6,10,10]{2,1,0} fusion(%a, %i, %u), kind=kCustom, calls=%fused
+}
+"""
+
+
+def test_an_update_of_some_rows_costs_these_rows():
+    """A cache of keys is written in place: indices and rows are read, rows are written."""
+    assert simulated(SCATTERED).memory_bytes == 16 + 80 + 80
+
+
 PREFETCHED = """HloModule m, is_scheduled=true
 
 ENTRY %main (a: f32[80,10], b: f32[10,10]) -> f32[20,10] {
