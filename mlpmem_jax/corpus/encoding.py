@@ -1,6 +1,7 @@
 """Text into token ids, batch by batch in order; several processes share the work."""
 
 import itertools
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from mlpmem_jax.corpus.stream import Piece
 from mlpmem_jax.corpus.tokenizer import TextTokenizer
+from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.parallel.agreement import gathered_arrays
 from mlpmem_jax.parallel.preemption import Preempted, preempted
 from mlpmem_jax.parallel.sharing import process_count, process_index
@@ -27,6 +29,7 @@ def encoded(tokenizer: TextTokenizer, source: Iterator[list[Piece]]) -> Iterator
 
     Raises:
         Preempted: The machine of one of several processes is about to go.
+        RunFailed: On every process: one of them reads other text.
     """
     rounds = _rounds(source)
     with ThreadPoolExecutor(1) as encoder:
@@ -40,6 +43,8 @@ def encoded(tokenizer: TextTokenizer, source: Iterator[list[Piece]]) -> Iterator
             if waiting:
                 yield from _exchanged(waiting[0], waiting[1].result())
             waiting = following
+    if process_count() > 1:
+        _gathered_round([], [])  # The text must end in the same round for all.
 
 
 def _rounds(source: Iterator[list[Piece]]) -> Iterator[list[list[Piece]]]:
@@ -54,8 +59,35 @@ def _exchanged(batches: list[list[Piece]], own: list[np.ndarray]) -> Iterator[En
         return
     if preempted():
         raise Preempted("tokenize: what is written is kept")
-    length = np.array([len(ids) for ids in own], np.int32)
-    joined = np.concatenate([*own, np.zeros(0, np.uint32)]).astype(np.uint32)
-    every_length, every_joined = gathered_arrays(length), gathered_arrays(joined)
-    for pieces, lengths, ids in zip(batches, every_length, every_joined, strict=False):
-        yield pieces, np.split(ids, np.cumsum(lengths)[:-1])
+    yield from zip(batches, _gathered_round(batches, own), strict=False)
+
+
+def _gathered_round(
+    batches: list[list[Piece]], own: list[np.ndarray]
+) -> Iterator[list[np.ndarray]]:
+    """Returns the ids of each process's pieces, after comparing the text that all have read.
+
+    A process that sees other files would encode other text than the one that writes expects.
+    """
+    count = process_count()
+    check_P = np.zeros(count, np.uint32)
+    for place, pieces in enumerate(batches):
+        for piece in pieces:
+            check_P[place] = zlib.crc32(piece.text.encode(), int(check_P[place]))
+    head = [*check_P.tolist(), len(own), *(len(ids) for ids in own)]
+    sent = np.concatenate([np.array(head, np.uint32), *(ids.astype(np.uint32) for ids in own)])
+    received = gathered_arrays(sent)
+    for number, theirs in enumerate(received):
+        if not np.array_equal(theirs[:count], received[0][:count]):
+            raise RunFailed(
+                f"tokenize: process {number} reads other text than process 0; all processes need "
+                "the same files under the same names"
+            )
+    return (_pieces(theirs[count:]) for theirs in received)
+
+
+def _pieces(sent: np.ndarray) -> list[np.ndarray]:
+    """Undoes how a process sends its pieces: their number, their lengths, all ids."""
+    number = int(sent[0])
+    length_N, ids = sent[1 : 1 + number], sent[1 + number :]
+    return np.split(ids, np.cumsum(length_N)[:-1]) if number else []

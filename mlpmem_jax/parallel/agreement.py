@@ -86,7 +86,8 @@ def gathered_arrays(array_N: np.ndarray) -> list[np.ndarray]:
     from jax.experimental import multihost_utils
 
     length_P = np.ravel(multihost_utils.process_allgather(np.int32(len(array_N))))
-    padded = np.zeros(max(1, int(length_P.max())), array_N.dtype)
+    # Few sizes: XLA compiles a program for each.
+    padded = np.zeros(1 << max(0, int(length_P.max()) - 1).bit_length(), array_N.dtype)
     padded[: len(array_N)] = array_N
     array_PN = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(length_P), -1)
     return [

@@ -10,7 +10,7 @@ from mlpmem_jax.console import say
 from mlpmem_jax.datastore.lock import only_maker
 from mlpmem_jax.datastore.manifest import MANIFEST, Artifact, Manifest, Status
 from mlpmem_jax.errors import ArtifactError, Mistakes
-from mlpmem_jax.parallel.agreement import of_first
+from mlpmem_jax.parallel.agreement import of_first, refuse_different
 from mlpmem_jax.parallel.multihost import barrier, is_active, is_writer
 from mlpmem_jax.parallel.preemption import Preempted, preempted, run_id
 
@@ -139,6 +139,8 @@ def run_stage(
     status = _status(stage, made_from, rebuild)
     if status is not Status.COMPLETE:
         stage.check()
+        # What it depends on beside the configuration, for example the files of the corpus.
+        refuse_different({stage.name: stage.recipe})
         barrier(f"{stage.name}: checked")
         with only_maker(stage.artifact):
             if status is None:

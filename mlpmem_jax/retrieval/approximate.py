@@ -23,9 +23,16 @@ from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.datastore.files import is_local, read_json, write_json
 from mlpmem_jax.datastore.manifest import describe_file
 from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
-from mlpmem_jax.parallel.sharing import share_of
+from mlpmem_jax.parallel.sharing import is_mine, process_count, share_of
 from mlpmem_jax.retrieval.engine import EngineName, Keys, SomeKeys, read_all
-from mlpmem_jax.retrieval.merge import MISSING_ROW, Neighbors, merge, sortable, unpack
+from mlpmem_jax.retrieval.merge import (
+    MISSING_ROW,
+    Neighbors,
+    merge,
+    of_processes,
+    sortable,
+    unpack,
+)
 
 SHARD = "shard.json"
 SEARCH = "search.json"
@@ -200,37 +207,49 @@ def _check_written(path: epath.Path, files: Sequence[str], rows: range) -> None:
 class ApproximateEngine:
     """Searches finished shards, all of them for every query.
 
+    Each of several processes holds its share of the shards, so that an index may be larger than
+    the memory of a machine; what they find for the same queries is merged exactly.
+
     Args:
         path: Directory of the index.
         settings: How thoroughly; can be replaced between searches.
+        alone: Hold all shards, whatever other processes there are, and search without them.
     """
 
     name: EngineName = "scann"
-    spans_processes = False
 
-    def __init__(self, path: epath.Path, settings: SearchSettings):
+    def __init__(self, path: epath.Path, settings: SearchSettings, alone: bool = False):
         self.settings = settings
+        self.spans_processes = process_count() > 1 and not alone
         self.num_rows = 0
         self._shards: list[tuple[Any, int]] = []
         leaves: list[np.ndarray] = []
         scann = _import()
-        for shard in sorted(path.glob("shard-*")):
+        for number, shard in enumerate(sorted(path.glob("shard-*"))):
             about: Mapping[str, Any] = read_json(shard / SHARD)
-            with _on_local_disk(shard, about["files"]) as local:
-                searcher = scann.scann_ops_pybind.load_searcher(os.fspath(local))
-                if _LEAF_OF_ROW in about["files"]:
+            files: Mapping[str, Any] = about["files"]
+            is_held = is_mine(number) or not self.spans_processes
+            # The order of queries needs the leaves of all rows: four bytes a row.
+            needed = {n: of for n, of in files.items() if is_held or n == _LEAF_OF_ROW}
+            with _on_local_disk(shard, needed) as local:
+                if is_held:
+                    searcher = scann.scann_ops_pybind.load_searcher(os.fspath(local))
+                    self._shards.append((searcher, int(about["first_row"])))
+                if _LEAF_OF_ROW in files:
                     leaves.append(np.load(local / _LEAF_OF_ROW))
                 else:
                     leaves.append(np.zeros(about["num_rows"], np.int32))
-            self._shards.append((searcher, int(about["first_row"])))
             self.num_rows += int(about["num_rows"])
         self._leaf_N = np.concatenate(leaves)
 
     def search(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
         """Returns neighbours as the protocol says; distances are exact, rows may be missed."""
         if not len(query_QD):
-            empty = np.empty((0, num_neighbors))
-            return Neighbors(empty.astype(np.float32), empty.astype(np.int64))
+            return _nothing(0, num_neighbors)
+        found = self._search_held(query_QD, num_neighbors)
+        return merge(of_processes(found), num_neighbors) if self.spans_processes else found
+
+    def _search_held(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
         queries = np.ascontiguousarray(query_QD, np.float32)
         share = -(-len(queries) // (os.cpu_count() or 1))
         per_task = min(max(share, _QUERIES_PER_TASK.start), _QUERIES_PER_TASK.stop)
@@ -244,11 +263,16 @@ class ApproximateEngine:
                 batch_size=per_task,
             )
             parts.append(_in_order(distance_QK, row_QK, first_row))
-        return merge(parts, num_neighbors)
+        return merge(parts or [_nothing(len(queries), num_neighbors)], num_neighbors)
 
     def visiting_order(self, rows: slice) -> np.ndarray | None:
         """Returns an order of rows of the datastore in which neighbours share leaves."""
         return np.argsort(self._leaf_N[rows], kind="stable")
+
+
+def _nothing(num_queries: int, num_neighbors: int) -> Neighbors:
+    shape = (num_queries, num_neighbors)
+    return Neighbors(np.full(shape, np.inf, np.float32), np.full(shape, MISSING_ROW, np.int64))
 
 
 def _in_order(distance_QK: np.ndarray, id_QK: np.ndarray, first_row: int) -> Neighbors:

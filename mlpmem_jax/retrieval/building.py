@@ -13,6 +13,7 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.files import check_free_space, human_bytes, read_json, write_json
 from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.verification import verify_together
 from mlpmem_jax.errors import UserError
 from mlpmem_jax.parallel.multihost import barrier, first_alone, is_writer
 from mlpmem_jax.parallel.sharing import process_count
@@ -165,7 +166,8 @@ def open_index(config: Config, exact: "ExactCache") -> tuple[Engine, SearchSetti
         ArtifactError: The index is missing or a file of it is damaged (named).
     """
     artifact = Layout(config).index
-    manifest = artifact.verify()
+    manifest = artifact.load()
+    verify_together(artifact.path, manifest.files)
     if manifest.counts["engine"] == "exact":
         return exact(), None
     settings = SearchSettings(**read_json(artifact.path / SEARCH))

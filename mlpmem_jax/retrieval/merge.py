@@ -83,6 +83,32 @@ def merge(parts: Sequence[Neighbors], num_neighbors: int) -> Neighbors:
     return fit(ordered, num_neighbors)
 
 
+def of_processes(own: Neighbors) -> list[Neighbors]:
+    """Returns what each process found for the same queries, on every process.
+
+    All processes must call it, with as many queries and neighbours.
+    """
+    from jax.experimental import multihost_utils
+
+    num_queries, num_neighbors = own.row_QK.shape
+    # Few sizes: XLA compiles a program for each.
+    padding = ((0, (1 << max(0, num_queries - 1).bit_length()) - num_queries), (0, 0))
+    # JAX has no 64-bit integers here: a row travels as two of 32 bits.
+    halves_QH = np.pad(np.ascontiguousarray(own.row_QK).view(np.int32), padding)
+    distance_QK = np.pad(own.distance_QK, padding)
+    distance_PQK, halves_PQH = (
+        np.asarray(multihost_utils.process_allgather(part, tiled=False))
+        for part in (distance_QK, halves_QH)
+    )
+    return [
+        Neighbors(
+            distance_QK[:num_queries],
+            np.ascontiguousarray(halves_QH[:num_queries]).view(np.int64).reshape(-1, num_neighbors),
+        )
+        for distance_QK, halves_QH in zip(distance_PQK, halves_PQH, strict=True)
+    ]
+
+
 def concatenate(parts: Sequence[Neighbors]) -> Neighbors:
     """Joins the lists of consecutive queries."""
     return Neighbors(

@@ -104,11 +104,12 @@ def search_split(
                         row_N, key_ND = row_N[order], key_ND[order]
                     for part in row_ranges(len(row_N), query_batch):
                         found = engine.search(key_ND[part], num_neighbors + exclude_own_row)
-                        parts.append((row_N[part], pool.submit(take, row_N[part], found)))
                         bar.update(part.stop - part.start)
-                        tasks = _drain([*tasks, parts[-1][1]], _MAX_PENDING_BATCHES)
+                        if is_mine(searched[turn]):
+                            parts.append((row_N[part], pool.submit(take, row_N[part], found)))
+                            tasks = _drain([*tasks, parts[-1][1]], _MAX_PENDING_BATCHES)
                         stop_if_alone(f"{description}: finished shards are kept")
-                if parts and is_mine(searched[turn]):
+                if parts:
                     written = pool.submit(_write, writer, shard, parts)
                     tasks = _drain([*tasks, written], _MAX_PENDING_BATCHES)
                 if preempted():

@@ -21,10 +21,11 @@ from etils import epath
 from mlpmem_jax.console import warn
 from mlpmem_jax.datastore.files import check_free_space
 from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.datastore.verification import verify_together
 from mlpmem_jax.errors import ArtifactError, RunFailed
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.multihost import barrier, is_writer
-from mlpmem_jax.training.checksums import read_checksums, verify_together, write_checksums
+from mlpmem_jax.training.checksums import read_checksums, write_checksums
 
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums"
@@ -36,17 +37,22 @@ _LISTING_PAUSE_SECS = 0.5
 
 @dataclasses.dataclass
 class _LatestScheduled:
-    """Orbax's policy: the newest of the schedule, and the newest of all."""
+    """Orbax's policy: the newest of the schedule, the newest of all, and the last good one.
+
+    Orbax removes old ones as soon as it has written a new one, which counts only once it has its
+    checksums: until then a kill must leave one that counts.
+    """
 
     keep: int
     is_scheduled: Callable[[int], bool]
+    last_good: int | None = None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         """Returns, in the order of steps, which checkpoints stay."""
         del context
         steps = [int(checkpoint.step) for checkpoint in checkpoints]
         kept = {*[step for step in steps if self.is_scheduled(step)][-self.keep :], *steps[-1:]}
-        return [step in kept for step in steps]
+        return [step in kept or step == self.last_good for step in steps]
 
 
 class Checkpoints:
@@ -67,7 +73,8 @@ class Checkpoints:
 
         Args:
             directory: Of the run.
-            keep: Scheduled checkpoints that are kept, the newest.
+            keep: Scheduled checkpoints that are kept, the newest; and the last that is known to be
+                good, while the newest is not.
             item_names: What a checkpoint holds.
             is_scheduled: Whether a step is one of the run's own; others, saved on a notice
                 of preemption, are kept until the next one is there.
@@ -77,11 +84,12 @@ class Checkpoints:
         self._sums.mkdir(parents=True, exist_ok=True)
         self._background = ThreadPoolExecutor(1, "checksums")
         self._finishing: Future[None] | None = None
+        self._policy = _LatestScheduled(keep, is_scheduled)
         self._manager = ocp.CheckpointManager(
             os.fspath(directory / CHECKPOINTS),
             options=ocp.CheckpointManagerOptions(
                 enable_async_checkpointing=True,
-                preservation_policy=_LatestScheduled(keep, is_scheduled),
+                preservation_policy=self._policy,
             ),
             item_names=item_names,
         )
@@ -122,6 +130,7 @@ class Checkpoints:
         """Waits for Orbax, then writes the checksums: in the background, next to training."""
         self._manager.wait_until_finished()
         write_checksums(self._sums_file(step), self._directory / CHECKPOINTS / str(step))
+        self._policy.last_good = step
         if is_writer():
             steps = [int(sums.stem) for sums in self._sums.glob("*.json")]
             # Of what is older alone: after an interrupt, another start may write newer ones.
@@ -154,6 +163,7 @@ class Checkpoints:
         instead = "no other is good" if good is None else f"the newest good one is of step {good}"
         for line in skipped if is_writer() else ():
             warn(f"{line}; {instead}")
+        self._policy.last_good = good
         return good
 
     def _look(self) -> dict[str, list[int]]:

@@ -15,6 +15,7 @@ def main():
     import jax
     from etils import epath
 
+    from mlpmem_jax.datastore import verification
     from mlpmem_jax.errors import ArtifactError
     from mlpmem_jax.parallel.multihost import barrier
     from mlpmem_jax.training import checksums
@@ -31,7 +32,7 @@ def main():
         return call
 
     checksums.describe_file = recorded("described", checksums.describe_file)
-    checksums.verify_file = recorded("verified", checksums.verify_file)
+    verification.verify_file = recorded("verified", verification.verify_file)
     with ThreadPoolExecutor(1) as background:
         for repetition in range(2):  # The name of the exchange is free again.
             writing = background.submit(checksums.write_checksums, file, root)
@@ -41,12 +42,12 @@ def main():
             barrier(f"written {repetition}")
     del read["described"][: len(read["described"]) // 2]
     expected = checksums.read_checksums(file)
-    checksums.verify_together(root, expected)
+    verification.verify_together(root, expected)
     if jax.process_index() == 0:
         (directory / "4" / "b").write_bytes(b"changed")
     barrier("changed")
     try:
-        checksums.verify_together(root, expected)
+        verification.verify_together(root, expected)
         read["said"] = "nothing"
     except ArtifactError as error:
         read["said"] = str(error)

@@ -27,6 +27,13 @@ encoding._exchanged = counted
 sys.exit(main(sys.argv[2:]))
 """
 
+OWN_DISK = """
+import os, sys
+from mlpmem_jax.__main__ import main
+os.chdir(sys.argv[1] + os.environ["MLPMEM_PROCESS_INDEX"])
+sys.exit(main(sys.argv[2:]))
+"""
+
 
 def _manifest(workdir: Path) -> dict:
     found = read_json(workdir / "tokens" / "manifest.json")
@@ -58,3 +65,32 @@ def test_tokens_do_not_depend_on_the_number_of_processes(alone, on_processes, tm
     assert _manifest(workdir) == alone
     if sys.platform == "linux":
         assert done.stdout.count("tokens: made in") == 1
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("difference", ["listing", "content"])
+def test_processes_that_read_other_text_are_refused(on_processes, tmp_path, difference):
+    """Each process has its own disk, and a file is another one on the second."""
+    for number in range(2):
+        folder = tmp_path / f"disk-{number}"
+        folder.mkdir()
+        for name in ("a", "b", "c"):
+            words = [f"{name} is the word of line {line}\n" for line in range(20_000)]
+            if number == 1 and name == "b":
+                if difference == "listing":
+                    words.append("and one more\n")
+                else:  # Of the same size, and the same at both ends, which is what a listing reads.
+                    words[10_000] = words[10_000].replace("word", "mood")
+            (folder / f"{name}.txt").write_text("".join(words))
+    command = ["tokenize", "--config", str(TINY), "--workdir", str(tmp_path / "run")]
+    command += ["corpus.source=text", "corpus.paths=['*.txt']", "corpus.max_bytes=null"]
+    command += ["corpus.document_regex='. is'"]
+    done = on_processes(2, 1, "-c", OWN_DISK, str(tmp_path / "disk-"), *command)
+    assert "Traceback" not in done.stderr, done.stderr
+    if difference == "listing":
+        assert done.returncode == 2
+        assert "process 1 was started otherwise: " in done.stderr and "listing" in done.stderr
+    else:
+        assert done.returncode == 1
+        assert "process 1 reads other text than process 0" in done.stderr
+    assert not (tmp_path / "run" / "tokens" / "manifest.json").exists()

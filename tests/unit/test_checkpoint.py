@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
+from mlpmem_jax.datastore import verification
 from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.failures import explain
 from mlpmem_jax.training import checkpoint, checksums
@@ -143,6 +144,42 @@ def test_one_that_was_killed_before_its_checksums_is_replaced(tmp_path):
     assert float(restored["params"]["kernel"][0, 0]) == 80
 
 
+def test_a_kill_before_the_checksums_leaves_one_that_counts(tmp_path, monkeypatch):
+    """With one to keep, too: Orbax removes the one before as soon as the new one is written."""
+    _save(tmp_path, 4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "write_checksums", _killed)
+        with contextlib.closing(_open(tmp_path, keep=1)) as checkpoints:
+            assert checkpoints.last_good_step() == 4
+            checkpoints.save(8, _items(8))
+    with contextlib.closing(_open(tmp_path, keep=1)) as checkpoints:
+        assert checkpoints.last_good_step() == 4
+
+
+def test_a_damaged_one_does_not_push_out_the_good_one(tmp_path, monkeypatch):
+    _save(tmp_path, 4, 16)
+    _damage(tmp_path, 16)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "write_checksums", _killed)
+        with contextlib.closing(_open(tmp_path, keep=2)) as checkpoints:
+            assert checkpoints.last_good_step() == 4
+            checkpoints.save(8, _items(8))  # of another interval
+    with contextlib.closing(_open(tmp_path, keep=2)) as checkpoints:
+        assert checkpoints.last_good_step() == 4
+
+
+def _killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_what_is_not_kept_goes_with_the_next_one(tmp_path):
+    with contextlib.closing(_open(tmp_path, keep=1)) as checkpoints:
+        for step in (4, 8, 12):
+            checkpoints.save(step, _items(step))
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [8, 12]
+    assert _sums(tmp_path) == [8, 12]
+
+
 def test_checksums_go_with_their_checkpoints(tmp_path):
     with contextlib.closing(_open(tmp_path, keep=2)) as checkpoints:
         for step in (4, 8, 12, 16):
@@ -174,7 +211,7 @@ class _Other:
         said = [{"steps": steps, "finished": sorted(sums)}]
         said += [{"sums": sums[step]} for step in sorted(sums, reverse=True)]
         self.said, self.read = iter(said), []
-        verify = checksums.verify_file
+        verify = verification.verify_file
 
         def counted(path, expected):
             self.read.append(path)
@@ -182,10 +219,10 @@ class _Other:
 
         monkeypatch.setattr(checkpoint, "is_writer", lambda: False)
         monkeypatch.setattr(checkpoint, "of_first", lambda value: next(self.said))
-        monkeypatch.setattr(checksums, "of_all", lambda found: [damage, found])
-        monkeypatch.setattr(checksums, "verify_file", counted)
-        monkeypatch.setattr(checksums.jax, "process_index", lambda: 1)
-        monkeypatch.setattr(checksums.jax, "process_count", lambda: 2)
+        monkeypatch.setattr(verification, "of_all", lambda found: [damage, found])
+        monkeypatch.setattr(verification, "verify_file", counted)
+        monkeypatch.setattr(verification, "process_index", lambda: 1)
+        monkeypatch.setattr(verification, "process_count", lambda: 2)
 
 
 def test_a_process_reads_its_share_and_believes_the_others(tmp_path, monkeypatch):

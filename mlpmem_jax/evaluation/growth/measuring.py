@@ -101,7 +101,7 @@ class Timer:
             retrieval.num_neighbors,
             (seed, MEASUREMENT_SEED),
         )
-        found = recall.measure(ApproximateEngine(path, settings), sample)
+        found = recall.measure(ApproximateEngine(path, settings, alone=True), sample)
         say(
             f"cost: index of {num_rows:,} rows: {settings.num_leaves_to_search} leaves, "
             f"{settings.num_reorder} candidates, recall {found:.4f}"
@@ -143,7 +143,7 @@ class Timer:
             engine: Engine
             if name == "scann":
                 settings = SearchSettings(**prepared["settings"])
-                engine = ApproximateEngine(self._index(num_rows), settings)
+                engine = ApproximateEngine(self._index(num_rows), settings, alone=True)
             else:
                 chunk = self.config.retrieval.key_chunk_rows
                 engine = ExactEngine(self._keys(num_rows), self.mesh, chunk)
