@@ -33,10 +33,10 @@ CASES = (
     Case("gpt2_small", "v5e-8", "v5e:2x4"),
     Case("llama2_7b", "v5p-128", "v5p:4x4x4", tensor=4),
     Case("llama2_70b", "v5p-1024", "v5p:8x8x8", tensor=8),
-    Case("llama2_7b", "v5e-256", "v5e:16x16", _ON_V5E, tensor=8),
-    Case("gpt2_xl", "v5e-64", "v5e:8x8"),
+    Case("llama2_7b", "v5e-256", "v5e:16x16", _ON_V5E, tensor=16),
+    Case("gpt2_xl", "v5e-64", "v5e:8x8", tensor=8),
     Case("mistral_7b", "v5p-128", "v5p:4x4x4", tensor=4),
-    Case("mistral_7b", "v5e-256", "v5e:16x16", _ON_V5E, tensor=8),
+    Case("mistral_7b", "v5e-256", "v5e:16x16", _ON_V5E, tensor=16),
     Case("gpt2_large", "v5e-32", "v5e:4x8"),
     Case("gpt2_medium", "v5e-16", "v5e:4x4"),
 )

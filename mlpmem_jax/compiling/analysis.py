@@ -42,7 +42,7 @@ def analyse(config: Config) -> dict[str, Any]:
         program = Program(compiled.as_text() or "")
         memory = memory_of(compiled, program, step.arguments, capacity)
     except jax.errors.JaxRuntimeError as error:
-        found = refused(error, capacity)
+        found = refused(error, step.arguments, capacity)
         if found is None:
             raise
         memory = found

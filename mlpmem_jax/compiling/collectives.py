@@ -40,8 +40,9 @@ def group_of(instruction: Instruction, num_devices: int) -> tuple[int, ...]:
     everyone = tuple(range(num_devices))
     pairs = _PAIRS.search(text)
     if pairs:
-        first = re.search(r"\{(\d+),\s*(\d+)\}", pairs[1])
-        return tuple(int(each) for each in first.groups()) if first else everyone
+        found = [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),\s*(\d+)\}", pairs[1])]
+        # Some keep what they have; the others decide how long it takes.
+        return next((pair for pair in found if pair[0] != pair[1]), everyone)
     explicit = _EXPLICIT.search(text)
     if explicit:
         first = re.search(r"\{([0-9, ]*)\}", explicit[1])

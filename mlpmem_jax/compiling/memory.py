@@ -20,6 +20,10 @@ _PASSING = (
 )  # fmt: skip
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _USED = re.compile(r"Used ([\d.]+)([KMGTB]?) of ([\d.]+)([KMGTB]?) (?:hbm|memory)")
+# Said where temporaries alone are too many, before anything is laid out.
+_TEMPORARIES = re.compile(
+    r"HLO temporaries \(([\d.]+)([KMGTB]?)\) exceeds available HBM \(([\d.]+)([KMGTB]?)\)"
+)
 _ALLOCATION = re.compile(r"^\s*\d+\. Size: ([\d.]+)([KMGTB]?)\s*$", re.MULTILINE)
 _OPERATOR = re.compile(r'op_name="([^"]*)"')
 _SHAPE = re.compile(r"Shape: (\S+)")
@@ -114,16 +118,32 @@ def memory_of(
     )
 
 
-def refused(error: BaseException, capacity: int | None) -> Memory | None:
-    """Returns what a compiler says that gave up for lack of memory; None: another error."""
+def refused(
+    error: BaseException, arguments: Mapping[str, Any], capacity: int | None
+) -> Memory | None:
+    """Returns what a compiler says that gave up for lack of memory; None: another error.
+
+    Args:
+        error: What it raised.
+        arguments: Shapes and shardings of the step's arguments, by name: named as the largest
+            buffers where the compiler names none.
+        capacity: Memory of a device; None: not known.
+    """
     message = str(error)
-    if "RESOURCE_EXHAUSTED" not in message and not _USED.search(message):
+    used = _USED.search(message) or _TEMPORARIES.search(message)
+    if "RESOURCE_EXHAUSTED" not in message and not used:
         return None
-    used = _USED.search(message)
-    total = _bytes(used[1], used[2]) if used else None
+    held = _arguments(arguments)
+    total = temporaries = None
     if used:
+        needed = _bytes(used[1], used[2])
+        if _USED.search(message):
+            total = needed
+        else:
+            temporaries, total = needed, needed + sum(buffer.bytes for buffer in held)
         capacity = min(capacity or math.inf, _bytes(used[3], used[4]))  # type: ignore[assignment]
-    return Memory(None, None, None, None, None, total, capacity, tuple(_allocations(message)))
+    largest = tuple(_allocations(message)) or _largest(held)
+    return Memory(None, temporaries, None, None, None, total, capacity, largest)
 
 
 def _allocations(message: str) -> list[Buffer]:

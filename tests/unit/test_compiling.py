@@ -269,6 +269,7 @@ def test_figures_of_chips_are_in_the_right_order_of_magnitude():
         ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
         ("replica_groups=mesh['a'=8] {'a':(2)2}", (0, 2)),
         ("source_target_pairs={{0,3},{3,0}}", (0, 3)),
+        ("source_target_pairs={{0,0},{1,5},{2,2}}", (1, 5)),  # some keep what they have
     ],
 )
 def test_groups_of_devices(text, members):
@@ -302,14 +303,30 @@ Total hbm usage >= 17.94G:
 
 
 def test_what_a_compiler_says_that_gave_up():
-    found = fitting.refused(RuntimeError(REFUSAL), 16 << 30)
+    found = fitting.refused(RuntimeError(REFUSAL), {}, 16 << 30)
     assert found is not None
     assert not found.fits
     assert found.total == int(17.69 * 2**30)
     assert found.capacity == int(15.75 * 2**30)
     assert [each.bytes for each in found.largest] == [4 << 30, 500 << 20]
     assert "jit(step)/dot_general" in found.largest[0].name
-    assert fitting.refused(RuntimeError("INTERNAL: something else"), None) is None
+    assert fitting.refused(RuntimeError("INTERNAL: something else"), {}, None) is None
+
+
+def test_where_the_compiler_names_no_buffer_the_arguments_are_named():
+    whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    kernel = jax.ShapeDtypeStruct((1024, 1024), "float32", sharding=whole)
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (18.57G) exceeds available HBM (15.75G)."
+    )
+    found = fitting.refused(RuntimeError(message), {"networks": {"kernel": kernel}}, 16 << 30)
+    assert found is not None and not found.fits
+    assert found.temporaries == int(18.57 * 2**30)
+    assert found.total == found.temporaries + (4 << 20)
+    assert found.capacity == int(15.75 * 2**30)
+    (buffer,) = found.largest
+    assert buffer.bytes == 4 << 20 and buffer.name.startswith("networks/kernel float32[1024, 1024]")
 
 
 def test_a_step_that_does_not_fit_ends_with_3_and_names_buffers(tmp_path, capsys):
