@@ -27,16 +27,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = _sizes(config, len(devices))
-    if config.dcn_data > 1:
-        within_slice = (sizes[0] // config.dcn_data, *sizes[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(
-            within_slice, (config.dcn_data, 1, 1), devices, process_is_granule=_one_slice(devices)
-        )
+    try:
+        grid = _arranged(sizes, config.dcn_data, devices, split=False)
+    except NotImplementedError:
+        # A whole mesh axis on part of a slice's axis has fewer links, but works.
+        try:
+            grid = _arranged(sizes, config.dcn_data, devices, split=True)
+        except (NotImplementedError, ValueError) as error:
+            shown = ", ".join(f"mesh.{a}={n}" for a, n in zip(AXES, sizes, strict=True))
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{shown}: no way to lay this out on the slice ({reason})") from None
+    return jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def _arranged(
+    sizes: tuple[int, ...], dcn_data: int, devices: Sequence[jax.Device], *, split: bool
+) -> np.ndarray:
+    if dcn_data == 1:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=split)
     else:
-        grid = mesh_utils.create_device_mesh(sizes, devices)
-    return jax.sharding.Mesh(
-        np.asarray(grid), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
-    )
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (sizes[0] // dcn_data, *sizes[1:]),
+            (dcn_data, 1, 1),
+            devices,
+            process_is_granule=_one_slice(devices),
+            allow_split_physical_axes=split,
+        )
+    return np.asarray(grid)
 
 
 def single_device_mesh() -> jax.sharding.Mesh:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -76,3 +77,30 @@ def test_one_device_needs_no_mesh():
     assert sharding.constrain(x, "batch", "length") is x
     with jax.set_mesh(meshes.single_device_mesh()):
         assert sharding.current_mesh() is None
+
+
+class _Slice:
+    """Stands in for JAX's way to lay a mesh onto a slice of 16 × 16 chips."""
+
+    def __init__(self, monkeypatch, *, possible):
+        self.splits, self._possible = [], possible
+        monkeypatch.setattr(meshes.mesh_utils, "create_device_mesh", self._lay)
+
+    def _lay(self, sizes, devices, *, allow_split_physical_axes):
+        self.splits.append(allow_split_physical_axes)
+        if not (allow_split_physical_axes and self._possible):
+            raise NotImplementedError("Failed to find assignment for an axis of size 8.\nSizes: …")
+        return np.array(devices).reshape(sizes)
+
+
+def test_part_of_an_axis_of_the_slice_is_taken_where_no_whole_axis_fits(monkeypatch):
+    laid = _Slice(monkeypatch, possible=True)
+    mesh = meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    assert mesh.size == 1 and laid.splits == [False, True]
+
+
+def test_what_cannot_be_laid_onto_a_slice_is_refused_in_one_line(monkeypatch):
+    _Slice(monkeypatch, possible=False)
+    expected = r"^mesh.data=1, mesh.fsdp=1, mesh.tensor=1: no way to lay this out on the slice \("
+    with pytest.raises(ConfigError, match=expected + r"Failed to find .* size 8\.\)$"):
+        meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
