@@ -25,7 +25,8 @@ class Case(NamedTuple):
     sold_as: str
     topology: str
     overrides: tuple[str, ...] = ()
-    tensor: int = 1  # Devices that share one copy of the weights in generation.
+    tensor: int = 1  # Devices that share one copy of the weights in generation,
+    prompts: int = 256  # of so many texts at once.
 
 
 _ON_V5E = ("pretrain.batch_size=512", "train.batch_size=4096")
@@ -34,7 +35,7 @@ CASES = (
     Case("llama2_7b", "v5p-128", "v5p:4x4x4", tensor=4),
     Case("llama2_70b", "v5p-1024", "v5p:8x8x8", tensor=8),
     Case("llama2_7b", "v5e-256", "v5e:16x16", _ON_V5E, tensor=16),
-    Case("gpt2_xl", "v5e-64", "v5e:8x8", tensor=8),
+    Case("gpt2_xl", "v5e-64", "v5e:8x8", tensor=8, prompts=64),
     Case("mistral_7b", "v5p-128", "v5p:4x4x4", tensor=4),
     Case("mistral_7b", "v5e-256", "v5e:16x16", _ON_V5E, tensor=16),
     Case("gpt2_large", "v5e-32", "v5e:4x8"),
@@ -74,7 +75,7 @@ def command_of(case: Case, step: str) -> list[str]:
     if step == "decode":
         # Weights that are cut over `fsdp` would be gathered again for each token.
         overrides += ("mesh.data=auto", "mesh.fsdp=1", f"mesh.tensor={case.tensor}")
-        overrides += ("compile.num_prompts=256",)
+        overrides += (f"compile.num_prompts={case.prompts}",)
     return [
         "compile", "--config", f"configs/{case.config}.yaml", "--topology", case.topology,
         "--step", step, "--output", str(output.relative_to(ROOT)), *overrides,
