@@ -4,10 +4,13 @@
 #
 #   worker.sh start RUN COMMAND…    starts it, unless a run is going on; RUN names it and its
 #                                   restarts (MLPMEM_RUN_ID)
+#   worker.sh restart RUN COMMAND…  the same, once the run before has ended
 #   worker.sh follow LINES          prints the log (from line +1, or its last LINES) until the run
 #                                   has ended, and exits as it did
 #   worker.sh running               succeeds while a run is going on
-#   worker.sh failure               prints the end of the log, if this worker's run failed
+#   worker.sh failed                prints "1 SECS HOST" if this worker's run failed and its log
+#                                   says why (0: it does not), SECS ago
+#   worker.sh failure HOST          prints the end of the log, on that host alone
 #   worker.sh stop                  asks the run to save and end; kills it after a while
 #
 # Beside the code: .run/log, .run/log.before, .run/pid, .run/exit_code.
@@ -34,6 +37,17 @@ start() {
   cd "$here"
   nohup setsid bash "$here/launch/worker.sh" run "$@" >"$state/log" 2>&1 </dev/null &
   echo "$!" >"$state/pid"
+}
+
+# Here the run may still be ending when the launcher, which follows another worker, starts again.
+restart() {
+  local waited=0
+  while running && [ "$waited" -lt "$stop_secs" ]; do
+    sleep 1
+    waited=$((waited + 1))
+  done
+  stop
+  start "$@"
 }
 
 # find_or_get_python: TPU VMs come with Python 3.10; a newer one is fetched if there is none.
@@ -74,9 +88,17 @@ follow() {
   return "$(cat "$state/exit_code")"
 }
 
-failure() {
+failed() {
+  local says=0
   [ ! -e "$state/exit_code" ] || [ "$(cat "$state/exit_code")" != 0 ] || return 0
-  echo "--- $(hostname): exit code $(cat "$state/exit_code" 2>/dev/null || echo none)"
+  ! grep -q -e '^error: ' -e '^Traceback' "$state/log" || says=1
+  # For how long, and not since when: clocks differ.
+  echo "$says $(($(date +%s) - $(stat -c %Y "$state/log"))) $(hostname)"
+}
+
+failure() {
+  [ "$1" = "$(hostname)" ] || return 0
+  echo "--- $1: exit code $(cat "$state/exit_code" 2>/dev/null || echo none)"
   tail -n 20 "$state/log"
 }
 
@@ -94,12 +116,13 @@ stop() {
 
 verb="${1:-}"
 case "$verb" in
-  start | run | follow | running | failure | stop)
+  start | restart | run | follow | running | failed | failure | stop)
     shift
     "$verb" "$@"
     ;;
   *)
-    echo "usage: worker.sh start RUN COMMAND… | follow LINES | running | failure | stop" >&2
+    echo "usage: worker.sh start RUN COMMAND… | restart RUN COMMAND… | follow LINES | running |" \
+      "failed | failure HOST | stop" >&2
     exit 2
     ;;
 esac

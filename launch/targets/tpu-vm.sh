@@ -168,12 +168,13 @@ follow() {
 
 # attempt COMMAND…: one start, from the TPU to the end of the run.
 attempt() {
-  local code=0
+  local code=0 verb=start
   fresh=no
   ready || return
   if [ "$fresh" = yes ] || [ "$copied" = no ]; then copy_code || return; fi
   copied=yes
-  on_workers all bash "$remote/launch/worker.sh" start "$run_id" "$@" || return
+  [ "$restarts_done" -eq 0 ] || verb=restart
+  on_workers all bash "$remote/launch/worker.sh" "$verb" "$run_id" "$@" || return
   follow || code=$?
   if [ -n "$told_to_stop" ]; then return "$code"; fi
   case "$code" in
@@ -181,8 +182,17 @@ attempt() {
   esac
   # A worker that was taken away makes the others fail.
   if [ "$(tpu_state READY)" != READY ]; then return "$PREEMPTED"; fi
-  on_workers all bash "$remote/launch/worker.sh" failure || true
+  show_failure
   return "$code"
+}
+
+# show_failure: prints the end of one log: of the worker that said first why it ends. The others
+# ended because it did.
+show_failure() {
+  local first
+  gcloud_tpu tpu-vm ssh "$name" --worker all --command "bash $remote/launch/worker.sh failed"
+  first="$(ask "" "${words[@]}" </dev/null | grep '^[01] ' | sort -k1,1nr -k2,2nr | head -n 1)"
+  [ -z "$first" ] || on_workers all bash "$remote/launch/worker.sh" failure "${first##* }" || true
 }
 
 # finish: stops the workers if the launcher was told to stop, and deletes the TPU.

@@ -6,6 +6,7 @@ answered without starting JAX. A command's module has `main(config, options) -> 
 
 import contextlib
 import importlib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mlpmem_jax.config.schema import Config
@@ -15,6 +16,7 @@ from mlpmem_jax.datastore.manifest import software_versions
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel import multihost
 from mlpmem_jax.parallel.agreement import refuse_different
+from mlpmem_jax.parallel.coordinator import of_all
 from mlpmem_jax.parallel.host import keep_freed_memory
 from mlpmem_jax.parallel.preemption import listening
 from mlpmem_jax.pipeline.options import Options
@@ -165,13 +167,34 @@ def run_command(name: str, config: Config, options: Options) -> int:
 
     Here, and nowhere else, the processes of a run join; a dry run needs no others.
     """
-    check_reachable(config.model_dump(mode="json"), COMMANDS[name].sections)
     quiet_libraries()
     keep_freed_memory()
     with contextlib.nullcontext() if options.dry_run else multihost.joined(), listening():
+        _check_reachable_by_all(config, COMMANDS[name].sections)
         started_with = {"command": name, "flags": options.flags(), "software": software_versions()}
         refuse_different(started_with | config.model_dump(mode="json"))
         if COMMANDS[name].alone and multihost.is_active():
             raise ConfigError(f"{name}: is for one process, without --processes")
         module = importlib.import_module(f"{__name__}.{COMMANDS[name].module}")
         return int(module.main(config, options))
+
+
+def _check_reachable_by_all(config: Config, sections: Collection[str]) -> None:
+    """Asks the buckets of a run, on every process, since each has credentials of its own.
+
+    After they have joined: one that ended before would be waited for by all others.
+
+    Raises:
+        ConfigError: On every process: what one of them cannot reach.
+    """
+    problems: tuple[str, ...] = ()
+    try:
+        check_reachable(config.model_dump(mode="json"), sections)
+    except ConfigError as error:
+        problems = error.messages
+    found = of_all("reachable", problems)
+    if found[0] and all(each == found[0] for each in found):
+        raise ConfigError(found[0])
+    lines = [f"process {k}: {line}" for k, each in enumerate(found) for line in each]
+    if lines:
+        raise ConfigError(lines)

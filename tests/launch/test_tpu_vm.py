@@ -75,6 +75,8 @@ echo "$name says hello"
 code="$(head -n 1 "$CODES.$name" 2>/dev/null)"
 sed -i 1d "$CODES.$name" 2>/dev/null
 case "$code" in
+  late) [ "$name" = worker-0 ] || sleep 4; exit 75 ;;
+  mine) [ "$name" != worker-1 ] || { echo "error: mine"; exit 1; }; sleep 2; exit 134 ;;
   gone) [ "$name" != worker-0 ] || echo PREEMPTED >"$TPUS/pod"; exit 134 ;;
   wait) trap 'echo saved >"$RUNS/$name.saved"; exit 75' TERM; while :; do sleep 0.1; done ;;
 esac
@@ -102,6 +104,8 @@ def tpus(checkout, tmp_path):
     checkout.program("gcloud", GCLOUD)
     (checkout.bin / "python3.12").write_text("#!/usr/bin/env bash\n" + PYTHON)
     (checkout.bin / "python3.12").chmod(0o755)
+    (checkout.bin / "hostname").write_text('#!/usr/bin/env bash\necho "${HOME##*/}"\n')
+    (checkout.bin / "hostname").chmod(0o755)
     checkout.environment |= {
         "TPUS": str(tmp_path / "tpus"),
         "RUNS": str(tmp_path / "runs"),
@@ -193,11 +197,20 @@ def test_a_restart_has_the_name_of_the_run(tpus, tmp_path, taken):
         assert starts == ["MLPMEM_RUN_ID=some run"] * 2
 
 
-def test_a_failure_is_shown_and_not_repeated(tpus):
-    codes(tpus, "3", "0")
+def test_a_worker_that_ends_last_is_started_again_too(tpus, tmp_path):
+    codes(tpus, "late", "0")
+    done = tpus.start("--target", "tpu-vm", *FLAGS, *COMMAND, MLPMEM_BACKOFF_SECS="0")
+    assert done.returncode == 0, done.stderr
+    for worker in range(NUM_WORKERS):
+        assert len(runs(tmp_path, f"worker-{worker}.starts").splitlines()) == 2
+
+
+def test_the_first_failure_is_shown_once_and_nothing_is_started_again(tpus):
+    codes(tpus, "mine", "0")
     done = tpus.start("--target", "tpu-vm", *FLAGS, "--keep", *COMMAND)
-    assert done.returncode == 3
-    assert done.stdout.count("exit code 3") == NUM_WORKERS  # what each worker's log ends with
+    assert done.returncode == 134
+    assert done.stdout.count("error: mine") == 1
+    assert "--- worker-1: exit code 1\n" in done.stdout and "--- worker-0" not in done.stdout
     assert "pod is kept, and costs money" in done.stderr
     assert verbs(tpus.calls())[-1] == "ssh"
 

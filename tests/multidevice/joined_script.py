@@ -7,7 +7,7 @@ import time
 import types
 from pathlib import Path
 
-from mlpmem_jax.errors import UserError
+from mlpmem_jax.errors import ConfigError, UserError
 
 MODE = sys.argv[1]
 
@@ -34,13 +34,20 @@ def main(config, options):
     return 0
 
 
+def unreachable(settings, sections):
+    raise ConfigError("corpus.paths=gs://ours/a.txt: cannot be reached (no credentials)")
+
+
 if __name__ == "__main__":
     from mlpmem_jax import __main__ as command_line
+    from mlpmem_jax import pipeline
 
     stand_in = types.ModuleType("stand_in")
     stand_in.main = main
     sys.modules["mlpmem_jax.pipeline.tokenize"] = stand_in
     tiny = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
+    if MODE == "unreachable" and os.environ["MLPMEM_PROCESS_INDEX"] == "1":
+        pipeline.check_reachable = unreachable
     differs = MODE == "differ" and os.environ["MLPMEM_PROCESS_INDEX"] == "1"
     changed = ["seed=7", "memory.width=64"] if differs else []
     sys.exit(command_line.main(["tokenize", "--config", str(tiny), *changed]))

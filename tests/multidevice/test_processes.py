@@ -71,6 +71,13 @@ def test_what_all_refuse_is_shown_once(join):
     assert err.count("error: all refuse") == 1
 
 
+def test_what_one_process_cannot_reach_is_refused_by_all_at_once(join):
+    code, out, err, seconds = join("unreachable")
+    assert (code, out) == (2, "") and seconds < 60
+    said = "error: process 1: corpus.paths=gs://ours/a.txt: cannot be reached (no credentials)"
+    assert err.count(said) == 1 and "did not come" not in err
+
+
 def test_a_process_with_another_configuration_is_named(join):
     code, _, err, _ = join("differ")
     assert code == 2
