@@ -31,8 +31,18 @@ class Inputs:
     memory_flops: float = _given(
         2.43e9, "forward pass of a row: 2 · 1.21e9 parameters (configs/llama2_7b.yaml)"
     )
+    text_bytes_per_token: float = _given(4, "English and a vocabulary of 32k to 50k (assumed)")
+    read_bytes_per_sec: float = _given(
+        116e6, "text into documents, which every process does (measured: plain text, one core)"
+    )
+    encode_bytes_per_sec_core: float = _given(
+        0.68e6, "text into ids (measured: 1.35 MB/s of Python source on 2 cores)"
+    )
     vocab_bytes: float = _given(2, "of a token id in targets (our format); 4 above 65536 entries")
     kept_tokens: float = _given(128, "S, targets.num_tokens (configs/llama2_7b.yaml)")
+    exact_passes: float = _given(
+        6, "bfloat16 products for one of float32 on a TPU (lax.Precision.HIGHEST, data sheet)"
+    )
     neighbors: float = _given(1024, "K (the paper)")
     context_overlap: float = _given(
         2.0, "window / stride: how often a token is read when embedding (chosen)"
@@ -49,6 +59,7 @@ class Inputs:
         0.5e9, "zarr3 shards, one host (measured: 340-750 MB/s)"
     )
     host_network_bytes_per_sec: float = _given(12.5e9, "100 Gbit/s (assumed)")
+    index_row_bytes: float = _given(8, "leaf numbers of a row on disk (our format)")
     scann_ram_factor: float = _given(3.0, "float32 keys and about 2 x beside them (measured)")
     scann_dims_per_block: float = _given(2, "retrieval.dims_per_block (its default)")
     # 4000 · 2.29e6 · 60 / 1513 / 2 points a second and core, each of 64 codes.
@@ -74,11 +85,15 @@ class Plan:
     """What a corpus of some size takes. Bytes, seconds, counts."""
 
     rows: float
+    text_bytes: float
+    read_secs: float
+    encode_secs: float
     keys_bytes: float
     inputs_bytes: float
     targets_bytes: float
     embed_secs: float
     write_secs: float
+    index_disk_bytes: float
     index_ram_bytes: float
     index_hosts: float
     index_secs: float
@@ -86,7 +101,6 @@ class Plan:
     search_all_secs: float
     search_all_network_secs: float
     search_routed_secs: float
-    search_routed_network_secs: float
     exact_flops: float
     exact_secs: float
     exact_chips_for_keys: float
@@ -107,7 +121,8 @@ def plan(rows: float, given: Inputs) -> Plan:
     # Every query against one shard: the points of the leaves visited, their codes.
     query_in_shard = given.leaf_share * rows_in_shard * codes / given.scann_codes_per_sec_core
     routed = min(shards, given.routed_shards)
-    network = given.hosts * given.host_network_bytes_per_sec
+    network = given.host_network_bytes_per_sec
+    text = rows * given.text_bytes_per_token
     answer_bytes = 12 * given.neighbors  # row int64, distance float32
     build = rows * given.width * math.sqrt(rows_in_shard) / given.scann_build_per_sec_core
     exact = 2 * rows * rows * given.width
@@ -117,29 +132,27 @@ def plan(rows: float, given: Inputs) -> Plan:
     ram = rows * 4 * given.width * given.scann_ram_factor
     return Plan(
         rows=rows,
+        text_bytes=text,
+        read_secs=text / given.read_bytes_per_sec,
+        encode_secs=text / (given.encode_bytes_per_sec_core * cores),
         keys_bytes=rows * state_bytes,
         inputs_bytes=rows * state_bytes,
         targets_bytes=rows * row_bytes,
         embed_secs=rows * given.context_overlap * given.decoder_flops / flops_per_sec,
         write_secs=2 * rows * state_bytes / (given.hosts * given.host_write_bytes_per_sec),
+        index_disk_bytes=rows * (4 * given.width + codes + given.index_row_bytes),
         index_ram_bytes=ram,
         index_hosts=math.ceil(ram / (0.8 * given.host_ram_bytes)),
         index_secs=build / cores,
         shards=shards,
         search_all_secs=rows * shards * query_in_shard / cores,
-        # A query goes to each host that holds shards once; each host merges its own answers.
-        search_all_network_secs=rows
-        * min(shards, given.hosts)
-        * (state_bytes + answer_bytes)
-        / network,
+        # Each host reads every query, and is sent what each of them has found for it.
+        search_all_network_secs=rows * (state_bytes + given.hosts * answer_bytes) / network,
         search_routed_secs=rows * routed * query_in_shard / cores,
-        search_routed_network_secs=rows
-        * min(routed, given.hosts)
-        * (state_bytes + answer_bytes)
-        / network,
         exact_flops=exact,
-        exact_secs=exact / flops_per_sec,
-        exact_chips_for_keys=math.ceil(rows * state_bytes / (0.8 * given.chip_memory_bytes)),
+        exact_secs=given.exact_passes * exact / flops_per_sec,
+        # float32 on the devices, whatever is stored.
+        exact_chips_for_keys=math.ceil(rows * 4 * given.width / (0.8 * given.chip_memory_bytes)),
         targets_secs=rows / (given.targets_rows_per_sec_core * cores),
         train_stored_secs=train_flops / flops_per_sec,
         train_read_secs=stored_read / (given.hosts * given.host_network_bytes_per_sec),
@@ -149,19 +162,22 @@ def plan(rows: float, given: Inputs) -> Plan:
 
 
 _ROWS = (
+    ("tokenize", "text", "text_bytes"),
+    ("tokenize", "reading, every process all of it", "read_secs"),
+    ("tokenize", "encoding, shared", "encode_secs"),
     ("storage", "keys (float16)", "keys_bytes"),
     ("storage", "memory inputs (float16)", "inputs_bytes"),
     ("storage", "targets", "targets_bytes"),
     ("embed", "decoder over the corpus", "embed_secs"),
     ("embed", "writing keys and inputs", "write_secs"),
+    ("index", "on disk, ScaNN (float32)", "index_disk_bytes"),
     ("index", "RAM of ScaNN over all shards", "index_ram_bytes"),
     ("index", "hosts for that RAM", "index_hosts"),
     ("index", "shards", "shards"),
     ("index", "building", "index_secs"),
     ("retrieve", "every query, every shard", "search_all_secs"),
     ("retrieve", "its network", "search_all_network_secs"),
-    ("retrieve", "routed by coarse centroids", "search_routed_secs"),
-    ("retrieve", "its network", "search_routed_network_secs"),
+    ("retrieve", "routed by centroids (not built)", "search_routed_secs"),
     ("retrieve", "exact on the mesh, flops", "exact_flops"),
     ("retrieve", "exact on the mesh", "exact_secs"),
     ("retrieve", "chips that hold all keys", "exact_chips_for_keys"),

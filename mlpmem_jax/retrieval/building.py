@@ -14,7 +14,7 @@ from mlpmem_jax.console import say
 from mlpmem_jax.datastore.files import check_free_space, human_bytes, read_json, write_json
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.datastore.verification import verify_together
-from mlpmem_jax.errors import UserError
+from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.parallel.multihost import barrier, first_alone, is_writer
 from mlpmem_jax.parallel.sharing import process_count
 from mlpmem_jax.retrieval import approximate, recall
@@ -25,6 +25,7 @@ from mlpmem_jax.retrieval.neighbors import check_enough_rows
 
 # Calibration and measurement draw different rows: the measurement stays unbiased.
 CALIBRATION_SEED = 1
+SHARD_BY = "rows"  # How keys are dealt to shards: by ranges of rows; cells of centroids may follow.
 MEASUREMENT_SEED = 2
 _MAX_REORDER_GROWTH = 8
 
@@ -90,6 +91,7 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
     shard_rows = max(len(rows) for rows in approximate.shard_ranges(keys.num_rows, largest))
     counts |= {
         "shards": num_shards,
+        "shard_by": SHARD_BY,
         "num_leaves": approximate.num_leaves(retrieval, shard_rows),
         **dataclasses.asdict(settings),
     }
@@ -170,6 +172,12 @@ def open_index(config: Config, exact: "ExactCache") -> tuple[Engine, SearchSetti
     verify_together(artifact.path, manifest.files)
     if manifest.counts["engine"] == "exact":
         return exact(), None
+    shard_by = manifest.counts.get("shard_by", SHARD_BY)
+    if shard_by != SHARD_BY:
+        raise ArtifactError(
+            f"{artifact.path}: an index whose shards are cut by {shard_by}; this software reads "
+            f"shards cut by {SHARD_BY}; make it again with --rebuild"
+        )
     settings = SearchSettings(**read_json(artifact.path / SEARCH))
     return ApproximateEngine(artifact.path, settings), settings
 

@@ -13,6 +13,7 @@ from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline import index, retrieve
 from mlpmem_jax.pipeline.stage import run_stages
 from mlpmem_jax.retrieval import approximate, evidence
+from mlpmem_jax.retrieval.building import ExactCache, open_index
 from mlpmem_jax.retrieval.distributions import knn_logprob
 
 WIDTH, VOCAB, SEPARATOR = 32, 300, 0
@@ -161,11 +162,17 @@ def test_the_approximate_engine(make_run, capsys):
     layout = _run(config)
     made = layout.targets("train").load()
     assert made.measured["engine"] == "scann" and made.measured["recall"] >= 0.95
-    assert layout.index.load().counts["shards"] == 2
+    made_index = layout.index.load()
+    assert (made_index.counts["shards"], made_index.counts["shard_by"]) == (2, "rows")
     exact = _reference(layout, "train")
     assert exact[0].shape == (3000, K)
     run_stages([*index.stages(config), *retrieve.stages(config)])
     assert capsys.readouterr().out.count(": complete (") == 5
+    # What another version may cut otherwise is not read as ranges of rows.
+    layout.index.begin(made_index.recipe, made_index.made_from)
+    layout.index.finish(counts=made_index.counts | {"shard_by": "cells"}, files=made_index.files)
+    with pytest.raises(ArtifactError, match="cut by cells; this software reads shards cut by rows"):
+        open_index(config, ExactCache(config))
 
 
 def test_auto_says_what_it_chose(make_run, capsys):
