@@ -3,13 +3,15 @@
 Collectives belong to the thread that trains; what goes on in the background may not use them.
 """
 
+import itertools
 import json
 from typing import Any
 
 from mlpmem_jax.parallel.multihost import is_active
 
 # A process that is lost ends the others long before; this only bounds a slow one.
-_LIMIT_MILLISECONDS = 3600 * 1000
+_LIMIT_MILLISECONDS = 24 * 3600 * 1000
+_meetings = itertools.count()
 
 
 class Exchange:
@@ -57,6 +59,16 @@ class Exchange:
         ]
         client.key_value_delete(f"{self._name}/")  # A name with a slash: all below it.
         return heard
+
+
+def meet(name: str) -> None:
+    """Waits until all processes are here; all must come to the same meetings in the same order.
+
+    Not on the devices: their collectives give up after half an hour on CPU, and one process may
+    build a shard of an index for longer while the others wait.
+    """
+    client, _, _ = _cluster()
+    client.wait_at_barrier(f"mlpmem/{next(_meetings)}/{name}", _LIMIT_MILLISECONDS)
 
 
 def of_all(name: str, value: Any) -> list[Any]:

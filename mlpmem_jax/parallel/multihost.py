@@ -125,11 +125,11 @@ def is_writer() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes are here, however long one of them takes."""
     if is_active():
-        from jax.experimental import multihost_utils
+        from mlpmem_jax.parallel.coordinator import meet
 
-        multihost_utils.sync_global_devices(name)
+        meet(name)
 
 
 @contextlib.contextmanager

@@ -113,7 +113,7 @@ class _Group:
                     continue
                 ended.add(index)
                 status = _shell_code(child.returncode)
-                if status == 0 or code not in (0, PREEMPTED) or self._kill_at is not None:
+                if status == 0 or self._kill_at is not None:
                     continue  # Nothing new: the first failure, or a signal, ended the rest.
                 code = status
                 if status == PREEMPTED:

@@ -9,10 +9,11 @@ from typing import Any
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.lock import only_maker
 from mlpmem_jax.datastore.manifest import MANIFEST, Artifact, Manifest, Status
-from mlpmem_jax.errors import ArtifactError, Mistakes
+from mlpmem_jax.errors import ArtifactError, Mistakes, RunFailed
 from mlpmem_jax.parallel.agreement import of_first, refuse_different
 from mlpmem_jax.parallel.multihost import barrier, is_active, is_writer
 from mlpmem_jax.parallel.preemption import Preempted, preempted, run_id
+from mlpmem_jax.parallel.sharing import process_index
 
 _VISIBLE_SECS = 120.0  # longer than file systems keep what they knew of a folder
 
@@ -208,6 +209,11 @@ def _load_soon(artifact: Artifact) -> Manifest:
     deadline = time.monotonic() + _VISIBLE_SECS
     while not (is_writer() or (artifact.path / MANIFEST).exists() or time.monotonic() > deadline):
         time.sleep(0.5)
+    if not (artifact.path / MANIFEST).exists():
+        raise RunFailed(
+            f"{artifact.path}: made, and not seen by process {process_index()}; all processes "
+            "need the same work directory"
+        )
     return artifact.load()
 
 

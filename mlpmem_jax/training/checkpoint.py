@@ -33,6 +33,8 @@ _OVERHEAD_BYTES = 256 << 10  # manifests and metadata, whatever the size of the 
 # How long a listing that process 0 does not share may be a cached one: NFS keeps a minute.
 LISTING_SECS = 90.0
 _LISTING_PAUSE_SECS = 0.5
+# Orbax's own limit is twenty minutes, which a large state on a slow disk may take.
+SAVE_SECS = 6 * 3600
 
 
 @dataclasses.dataclass
@@ -89,6 +91,7 @@ class Checkpoints:
             os.fspath(directory / CHECKPOINTS),
             options=ocp.CheckpointManagerOptions(
                 enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECS),
                 preservation_policy=self._policy,
             ),
             item_names=item_names,
@@ -107,7 +110,8 @@ class Checkpoints:
         # Before Orbax begins: its threads meet a full disk with tracebacks, not with an error.
         check_free_space(self._directory, _estimated_bytes(items), f"the checkpoint of step {step}")
         if step in self._manager.all_steps():  # A damaged one of that step: replace it.
-            self._sums_file(step).unlink(missing_ok=True)
+            if is_writer():
+                self._sums_file(step).unlink(missing_ok=True)
             self._manager.delete(step)
         arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         if not self._manager.save(step, args=ocp.args.Composite(**arguments), force=True):
