@@ -2,35 +2,51 @@
 
     .venv/bin/python -m benchmarks.process_overhead [--rounds N] [--steps N]
 
-In turns: `pretrain` by a process that is alone, and by one that has joined
-`jax.distributed` as the only process of its run, so that it asks for notices of preemption
-and passes barriers like each of many. Medians of the seconds a step, after compilation.
+A process joins `jax.distributed` as the only one of its run and trains a small decoder again and
+again: in turns as one of several, which asks for notices of preemption at every step and meets
+the others at barriers, and as one that is alone. In one process, because two of the same program
+differ by more than what is measured. Beside it: what the joined process does while it sleeps.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-ALONE = "from mlpmem_jax.__main__ import main; import sys; sys.exit(main(sys.argv[1:]))"
-# One process of the launcher is alone: the benchmark joins it all the same.
-JOINED = f"""
-from mlpmem_jax.launching import _free_port
+from mlpmem_jax.launching import free_port
 from mlpmem_jax.parallel import multihost
 from mlpmem_jax.parallel.cluster import Cluster
-multihost.find_cluster = lambda: Cluster(1, None, f"localhost:{{_free_port()}}", 0)
-{ALONE}
-"""
+
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
+IDLE_SECS = 10.0
 
 
-def secs_per_step(workdir: Path, name: str, program: str, steps: int) -> float:
-    """Trains a decoder of this name; returns the median over the log intervals."""
+@contextlib.contextmanager
+def taken_for_alone() -> Iterator[None]:
+    """Makes the package take the process for one that has joined no others."""
+    import jax
+
+    asked, jax.distributed.is_initialized = jax.distributed.is_initialized, lambda: False
+    try:
+        yield
+    finally:
+        jax.distributed.is_initialized = asked
+
+
+def start(command: str, workdir: Path, name: str, steps: int) -> None:
+    """Runs a command in this process."""
+    import importlib
+
+    from mlpmem_jax.config.load import load_config
+    from mlpmem_jax.pipeline.options import Options
+
     overrides = [
+        f"workdir={workdir}",
         f"decoder.name={name}",
         f"pretrain.num_steps={steps}",
         f"pretrain.eval_interval_steps={steps}",
@@ -43,46 +59,51 @@ def secs_per_step(workdir: Path, name: str, program: str, steps: int) -> float:
         "corpus.valid_fraction=0.1",
         "corpus.test_fraction=0.1",
     ]
-    arguments = ["--config", str(CONFIG), "--workdir", str(workdir), *overrides]
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(workdir / "compiled"),
-        "MLPMEM_PROGRESS": "off",
-    }
-    for command, started_by in (("tokenize", ALONE), ("pretrain", program)):
-        done = subprocess.run(
-            [sys.executable, "-c", started_by, command, *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise SystemExit(done.stderr)
+    module = importlib.import_module(f"mlpmem_jax.pipeline.{command}")
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        module.main(load_config(str(CONFIG), overrides), Options(workdir=str(workdir)))
+
+
+def secs_per_step(workdir: Path, name: str) -> float:
+    """Returns the median over the log intervals of a decoder's training."""
     file = workdir / "results" / "metrics" / f"decoder-{name}" / "metrics.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
     return statistics.median([r["secs_per_step"] for r in records if "secs_per_step" in r][2:])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    """Prints each round, the median ratio and what sleeping costs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=100)
     flags = parser.parse_args()
+    multihost.find_cluster = lambda: Cluster(1, None, f"localhost:{free_port()}", 0)
+    kinds = {"alone": taken_for_alone, "joined": contextlib.nullcontext}
     ratios = []
-    with tempfile.TemporaryDirectory() as folder:
+    with multihost.joined(), tempfile.TemporaryDirectory() as folder:
+        assert multihost.is_active()
+        os.environ["MLPMEM_PROGRESS"] = "off"
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
+        start("tokenize", Path(folder), "base", flags.steps)
+        start("pretrain", Path(folder), "warm", flags.steps)
         for number in range(flags.rounds):
+            secs = {}
             # Who goes first changes: the machine may be slower for a while.
-            order = [("alone", ALONE), ("joined", JOINED)][:: 1 if number % 2 else -1]
-            secs = {
-                name: secs_per_step(Path(folder), f"{name}-{number}", program, flags.steps)
-                for name, program in order
-            }
+            for kind in list(kinds)[:: 1 if number % 2 else -1]:
+                with kinds[kind]():
+                    start("pretrain", Path(folder), f"{kind}-{number}", flags.steps)
+                secs[kind] = secs_per_step(Path(folder), f"{kind}-{number}")
             ratios.append(secs["joined"] / secs["alone"])
-            print(
-                f"alone {1e3 * secs['alone']:.2f} ms, joined {1e3 * secs['joined']:.2f} ms, "
-                f"ratio {ratios[-1]:.4f}",
-                flush=True,
-            )
-    print(f"median ratio {statistics.median(ratios):.4f}")
+            shown = ", ".join(f"{kind} {1e3 * one:.2f} ms" for kind, one in secs.items())
+            print(f"{shown}, ratio {ratios[-1]:.4f}", flush=True)
+        before = time.process_time()
+        time.sleep(IDLE_SECS)
+        idle = (time.process_time() - before) / IDLE_SECS
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    print(f"median ratio {middle:.4f} (quartiles {low:.4f}, {high:.4f})")
+    print(f"joined and asleep: {100 * idle:.2f} % of a core")
 
 
 if __name__ == "__main__":

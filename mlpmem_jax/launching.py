@@ -74,14 +74,14 @@ def environments_of(
     shared = {"JAX_PLATFORMS": "cpu", **environment}
     path = [str(Path(__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")]
     shared["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-    shared[COORDINATOR] = f"localhost:{_free_port()}"
+    shared[COORDINATOR] = f"localhost:{free_port()}"
     shared[NUM_PROCESSES] = str(num_processes)
     if devices_per_process is not None:
         shared[DEVICES_PER_PROCESS] = str(devices_per_process)
     return [shared | {PROCESS_INDEX: str(index)} for index in range(num_processes)]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Returns a port that is free now, and so is the one above it (for the roll call)."""
     while True:
         with socket.socket() as first, socket.socket() as second:
