@@ -101,7 +101,7 @@ def main() -> None:
         before = time.process_time()
         time.sleep(IDLE_SECS)
         idle = (time.process_time() - before) / IDLE_SECS
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    low, middle, high = statistics.quantiles(ratios * 2, n=4)
     print(f"median ratio {middle:.4f} (quartiles {low:.4f}, {high:.4f})")
     print(f"joined and asleep: {100 * idle:.2f} % of a core")
 

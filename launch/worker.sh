@@ -13,7 +13,7 @@
 #   worker.sh failure HOST          prints the end of the log, on that host alone
 #   worker.sh stop                  asks the run to save and end; kills it after a while
 #
-# Beside the code: .run/log, .run/log.before, .run/pid, .run/exit_code.
+# Beside the code: .run/log, .run/log.before, .run/pid, .run/exit_code, .run/run_id.
 set -euo pipefail
 
 here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -31,6 +31,7 @@ start() {
     return 0
   fi
   export MLPMEM_RUN_ID="$1"
+  echo "$1" >"$state/run_id"
   shift
   rm -f "$state/exit_code" "$state/pid"
   [ ! -e "$state/log" ] || mv "$state/log" "$state/log.before"
@@ -47,6 +48,8 @@ restart() {
     waited=$((waited + 1))
   done
   stop
+  # The launcher may have found the run here, under the name that another launcher gave it.
+  [ ! -e "$state/run_id" ] || set -- "$(cat "$state/run_id")" "${@:2}"
   start "$@"
 }
 
@@ -90,6 +93,7 @@ follow() {
 
 failed() {
   local says=0
+  [ -e "$state/log" ] && ! running || return 0
   [ ! -e "$state/exit_code" ] || [ "$(cat "$state/exit_code")" != 0 ] || return 0
   ! grep -q -e '^error: ' -e '^Traceback' "$state/log" || says=1
   # For how long, and not since when: clocks differ.
@@ -112,6 +116,11 @@ stop() {
     waited=$((waited + 1))
   done
   ! running || kill -s KILL -- "-$group" 2>/dev/null || true
+  waited=0
+  while running && [ "$waited" -lt 10 ]; do # until it is gone
+    sleep 1
+    waited=$((waited + 1))
+  done
 }
 
 verb="${1:-}"

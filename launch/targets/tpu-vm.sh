@@ -159,7 +159,10 @@ follow() {
     code=0
     on_workers 0 bash "$remote/launch/worker.sh" follow "$lines" || code=$?
     [ "$code" -eq 255 ] && [ -z "$told_to_stop" ] || return "$code"
-    [ "$(tpu_state READY)" = READY ] || return "$PREEMPTED"
+    if [ "$(tpu_state READY)" != READY ]; then
+      lost=yes
+      return "$PREEMPTED"
+    fi
     say "connection to $name lost; connecting again"
     sleep "$poll_secs"
     lines=20
@@ -173,7 +176,9 @@ attempt() {
   ready || return
   if [ "$fresh" = yes ] || [ "$copied" = no ]; then copy_code || return; fi
   copied=yes
-  [ "$restarts_done" -eq 0 ] || verb=restart
+  # After a run has ended by itself. One that was lost sight of may be going on.
+  [ "$restarts_done" -eq 0 ] || [ "$lost" = yes ] || verb=restart
+  lost=no
   on_workers all bash "$remote/launch/worker.sh" "$verb" "$run_id" "$@" || return
   follow || code=$?
   if [ -n "$told_to_stop" ]; then return "$code"; fi
@@ -181,7 +186,10 @@ attempt() {
     0 | 2 | "$PREEMPTED") return "$code" ;;
   esac
   # A worker that was taken away makes the others fail.
-  if [ "$(tpu_state READY)" != READY ]; then return "$PREEMPTED"; fi
+  if [ "$(tpu_state READY)" != READY ]; then
+    lost=yes
+    return "$PREEMPTED"
+  fi
   show_failure
   return "$code"
 }
@@ -235,7 +243,7 @@ run_target() {
   project_arguments "$@"
   warn_of_lost_results
   exec 3>&1
-  copied=no told_to_stop=""
+  copied=no told_to_stop="" lost=no
   trap 'told_to_stop=INT' INT
   trap 'told_to_stop=TERM' TERM
   while :; do

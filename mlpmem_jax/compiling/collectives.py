@@ -42,7 +42,8 @@ def group_of(instruction: Instruction, num_devices: int) -> tuple[int, ...]:
     if pairs:
         found = [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),\s*(\d+)\}", pairs[1])]
         # Some keep what they have; the others decide how long it takes.
-        return next((pair for pair in found if pair[0] != pair[1]), everyone)
+        moving = (pair for pair in found if pair[0] != pair[1])
+        return next(moving, found[0][:1] if found else everyone)
     explicit = _EXPLICIT.search(text)
     if explicit:
         first = re.search(r"\{([0-9, ]*)\}", explicit[1])
@@ -151,6 +152,8 @@ class Fabric:
             whole, wire = output, share * output
         else:
             whole, wire = output, float(output)
+        if size < 2:
+            wire = 0.0
         speed = self._bandwidth(group)
         if kind == "collective-permute" and self._chip and self._chip.torus_dims:
             speed = min(speed, self._chip.link_bandwidth)  # one neighbour, one way

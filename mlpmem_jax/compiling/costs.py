@@ -124,9 +124,20 @@ class Costs:
                 continue
             while part.opcode in _PASSES_ON:
                 part = table[part.operands[0]]
-            update = _UPDATES.get(part.opcode)
-            total += shape.bytes if update is None else table[part.operands[update]].bytes
+            update = _update_of(part, table)
+            total += shape.bytes if update is None else update.bytes
         return total
+
+
+def _update_of(writer: Instruction, table: dict[str, Instruction]) -> Instruction | None:
+    """Returns what an instruction writes into an array that exists; None: it writes all of it."""
+    place = _UPDATES.get(writer.opcode)
+    if place is None or (writer.opcode == "scatter" and len(writer.operands) != 3):
+        return None
+    into = table[writer.operands[0]]
+    while into.opcode in _PASSES_ON:
+        into = table[into.operands[0]]
+    return table[writer.operands[place]] if into.opcode == "parameter" else None
 
 
 def _in_memory(shapes: tuple[Shape, ...]) -> int:

@@ -73,7 +73,7 @@ def _gathered_round(
     check_P = np.zeros(count, np.uint32)
     for place, pieces in enumerate(batches):
         for piece in pieces:
-            check_P[place] = zlib.crc32(piece.text.encode(), int(check_P[place]))
+            check_P[place] = zlib.crc32(f"{piece.text}\0".encode(), int(check_P[place]))
     head = [*check_P.tolist(), len(own), *(len(ids) for ids in own)]
     sent = np.concatenate([np.array(head, np.uint32), *(ids.astype(np.uint32) for ids in own)])
     received = gathered_arrays(sent)

@@ -30,20 +30,21 @@ def of_all(value: Any) -> list[Any]:
     return _gathered(value) if is_active() else [value]
 
 
-def refuse_different(settings: Mapping[str, Any]) -> None:
+def refuse_different(settings: Mapping[str, Any], how: str = "was started otherwise") -> None:
     """Compares what the processes of a run were started with; does nothing in one that is alone.
 
     Args:
         settings: JSON-ready; nested mappings are compared key by key.
+        how: What is said of a process that differs.
 
     Raises:
         ConfigError: On every process: a process and the keys in which it differs from the first.
     """
     if is_active():
-        refuse_differences([_flat(each) for each in _gathered(settings)])
+        refuse_differences([_flat(each) for each in _gathered(settings)], how)
 
 
-def refuse_differences(settings: list[dict[str, Any]]) -> None:
+def refuse_differences(settings: list[dict[str, Any]], how: str = "was started otherwise") -> None:
     """Compares settings, by dotted key, of each process with those of the first.
 
     Raises:
@@ -60,7 +61,7 @@ def refuse_differences(settings: list[dict[str, Any]]) -> None:
             ]
             more = len(different) - len(shown)
             lines.append(
-                f"process {index} was started otherwise: {'; '.join(shown)}"
+                f"process {index} {how}: {'; '.join(shown)}"
                 + (f"; and {more} more" if more else "")
             )
     if lines:

@@ -71,7 +71,7 @@ def meet(name: str) -> None:
     client.wait_at_barrier(f"mlpmem/{next(_meetings)}/{name}", _LIMIT_MILLISECONDS)
 
 
-def of_all(name: str, value: Any) -> list[Any]:
+def told_by_all(name: str, value: Any) -> list[Any]:
     """Returns what each process gives, on every process, without touching a device.
 
     Args:

@@ -16,7 +16,7 @@ from mlpmem_jax.datastore.manifest import software_versions
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel import multihost
 from mlpmem_jax.parallel.agreement import refuse_different
-from mlpmem_jax.parallel.coordinator import of_all
+from mlpmem_jax.parallel.coordinator import told_by_all
 from mlpmem_jax.parallel.host import keep_freed_memory
 from mlpmem_jax.parallel.preemption import listening
 from mlpmem_jax.pipeline.options import Options
@@ -192,7 +192,7 @@ def _check_reachable_by_all(config: Config, sections: Collection[str]) -> None:
         check_reachable(config.model_dump(mode="json"), sections)
     except ConfigError as error:
         problems = error.messages
-    found = of_all("reachable", problems)
+    found = told_by_all("reachable", problems)
     if found[0] and all(each == found[0] for each in found):
         raise ConfigError(found[0])
     lines = [f"process {k}: {line}" for k, each in enumerate(found) for line in each]

@@ -141,7 +141,7 @@ def run_stage(
     if status is not Status.COMPLETE:
         stage.check()
         # What it depends on beside the configuration, for example the files of the corpus.
-        refuse_different({stage.name: stage.recipe})
+        refuse_different({stage.name: stage.recipe}, "would make it otherwise")
         barrier(f"{stage.name}: checked")
         with only_maker(stage.artifact):
             if status is None:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.datastore.files import is_local, read_json, write_json
 from mlpmem_jax.datastore.manifest import describe_file
 from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
+from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.sharing import is_mine, process_count, share_of
 from mlpmem_jax.retrieval.engine import EngineName, Keys, SomeKeys, read_all
 from mlpmem_jax.retrieval.merge import (
@@ -98,7 +99,7 @@ def build_memory_bytes(shard_rows: int, width: int, training_rows: int) -> int:
 
 
 def index_bytes(num_rows: int, width: int, dims_per_block: int) -> int:
-    """Estimates the size of an index on disk: keys, half a byte a block, leaf numbers."""
+    """Estimates the size of an index on disk: keys, a byte a block, leaf numbers."""
     return num_rows * (4 * width + -(-width // dims_per_block) + 8) + (1 << 20)
 
 
@@ -225,7 +226,10 @@ class ApproximateEngine:
         self._shards: list[tuple[Any, int]] = []
         leaves: list[np.ndarray] = []
         scann = _import()
-        for number, shard in enumerate(sorted(path.glob("shard-*"))):
+        names = sorted(shard.name for shard in path.glob("shard-*"))
+        # Whose a shard is must not depend on what a file system shows of a new directory.
+        for number, name in enumerate(of_first(names) if self.spans_processes else names):
+            shard = path / name
             about: Mapping[str, Any] = read_json(shard / SHARD)
             files: Mapping[str, Any] = about["files"]
             is_held = is_mine(number) or not self.spans_processes
@@ -244,10 +248,17 @@ class ApproximateEngine:
 
     def search(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
         """Returns neighbours as the protocol says; distances are exact, rows may be missed."""
+        return self.search_later(query_QD, num_neighbors)()
+
+    def search_later(self, query_QD: np.ndarray, num_neighbors: int) -> Callable[[], Neighbors]:
+        """Searches now, and merges what the processes have found when it is called for."""
         if not len(query_QD):
-            return _nothing(0, num_neighbors)
+            return lambda: _nothing(0, num_neighbors)
         found = self._search_held(query_QD, num_neighbors)
-        return merge(of_processes(found), num_neighbors) if self.spans_processes else found
+        if not self.spans_processes:
+            return lambda: found
+        parts = of_processes(found)
+        return lambda: merge(parts, num_neighbors)
 
     def _search_held(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
         queries = np.ascontiguousarray(query_QD, np.float32)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, Protocol
 
 import numpy as np
@@ -47,6 +47,13 @@ class Engine(Protocol):
         Args:
             query_QD: float32 queries.
             num_neighbors: K.
+        """
+        ...
+
+    def search_later(self, query_QD: np.ndarray, num_neighbors: int) -> Callable[[], Neighbors]:
+        """Searches as `search` does; what it returns finishes the answer, in any thread.
+
+        Processes that search together all take part, and only one of them needs the answer.
         """
         ...
 

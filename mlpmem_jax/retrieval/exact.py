@@ -7,6 +7,7 @@ global rows are made in NumPy, since JAX wraps int64.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,6 +62,11 @@ class ExactEngine:
         found = searcher.search(query_QD, num_neighbors)
         row_QK = np.where(found.row_QK < 0, found.row_QK, found.row_QK + self._first_row)
         return Neighbors(found.distance_QK, row_QK)
+
+    def search_later(self, query_QD: np.ndarray, num_neighbors: int) -> Callable[[], Neighbors]:
+        """Searches now: nothing is left for later."""
+        found = self.search(query_QD, num_neighbors)
+        return lambda: found
 
     def visiting_order(self, rows: slice) -> np.ndarray | None:
         """Returns none: every query visits every row."""

@@ -87,7 +87,8 @@ def search_split(
     started = time.monotonic()
     block_rows = max(query_batch, _READ_BYTES // (4 * keys.width))
 
-    def take(row_Q: np.ndarray, found: Neighbors) -> Mapping[str, np.ndarray]:
+    def take(row_Q: np.ndarray, finish: Callable[[], Neighbors]) -> Mapping[str, np.ndarray]:
+        found = finish()
         return consume(row_Q, drop_own_row(found, row_Q) if exclude_own_row else found)
 
     with bar, stopping_where_asked(), concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -103,7 +104,7 @@ def search_split(
                     if order is not None:
                         row_N, key_ND = row_N[order], key_ND[order]
                     for part in row_ranges(len(row_N), query_batch):
-                        found = engine.search(key_ND[part], num_neighbors + exclude_own_row)
+                        found = engine.search_later(key_ND[part], num_neighbors + exclude_own_row)
                         bar.update(part.stop - part.start)
                         if is_mine(searched[turn]):
                             parts.append((row_N[part], pool.submit(take, row_N[part], found)))

@@ -53,8 +53,13 @@ class _LatestScheduled:
         """Returns, in the order of steps, which checkpoints stay."""
         del context
         steps = [int(checkpoint.step) for checkpoint in checkpoints]
-        kept = {*[step for step in steps if self.is_scheduled(step)][-self.keep :], *steps[-1:]}
-        return [step in kept or step == self.last_good for step in steps]
+        kept = self.kept(steps)
+        return [step in kept for step in steps]
+
+    def kept(self, steps: Sequence[int]) -> set[int | None]:
+        """Returns which of these steps, the newest last, stay."""
+        scheduled = [step for step in steps if self.is_scheduled(step)]
+        return {*scheduled[-self.keep :], *steps[-1:], self.last_good}
 
 
 class Checkpoints:
@@ -107,6 +112,7 @@ class Checkpoints:
             UserError: The disk has no room for it; the checkpoints before it stay.
         """
         self.wait()
+        self._remove_surplus()
         # Before Orbax begins: its threads meet a full disk with tracebacks, not with an error.
         check_free_space(self._directory, _estimated_bytes(items), f"the checkpoint of step {step}")
         if step in self._manager.all_steps():  # A damaged one of that step: replace it.
@@ -118,6 +124,16 @@ class Checkpoints:
             raise RunFailed(f"{self._directory}: the checkpoint of step {step} was not saved")
         kept = frozenset(self._manager.all_steps())
         self._finishing = self._background.submit(self._finish, step, kept)
+
+    def _remove_surplus(self) -> None:
+        """Removes what stayed only until a newer one had its checksums."""
+        steps = sorted(int(step) for step in self._manager.all_steps())
+        kept = self._policy.kept(steps)
+        for step in steps:
+            if self._policy.last_good in steps and step < steps[-1] and step not in kept:
+                if is_writer():
+                    self._sums_file(step).unlink(missing_ok=True)
+                self._manager.delete(step)
 
     def poll(self) -> None:
         """Raises what has gone wrong with the last save, if it has ended. Never waits."""
@@ -207,13 +223,19 @@ class Checkpoints:
         return _restored(self._manager, self._directory, step, abstract_items)
 
     def files(self, step: int) -> dict[str, Any]:
-        """Returns bytes and CRC-32 of a checkpoint's files, by path in the artifact."""
+        """Returns bytes and CRC-32 of a checkpoint's files, by path in the artifact.
+
+        On process 0, which writes manifests; nothing on the others, which may see them later.
+        """
+        if not is_writer():
+            return {}
         sums = read_checksums(self._sums_file(step))
         return {f"{CHECKPOINTS}/{step}/{name}": about for name, about in sums.items()}
 
     def close(self) -> None:
         """Waits for what is under way, on all processes, and releases resources."""
         self.wait()
+        self._remove_surplus()
         self._background.shutdown()
         barrier(f"{self._directory}: checksums")  # Process 0 writes them, all may read them next.
         self._manager.close()

@@ -56,7 +56,7 @@ def test_a_run_goes_on_in_another_shape_after_each_notice(on_processes, tmp_path
             return on_processes(processes, devices, "-m", "mlpmem_jax", *command)
         step = "mlpmem_jax.training.monitor.Monitor.dispatched"
         told = {"KILLED_BY": "SIGTERM", "KILLED_PROCESS": str(processes - 1)}
-        told |= {"KILLED_WAIT": "4"} if processes > 1 else {}
+        told |= {"KILLED_WAIT": "10"} if processes > 1 else {}
         killed = [KILLED, step, str(term_at), "after", *command]
         return on_processes(processes, devices, *killed, variables=told)
 

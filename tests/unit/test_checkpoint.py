@@ -172,12 +172,16 @@ def _killed(*_):
     raise KeyboardInterrupt
 
 
-def test_what_is_not_kept_goes_with_the_next_one(tmp_path):
+def test_what_is_not_kept_goes_once_the_newer_one_counts(tmp_path):
+    def steps():
+        return sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+
     with contextlib.closing(_open(tmp_path, keep=1)) as checkpoints:
         for step in (4, 8, 12):
             checkpoints.save(step, _items(step))
-    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [8, 12]
-    assert _sums(tmp_path) == [8, 12]
+            checkpoints.wait()
+            assert steps() == [4] if step == 4 else [step - 4, step]  # never three
+    assert steps() == _sums(tmp_path) == [12]
 
 
 def test_checksums_go_with_their_checkpoints(tmp_path):
