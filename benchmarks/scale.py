@@ -59,6 +59,9 @@ class Inputs:
         0.5e9, "zarr3 shards, one host (measured: 340-750 MB/s)"
     )
     host_network_bytes_per_sec: float = _given(12.5e9, "100 Gbit/s (assumed)")
+    merge_secs_per_list: float = _given(
+        0.57e-3 / 16, "of a query: merging lists of K (measured: 16 lists of 1,025, one core)"
+    )
     index_row_bytes: float = _given(8, "leaf numbers of a row on disk (our format)")
     scann_ram_factor: float = _given(3.0, "float32 keys and about 2 x beside them (measured)")
     scann_dims_per_block: float = _given(2, "retrieval.dims_per_block (its default)")
@@ -70,7 +73,7 @@ class Inputs:
     scann_build_per_sec_core: float = _given(
         500e3 * 128 * 707 / 9 / 2, "measured: 500k rows of width 128, 707 leaves, 9 s on 2 cores"
     )
-    shard_rows: float = _given(4e6, "retrieval.shard_rows (its default)")
+    shard_rows: float = _given(1e6, "retrieval.shard_rows (chosen: its default is 4 million)")
     leaf_share: float = _given(0.04, "leaves visited (measured: 60 of 1513, recall@256 0.997)")
     routed_shards: float = _given(
         8, "shards that a query visits when centroids choose them (assumed)"
@@ -100,6 +103,7 @@ class Plan:
     shards: float
     search_all_secs: float
     search_all_network_secs: float
+    merge_secs: float
     search_routed_secs: float
     exact_flops: float
     exact_secs: float
@@ -119,6 +123,7 @@ def plan(rows: float, given: Inputs) -> Plan:
     rows_in_shard = min(rows, given.shard_rows)
     codes = given.width / given.scann_dims_per_block
     # Every query against one shard: the points of the leaves visited, their codes.
+    shards_of_host = math.ceil(shards / given.hosts)  # Those that have most set the pace.
     query_in_shard = given.leaf_share * rows_in_shard * codes / given.scann_codes_per_sec_core
     routed = min(shards, given.routed_shards)
     network = given.host_network_bytes_per_sec
@@ -129,7 +134,8 @@ def plan(rows: float, given: Inputs) -> Plan:
     row_bytes = given.kept_tokens * (given.vocab_bytes + 2) + 8
     stored_read = given.epochs * rows * (state_bytes + row_bytes)
     train_flops = 3 * given.epochs * rows * given.memory_flops
-    ram = rows * 4 * given.width * given.scann_ram_factor
+    ram_of_shard = rows_in_shard * 4 * given.width * given.scann_ram_factor
+    shards_in_ram = max(1, int(0.8 * given.host_ram_bytes / ram_of_shard))
     return Plan(
         rows=rows,
         text_bytes=text,
@@ -141,13 +147,14 @@ def plan(rows: float, given: Inputs) -> Plan:
         embed_secs=rows * given.context_overlap * given.decoder_flops / flops_per_sec,
         write_secs=2 * rows * state_bytes / (given.hosts * given.host_write_bytes_per_sec),
         index_disk_bytes=rows * (4 * given.width + codes + given.index_row_bytes),
-        index_ram_bytes=ram,
-        index_hosts=math.ceil(ram / (0.8 * given.host_ram_bytes)),
+        index_ram_bytes=shards * ram_of_shard,
+        index_hosts=math.ceil(shards / shards_in_ram),
         index_secs=build / cores,
         shards=shards,
-        search_all_secs=rows * shards * query_in_shard / cores,
+        search_all_secs=rows * shards_of_host * query_in_shard / given.host_cores,
         # Each host reads every query, and is sent what each of them has found for it.
         search_all_network_secs=rows * (state_bytes + given.hosts * answer_bytes) / network,
+        merge_secs=rows / given.hosts * min(shards, given.hosts) * given.merge_secs_per_list,
         search_routed_secs=rows * routed * query_in_shard / cores,
         exact_flops=exact,
         exact_secs=given.exact_passes * exact / flops_per_sec,
@@ -177,6 +184,7 @@ _ROWS = (
     ("index", "building", "index_secs"),
     ("retrieve", "every query, every shard", "search_all_secs"),
     ("retrieve", "its network", "search_all_network_secs"),
+    ("retrieve", "merging, beside the search", "merge_secs"),
     ("retrieve", "routed by centroids (not built)", "search_routed_secs"),
     ("retrieve", "exact on the mesh, flops", "exact_flops"),
     ("retrieve", "exact on the mesh", "exact_secs"),

@@ -54,6 +54,24 @@ def test_shards_merge_to_what_one_shard_finds(num_shards):
     np.testing.assert_array_equal(merged.distance_QK, whole.distance_QK)
 
 
+def test_the_nearest_are_taken_before_sorting_where_rows_are_small():
+    """Many ties at the cut, and missing neighbours: the same as sorting all."""
+    generator = np.random.default_rng(0)
+    distance = generator.integers(0, 6, (4, 50, 30)).astype(np.float32)
+    distance[generator.random(distance.shape) < 0.1] = np.inf
+    row = np.stack([generator.permutation(6000)[: 4 * 30] for _ in range(50)])
+    row = row.reshape(50, 4, 30).transpose(1, 0, 2)
+    parts = [Neighbors(d, np.where(np.isinf(d), -1, r)) for d, r in zip(distance, row, strict=True)]
+    every = sort_neighbors(
+        np.concatenate([p.distance_QK for p in parts], axis=1),
+        np.concatenate([p.row_QK for p in parts], axis=1),
+    )
+    for count in (1, 30, 119, 120, 130):
+        found, expected = merge(parts, count), fit(every, count)
+        np.testing.assert_array_equal(found.row_QK, expected.row_QK)
+        np.testing.assert_array_equal(found.distance_QK, expected.distance_QK)
+
+
 def test_short_lists_are_filled_up():
     found = merge([_neighbors([[1.0]], [[4]]), _neighbors([[0.5]], [[8]])], 4)
     np.testing.assert_array_equal(found.row_QK, [[8, 4, -1, -1]])

@@ -24,7 +24,8 @@ def test_keys_of_the_paper():
 def test_what_is_quadratic_and_what_is_not():
     small, large = plan(1e9, GIVEN), plan(1e10, GIVEN)
     for field in ("search_all_secs", "exact_secs"):
-        assert getattr(large, field) == pytest.approx(100 * getattr(small, field))
+        # (Hosts hold whole shards, so not to the last digit.)
+        assert getattr(large, field) == pytest.approx(100 * getattr(small, field), rel=0.01)
     for field in ("embed_secs", "keys_bytes", "train_stored_secs", "search_routed_secs"):
         assert getattr(large, field) == pytest.approx(10 * getattr(small, field))
 
