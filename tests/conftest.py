@@ -2,6 +2,7 @@
 which tests start inherit it and tests that need no JAX do not import it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,37 @@ def on_processes(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[st
             start = [sys.executable]
         return subprocess.run(
             [*start, *command], env=environment, capture_output=True, text=True, cwd=ROOT
+        )
+
+    return run
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """An environment with everything that the tests run with, so that nothing is installed."""
+    venv = tmp_path / "venv"
+    for name in ("bin", "installed"):
+        (venv / name).mkdir(parents=True)
+    (venv / "pyvenv.cfg").touch()
+    python = venv / "bin" / "python"
+    python.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    shutil.copy(ROOT / "requirements.txt", venv / "installed")
+    return venv
+
+
+@pytest.fixture
+def run_sh(installed: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Returns a function that calls launch/run.sh as a user does, with nothing to install."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"MLPMEM_VENV": str(installed), "MLPMEM_RESTARTS": "0"}
+        environment.pop("MLPMEM_PYTHON", None)  # would ask for an environment of its own
+        return subprocess.run(
+            ["bash", str(ROOT / "launch" / "run.sh"), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
         )
 
     return run

@@ -4,7 +4,6 @@ two real processes."""
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 
@@ -143,20 +142,6 @@ def test_help_lists_the_flags_that_there_are(checkout, target):
     names = " ".join(lines).replace('"', " ").replace("+=", " ").replace("=", " ").split()
     for name in names:
         assert not name.startswith("--") or name in done.stdout, name
-
-
-@pytest.fixture
-def installed(tmp_path):
-    """An environment with everything that the tests run with, so that nothing is installed."""
-    venv = tmp_path / "venv"
-    for name in ("bin", "installed"):
-        (venv / name).mkdir(parents=True)
-    (venv / "pyvenv.cfg").touch()
-    python = venv / "bin" / "python"
-    python.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    shutil.copy(ROOT / "requirements.txt", venv / "installed")
-    return venv
 
 
 @pytest.mark.multidevice

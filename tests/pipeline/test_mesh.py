@@ -38,7 +38,7 @@ def _losses(layout, name):
     ],
 )
 def test_a_run_on_eight_devices_equals_one_on_one(
-    tiny_run, on_processes, tmp_path, processes, devices, engine
+    tiny_run, run_sh, tmp_path, processes, devices, engine
 ):
     if engine == "scann":
         pytest.importorskip("scann")
@@ -51,18 +51,23 @@ def test_a_run_on_eight_devices_equals_one_on_one(
         changed += tuple(f"retrieval.{setting}" for setting in thorough)
     workdir = str(tmp_path / "run")
     files = ["--config", str(TINY), "--workdir", workdir]
-    done = on_processes(processes, devices, "-m", "mlpmem_jax", "run", *files, *changed)
+    logs = tmp_path / "logs"
+    started = ["--processes", str(processes), "--devices-per-process", str(devices)]
+    if processes > 1:
+        started += ["--logs", str(logs)]
+    done = run_sh(*started, "run", *files, *changed)
     assert done.returncode == 0, done.stderr[-6000:]
     for stage in ("tokens", "datastore/base/train", "memory/base", "results/base"):
         assert done.stdout.count(f"{stage}: made in") == 1
-    for log in (tmp_path / "logs").glob("*"):  # Process 0 alone speaks; the others keep files.
-        assert "made in" not in log.read_text(), log
-    assert processes == 1 or list((tmp_path / "logs").glob("*"))
+    # Process 0 alone speaks; the others keep files.
+    written = sorted(logs.glob("*")) if processes > 1 else []
+    assert [log.name for log in written] == [f"process-{k}.log" for k in range(1, processes)]
+    assert not any("made in" in log.read_text() for log in written)
     _check_same(tiny_run, load_config(TINY, changed, {"workdir": workdir}))
     if engine == "exact":
         return
     prompted = ["generate", *files, *changed, "--prompt", "def f("]
-    done = on_processes(processes, devices, "-m", "mlpmem_jax", *prompted)
+    done = run_sh(*started, *prompted)
     assert done.returncode == 0, done.stderr[-6000:]
     assert done.stdout.count("def f(") == 1
 
