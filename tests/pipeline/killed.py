@@ -5,6 +5,9 @@
 FUNCTION is a dotted name; at its N-th call the process dies, before the call's body or
 right after it (writes that it began are then half done). With N = 0 it lives.
 
+KILLED_PACE makes each call of the function, in every process, take so many seconds longer, so that
+there is time for a notice to arrive; KILLED_WAIT the call at which the signal is sent.
+
 KILLED_BY names another signal, which the process may survive; KILLED_PROCESS one of several
 processes, the others live on. KILLED_STEPS names a file that gets a line for each step of
 training: the directory of its artifact, and how many steps are finished with it.
@@ -36,8 +39,9 @@ SIGNAL = signal.Signals[os.environ.get("KILLED_BY", "SIGKILL")]
 
 def _die_at_call(dotted, number, when):
     index = os.environ.get("MLPMEM_PROCESS_INDEX", "0")
+    pace = float(os.environ.get("KILLED_PACE", "0"))
     if os.environ.get("KILLED_PROCESS", index) != index:
-        return
+        number = 0
     owner, name = _owner(dotted)
     function = getattr(owner, name)
     calls = 0
@@ -49,6 +53,7 @@ def _die_at_call(dotted, number, when):
         if calls == number and when == "before":
             os.kill(os.getpid(), SIGNAL)
         result = function(*args, **kwargs)
+        time.sleep(pace)
         if calls == number:
             os.kill(os.getpid(), SIGNAL)
             time.sleep(float(os.environ.get("KILLED_WAIT", "0")))
