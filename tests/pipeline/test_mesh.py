@@ -164,7 +164,10 @@ def test_one_of_two_processes_is_told_to_stop(tiny_run, on_processes, tmp_path):
     for function, number, artifact in notices:
         told = on_processes(
             2, 1, str(HERE / "killed.py"), function, str(number), "after", *arguments,
-            variables={"KILLED_BY": "SIGTERM", "KILLED_PROCESS": "1", "KILLED_PACE": "0.1"},
+            variables={
+                "KILLED_BY": "SIGTERM", "KILLED_PROCESS": "1", "KILLED_WAIT": "3",
+                "KILLED_PACE": "0.1",
+            },
         )  # fmt: skip
         assert told.returncode == 75, (function, told.stdout, told.stderr[-6000:])
         assert "Traceback" not in told.stderr and "the same command continues" in told.stderr
