@@ -45,6 +45,8 @@ STEPS = ("pretrain", "train", "embed", "decode")
 NOTES = (
     "## Notes",
     "",
+    "- Figures below that are in no row: `mlpmem compile` with the command of the row (its",
+    "  configuration, `--topology` and `--step`) and the override that is named.",
     "- The memory of GPT-2 small is bound by compute for 123 ms and by memory traffic for 96 ms of",
     "  its 226 ms: the loss reads and writes chunks of float32 logits several times, and a narrow",
     "  network (768 against a vocabulary of 50304) has few operations to hide that.",

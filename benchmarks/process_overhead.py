@@ -24,6 +24,7 @@ from mlpmem_jax.parallel.cluster import Cluster
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 IDLE_SECS = 10.0
+QUESTIONS = 1000
 
 
 @contextlib.contextmanager
@@ -98,11 +99,18 @@ def main() -> None:
             ratios.append(secs["joined"] / secs["alone"])
             shown = ", ".join(f"{kind} {1e3 * one:.2f} ms" for kind, one in secs.items())
             print(f"{shown}, ratio {ratios[-1]:.4f}", flush=True)
+        from mlpmem_jax.parallel.preemption import preempted
+
+        started = time.perf_counter()
+        for _ in range(QUESTIONS):
+            preempted()
+        question = (time.perf_counter() - started) / QUESTIONS
         before = time.process_time()
         time.sleep(IDLE_SECS)
         idle = (time.process_time() - before) / IDLE_SECS
     low, middle, high = statistics.quantiles(ratios * 2, n=4)
     print(f"median ratio {middle:.4f} (quartiles {low:.4f}, {high:.4f})")
+    print(f"one question for a notice: {1e6 * question:.1f} µs")
     print(f"joined and asleep: {100 * idle:.2f} % of a core")
 
 

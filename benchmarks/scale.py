@@ -33,7 +33,9 @@ class Inputs:
     )
     text_bytes_per_token: float = _given(4, "English and a vocabulary of 32k to 50k (assumed)")
     read_bytes_per_sec: float = _given(
-        116e6, "text into documents, which every process does (measured: plain text, one core)"
+        116e6,
+        "text into documents, by every process (measured: benchmarks.scale_rates --paths, English "
+        "with letters beyond ASCII, one core; 440 MB/s where there are none)",
     )
     encode_bytes_per_sec_core: float = _given(
         0.68e6, "text into ids (measured: 1.35 MB/s of Python source on 2 cores)"
@@ -60,7 +62,7 @@ class Inputs:
     )
     host_network_bytes_per_sec: float = _given(12.5e9, "100 Gbit/s (assumed)")
     merge_secs_per_list: float = _given(
-        0.57e-3 / 16, "of a query: merging lists of K (measured: 16 lists of 1,025, one core)"
+        0.57e-3 / 16, "of a query: merging lists of K (measured: benchmarks.scale_rates, one core)"
     )
     index_row_bytes: float = _given(8, "leaf numbers of a row on disk (our format)")
     scann_ram_factor: float = _given(3.0, "float32 keys and about 2 x beside them (measured)")

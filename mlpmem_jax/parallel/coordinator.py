@@ -78,19 +78,9 @@ def told_by_all(name: str, value: Any) -> list[Any]:
         name: Used once in a run.
         value: JSON-ready.
     """
-    if not is_active():
-        return [value]
-    client, index, count = _cluster()
-    client.key_value_set(f"mlpmem/{name}/{index}", json.dumps(value))
-    if index == 0:  # One reads from all, and all from one.
-        given = [
-            json.loads(client.blocking_key_value_get(f"mlpmem/{name}/{k}", _LIMIT_MILLISECONDS))
-            for k in range(count)
-        ]
-        client.key_value_set(f"mlpmem/{name}/all", json.dumps(given))
-        return given
-    given = json.loads(client.blocking_key_value_get(f"mlpmem/{name}/all", _LIMIT_MILLISECONDS))
-    return list(given)
+    # One reads from all, and all from one.
+    heard = Exchange(f"{name}/from-all").first_hears(value)
+    return list(Exchange(f"{name}/to-all").first_says(heard))
 
 
 def _cluster() -> tuple[Any, int, int]:

@@ -29,8 +29,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = _sizes(config, len(devices))
     try:
         grid = _arranged(sizes, config.dcn_data, devices, split=False)
-    except NotImplementedError:
-        # A whole mesh axis on part of a slice's axis has fewer links, but works.
+    except NotImplementedError:  # What JAX raises where no whole axes of the slice fit.
+        # A mesh axis on part of a slice's axis has fewer links, but works.
         try:
             grid = _arranged(sizes, config.dcn_data, devices, split=True)
         except (NotImplementedError, ValueError) as error:
