@@ -26,6 +26,15 @@ RowName = Literal[
 ALL_ROWS: tuple[RowName, ...] = get_args(RowName)
 
 
+class TeacherConfig(Section):
+    """Another decoder whose states make targets: the configuration's with some keys changed."""
+
+    name: str = setting("teacher", "what rows call it", pattern=r"^[A-Za-z0-9._-]+$")
+    overrides: tuple[str, ...] = setting(
+        (), "what is different about it, section.key=value each, as on the command line"
+    )
+
+
 class RecipeConfig(Section):
     """A row of one's own: the configuration with some keys changed."""
 
@@ -36,6 +45,9 @@ class RecipeConfig(Section):
     )
     parts: Literal["all", "decoder"] = setting(
         "all", "all: decoder with memory, or joint; decoder: the decoder alone"
+    )
+    teacher: str | None = setting(
+        None, "which of compare.teachers makes the targets; none: the row's own decoder"
     )
 
 
@@ -48,6 +60,9 @@ class CompareConfig(Section):
         ALL_ROWS, "rows of the table, in its order; the decoder is always one", min_length=1
     )
     recipes: tuple[RecipeConfig, ...] = setting((), "rows of one's own, after the others")
+    teachers: tuple[TeacherConfig, ...] = setting(
+        (), "other decoders, of the same tokenizer, that rows of one's own learn from"
+    )
     extra_flops: Literal["all", "networks"] = setting(
         "all",
         "what the controls of equal cost are given: all that the memory cost beyond the decoder "

@@ -65,6 +65,24 @@ def _tables(config: Config) -> Iterator[str]:
     for place, recipe in enumerate(config.compare.recipes):
         if recipe.name in names:
             yield f"compare.recipes.{place}.name={recipe.name} is the name of another row"
-        if not recipe.overrides:
+        if not recipe.overrides and recipe.teacher is None:
             yield f"compare.recipes.{place}.overrides=[] must change at least one key"
         names.append(recipe.name)
+    yield from _teachers(config, names)
+
+
+def _teachers(config: Config, rows: list[str]) -> Iterator[str]:
+    teachers = [teacher.name for teacher in config.compare.teachers]
+    for place, teacher in enumerate(config.compare.teachers):
+        where = f"compare.teachers.{place}"
+        if teacher.name in rows or teacher.name in teachers[:place]:
+            yield f"{where}.name={teacher.name} is the name of a row or of another teacher"
+        if not teacher.overrides:
+            yield f"{where}.overrides=[] must change at least one key"
+    for place, recipe in enumerate(config.compare.recipes):
+        where = f"compare.recipes.{place}"
+        if recipe.teacher is not None and recipe.teacher not in teachers:
+            known = ", ".join(teachers) or "there are none"
+            yield f"{where}.teacher={recipe.teacher} is none of compare.teachers ({known})"
+        if recipe.teacher is not None and recipe.parts == "decoder":
+            yield f"{where}.teacher={recipe.teacher} teaches a memory: {where}.parts must be all"

@@ -87,8 +87,9 @@ def phase_build(phases: Phases, phase: int) -> Completion:
     # Names of the start, targets of the latest refresh.
     config = phases.config.model_copy(update={"targets": sources.targets})
     task = functools.partial(JointTask, continues=before)
+    first = phases.stops[phase - 1] if phase else 0
     stop = phases.stops[phase]
-    completion = train_task(config, "train", task, artifact, stop_step=stop)
+    completion = train_task(config, "train", task, artifact, first_step=first, stop_step=stop)
     if phase < len(phases.stops) - 1:
         mesh = make_mesh(config.mesh)
         # The manifest is not written yet: the checkpoint is named by its step.

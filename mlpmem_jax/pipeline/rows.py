@@ -16,7 +16,12 @@ from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.evaluation.suite.ledger import Ledger
 from mlpmem_jax.pipeline.scores import Part
 from mlpmem_jax.pipeline.stage import Stage
-from mlpmem_jax.pipeline.variants import Variant, base_variant, changed_variant
+from mlpmem_jax.pipeline.variants import (
+    Variant,
+    base_variant,
+    changed_variant,
+    taught_variant,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +107,20 @@ class SeedPlan:
         Raises:
             ConfigError: A key or value is wrong.
         """
-        return changed_variant(self.base, {}, recipe.name, texts=recipe.overrides)
+        base = self.base if recipe.teacher is None else self.taught(recipe.teacher)
+        return changed_variant(base, {}, recipe.name, texts=recipe.overrides)
+
+    def taught(self, name: str) -> Variant:
+        """Returns the configuration with its memory taught by another decoder.
+
+        Raises:
+            ConfigError: A key or value of the teacher is wrong, or it decides nothing.
+        """
+        (teacher,) = (one for one in self.config.compare.teachers if one.name == name)
+        variant = taught_variant(self.base, {}, name, texts=teacher.overrides)
+        if variant == self.base:
+            raise ConfigError(f"overrides={list(teacher.overrides)} decide nothing about targets")
+        return variant
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -286,7 +304,7 @@ def planned_row(plan: SeedPlan, key: str) -> Row | None:
 
 
 def check_recipes(config: Config) -> None:
-    """Refuses rows of one's own that cannot be made, each with its place.
+    """Refuses teachers and rows of one's own that cannot be made, each with its place.
 
     Raises:
         ConfigError: With one line for each mistake.
@@ -294,7 +312,16 @@ def check_recipes(config: Config) -> None:
     mistakes = []
     plan = SeedPlan(config, config.compare.seeds[0])
     configured = {part.name for part in model_parts(plan.base)}
+    refused = set()
+    for place, teacher in enumerate(config.compare.teachers):
+        try:
+            plan.taught(teacher.name)
+        except ConfigError as error:
+            refused.add(teacher.name)
+            mistakes += [f"compare.teachers.{place}: {message}" for message in error.messages]
     for place, recipe in enumerate(config.compare.recipes):
+        if recipe.teacher in refused:
+            continue
         where = f"compare.recipes.{place}"
         try:
             parts = _own_parts(recipe, plan)

@@ -20,6 +20,7 @@ def train_task(
     make_task: Callable[[Config, jax.sharding.Mesh], Any],
     artifact: Artifact,
     *,
+    first_step: int = 0,
     stop_step: int | None = None,
 ) -> Completion:
     """Trains a network into an artifact.
@@ -29,7 +30,8 @@ def train_task(
         section_name: The section that says how.
         make_task: Makes the task on a mesh.
         artifact: Where checkpoints go.
-        stop_step: Where a run in phases pauses; None: at the end.
+        first_step: Where a phase of a run in phases begins.
+        stop_step: Where it pauses; None: at the end.
     """
     section = getattr(config, section_name)
     mesh = make_mesh(config.mesh)
@@ -42,6 +44,7 @@ def train_task(
         mesh=mesh,
         directory=artifact.path,
         metrics_directory=epath.Path(config.workdir) / "results" / "metrics" / name,
+        first_step=first_step,
         stop_step=stop_step,
     )
     shown = ", ".join(f"{k} {v:.4f}" for k, v in result.measured["validation"].items())

@@ -113,6 +113,11 @@ def changed_variant(
     kinds = _changed_kinds(base.config, changed) | set(always)
     if changed.train.mode == "joint" and changed.train.memory_start == "checkpoint":
         return _continued(base, changed, kinds, label)
+    if base.teacher != base.config and kinds - {"memory", "joint"}:
+        raise ConfigError(
+            "with a teacher, only keys of memory and train can differ, not what would make "
+            f"{', '.join(sorted(kinds - {'memory', 'joint'}))} anew"
+        )
     config = _renamed(changed, kinds, label)
     if "datastore" in kinds and "targets" not in kinds:
         # Only what the memory reads is another state: targets stay, and so does their maker.
@@ -124,28 +129,38 @@ def changed_variant(
 def _continued(base: Variant, changed: Config, kinds: set[str], label: str) -> Variant:
     """Returns a variant whose joint training begins with the memory of its base."""
     before = base.config
-    if before.train.mode != "memory" or kinds - {"joint"} or changed.memory != before.memory:
+    memory = changed.memory
+    if before.memory.gate == "none":  # A gate can be put on a memory that has none.
+        gate = {name: getattr(before.memory, name) for name in ("gate", "gate_floor")}
+        memory = memory.model_copy(update=gate)
+    if before.train.mode != "memory" or kinds - {"joint"} or memory != before.memory:
         raise ConfigError(
             "train.memory_start=checkpoint: joint training of a row can begin with the memory of "
-            "the configuration itself alone: train.mode=memory there, and only keys of train "
-            "different here"
+            "the configuration itself alone: train.mode=memory there, and only keys of train and "
+            "the gate different here"
         )
     config = changed_config(changed, {"train.name": f"{before.memory.name}-{label}"})
     return Variant(config, base.teacher, start=before)
 
 
-def taught_variant(base: Variant, overrides: Mapping[str, Any], label: str) -> Variant:
+def taught_variant(
+    base: Variant, overrides: Mapping[str, Any], label: str, texts: Sequence[str] = ()
+) -> Variant:
     """Returns a base whose memory learns from the targets of another decoder.
 
     Args:
         base: What is evaluated, but for its memory.
         overrides: What is different about the teacher.
         label: For the names.
+        texts: More of what is different, not parsed yet.
+
+    Returns:
+        The variant; the base itself where the targets would be the same.
 
     Raises:
-        ConfigError: As `changed_variant`; or the teacher's targets would be the same.
+        ConfigError: As `changed_variant`.
     """
-    teacher = changed_variant(base, overrides, label).config
+    teacher = changed_variant(base, overrides, label, texts=texts).config
     if teacher.targets.name == base.config.targets.name:
         return base
     names = {
@@ -175,8 +190,10 @@ def _check_keys(keys: Sequence[str]) -> None:
 
 
 def _stages(config: Config) -> list[Stage]:
-    commands = (pretrain, embed, index, retrieve, train)
-    return [stage for command in commands for stage in command.stages(config)]
+    commands = (pretrain, embed, index, retrieve)
+    # Of training in phases the first: the others, and what lies between, follow from it.
+    first, *_ = train.stages(config)
+    return [*(stage for command in commands for stage in command.stages(config)), first]
 
 
 def _changed_kinds(base: Config, changed: Config) -> set[str]:

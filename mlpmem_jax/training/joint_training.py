@@ -20,7 +20,7 @@ from mlpmem_jax.training.flops import (
 from mlpmem_jax.training.input_statistics import measured_statistics, with_statistics
 from mlpmem_jax.training.interpolation import interpolation_of, joint_terms
 from mlpmem_jax.training.joint_loss import DecoderHead, joint_loss
-from mlpmem_jax.training.networks import finished_decoder, finished_memory, joint_builder
+from mlpmem_jax.training.networks import finished_decoder, joint_builder, starting_memory
 from mlpmem_jax.training.run_data import RunData, TaskData
 from mlpmem_jax.training.state import TrainState, split_module
 from mlpmem_jax.training.step import LossParts
@@ -82,7 +82,7 @@ class JointTask(WindowTask):
         if config.train.decoder_start == "checkpoint":
             nnx.update(network.decoder, nnx.state(finished_decoder(config, mesh)))
         if config.train.memory_start == "checkpoint":
-            nnx.update(network.memory, nnx.state(finished_memory(config, mesh)))
+            nnx.update(network.memory, nnx.state(starting_memory(config, mesh)))
         _, params, fixed = split_module(network)
         state = dataclasses.replace(state, params=params, fixed=fixed)
         measures = config.train.memory_start == "fresh"

@@ -81,6 +81,7 @@ def fit(
     mesh: jax.sharding.Mesh,
     directory: epath.Path,
     metrics_directory: epath.Path,
+    first_step: int = 0,
     stop_step: int | None = None,
 ) -> Fit:
     """Trains from the last good checkpoint, if there is one, to the end.
@@ -92,7 +93,8 @@ def fit(
         mesh: Devices.
         directory: The artifact's directory; checkpoints go below it.
         metrics_directory: Where metrics go.
-        stop_step: Where a run in phases pauses; None: at `config.num_steps`.
+        first_step: Where a phase of a run in phases begins; its flops count from there.
+        stop_step: Where it pauses; None: at `config.num_steps`.
 
     Raises:
         RunFailed: The loss or a norm is not finite.
@@ -128,7 +130,7 @@ def fit(
     monitor.settle()
     checkpoints.close()
     monitor.close()
-    return Fit(state, checkpoints.files(stop), monitor.summary())
+    return Fit(state, checkpoints.files(stop), monitor.summary(stop - first_step))
 
 
 def assemble(

@@ -80,6 +80,19 @@ def finished_memory(config: Config, mesh: jax.sharding.Mesh, step: int | None = 
     return _restored(memory_builder(config, vocab_size(config)), memory, mesh, step)
 
 
+def starting_memory(config: Config, mesh: jax.sharding.Mesh) -> Memory:
+    """Restores the memory that joint training begins with; a gate that is new is left out.
+
+    Raises:
+        ArtifactError: As above.
+    """
+    trained = Layout(config).memory.load().recipe.get("memory", {})
+    if trained.get("gate") == "none":
+        gate = {name: trained[name] for name in ("gate", "gate_floor")}
+        config = config.model_copy(update={"memory": config.memory.model_copy(update=gate)})
+    return finished_memory(config, mesh)
+
+
 def finished_networks(config: Config, mesh: jax.sharding.Mesh) -> tuple[Decoder, Memory]:
     """Restores decoder and memory as `train.mode` says: apart, or trained together.
 

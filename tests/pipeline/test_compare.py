@@ -22,8 +22,9 @@ SMALL = (
     "compare.seeds=[0,3]", "compare.rows=[knn,memory,longer,memory_knn]",
     "compare.extra_flops=networks",
     "compare.recipes=[{name: continued, label: 'joint, from both', overrides: [train.mode=joint, "
-    "train.memory_start=checkpoint, train.num_steps=2, "
-    "train.decoder_optimizer.warmup_steps=1]}]",
+    "train.memory_start=checkpoint, train.num_steps=2, train.refresh_interval_steps=1, "
+    "train.decoder_optimizer.warmup_steps=1]}, {name: taught, teacher: wide}]",
+    "compare.teachers=[{name: wide, overrides: [decoder.width=24]}]",
 )  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def _results(workdir: Path) -> dict:
 def test_rows_seeds_and_files(compared: Path):
     results = _results(compared)
     assert [row["key"] for row in results["rows"]] == [
-        "decoder", "knn", "memory", "longer", "memory_knn", "continued",
+        "decoder", "knn", "memory", "longer", "memory_knn", "continued", "taught",
     ]  # fmt: skip
     assert results["seeds"] == [0, 3]
     folder = compared / "results" / "compare"
@@ -63,7 +64,7 @@ def test_rows_seeds_and_files(compared: Path):
     ]  # fmt: skip
     assert float(lines[0]["test_nats"]) == pytest.approx(results["rows"][0]["test_nats"]["value"])
     with open(folder / "pairs.csv", newline="") as file:
-        assert len(list(csv.DictReader(file))) == 15 * 3
+        assert len(list(csv.DictReader(file))) == 21 * 3
 
 
 def test_numbers_come_from_the_stored_scores(compared: Path):
@@ -116,13 +117,28 @@ def test_a_row_of_ones_own_goes_on_from_the_memory_and_is_charged_for_it(compare
     (row,) = (row for row in _results(compared)["rows"] if row["key"] == "continued")
     assert row["label"] == "joint, from both"
     measured = json.loads((compared / "results" / "compare" / "measured.json").read_text())
-    manifest = json.loads((compared / "joint" / "seed-0-continued" / "manifest.json").read_text())
-    assert {"decoder/seed-0", "memory/seed-0"} <= set(manifest["made_from"])
+    phases = [
+        json.loads((compared / "joint" / name / "manifest.json").read_text())
+        for name in ("seed-0-continued.phase-0", "seed-0-continued")
+    ]
+    assert {"decoder/seed-0", "memory/seed-0"} <= set(phases[0]["made_from"])
     memory = measured["rows"]["memory"]["0"]["cost"]["flops_by_purpose"]
     joint = measured["rows"]["continued"]["0"]["cost"]["flops_by_purpose"]
     added = joint.pop("train") - memory.pop("train")
-    assert added == pytest.approx(manifest["measured"]["model_flops"])
+    assert added == pytest.approx(sum(phase["measured"]["model_flops"] for phase in phases))
+    assert joint.pop("teacher") > memory["embed"]  # The targets that were made on the way.
     assert joint == pytest.approx(memory)
+
+
+def test_a_row_that_a_larger_decoder_teaches_is_charged_for_it(compared: Path):
+    manifest = json.loads((compared / "memory" / "seed-0-wide" / "manifest.json").read_text())
+    assert {"decoder/seed-0", "targets/seed-0-wide/train"} <= set(manifest["made_from"])
+    measured = json.loads((compared / "results" / "compare" / "measured.json").read_text())
+    taught = measured["rows"]["taught"]["0"]["cost"]["flops_by_purpose"]
+    memory = measured["rows"]["memory"]["0"]["cost"]["flops_by_purpose"]
+    decoder = json.loads((compared / "decoder" / "seed-0-wide" / "manifest.json").read_text())
+    assert taught["teacher"] > decoder["measured"]["model_flops"] > memory["pretrain"]
+    assert taught["train"] == memory["train"] and taught["pretrain"] == memory["pretrain"]
 
 
 def test_tokens_are_shared_and_seeds_differ(compared: Path):
@@ -247,6 +263,24 @@ def test_overfitting_by_epoch(compared: Path, capsys: pytest.CaptureFixture[str]
             ["compare.recipes=[{name: a, overrides: [train.log_interval_steps=3]}]"],
             "compare.recipes.0.overrides=['train.log_interval_steps=3'] decide nothing",
         ),
+        (
+            ["compare.recipes=[{name: a, teacher: wider}]"],
+            "compare.recipes.0.teacher=wider is none of compare.teachers (wide)",
+        ),
+        (
+            ["compare.recipes=[{name: a, teacher: wide, parts: decoder}]"],
+            "compare.recipes.0.teacher=wide teaches a memory: compare.recipes.0.parts must be all",
+        ),
+        (
+            ["compare.recipes=[{name: a, teacher: wide, overrides: [pretrain.num_steps=3]}]"],
+            "compare.recipes.0: with a teacher, only keys of memory and train can differ",
+        ),
+        (
+            ["compare.teachers=[{name: wide, overrides: [train.alpha=1]}]"],
+            "compare.teachers.0: overrides=['train.alpha=1'] decide nothing about targets",
+        ),
+        (["compare.teachers=[{name: memory}]"], "compare.teachers.0.name=memory is the name of"),
+        (["compare.teachers=[{name: b}]"], "compare.teachers.0.overrides=[] must change"),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(

@@ -100,11 +100,40 @@ def test_joint_training_goes_on_from_the_memory_of_the_base(tiny_config: Config)
     assert {"decoder/seed-7", "memory/seed-7"} <= sources
 
 
-@pytest.mark.parametrize("other", ["pretrain.num_steps=3", "memory.gate=learned"])
+CONTINUED = (
+    "train.mode=joint", "train.memory_start=checkpoint", "train.decoder_optimizer.warmup_steps=1",
+)  # fmt: skip
+
+
+def test_a_gate_can_be_put_on_the_memory_of_the_base(tiny_config: Config):
+    base = base_variant(tiny_config, 7)
+    texts = [*CONTINUED, "memory.gate=learned", "memory.gate_floor=0.1"]
+    variant = changed_variant(base, {}, "x", texts=texts)
+    assert variant.config.memory.gate == "learned" and variant.start == base.config
+    assert variant.start.memory.gate == "none"
+
+
+def test_joint_training_goes_on_from_what_a_teacher_taught(tiny_config: Config):
+    taught = taught_variant(base_variant(tiny_config, 7), {"decoder.width": 64}, "big")
+    variant = changed_variant(taught, {}, "x", texts=CONTINUED)
+    assert variant.config.joint_name == "seed-7-big-x"
+    names = [stage.name for stage in variant.memory_stages()]
+    assert "memory/seed-7-big" in names and "memory/seed-7" not in names
+    (joint,) = (stage for stage in variant.memory_stages() if stage.name == "joint/seed-7-big-x")
+    sources = {one.relative for one in joint.origins()}
+    assert {"decoder/seed-7", "memory/seed-7-big", "targets/seed-7-big/train"} <= sources
+
+
+def test_with_a_teacher_the_decoder_of_a_row_stays(tiny_config: Config):
+    taught = taught_variant(base_variant(tiny_config, 7), {"decoder.width": 64}, "big")
+    with pytest.raises(ConfigError, match="with a teacher, only keys of memory and train"):
+        changed_variant(taught, {"pretrain.num_steps": 3}, "x")
+
+
+@pytest.mark.parametrize("other", ["pretrain.num_steps=3", "memory.num_layers=3"])
 def test_joint_training_cannot_go_on_from_what_no_row_makes(tiny_config: Config, other: str):
-    start = ["train.mode=joint", "train.memory_start=checkpoint"]
-    texts = [*start, "train.decoder_optimizer.warmup_steps=1", other]
-    with pytest.raises(ConfigError, match="only keys of train different"):
+    texts = [*CONTINUED, other]
+    with pytest.raises(ConfigError, match="only keys of train and the gate different"):
         changed_variant(base_variant(tiny_config, 7), {}, "x", texts=texts)
 
 
