@@ -82,7 +82,16 @@ def base_variant(config: Config, seed: int) -> Variant:
     """Returns the configuration itself with a seed, everything named after the seed.
 
     Tokens do not depend on the seed and are shared by all.
+
+    Raises:
+        ConfigError: The targets are made elsewhere, where their cost is not known.
     """
+    if config.targets.workdir is not None:
+        raise ConfigError(
+            f"targets.workdir={config.targets.workdir}: tables of several runs make all targets "
+            "themselves, to count what they cost; drop the key (rows of compare can learn from "
+            "compare.teachers)"
+        )
     name = f"seed-{seed}"
     names = {f"{section}.name": name for section in _NAMED}
     return Variant.of(changed_config(config, {"seed": seed, **names}))
@@ -187,6 +196,8 @@ def _check_keys(keys: Sequence[str]) -> None:
                 f"{key}: cannot differ between the rows of a table; keys of "
                 f"{', '.join(SECTIONS)} can, but for names"
             )
+        if key == "targets.workdir":
+            raise ConfigError(f"{key}: rows of a table learn from compare.teachers")
 
 
 def _stages(config: Config) -> list[Stage]:

@@ -279,6 +279,14 @@ def test_overfitting_by_epoch(compared: Path, capsys: pytest.CaptureFixture[str]
             ["compare.teachers=[{name: wide, overrides: [train.alpha=1]}]"],
             "compare.teachers.0: overrides=['train.alpha=1'] decide nothing about targets",
         ),
+        (
+            ["compare.recipes=[{name: a, overrides: [targets.workdir=/elsewhere]}]"],
+            "compare.recipes.0: targets.workdir: rows of a table learn from compare.teachers",
+        ),
+        (
+            ["compare.seeds=[0]", "targets.workdir=/elsewhere"],
+            "targets.workdir=/elsewhere: tables of several runs make all targets themselves",
+        ),
         (["compare.teachers=[{name: memory}]"], "compare.teachers.0.name=memory is the name of"),
         (["compare.teachers=[{name: b}]"], "compare.teachers.0.overrides=[] must change"),
     ],
