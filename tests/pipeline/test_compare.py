@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,9 @@ from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.evaluation.mixing import solve
 from tests.pipeline.conftest import TINY
 
+HERE = Path(__file__).resolve().parent
+SAVE = "mlpmem_jax.training.checkpoint.Checkpoints.save"
+FINISH = "mlpmem_jax.datastore.manifest.Artifact.finish"
 # As small as networks go: what is tested is the machinery.
 SMALL = (
     "corpus.max_bytes=80_000", "decoder.num_layers=1", "decoder.width=16", "memory.width=16",
@@ -158,6 +165,36 @@ def test_a_second_start_makes_nothing(compared: Path, capsys: pytest.CaptureFixt
     assert "against" in out and "+ memory + kNN-LM" in out
     after = {path: path.stat().st_mtime_ns for path in compared.rglob("*") if path.is_file()}
     assert after == before
+
+
+# Where the process is killed, and the artifact that is then begun and not finished.
+KILLS = [
+    (SAVE, 2, "after", "memory/seed-0"),
+    (FINISH, 3, "before", "scores/memory-seed-0/test"),
+    (FINISH, 2, "before", "results/compare"),
+]
+
+
+@pytest.mark.slow
+def test_killed_while_it_trains_scores_and_writes_equals_uninterrupted(
+    compared: Path, tmp_path: Path
+):
+    workdir = tmp_path / "run"
+    few = ("compare.seeds=[0]", "compare.rows=[knn,memory]", "compare.recipes=[]")
+    arguments = ["compare", "--config", str(TINY), "--workdir", str(workdir), *SMALL, *few]
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
+    for function, number, when, artifact in KILLS:
+        command = [sys.executable, str(HERE / "killed.py"), function, str(number), when]
+        died = subprocess.run(
+            [*command, *arguments], env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert died.returncode == -signal.SIGKILL, (artifact, died.stdout, died.stderr)
+        assert (workdir / artifact / "building.json").exists(), (artifact, died.stdout)
+        assert not (workdir / artifact / "manifest.json").exists(), artifact
+    assert main(arguments) == 0
+    whole = {row["key"]: row for row in _results(compared)["rows"]}
+    for row in _results(workdir)["rows"]:
+        assert row["by_seed"]["0"] == whole[row["key"]]["by_seed"]["0"]
 
 
 def test_dry_run_says_what_it_will_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
