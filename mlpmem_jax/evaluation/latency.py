@@ -1,7 +1,7 @@
 """Milliseconds per token: one prompt, one token at a time, with a key/value cache.
 
-The systems take turns token by token, so that whatever else the machine does falls on all
-of them alike. Each draws greedily from its own distribution and reads what it drew.
+The systems take turns, so that whatever else the machine does falls on all of them alike. Each
+draws greedily from its own distribution and reads what it drew.
 """
 
 from collections.abc import Callable
@@ -10,13 +10,11 @@ import jax
 import numpy as np
 
 from mlpmem_jax.evaluation.compare import SYSTEMS
-from mlpmem_jax.evaluation.timed_writer import CompiledSteps, Draw, TimedWriter
+from mlpmem_jax.evaluation.timed_writer import CompiledSteps, Draw, TimedWriter, in_turns
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.retrieval.distributions import neighbor_weights
 from mlpmem_jax.retrieval.engine import Engine
-
-_WARM_UP = 3
 
 # Maps log p_LM [V] and the decoder's key [D] to the probabilities of the kNN-LM [V].
 Retrieve = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -77,15 +75,12 @@ def time_tokens(
         for name, model in models.items()
     }
     secs: dict[str, list[float]] = {name: [] for name in writers}
-    for turn in range(_WARM_UP + num_tokens):
-        for name, writer in writers.items():
-            spent = writer.write()
-            if turn >= _WARM_UP:
-                secs[name].append(spent)
+    for name, spent in in_turns(writers, TimedWriter.write, num_tokens):
+        secs[name].append(spent)
     assert list(secs) == list(SYSTEMS)
     return {
         name: {
-            f"p{percent}": float(np.percentile(spent, percent)) * 1000 for percent in (25, 50, 75)
+            f"p{percent}": float(np.percentile(each, percent)) * 1000 for percent in (25, 50, 75)
         }
-        for name, spent in secs.items()
+        for name, each in secs.items()
     }

@@ -6,8 +6,8 @@ Suffixes: B texts, L tokens of a prompt, D decoder width, V vocabulary.
 """
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,11 @@ from mlpmem_jax.parallel.sharding import replicated
 
 # Maps log p [B, V] and the decoder's keys [B, D], on devices, to the tokens drawn [B, 1].
 Draw = Callable[[jax.Array, jax.Array], Any]
+Timed = TypeVar("Timed")
+Spent = TypeVar("Spent")
+
+_WARM_UP = 3
+_IN_A_ROW = 8
 
 
 class CompiledSteps:
@@ -113,3 +118,27 @@ class TimedWriter:
         self._token = jax.block_until_ready(token)
         self._length += token_BL.shape[1]
         return time.perf_counter() - started
+
+
+def in_turns(
+    writers: Mapping[str, Timed], work: Callable[[Timed], Spent], count: int
+) -> Iterator[tuple[str, Spent]]:
+    """Yields what each writer spends on a piece of work, `count` times each, in turns.
+
+    A turn is several pieces in a row, of which the first is not counted: it finds the caches of
+    the processor full of what the system before has read. With turns of one piece the decoder
+    took 1.4 times as long beside exact search over a million rows as beside 16,000.
+
+    Args:
+        writers: By name.
+        work: What is timed; returns what it spent.
+        count: Pieces of each writer that count.
+    """
+    for writer in writers.values():
+        for _ in range(_WARM_UP):
+            work(writer)
+    for done in range(0, count, _IN_A_ROW):
+        for name, writer in writers.items():
+            work(writer)
+            for _ in range(min(_IN_A_ROW, count - done)):
+                yield name, work(writer)

@@ -10,6 +10,7 @@ from mlpmem_jax.evaluation.growth import slopes
 from mlpmem_jax.evaluation.growth.measuring import sizes
 from mlpmem_jax.evaluation.growth.writers import CompiledModel, make_search
 from mlpmem_jax.evaluation.latency import retriever
+from mlpmem_jax.evaluation.timed_writer import in_turns
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.retrieval.engine import ArrayKeys
 from mlpmem_jax.retrieval.exact import ExactEngine, _MeshSearch
@@ -86,3 +87,18 @@ def test_few_queries_find_what_many_find(num_queries: int):
         # XLA sums the differences of another shape in another order.
         rtol = 1e-6 if isinstance(engine, _MeshSearch) else 0
         np.testing.assert_allclose(few.distance_QK, many.distance_QK[:num_queries], rtol=rtol)
+
+
+def test_turns_are_several_in_a_row_after_one_that_does_not_count():
+    done: list[str] = []
+
+    def work(writer: str) -> int:
+        done.append(writer)
+        return len(done)
+
+    found = list(in_turns({"a": "A", "b": "B"}, work, 10))
+    assert [name for name, _ in found] == ["a"] * 8 + ["b"] * 8 + ["a"] * 2 + ["b"] * 2
+    assert done == list("AAABBB" + "A" * 9 + "B" * 9 + "AAABBB")
+    counted = {number for _, number in found}
+    # The warm-up and the first of each turn are not counted.
+    assert set(range(1, len(done) + 1)) - counted == {*range(1, 7), 7, 16, 25, 28}

@@ -17,14 +17,20 @@ from mlpmem_jax.console import say
 from mlpmem_jax.datastore.files import check_free_space, read_json, write_json
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.evaluation.growth.writers import CompiledModel, System, Writer, make_search
+from mlpmem_jax.evaluation.growth.writers import (
+    CompiledModel,
+    Spent,
+    System,
+    Writer,
+    make_search,
+)
+from mlpmem_jax.evaluation.timed_writer import in_turns
 from mlpmem_jax.retrieval import approximate, recall
 from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
 from mlpmem_jax.retrieval.building import MEASUREMENT_SEED, check_memory, choose_settings
 from mlpmem_jax.retrieval.engine import Engine, SomeKeys, StoredKeys
 from mlpmem_jax.retrieval.exact import ExactEngine
 
-_WARM_UP = 3
 PLAIN = ("decoder", "memory")  # systems that search nothing
 
 Systems = Mapping[str, System]
@@ -160,32 +166,27 @@ class Timer:
     def _time_tokens(self, systems: Systems, times: Mapping[str, "_Times"]) -> None:
         """One text, one token at a time; the systems take turns."""
         writers = {name: Writer(system, 1) for name, system in systems.items()}
-        for turn in range(_WARM_UP + self.config.cost.num_tokens):
-            for name, writer in writers.items():
-                spent = writer.write()
-                if turn >= _WARM_UP:
-                    times[name].token.append(1000 * spent.total)
-                    times[name].search.append(1000 * spent.search)
+        for name, spent in in_turns(writers, Writer.write, self.config.cost.num_tokens):
+            times[name].token.append(1000 * spent.total)
+            times[name].search.append(1000 * spent.search)
 
     def _time_prompts(self, systems: Systems, times: Mapping[str, "_Times"]) -> None:
         cost = self.config.cost
         vocab = self.models["decoder"].model.vocab_size
         prompt = np.random.default_rng(self.config.seed).integers(0, vocab, cost.prompt_tokens)
         writers = {name: Writer(system, 1) for name, system in systems.items()}
-        for turn in range(_WARM_UP + cost.num_prompts):
-            for name, writer in writers.items():
-                spent = writer.read(prompt[None].astype(np.int32))
-                if turn >= _WARM_UP:
-                    times[name].first.append(1000 * spent.total)
+
+        def read(writer: Writer) -> Spent:
+            return writer.read(prompt[None].astype(np.int32))
+
+        for name, spent in in_turns(writers, read, cost.num_prompts):
+            times[name].first.append(1000 * spent.total)
 
     def _time_steps(self, systems: Systems, times: Mapping[str, "_Times"]) -> None:
         cost = self.config.cost
         writers = {name: Writer(system, cost.batch_size) for name, system in systems.items()}
-        for turn in range(_WARM_UP + cost.batch_steps):
-            for name, writer in writers.items():
-                spent = writer.write()
-                if turn >= _WARM_UP:
-                    times[name].step.append(1000 * spent.total)
+        for name, spent in in_turns(writers, Writer.write, cost.batch_steps):
+            times[name].step.append(1000 * spent.total)
 
     def remove_indices(self) -> None:
         """Removes what was built only to be measured."""
