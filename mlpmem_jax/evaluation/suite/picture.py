@@ -1,6 +1,5 @@
 """The main table as a picture, drawn from what its files hold."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,6 @@ from mlpmem_jax.evaluation.style import (
     DASHED,
     as_png,
     axis_labels,
-    halo,
     plain,
     wide_figure,
     wide_title,
@@ -126,15 +124,15 @@ def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, results: 
         points.append((cost["flops"], nats, row["label"], color))
     flops = [point[0] for point in points]
     _log_ticks(axes, max(flops) / min(flops))
-    axes.set_xlim(min(flops) / 1.35, max(flops) * 2.1)
-    axes.margins(y=0.12)
-    axes.figure.draw_without_rendering()
-    _label_points(axes, points)
+    axes.set_xlim(min(flops) / 1.2, max(flops) * 1.2)
+    axes.margins(y=0.08)
     reference = next(r for r in rows if r["key"] == results["reference"])["test_nats"]["value"]
     axes.axhline(reference, color=_COLORS["decoder"], linewidth=1, linestyle=DASHED, zorder=1)
     flops_label = "training flops, teacher, embedding and search included"
     axis_labels(axes, flops_label, "test nats per token")
     wide_title(axes, "What it costs", "area: parameters used at inference")
+    axes.figure.draw_without_rendering()
+    _label_points(axes, points)
 
 
 def _log_ticks(axes: Any, ratio: float) -> None:
@@ -153,30 +151,58 @@ def _log_ticks(axes: Any, ratio: float) -> None:
 
 
 def _label_points(
-    axes: Any, points: Sequence[tuple[float, float, str, str]], gap: float = 13.0
+    axes: Any, points: Sequence[tuple[float, float, str, str]], gap: float = 14.0
 ) -> None:
-    """Writes each label to the right of its point, moved apart where they would overlap."""
-    pixels = axes.transData.transform([(x, y) for x, y, *_ in points])
+    """Writes the labels beside the axes, each at the height of its point or near it.
+
+    Args:
+        axes: Where, its limits final.
+        points: x, y, label and color of each.
+        gap: Least distance of two labels, in points.
+    """
     scale = 72.0 / axes.figure.dpi
-    heights = {place: pixels[place][1] * scale for place in range(len(points))}
-    wanted = dict(heights)
-    order = sorted(heights, key=lambda place: heights[place])
-    for _ in range(200):  # Labels that are too near push each other apart.
-        moved = False
-        for below, above in itertools.pairwise(order):
-            missing = gap - (wanted[above] - wanted[below])
-            near = abs(pixels[below][0] - pixels[above][0]) * scale < 130
-            if near and missing > 0.01:
-                wanted[below] -= missing / 2
-                wanted[above] += missing / 2
-                moved = True
-        if not moved:
-            break
-    for place, (x, y, label, color) in enumerate(points):
-        shift = wanted[place] - heights[place]
-        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6}
+    low, high = (edge * scale for edge in axes.get_window_extent().intervaly)
+    heights = [y * scale for _, y in axes.transData.transform([(x, y) for x, y, *_ in points])]
+    for (x, y, label, color), height in zip(points, _apart(heights, gap, low, high), strict=True):
         axes.annotate(
-            label, (x, y), (14, shift), textcoords="offset points", va="center", fontsize=9,
-            color=color, zorder=5, arrowprops=arrow if abs(shift) > 4 else None,
-            path_effects=halo(),
+            label, (x, y), (1.04, (height - low) / (high - low)), textcoords="axes fraction",
+            va="center", fontsize=9, color=color, annotation_clip=False, zorder=3,
+            arrowprops={
+                "arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.5,
+                "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 4,
+            },
         )  # fmt: skip
+
+
+def _apart(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Moves heights apart until neighbours have a gap, as little as that takes.
+
+    Args:
+        heights: What is wanted.
+        gap: Least distance.
+        low: Where none may lie below, if they all fit.
+        high: Where none may lie above, if they all fit.
+    """
+    order = sorted(range(len(heights)), key=lambda place: heights[place])
+    # Groups of neighbours that touch share one shift: the mean of what each would want.
+    groups: list[list[int]] = []
+    for place in order:
+        groups.append([place])
+        while len(groups) > 1 and _start(groups[-1], heights, gap, low, high) < (
+            _start(groups[-2], heights, gap, low, high) + gap * len(groups[-2])
+        ):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    moved = list(heights)
+    for group in groups:
+        start = _start(group, heights, gap, low, high)
+        for step, place in enumerate(group):
+            moved[place] = start + gap * step
+    return moved
+
+
+def _start(
+    group: Sequence[int], heights: Sequence[float], gap: float, low: float, high: float
+) -> float:
+    """Returns the height of the lowest of a group whose members are a gap apart."""
+    start = sum(heights[place] - gap * step for step, place in enumerate(group)) / len(group)
+    return max(low, min(start, high - gap * (len(group) - 1)))
