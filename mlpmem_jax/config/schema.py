@@ -124,6 +124,11 @@ class Config(Section):
         return self.train.interpolation if final is None else final
 
     @property
+    def brings_interpolation(self) -> bool:
+        """Whether λ was trained with the networks: fixed in their loss, or by a gate."""
+        return self.memory.gate == "learned" or self.trained_interpolation is not None
+
+    @property
     def joint_name(self) -> str:
         """Name of the jointly trained model."""
         return self.memory.name if self.train.name == "auto" else self.train.name

@@ -89,6 +89,9 @@ class SweepConfig(Section):
 
     key: str = setting("train.alpha", "dotted key of the configuration", min_length=1)
     values: tuple[int | float | str | None, ...] = setting((), "its values")
+    overrides: tuple[str, ...] = setting(
+        (), "what else is different for all of its values, section.key=value each"
+    )
     role: Literal["model", "teacher"] = setting(
         "model",
         "model: the key changes what is evaluated; teacher: only the decoder whose states make "

@@ -23,6 +23,12 @@ def _schedules(config: Config) -> Iterator[str]:
     ]
     if train.mode == "joint":
         schedules.append(("train", "decoder_optimizer", train.decoder_freeze_steps))
+        freezes = (train.decoder_freeze_steps, train.memory_freeze_steps)
+        if min(freezes) >= train.num_steps:
+            yield (
+                f"train.decoder_freeze_steps={freezes[0]} and train.memory_freeze_steps="
+                f"{freezes[1]}: nothing would move in train.num_steps={train.num_steps}"
+            )
     for name, key, frozen in schedules:
         section = getattr(config, name)
         warmup = getattr(section, key).warmup_steps

@@ -15,6 +15,8 @@ from mlpmem_jax.datastore.store import DTYPES
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+# In the names of what joint training makes anew on the way, before the number of the phase.
+REFRESHED = ".refresh-"
 
 # Tokens are read in windows and in embedding order: large shards, small readable pieces.
 TOKEN_SHARD_ROWS = 1 << 20

@@ -9,6 +9,7 @@ from mlpmem_jax.config.suite import SweepConfig
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.datastore.files import read_json, write_bytes, write_json
 from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.manifest import fingerprint_of
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.evaluation.suite.sweeps import CONFIGURED, value_text
 from mlpmem_jax.pipeline.options import Options
@@ -74,8 +75,10 @@ def variant_of(plan: SeedPlan, sweep: SweepConfig, value: Any) -> Variant:
     """
     overrides: dict[str, Any] = {sweep.key: value}
     label = label_of(sweep.key, value)
+    if sweep.overrides:  # Not the artifacts of a sweep without them.
+        label = label_of(label, fingerprint_of(list(sweep.overrides))[:6])
     if sweep.role == "teacher":
-        return taught_variant(plan.base, overrides, f"teacher-{label}")
+        return taught_variant(plan.base, overrides, f"teacher-{label}", texts=sweep.overrides)
     if sweep.hold == "memory_parameters":
         from mlpmem_jax.evaluation.suite.sizes import memory_shape
 
@@ -84,7 +87,7 @@ def variant_of(plan: SeedPlan, sweep: SweepConfig, value: Any) -> Variant:
         if value != config.memory.num_layers:
             width = config.decoder.width
             overrides = memory_shape(config.memory, value, width, plan.vocab_size)
-    return changed_variant(plan.base, overrides, label)
+    return changed_variant(plan.base, overrides, label, texts=sweep.overrides)
 
 
 def sweep_rows(plan: SeedPlan, sweep: SweepConfig) -> list[Row]:
@@ -109,7 +112,7 @@ def title_of(sweep: SweepConfig) -> str:
         title += " of the teacher"
     if sweep.hold == "memory_parameters":
         title += ", equal parameters"
-    return title
+    return ", ".join([title, *sweep.overrides])
 
 
 def works(config: Config) -> list[Work]:

@@ -7,6 +7,8 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.files import read_json
 from mlpmem_jax.datastore.layout import SPLITS, Layout
+from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.pipeline.checks import check_trained_apart
 from mlpmem_jax.pipeline.evaluate import RESULTS as EVALUATED
 from mlpmem_jax.pipeline.execute import execute_and_report
 from mlpmem_jax.pipeline.options import Options
@@ -44,8 +46,17 @@ def stages(config: Config) -> list[Stage]:
             recipe=recipe(config),
             upstream=upstream,
             build=functools.partial(_build, config),
+            check=functools.partial(_check, config),
         )
     ]
+
+
+def _check(config: Config) -> None:
+    check_trained_apart(config, NAME, "tables of joint models are made by evaluate and compare")
+    if config.memory.gate == "learned":
+        raise ConfigError(
+            "memory.gate=learned: analyze mixes with one λ for all tokens (memory.gate=none)"
+        )
 
 
 def _build(config: Config) -> Completion:

@@ -3,7 +3,7 @@
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.manifest import MANIFEST
-from mlpmem_jax.errors import ArtifactError, Mistakes
+from mlpmem_jax.errors import ArtifactError, ConfigError, Mistakes
 
 _WITH_TARGETS: tuple[Split, ...] = ("train", "valid")
 
@@ -27,6 +27,24 @@ def check_devices(config: Config, *keys: str) -> None:
         with mistakes.gather():
             check_batch(mesh, f"{name}.batch_size", section.batch_size, accumulation)
     mistakes.refuse()
+
+
+def check_trained_apart(config: Config, command: str, instead: str) -> None:
+    """Refuses joint training where a command is about a memory beside a frozen decoder.
+
+    Args:
+        config: The whole configuration.
+        command: Its name.
+        instead: What can be done instead.
+
+    Raises:
+        ConfigError: It is `train.mode=joint`.
+    """
+    if config.train.mode == "joint":
+        raise ConfigError(
+            f"train.mode=joint: {command} is about a memory beside a frozen decoder "
+            f"(train.mode=memory); {instead}"
+        )
 
 
 def check_retrieval(config: Config) -> None:

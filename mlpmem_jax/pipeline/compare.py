@@ -8,6 +8,7 @@ from mlpmem_jax.config.suite import RowName
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.datastore.files import read_json, write_bytes, write_json
 from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.pipeline.checks import check_trained_apart
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.rows import SeedPlan, check_recipes, planned_row, row_recipe
 from mlpmem_jax.pipeline.stage import Completion, Stage
@@ -123,6 +124,9 @@ def print_report(config: Config) -> None:
 
 def main(config: Config, options: Options) -> int:
     """Runs the command."""
+    check_trained_apart(
+        config, "compare", "joint training is a row of it: joint, joint_gate, compare.recipes"
+    )
     check_recipes(config)
     _say_what_is_missing(config)
     code = run_suite(

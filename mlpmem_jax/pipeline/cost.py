@@ -10,6 +10,7 @@ from mlpmem_jax.datastore.files import read_json
 from mlpmem_jax.datastore.layout import SPLITS, Layout, Split
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline import embed, index, retrieve, train
+from mlpmem_jax.pipeline.checks import check_trained_apart
 from mlpmem_jax.pipeline.evaluate import RESULTS as EVALUATED
 from mlpmem_jax.pipeline.execute import execute_and_report
 from mlpmem_jax.pipeline.options import Options
@@ -103,6 +104,7 @@ def _check(config: Config) -> None:
     """
     from mlpmem_jax.retrieval.engine import is_approximate_installed
 
+    check_trained_apart(config, NAME, "the time that a joint model takes is in evaluate")
     cost, context = config.cost, config.decoder.context_tokens
     if "scann" in cost.engines and not is_approximate_installed():
         raise ConfigError(

@@ -10,6 +10,7 @@ from mlpmem_jax.training.flops import (
     TRAINING_FACTOR,
     decoder_flops_per_token,
     decoder_parameters,
+    joint_training_flops_per_token,
     memory_flops_per_token,
     memory_parameters,
     memory_training_flops_per_token,
@@ -46,21 +47,31 @@ def pretraining_estimate(config: Config) -> dict[str, Any]:
     }
 
 
-def training_estimate(config: Config) -> dict[str, Any]:
-    """Parameters, memory, disk and flops of training the memory, or both networks."""
+def training_estimate(config: Config, steps: range | None = None) -> dict[str, Any]:
+    """Parameters, memory, disk and flops of training the memory, or both networks.
+
+    Args:
+        config: The whole configuration.
+        steps: Those of one phase; None: all.
+    """
+    steps = range(config.train.num_steps) if steps is None else steps
     vocab, window = _vocab_size(config), config.train_window_tokens
     joint = config.train.mode == "joint"
     counts = memory_parameters(config.memory, config.decoder.width, vocab)
-    rows = config.train.num_steps * config.train.batch_size * window
-    flops = memory_training_flops_per_token(config.memory, config.decoder.width, vocab)
+    step_rows = config.train.batch_size * window
+    flops = len(steps) * memory_training_flops_per_token(config.memory, config.decoder.width, vocab)
     if joint:
-        flops = TRAINING_FACTOR * memory_flops_per_token(config.memory, config.decoder.width, vocab)
         added = decoder_parameters(config.decoder, vocab)
         counts = {name: counts[name] + added[name] for name in counts}
-        flops += TRAINING_FACTOR * decoder_flops_per_token(config.decoder, vocab, window)
+        flops = joint_training_flops_per_token(
+            config.train,
+            decoder_flops_per_token(config.decoder, vocab, window),
+            memory_flops_per_token(config.memory, config.decoder.width, vocab),
+            steps,
+        )
     elif config.decoder_runs:
         site = config.datastore.input
-        flops += decoder_flops_per_token(
+        flops += len(steps) * decoder_flops_per_token(
             config.decoder,
             vocab,
             window,
@@ -71,8 +82,8 @@ def training_estimate(config: Config) -> dict[str, Any]:
     return {
         "parameters": counts["total"],
         "non-embedding parameters": counts["non_embedding"],
-        "training rows": rows,
-        "model flops": rows * flops,
+        "training rows": len(steps) * step_rows,
+        "model flops": step_rows * flops,
         "state bytes, over all devices": counts["total"] * _TRAINING_BYTES_PER_PARAMETER,
         "disk bytes of checkpoints": 12 * counts["total"] * config.train.keep_checkpoints,
     }

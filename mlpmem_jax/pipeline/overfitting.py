@@ -14,8 +14,9 @@ from mlpmem_jax.datastore.files import read_json, write_bytes, write_json
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.datastore.manifest import MANIFEST
 from mlpmem_jax.evaluation.suite.epochs import LABELS, row_key
+from mlpmem_jax.pipeline.checks import check_trained_apart
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.rows import Row, SeedPlan
+from mlpmem_jax.pipeline.rows import Row, SeedPlan, model_parts
 from mlpmem_jax.pipeline.scores import Part
 from mlpmem_jax.pipeline.stage import Completion, Stage
 from mlpmem_jax.pipeline.suite import (
@@ -79,7 +80,7 @@ def seed_rows(plan: SeedPlan) -> list[Row]:
     for epoch, part in enumerate(_trained_long(plan, "decoder"), 1):
         rows.append(Row(row_key("decoder", epoch), f"decoder, epoch {epoch}", (part,)))
     for epoch, part in enumerate(_trained_long(plan, "memory"), 1):
-        with_decoder, alone = (plan.decoder, part), (part,)
+        with_decoder, alone = model_parts(part.variant, part.step), (part,)
         rows.append(Row(row_key("memory", epoch), f"+ memory, epoch {epoch}", with_decoder))
         rows.append(Row(row_key("memory_alone", epoch), f"memory alone, epoch {epoch}", alone))
     return rows
@@ -141,6 +142,7 @@ def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
 
 def main(config: Config, options: Options) -> int:
     """Runs the command."""
+    check_trained_apart(config, "overfitting", "nats by epoch of joint training are not made")
     code = run_suite(
         "overfitting", config, options, works(config), functools.partial(table_stage, config)
     )

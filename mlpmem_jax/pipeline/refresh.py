@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.layout import REFRESHED, Layout
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.pipeline import embed, index, retrieve
 from mlpmem_jax.pipeline.stage import Completion, Stage
@@ -37,6 +37,10 @@ class Phases:
         inner = range(interval, last, interval) if interval else ()
         return cls(config, (*inner, last))
 
+    def first(self, phase: int) -> int:
+        """Returns the step at which a phase begins."""
+        return self.stops[phase - 1] if phase else 0
+
     def artifact(self, phase: int) -> Artifact:
         """Returns the checkpoints of a phase; the last one's are the joint model."""
         joint = Layout(self.config).joint
@@ -46,7 +50,7 @@ class Phases:
 
     def refreshed(self, phase: int) -> Config:
         """Returns the configuration whose names are those of what is made after a phase."""
-        name = f"{self.config.joint_name}.refresh-{phase}"
+        name = f"{self.config.joint_name}{REFRESHED}{phase}"
         sections = ("decoder", "datastore", "targets")
         changed: dict[str, Any] = {
             each: getattr(self.config, each).model_copy(update={"name": name}) for each in sections
@@ -87,8 +91,7 @@ def phase_build(phases: Phases, phase: int) -> Completion:
     # Names of the start, targets of the latest refresh.
     config = phases.config.model_copy(update={"targets": sources.targets})
     task = functools.partial(JointTask, continues=before)
-    first = phases.stops[phase - 1] if phase else 0
-    stop = phases.stops[phase]
+    first, stop = phases.first(phase), phases.stops[phase]
     completion = train_task(config, "train", task, artifact, first_step=first, stop_step=stop)
     if phase < len(phases.stops) - 1:
         mesh = make_mesh(config.mesh)
@@ -108,6 +111,7 @@ def refresh_stages(phases: Phases, phase: int) -> list[Stage]:
         recipe={"decoder": config.decoder.recipe()},
         upstream=(layout.tokens, phases.artifact(phase)),
         build=functools.partial(_export_decoder, phases, phase),
+        estimate=lambda: {"model flops": 0.0},
     )
     made = [decoder, *embed.stages(config), *index.stages(config), *retrieve.stages(config)]
     wanted = _needed(made, layout)
@@ -130,4 +134,5 @@ def _export_decoder(phases: Phases, phase: int) -> Completion:
     decoder, _ = finished_joint(phases.config, artifact, make_mesh(config.mesh))
     step = phases.stops[phase]
     files = save_network(decoder, Layout(config).decoder, step)
-    return Completion(counts={"steps": step, "vocab_size": vocab_size(config)}, files=files)
+    counts = {"steps": step, "vocab_size": vocab_size(config)}
+    return Completion(counts=counts, files=files, measured={"model_flops": 0.0})

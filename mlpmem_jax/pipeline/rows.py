@@ -52,7 +52,9 @@ class Row:
         for part in self.parts:
             if part.kind == "decoder":
                 found += part.made_of()
-            elif part.kind == "joint" and part.config.train.decoder_start == "checkpoint":
+            elif part.kind == "mixture" or (
+                part.kind == "joint" and part.config.train.decoder_start == "checkpoint"
+            ):
                 found.append(Layout(part.config).decoder.relative)
         return found
 
@@ -79,11 +81,13 @@ class SeedPlan:
         """The exact kNN distribution."""
         return Part("knn", self.base)
 
-    def memory(self, overrides: dict[str, Any] | None = None, label: str = "") -> Part:
-        """The memory, or one that is trained otherwise."""
-        if overrides is None:
-            return Part("memory", self.base)
-        return Part("memory", changed_variant(self.base, overrides, label))
+    def memory(self) -> Part:
+        """The memory."""
+        return Part("memory", self.base)
+
+    def with_memory(self, overrides: dict[str, Any], label: str) -> tuple[Part, ...]:
+        """The decoder with a memory that is trained otherwise."""
+        return model_parts(changed_variant(self.base, overrides, label))
 
     def joint(self, gate: str, label: str) -> Part:
         """Decoder and memory trained together for as many steps as the memory alone.
@@ -256,14 +260,12 @@ ROWS: dict[RowName, RowRecipe] = {
     "equal_size": RowRecipe("decoder, equal size", lambda plan: (plan.of_equal_size(),)),
     "knn": RowRecipe("+ kNN-LM, exact", lambda plan: (plan.decoder, plan.knn())),
     "knn_scann": RowRecipe("+ kNN-LM, ScaNN", _scann, missing="the package scann is not installed"),
-    "memory": RowRecipe("+ memory", lambda plan: (plan.decoder, plan.memory())),
+    "memory": RowRecipe("+ memory", lambda plan: model_parts(plan.base)),
     "memory_ce": RowRecipe(
-        "+ memory, CE only",
-        lambda plan: (plan.decoder, plan.memory({"train.alpha": 0.0}, "ce")),
+        "+ memory, CE only", lambda plan: plan.with_memory({"train.alpha": 0.0}, "ce")
     ),
     "memory_kl": RowRecipe(
-        "+ memory, KL only",
-        lambda plan: (plan.decoder, plan.memory({"train.alpha": 1.0}, "kl")),
+        "+ memory, KL only", lambda plan: plan.with_memory({"train.alpha": 1.0}, "kl")
     ),
     "small_lm": RowRecipe(
         "+ second small LM", lambda plan: (plan.decoder, plan.small_lm()), uses_costs=True
@@ -276,11 +278,20 @@ ROWS: dict[RowName, RowRecipe] = {
 }
 
 
-def model_parts(variant: Variant) -> tuple[Part, ...]:
-    """Returns what is evaluated of a variant: its decoder with its memory."""
+def model_parts(variant: Variant, step: int | None = None) -> tuple[Part, ...]:
+    """Returns what is evaluated of a variant: its decoder with its memory.
+
+    Where λ was trained with them they are one part, else two whose λ is chosen on validation.
+
+    Args:
+        variant: How they are made.
+        step: Of the memory, one before its last; none: the last.
+    """
     if variant.config.train.mode == "joint":
         return (Part("joint", variant),)
-    return (Part("decoder", variant), Part("memory", variant))
+    if variant.config.brings_interpolation:
+        return (Part("mixture", variant, step),)
+    return (Part("decoder", variant), Part("memory", variant, step))
 
 
 def _own_parts(recipe: RecipeConfig, plan: SeedPlan) -> tuple[Part, ...]:

@@ -22,12 +22,13 @@ class Part:
     Attributes:
         kind: What it is; `knn_by_index` is the kNN distribution of the neighbours that the
             engine of the index finds, `knn` that of the exact ones; `joint` is decoder and
-            memory trained together, mixed by the λ that they were trained with.
+            memory trained together, mixed by the λ that they were trained with, `mixture`
+            a memory with the frozen decoder, where it was trained with a λ.
         variant: How it is made.
         step: Of a network, a step before its last whose checkpoint is kept; none: the last.
     """
 
-    kind: Literal["decoder", "knn", "knn_by_index", "memory", "joint"]
+    kind: Literal["decoder", "knn", "knn_by_index", "memory", "mixture", "joint"]
     variant: Variant
     step: int | None = None
 
@@ -44,6 +45,7 @@ class Part:
             "knn": self.config.retrieval_name,
             "knn_by_index": self.config.retrieval_name,
             "memory": self.config.memory.name,
+            "mixture": self.config.memory.name,
             "joint": self.config.joint_name,
         }
         after = "" if self.step is None else f"-step-{self.step}"
@@ -60,6 +62,8 @@ class Part:
             return [layout.decoder.relative]
         if self.kind == "memory":
             return [layout.memory.relative]
+        if self.kind == "mixture":
+            return [layout.decoder.relative, layout.memory.relative]
         if self.kind == "joint":
             return [layout.joint.relative]
         tuned_on = layout.neighbors("valid")
@@ -74,6 +78,7 @@ class Part:
             "knn": self.variant.retrieval_stages,
             "knn_by_index": functools.partial(_by_index_stages, self.variant),
             "memory": self.variant.memory_stages,
+            "mixture": self.variant.memory_stages,
             "joint": self.variant.memory_stages,
         }
         stages = making[self.kind]()
@@ -142,7 +147,7 @@ def _score_stage(part: Part, split: Split) -> Stage:
         }
         recipe["corpus"] = {"attention": config.corpus.attention}
         upstream = [layout.tokens, layout.decoder if part.kind == "decoder" else layout.joint]
-    elif part.kind == "memory":
+    elif part.kind in ("memory", "mixture"):
         upstream = [layout.tokens, layout.decoder, layout.datastore(split), layout.memory]
     else:
         recipe |= {
@@ -177,8 +182,8 @@ def _score(part: Part, split: Split) -> Completion:
         mesh = make_mesh(config.mesh)
         memory = finished_memory(config, mesh, part.step)
         scored = scoring.score_memory_alone(config, memory, split, artifact, mesh)
-    elif part.kind == "joint":
-        scored = scoring.score_joint(config, split, artifact, make_mesh(config.mesh))
+    elif part.kind in ("joint", "mixture"):
+        scored = scoring.score_mixture(config, split, artifact, make_mesh(config.mesh), part.step)
     else:
         temperature = None
         if split == "test":

@@ -10,6 +10,7 @@ from mlpmem_jax.datastore.files import read_json
 from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline import embed, index, pretrain, retrieve, tokenize, train
+from mlpmem_jax.pipeline.checks import check_trained_apart
 from mlpmem_jax.pipeline.execute import execute_and_report
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.reports import print_files, write_report
@@ -65,6 +66,7 @@ def _check(config: Config) -> None:
     """
     from mlpmem_jax.retrieval.engine import is_approximate_installed
 
+    check_trained_apart(config, NAME, "joint models are compared by compare")
     asked = [one.name for one in config.search_quality.settings if one.engine == "scann"]
     if asked and not is_approximate_installed():
         raise ConfigError(

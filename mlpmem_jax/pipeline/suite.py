@@ -5,13 +5,14 @@ Work is planned lazily: what one piece is sized by may be measured by the one be
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.datastore.manifest import MANIFEST, Artifact, fingerprint_of
+from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.evaluation.suite.forecast import Expected, Forecast, Forecaster, duration
 from mlpmem_jax.evaluation.suite.statistics import Settings
 from mlpmem_jax.pipeline import tokenize
@@ -136,6 +137,9 @@ def run_suite(
     """
     rebuild = Rebuild.STALE if options.rebuild else Rebuild.REFUSE
     tokens = tokenize.stages(config)
+    # Planned once before anything is made, so that a mistake costs a second, not an hour.
+    planned = [work.stages() for work in works]
+    _refuse_clashes(works, planned)
     if options.dry_run:
         _print_plan(command, config, [*tokens, machine_stage(config)], works, table, rebuild)
         return 0
@@ -143,8 +147,6 @@ def run_suite(
     def run(stages: Sequence[Stage]) -> None:
         run_stages(stages, rebuild, before_building=lambda: write_config(config))
 
-    # Planned once before anything is made, so that a mistake costs a second, not an hour.
-    planned = [work.stages() for work in works]
     run([*tokens, machine_stage(config)])
     peak = float(Layout(config).machine.load().counts["peak_flops"])
     done: dict[str, None] = {}
@@ -165,6 +167,39 @@ def run_suite(
         done |= dict.fromkeys(stage.name for stage in stages)
     run([table()])
     return 0
+
+
+def _refuse_clashes(works: Sequence[Work], planned: Sequence[Sequence[Stage]]) -> None:
+    """Refuses rows that would make one artifact in two ways: the second would use the first's.
+
+    Raises:
+        ConfigError: Names the artifact, both rows, and what differs.
+    """
+    mistakes: dict[str, str] = {}
+    seen: dict[str, tuple[Stage, str]] = {}
+    for work, stages in zip(works, planned, strict=True):
+        for stage in stages:
+            first, title = seen.setdefault(stage.name, (stage, work.title))
+            if fingerprint_of(first.recipe) != fingerprint_of(stage.recipe):
+                keys = ", ".join(_differing(first.recipe, stage.recipe))
+                mistakes[stage.name] = (
+                    f"{title!r} and {work.title!r} would both make {stage.name}, with different "
+                    f"{keys}: they cannot be rows of one table, unless another name keeps them "
+                    "apart"
+                )
+    if mistakes:
+        raise ConfigError(list(mistakes.values()))
+
+
+def _differing(one: Any, other: Any, path: str = "") -> Iterator[str]:
+    """Yields the dotted paths at which two recipes differ."""
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
+        if one != other:
+            yield path
+        return
+    for key in sorted(one.keys() | other.keys()):
+        inner = f"{path}.{key}" if path else key
+        yield from _differing(one.get(key), other.get(key), inner)
 
 
 class Estimates:

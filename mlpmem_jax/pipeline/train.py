@@ -32,12 +32,14 @@ def stages(config: Config) -> list[Stage]:
     """Returns the stage of this command; in joint mode its phases and what lies between."""
     if config.train.mode == "memory":
         build = functools.partial(_build, config)
-        return [_stage(config, Layout(config).memory, _memory_upstream(config), build)]
+        steps = range(config.train.num_steps)
+        return [_stage(config, Layout(config).memory, _memory_upstream(config), build, steps)]
     phases, result = Phases.of(config), []
     for phase in range(len(phases.stops)):
         build = functools.partial(phase_build, phases, phase)
         upstream = functools.partial(_phase_upstream, phases, phase)
-        result.append(_stage(config, phases.artifact(phase), upstream, build))
+        steps = range(phases.first(phase), phases.stops[phase])
+        result.append(_stage(config, phases.artifact(phase), upstream, build, steps))
         if phase < len(phases.stops) - 1:
             result += refresh_stages(phases, phase)
     return result
@@ -48,6 +50,7 @@ def _stage(
     artifact: Artifact,
     upstream: Sequence[Artifact] | Callable[[], Sequence[Artifact]],
     build: Callable[[], Completion],
+    steps: range,
 ) -> Stage:
     return Stage(
         artifact=artifact,
@@ -55,7 +58,7 @@ def _stage(
         upstream=upstream,
         build=build,
         check=functools.partial(_check, config),
-        estimate=functools.partial(_estimate, config),
+        estimate=functools.partial(_estimate, config, steps),
     )
 
 
@@ -86,10 +89,10 @@ def _check(config: Config) -> None:
     check_teacher(config)
 
 
-def _estimate(config: Config) -> Mapping[str, Any]:
+def _estimate(config: Config, steps: range) -> Mapping[str, Any]:
     from mlpmem_jax.pipeline.estimates import training_estimate
 
-    return training_estimate(config)
+    return training_estimate(config, steps)
 
 
 def _build(config: Config) -> Completion:

@@ -84,13 +84,20 @@ def base_variant(config: Config, seed: int) -> Variant:
     Tokens do not depend on the seed and are shared by all.
 
     Raises:
-        ConfigError: The targets are made elsewhere, where their cost is not known.
+        ConfigError: The targets are made elsewhere, where their cost is not known, or the
+            memory that joint training begins with is.
     """
     if config.targets.workdir is not None:
         raise ConfigError(
             f"targets.workdir={config.targets.workdir}: tables of several runs make all targets "
             "themselves, to count what they cost; drop the key (rows of compare can learn from "
             "compare.teachers)"
+        )
+    if config.train.mode == "joint" and config.train.memory_start == "checkpoint":
+        raise ConfigError(
+            "train.memory_start=checkpoint: the configuration of a table of several runs says "
+            "nothing about how that memory was trained; use train.mode=memory, and joint training "
+            "that goes on from it as one of compare.recipes"
         )
     name = f"seed-{seed}"
     names = {f"{section}.name": name for section in _NAMED}
@@ -127,6 +134,7 @@ def changed_variant(
             "with a teacher, only keys of memory and train can differ, not what would make "
             f"{', '.join(sorted(kinds - {'memory', 'joint'}))} anew"
         )
+    _refuse_teacher_with_refresh(base, changed)
     config = _renamed(changed, kinds, label)
     if "datastore" in kinds and "targets" not in kinds:
         # Only what the memory reads is another state: targets stay, and so does their maker.
@@ -148,8 +156,19 @@ def _continued(base: Variant, changed: Config, kinds: set[str], label: str) -> V
             "the configuration itself alone: train.mode=memory there, and only keys of train and "
             "the gate different here"
         )
+    _refuse_teacher_with_refresh(base, changed)
     config = changed_config(changed, {"train.name": f"{before.memory.name}-{label}"})
     return Variant(config, base.teacher, start=before)
+
+
+def _refuse_teacher_with_refresh(base: Variant, changed: Config) -> None:
+    """Refuses to make targets anew from the decoder where a teacher makes them."""
+    interval = changed.train.refresh_interval_steps
+    if base.teacher != base.config and interval is not None:
+        raise ConfigError(
+            f"train.refresh_interval_steps={interval} makes targets from the current decoder, and "
+            "here a teacher makes them: drop one of the two"
+        )
 
 
 def taught_variant(

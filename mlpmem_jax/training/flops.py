@@ -8,6 +8,7 @@ average ("half"); "full" charges all of them, the convention of PaLM (arXiv 2204
 appendix B). The head is charged for the padded vocabulary, since that is what runs.
 """
 
+import itertools
 import math
 import time
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
+from mlpmem_jax.config.stages import TrainConfig
 from mlpmem_jax.models import layers
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
@@ -85,6 +87,33 @@ def memory_training_flops_per_token(
     head = memory_flops_per_token(config, input_width, vocab_size) - blocks
     head_factor = TRAINING_FACTOR if config.head == "untied" else TRAINING_FACTOR - 1
     return TRAINING_FACTOR * blocks + head_factor * head
+
+
+def joint_training_flops_per_token(
+    train: TrainConfig, decoder_forward: float, memory_forward: float, steps: range
+) -> float:
+    """Returns flops of joint training, per token of a step, summed over steps.
+
+    A network that is frozen yet is charged its forward pass; a memory that is, for what leads
+    back to a decoder that moves.
+
+    Args:
+        train: The section `train`.
+        decoder_forward: Flops of the decoder's forward pass, per token.
+        memory_forward: Of the memory's.
+        steps: Which.
+    """
+    edges = {steps.start, steps.stop, train.decoder_freeze_steps, train.memory_freeze_steps}
+    inside = sorted(edge for edge in edges if steps.start <= edge <= steps.stop)
+    total = 0.0
+    for first, stop in itertools.pairwise(inside):
+        decoder_moves = first >= train.decoder_freeze_steps
+        memory_moves = first >= train.memory_freeze_steps
+        leads_back = decoder_moves and train.decoder_gradient > 0
+        decoder = TRAINING_FACTOR if decoder_moves else 1
+        memory = 1 + memory_moves + (memory_moves or leads_back)
+        total += (stop - first) * (decoder * decoder_forward + memory * memory_forward)
+    return total
 
 
 def decoder_parameters(config: DecoderConfig, vocab_size: int) -> dict[str, int]:

@@ -117,7 +117,9 @@ def _token_loss(
     if "lm_weight" in data:
         loss += terms.weights.lm * jnp.sum(data["lm_weight"] * -decoder_C)
     if terms.prior_weight:
-        loss += terms.prior_weight * jnp.sum(weight_C * _pull(terms.prior, interpolation_C))
+        prior = jnp.sum(weight_C * _pull(terms.prior, interpolation_C))
+        loss += terms.prior_weight * prior
+        sums = sums | {"prior_sum": prior}
     return loss, sums | {
         "loss_sum": loss,
         "joint_sum": joint,

@@ -15,6 +15,7 @@ from mlpmem_jax.training.checkpoint import restore_finished
 from mlpmem_jax.training.flops import (
     TRAINING_FACTOR,
     decoder_flops_per_token,
+    joint_training_flops_per_token,
     memory_flops_per_token,
 )
 from mlpmem_jax.training.input_statistics import measured_statistics, with_statistics
@@ -65,9 +66,16 @@ class JointTask(WindowTask):
             window_tokens=length,
             seed=config.seed,
         )
-        flops = decoder_flops_per_token(config.decoder, self.vocab_size, length)
-        flops += memory_flops_per_token(config.memory, config.decoder.width, self.vocab_size)
-        self.flops_per_step = self.tokens_per_step * TRAINING_FACTOR * flops
+        self._forward = (
+            decoder_flops_per_token(config.decoder, self.vocab_size, length),
+            memory_flops_per_token(config.memory, config.decoder.width, self.vocab_size),
+        )
+        self.flops_per_step = self.tokens_per_step * TRAINING_FACTOR * sum(self._forward)
+
+    def flops_of(self, steps: range) -> float:
+        """Returns the model flops of some steps: fewer while a network is frozen."""
+        train = self._config.train
+        return self.tokens_per_step * joint_training_flops_per_token(train, *self._forward, steps)
 
     def prepare(self, state: TrainState) -> TrainState:
         """Takes over finished networks, and measures the input of a fresh memory."""

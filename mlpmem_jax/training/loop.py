@@ -43,6 +43,10 @@ class Task(Protocol):
     tokens_per_step: int
     flops_per_step: float
 
+    def flops_of(self, steps: range) -> float:
+        """Returns the model flops of some steps: fewer where something is frozen."""
+        ...
+
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """Makes the network."""
         ...
@@ -130,7 +134,7 @@ def fit(
     monitor.settle()
     checkpoints.close()
     monitor.close()
-    return Fit(state, checkpoints.files(stop), monitor.summary(stop - first_step))
+    return Fit(state, checkpoints.files(stop), monitor.summary(range(first_step, stop)))
 
 
 def assemble(

@@ -182,8 +182,8 @@ class Monitor:
         self._log.write(step, {f"valid_{n}": v for n, v in self._last_validation.items()})
         self._clock.resume()
 
-    def summary(self, num_steps: int) -> dict[str, Any]:
-        """Returns what the manifest records of a run of so many steps, restarts included."""
+    def summary(self, steps: range) -> dict[str, Any]:
+        """Returns what the manifest records of a run of these steps, restarts included."""
         clock = self._clock
         rate = clock.total_steps / max(clock.total_secs, 1e-9)
         return {
@@ -193,7 +193,7 @@ class Monitor:
             "tokens_per_sec": self._task.tokens_per_step * rate,
             "share_of_peak": self._task.flops_per_step * rate / self._peak,
             "input_wait_share": clock.total_wait_secs / max(clock.total_secs, 1e-9),
-            "model_flops": self._task.flops_per_step * num_steps,
+            "model_flops": self._task.flops_of(steps),
         }
 
     def close(self) -> None:

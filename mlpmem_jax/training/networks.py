@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.stages import TrainConfig
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ArtifactError
@@ -99,11 +100,14 @@ def finished_networks(config: Config, mesh: jax.sharding.Mesh) -> tuple[Decoder,
     Raises:
         ArtifactError: As above.
     """
+    layout = Layout(config)
     if config.train.mode == "memory":
-        return finished_decoder(config, mesh), finished_memory(config, mesh)
-    joint = Layout(config).joint
-    check_shape(config, joint, "decoder", "memory")
-    return finished_joint(config, joint, mesh)
+        networks = finished_decoder(config, mesh), finished_memory(config, mesh)
+        check_interpolation(config, layout.memory)
+        return networks
+    check_shape(config, layout.joint, "decoder", "memory")
+    check_interpolation(config, layout.joint)
+    return finished_joint(config, layout.joint, mesh)
 
 
 def finished_joint(
@@ -152,6 +156,30 @@ def check_shape(
         raise ArtifactError(
             f"{artifact.path}: the configured network is another one: " + ", ".join(differing)
         )
+
+
+def check_interpolation(config: Config, artifact: Artifact) -> None:
+    """Refuses another λ than networks were trained with; a gate brings its own.
+
+    Raises:
+        ArtifactError: Names both.
+    """
+    if config.memory.gate == "learned":
+        return
+    train = TrainConfig.model_validate(artifact.load().recipe["train"])
+    trained = config.model_copy(update={"train": train}).trained_interpolation
+    if trained != config.trained_interpolation:
+        raise ArtifactError(
+            f"{artifact.path}: was trained with {_in_words(trained)}, and the configuration says "
+            f"{_in_words(config.trained_interpolation)}: give train.interpolation, "
+            "train.interpolation_final and train.joint_weight as in training"
+        )
+
+
+def _in_words(interpolation: float | None) -> str:
+    if interpolation is None:
+        return "a λ that is chosen on validation (no joint loss)"
+    return f"λ = {interpolation}"
 
 
 def abstract_network(build: Callable[[nnx.Rngs], Network], mesh: jax.sharding.Mesh) -> Network:

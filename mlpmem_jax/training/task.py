@@ -67,6 +67,10 @@ class WindowTask(abc.ABC):
             sums=self._validation_sums,
         )
 
+    def flops_of(self, steps: range) -> float:
+        """Returns the model flops of some steps."""
+        return len(steps) * self.flops_per_step
+
     @abc.abstractmethod
     def loss(self, model: Any, frozen: Any, batch: Batch, step: jax.Array) -> LossParts:
         """Returns sums over a batch: loss, weight, and metrics."""

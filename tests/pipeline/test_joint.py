@@ -16,7 +16,11 @@ from flax import nnx
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.evaluation.stored import whole_array
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.rows import model_parts
+from mlpmem_jax.pipeline.stage import run_stage
+from mlpmem_jax.pipeline.variants import Variant
 from mlpmem_jax.training.networks import finished_decoder, finished_networks
 
 HERE = Path(__file__).resolve().parent
@@ -158,12 +162,47 @@ def test_a_gate_is_trained_offline_from_stored_logprobs(tiny_run, tmp_path, caps
         assert _main(workdir, command, *overrides) == 0
     results = json.loads((workdir / "results/gated/evaluate.json").read_text())
     assert results["systems"]["memory"]["interpolation_source"] == "gate"
+    # Tables of several runs mix with the same gate.
+    config = load_config(TINY, overrides, {"workdir": str(workdir)})
+    parts = model_parts(Variant.of(config))
+    assert [part.kind for part in parts] == ["mixture"]
+    for stage in parts[0].stages():
+        run_stage(stage)
+    scores = parts[0].scores("test")
+    label, logprob = (whole_array(scores, name) for name in ("label", "logprob"))
+    nats = -logprob[label != 0].astype(np.float64).mean()
+    assert nats == pytest.approx(results["systems"]["memory"]["test_nats"], rel=1e-6)
+    weight = results["systems"]["memory"]["interpolation"]
+    assert scores.load().counts["interpolation"] == pytest.approx(weight, rel=1e-6)
     # What was trained without a gate has none to use.
     ungated = ("memory.gate=learned", "train.joint_weight=1")
     assert _main(workdir, "evaluate", *ungated) == 2
     assert "memory.gate" in capsys.readouterr().err
     assert _main(workdir, "generate", *ungated) == 2
     assert "memory.gate=learned (trained with none)" in capsys.readouterr().err
+
+
+def test_another_interpolation_than_the_trained_one_is_refused(tiny_run, tmp_path, capsys):
+    workdir = _copy(tiny_run, tmp_path / "run")
+    joint = ("train.mode=joint", "train.decoder_optimizer.warmup_steps=2", "train.num_steps=2")
+    assert _main(workdir, "train", *joint, "train.optimizer.warmup_steps=1") == 0
+    capsys.readouterr()
+    same = ("train.mode=joint", "train.decoder_optimizer.warmup_steps=2")
+    assert _main(workdir, "generate", *same, "train.interpolation=0.9") == 2
+    message = capsys.readouterr().err
+    assert "was trained with λ = 0.3, and the configuration says λ = 0.9" in message
+    assert _main(workdir, "generate", *same) == 0
+    offline = ("train.joint_weight=1", "train.interpolation=0.9")
+    assert _main(workdir, "generate", *offline) == 2
+    assert "was trained with a λ that is chosen on validation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["analyze", "cost", "search-quality"])
+def test_what_is_about_a_frozen_decoder_refuses_joint_training(tmp_path, capsys, command):
+    assert _main(tmp_path / "none", command, *JOINT[:2], "train.num_steps=5") == 2
+    message = capsys.readouterr().err
+    assert f"train.mode=joint: {command} is about a memory beside a frozen decoder" in message
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_teacher_needs_the_same_tokens(tiny_run, tmp_path, capsys):

@@ -6,6 +6,7 @@ from flax import nnx
 
 from mlpmem_jax.compiling.steps import lower_step
 from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
+from mlpmem_jax.config.stages import TrainConfig
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.mesh import single_device_mesh
@@ -170,3 +171,31 @@ def test_peaks_by_kind(kind, peak):
         platform, device_kind = "accelerator", kind
 
     assert flops.peak_flops(Device()) == peak
+
+
+def _by_hand(train: TrainConfig, decoder: float, memory: float, steps: range) -> float:
+    """One step after another: forward, gradient of weights, gradient of what was read."""
+    total = 0.0
+    for step in steps:
+        decoder_moves = step >= train.decoder_freeze_steps
+        memory_moves = step >= train.memory_freeze_steps
+        total += decoder * (3 if decoder_moves else 1) + memory
+        total += memory * memory_moves
+        total += memory * (memory_moves or (decoder_moves and train.decoder_gradient > 0))
+    return total
+
+
+@pytest.mark.parametrize("gradient", [0.0, 0.5])
+@pytest.mark.parametrize("freezes", [(0, 0), (3, 0), (0, 4), (5, 2), (20, 0), (2, 2)])
+@pytest.mark.parametrize("steps", [range(10), range(3, 7), range(6, 6)])
+def test_what_is_frozen_is_charged_what_is_computed(gradient, freezes, steps):
+    train = TrainConfig(
+        mode="joint",
+        decoder_gradient=gradient,
+        decoder_freeze_steps=freezes[0],
+        memory_freeze_steps=freezes[1],
+    )
+    found = flops.joint_training_flops_per_token(train, 7.0, 2.0, steps)
+    assert found == _by_hand(train, 7.0, 2.0, steps)
+    if freezes == (0, 0):
+        assert found == 3 * (7.0 + 2.0) * len(steps)

@@ -31,6 +31,7 @@ def test_decoders_are_counted_as_they_are(keys):
         {"width": 32},
         {"width": 24, "block": "gelu", "input_norm": "rms"},
         {"width": 32, "head": "tied", "ffn_width": 50},
+        {"width": 24, "gate": "learned"},
     ],
 )
 def test_memories_are_counted_as_they_are(keys):

@@ -69,6 +69,9 @@ class Task:
         self._slow = slow or {}
         self.fed = []
 
+    def flops_of(self, steps):
+        return len(steps) * self.flops_per_step
+
     def build(self, rngs):
         return Linear(rngs)
 

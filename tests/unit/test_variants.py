@@ -174,9 +174,15 @@ def test_rows_are_planned_before_anything_exists(make_config: Callable[..., Conf
     assert small.decoders() == ["decoder/seed-0", "decoder/seed-0-small"]
 
 
-def _finished(workdir: Path, relative: str, made_from: dict[str, str], **measured: float) -> str:
+def _finished(
+    workdir: Path,
+    relative: str,
+    made_from: dict[str, str],
+    recipe: dict[str, object] | None = None,
+    **measured: float,
+) -> str:
     artifact = Artifact(workdir, relative, relative.split("/")[0])
-    artifact.begin({}, made_from)
+    artifact.begin(recipe or {}, made_from)
     return artifact.finish(measured=measured).fingerprint
 
 
@@ -231,6 +237,30 @@ def test_costs_count_everything_once_and_the_teacher_apart(fake_run: Path):
     assert cost.total_flops == cost.network_flops + 3.0 * 48.0
     alone = ledger.cost(["decoder/student"], ["decoder/student"])
     assert alone.total_flops == 10.0 and alone.total_seconds == 1.0
+
+
+@pytest.mark.parametrize("train", [{"alpha": 0.0}, {"alpha": 0.4, "memory_weight": 0.0}])
+def test_targets_that_the_loss_does_not_use_cost_nothing(fake_run: Path, train: dict[str, float]):
+    made_from = {"decoder/student": "", "datastore/student/train": "", "targets/teacher/train": ""}
+    recipe: dict[str, object] = {"train": train}
+    _finished(fake_run, "memory/ce", made_from, recipe, seconds=64.0, model_flops=640.0)
+    ledger = Ledger(fake_run, peak_flops=3.0)
+    cost = ledger.cost(["decoder/student", "memory/ce"], ["decoder/student"])
+    assert cost.seconds == {"pretrain": 1.0, "embed": 4.0, "train": 64.0}
+
+
+def test_what_is_made_anew_from_the_rows_own_decoder_is_no_teachers(fake_run: Path):
+    phase = {"decoder/student": "", "targets/teacher/train": ""}
+    _finished(fake_run, "joint/a.phase-0", phase, seconds=128.0, model_flops=1.0)
+    half_way = {"joint/a.phase-0": ""}
+    _finished(fake_run, "decoder/a.refresh-0", half_way, seconds=256.0, model_flops=0.0)
+    _finished(fake_run, "targets/a.refresh-0/train", {"decoder/a.refresh-0": ""}, seconds=512.0)
+    last = {"joint/a.phase-0": "", "targets/a.refresh-0/train": ""}
+    _finished(fake_run, "joint/a", last, seconds=1024.0, model_flops=1.0)
+    cost = Ledger(fake_run, peak_flops=3.0).cost(["joint/a"], ["decoder/student"])
+    assert cost.seconds["search"] == 512.0 and cost.seconds["train"] == 128.0 + 1024.0
+    assert cost.seconds["teacher"] == 2.0 + 8.0 + 16.0 + 32.0
+    assert cost.seconds["pretrain"] == 1.0 + 256.0 and cost.flops["pretrain"] == 10.0
 
 
 def test_forecasts_use_measured_rates(fake_run: Path):

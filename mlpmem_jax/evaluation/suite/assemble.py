@@ -18,7 +18,7 @@ class ScoredPart(Protocol):
 
     @property
     def kind(self) -> str:
-        """decoder, knn, knn_by_index, memory or joint."""
+        """decoder, knn, knn_by_index, memory, mixture or joint."""
         ...
 
     @property
@@ -113,6 +113,7 @@ def table_costs(config: Config, rows: Rows) -> dict[str, Any]:
             found.setdefault(row.key, {})[str(seed)] = {
                 **_size(row, vocab_size),
                 "temperature": _temperature(row),
+                "trained_weight": _trained_weight(row),
                 "recall": _recall(row),
                 "made_of": row.made_of(),
                 "cost": cost.as_json(),
@@ -126,9 +127,9 @@ def _size(row: TableRow, vocab_size: int) -> dict[str, int]:
     for part in row.parts:
         config = part.config
         counted = []
-        if part.kind in ("decoder", "joint"):
+        if part.kind in ("decoder", "mixture", "joint"):
             counted.append(decoder_parameters(config.decoder, vocab_size))
-        if part.kind in ("memory", "joint"):
+        if part.kind in ("memory", "mixture", "joint"):
             counted.append(memory_parameters(config.memory, config.decoder.width, vocab_size))
         for counts in counted:
             total["parameters"] += counts["total"]
@@ -140,6 +141,14 @@ def _temperature(row: TableRow) -> float | None:
     for part in row.parts:
         if part.kind.startswith("knn"):
             return float(part.scores("valid").load().counts["temperature"])
+    return None
+
+
+def _trained_weight(row: TableRow) -> float | None:
+    """Returns λ of networks that were trained with one, the mean over test tokens."""
+    for part in row.parts:
+        if part.kind in ("mixture", "joint"):
+            return float(part.scores("test").load().counts["interpolation"])
     return None
 
 

@@ -47,8 +47,9 @@ def by_epoch(results: Results, steps: Mapping[str, Sequence[int]]) -> dict[str, 
         steps: For each network, the step at the end of each epoch.
 
     Returns:
-        For each network its epochs, the best on test and on validation (means over seeds),
-        and how many nats the last has more than the best, with the paired interval.
+        For each network its epochs; the best, chosen on validation (mean over seeds), beside
+        the one that test would choose; and how many test nats the last has more than the best,
+        with the paired interval.
     """
     rows = {row["key"]: row for row in results["rows"]}
     pairs = {(pair["row"], pair["against"]): pair for pair in results["pairs"]}
@@ -63,14 +64,15 @@ def by_epoch(results: Results, steps: Mapping[str, Sequence[int]]) -> dict[str, 
             for split in ("test", "valid")
         }
         last = len(epochs)
-        lost = pairs.get((row_key(network, last), row_key(network, best["test"])))
+        chosen = best["valid"]
+        lost = pairs.get((row_key(network, last), row_key(network, chosen)))
         for one in epochs:
-            one["after_best"] = _difference(pairs, network, one["epoch"], best["test"])
+            one["after_best"] = _difference(pairs, network, one["epoch"], chosen)
         networks[network] = {
             "label": LABELS[network],
             "epochs": epochs,
-            "best_epoch": best["test"],
-            "best_epoch_on_valid": best["valid"],
+            "best_epoch": chosen,
+            "best_epoch_on_test": best["test"],
             "lost_after_best": lost and {k: lost[k] for k in ("value", "low", "high", "resolved")},
         }
     return networks
@@ -127,13 +129,16 @@ def sentence(network: Results, level: str) -> str:
     best, last = network["best_epoch"], len(network["epochs"])
     label = network["label"]
     if best == last:
-        return f"{label}: best after the last epoch ({last}): no overfitting within {last} epochs."
+        return (
+            f"{label}: best on validation after the last epoch ({last}; test would choose "
+            f"{network['best_epoch_on_test']}): no overfitting within {last} epochs."
+        )
     lost = network["lost_after_best"]
     interval = bracket_text(lost["low"], lost["high"], 3)
     sure = "" if lost["resolved"] else ", not resolved"
     return (
-        f"{label}: best after epoch {best} of {last} (on validation after epoch "
-        f"{network['best_epoch_on_valid']}); {number(lost['value'], 3)} nats are lost after it "
+        f"{label}: best on validation after epoch {best} of {last} (test would choose "
+        f"{network['best_epoch_on_test']}); {number(lost['value'], 3)} test nats are lost after it "
         f"({level} interval {interval}{sure})."
     )
 
@@ -185,8 +190,8 @@ def draw(results: Results) -> bytes:
     right.axhline(0, color=LINE, linewidth=0.8)
     epochs_label = "epochs over the training text"
     axis_labels(left, epochs_label, "nats per token")
-    axis_labels(right, epochs_label, "test nats above the best epoch")
-    about = "dashed: validation; rings: the best epoch on test"
+    axis_labels(right, epochs_label, "test nats above the epoch that validation chooses")
+    about = "dashed: validation; rings: the epoch that validation chooses"
     wide_title(left, "Test and validation by epoch", about)
     about = f"band: {level} interval of the paired difference, over documents"
     wide_title(right, "What is lost", about)

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from mlpmem_jax.datastore.layout import REFRESHED
 from mlpmem_jax.datastore.manifest import Artifact, Manifest
 
 _FREE = ("tokenizer", "tokens")
@@ -63,6 +64,10 @@ class Cost:
         }
 
 
+def _kind(relative: str) -> str:
+    return relative.split("/")[0]
+
+
 class Ledger:
     """Reads the manifests of one work directory, each once."""
 
@@ -89,17 +94,25 @@ class Ledger:
         todo = list(relatives)
         while todo:
             relative = todo.pop()
-            if relative in found or relative.split("/")[0] in _FREE:
+            if relative in found or _kind(relative) in _FREE:
                 continue
             found[relative] = None
-            todo += self._manifest(relative).made_from
+            todo += self._used(relative)
         return found
 
+    def _used(self, relative: str) -> list[str]:
+        """Returns what an artifact was made from, less targets that its loss does not use."""
+        manifest = self._manifest(relative)
+        train = manifest.recipe.get("train", {})
+        unused = train.get("alpha") == 0 or train.get("memory_weight") == 0
+        return [name for name in manifest.made_from if not (unused and _kind(name) == "targets")]
+
     def _purpose(self, relative: str, decoders: set[str]) -> str:
-        kind = relative.split("/")[0]
-        if kind in ("memory", "joint"):
+        kind = _kind(relative)
+        # What joint training makes anew from its own decoder half-way is no teacher's.
+        if kind in ("memory", "joint") or REFRESHED in relative:
             return PURPOSES[kind]
-        made_by = {name for name in self.closure([relative]) if name.split("/")[0] == "decoder"}
+        made_by = {name for name in self.closure([relative]) if _kind(name) == "decoder"}
         return PURPOSES[kind] if made_by <= decoders else TEACHER
 
     def cost(self, relatives: Iterable[str], decoders: Iterable[str]) -> Cost:

@@ -31,7 +31,7 @@ def color_of(row: Results) -> str:
     kinds = [part.split("-")[0] for part in row["parts"]]
     if "joint" in kinds:
         return _COLORS["joint"]
-    if "memory" in kinds:
+    if "memory" in kinds or "mixture" in kinds:
         return _COLORS["memory and knn" if "knn" in kinds else "memory"]
     if "knn" in kinds:
         return _COLORS["knn"]

@@ -32,7 +32,7 @@ ROW_COLUMNS = (
     "difference", "difference_low", "difference_high", "difference_min", "difference_max",
     "gain_recovered", "gain_recovered_low", "gain_recovered_high",
     "token_perplexity", "word_perplexity", "bits_per_byte",
-    "valid_nats", "valid_low", "valid_high", "weights", "temperature",
+    "valid_nats", "valid_low", "valid_high", "weights", "trained_weight", "temperature",
     "parameters", "non_embedding_parameters",
     "flops", "network_flops", *(f"flops_{purpose}" for purpose in _PURPOSES),
     "seconds",
@@ -62,6 +62,9 @@ def mean_cost(measured: Results, key: str) -> dict[str, Any]:
         "flops_by_purpose": flops,
         "seconds": _mean([one["cost"]["seconds"] for one in seeds]),
         "temperature": _mean(temperatures) if temperatures else None,
+        "trained_weight": None
+        if seeds[0]["trained_weight"] is None
+        else _mean([one["trained_weight"] for one in seeds]),
     }
 
 
@@ -112,7 +115,7 @@ def _cost(row: Results, cost: Results) -> list[str]:
     return [
         row["label"],
         number(row["valid_nats"]["value"], 3),
-        weights_cell(row["weights"]) or DASH,
+        weights_cell(row["weights"]) or _trained_cell(cost["trained_weight"]),
         number(cost["temperature"], 3),
         count_text(cost["parameters"]),
         count_text(cost["non_embedding_parameters"]),
@@ -120,6 +123,10 @@ def _cost(row: Results, cost: Results) -> list[str]:
         f"{cost['network_flops']:.3g}",
         duration(cost["seconds"]),
     ]
+
+
+def _trained_cell(weight: float | None) -> str:
+    return DASH if weight is None else f"{number(weight, 3)} (trained)"
 
 
 def _notes(results: Results, measured: Results) -> list[str]:
@@ -196,8 +203,8 @@ def _flat_row(row: Results, seed: str, found: Results) -> dict[str, Any]:
 
 def _flat_cost(cost: Results) -> dict[str, Any]:
     names = (
-        "temperature", "parameters", "non_embedding_parameters", "flops", "network_flops",
-        "seconds",
+        "temperature", "trained_weight", "parameters", "non_embedding_parameters", "flops",
+        "network_flops", "seconds",
     )  # fmt: skip
     by_purpose = {f"flops_{p}": cost["flops_by_purpose"].get(p, 0.0) for p in _PURPOSES}
     return {name: cost[name] for name in names} | by_purpose

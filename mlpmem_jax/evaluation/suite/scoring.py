@@ -24,7 +24,7 @@ from mlpmem_jax.evaluation.remembered import remember
 from mlpmem_jax.evaluation.stored import whole_array
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.training.networks import finished_decoder, finished_networks
+from mlpmem_jax.training.networks import finished_decoder, finished_memory, finished_networks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +83,36 @@ def score_memory_alone(
     return _written(layout, artifact, scores.logprob_N, stored_labels(layout, split), {})
 
 
-def score_joint(
-    config: Config, split: Split, artifact: Artifact, mesh: jax.sharding.Mesh
+def score_mixture(
+    config: Config,
+    split: Split,
+    artifact: Artifact,
+    mesh: jax.sharding.Mesh,
+    step: int | None = None,
 ) -> Scored:
-    """Scores jointly trained networks: the mixture by the λ that they were trained with."""
+    """Scores decoder and memory mixed by the λ that they were trained with.
+
+    Args:
+        config: Their configuration.
+        split: What is scored.
+        artifact: Where the scores go.
+        mesh: Devices.
+        step: Of a memory beside a frozen decoder, a step before its last; None: the last.
+    """
     layout = Layout(config)
     decoder, memory = finished_networks(config, mesh)
+    if step is not None:
+        memory = finished_memory(config, mesh, step)
     scores = remember(config, split, decoder, memory, mesh)
-    assert scores.decoder_N is not None and scores.weight is not None
-    logprob_N = mixture_logprob(scores.logprob_N, scores.decoder_N, scores.weight)
+    assert scores.weight is not None
+    decoder_N = scores.decoder_N
+    if decoder_N is None:
+        decoder_N = whole_array(layout.datastore(split), "logprob")
+    logprob_N = mixture_logprob(scores.logprob_N, decoder_N, scores.weight)
     tokens = TokenSplit.open(layout.tokens, split)
     label_N = tokens.read(1, tokens.num_tokens)
-    counts = {"interpolation": float(np.mean(scores.weight))}
+    weight_N = np.broadcast_to(scores.weight, label_N.shape)[label_N != tokens.separator_id]
+    counts = {"interpolation": float(np.mean(weight_N, dtype=np.float64))}
     return _written(layout, artifact, logprob_N, label_N, counts)
 
 

@@ -200,6 +200,8 @@ def count_memory(config: MemoryConfig, input_width: int, vocab_size: int) -> int
         total += input_width * width
     if config.head == "untied":
         total += layers.padded_vocab_size(vocab_size) * width
+    if config.gate == "learned":
+        total += input_width + 1
     return total
 
 
