@@ -173,7 +173,8 @@ def test_a_gate_is_trained_offline_from_stored_logprobs(tiny_run, tmp_path, caps
     nats = -logprob[label != 0].astype(np.float64).mean()
     assert nats == pytest.approx(results["systems"]["memory"]["test_nats"], rel=1e-6)
     weight = results["systems"]["memory"]["interpolation"]
-    assert scores.load().counts["interpolation"] == pytest.approx(weight, rel=1e-6)
+    counts = parts[0].scores("valid").load().counts
+    assert counts["interpolation"] == pytest.approx(weight, rel=1e-6)
     # What was trained without a gate has none to use.
     ungated = ("memory.gate=learned", "train.joint_weight=1")
     assert _main(workdir, "evaluate", *ungated) == 2
