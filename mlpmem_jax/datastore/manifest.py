@@ -236,7 +236,19 @@ class Artifact:
     ) -> None:
         """Records what is about to be made, and by which run, so that it can be continued."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / BUILDING, {"recipe": recipe, "made_from": made_from, "run": run})
+        begun = {"recipe": recipe, "made_from": made_from, "run": run, "seconds": self.spent()}
+        write_json(self.path / BUILDING, begun)
+
+    def spent(self) -> float:
+        """Returns the seconds that earlier starts have spent on it, as far as they recorded it."""
+        if not (self.path / BUILDING).exists():
+            return 0.0
+        return float(read_json(self.path / BUILDING).get("seconds", 0.0))
+
+    def record_spent(self, seconds: float) -> None:
+        """Records the seconds spent so far, for the start after a kill."""
+        begun = read_json(self.path / BUILDING)
+        write_json(self.path / BUILDING, begun | {"seconds": seconds})
 
     def is_of(self, run: str | None) -> bool:
         """Returns whether this run made or began it; a run without a name made nothing."""

@@ -1,7 +1,9 @@
 """A stage makes one artifact: skipped when current, continued when interrupted."""
 
+import contextlib
 import dataclasses
 import enum
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +17,7 @@ from mlpmem_jax.parallel.multihost import barrier, is_active, is_writer
 from mlpmem_jax.parallel.preemption import Preempted, preempted, run_id
 from mlpmem_jax.parallel.sharing import process_index
 
+_RECORD_SECS = 30.0
 _VISIBLE_SECS = 120.0  # longer than file systems keep what they knew of a folder
 
 
@@ -74,6 +77,49 @@ class Stage:
     def origins(self) -> Sequence[Artifact]:
         """Returns the upstream artifacts."""
         return self.upstream() if callable(self.upstream) else self.upstream
+
+
+class Stopwatch:
+    """Measures how long an artifact takes to make, over all starts that it takes.
+
+    What was spent is recorded beside the artifact now and then, so that a kill costs the record
+    half a minute: costs, and the controls that are sized by them, rest on it.
+
+    Args:
+        artifact: What is made; it has been begun.
+    """
+
+    def __init__(self, artifact: Artifact):
+        self._artifact = artifact
+        self._before = artifact.spent()
+        self._started = time.monotonic()
+        self._stopped = threading.Event()
+        self._recorder = threading.Thread(target=self._record_now_and_then, daemon=True)
+        self.seconds = self._before
+
+    def __enter__(self) -> "Stopwatch":
+        """Starts."""
+        if is_writer():
+            self._recorder.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stops, whether the artifact was made or not."""
+        self.seconds = self._before + time.monotonic() - self._started
+        self._stopped.set()
+        if is_writer():
+            self._recorder.join()
+            self._record()
+
+    def _record_now_and_then(self) -> None:
+        while not self._stopped.wait(_RECORD_SECS):
+            self.seconds = self._before + time.monotonic() - self._started
+            self._record()
+
+    def _record(self) -> None:
+        # Whatever is wrong with the disk, what is being made will meet it and say so.
+        with contextlib.suppress(OSError, ArtifactError):
+            self._artifact.record_spent(self.seconds)
 
 
 class Rebuild(enum.Enum):
@@ -183,15 +229,15 @@ def _make(
     before_building: Callable[[], None],
 ) -> None:
     say(f"{stage.name}: " + ("continuing" if status is Status.PARTIAL else "making"))
-    started = time.monotonic()
     if is_writer():
         before_building()
         stage.artifact.begin(stage.recipe, made_from, run_id())
     barrier(f"{stage.name}: begun")
     builds = stage.builders is Builders.ALL or is_writer()
-    completion = stage.build() if builds else Completion()
-    barrier(f"{stage.name}: built")
-    seconds = time.monotonic() - started
+    with Stopwatch(stage.artifact) as stopwatch:
+        completion = stage.build() if builds else Completion()
+        barrier(f"{stage.name}: built")
+    seconds = stopwatch.seconds
     if is_writer():
         stage.artifact.finish(
             counts=completion.counts,

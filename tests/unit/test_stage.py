@@ -1,10 +1,14 @@
 """When a stage makes its artifact, and when it makes it again."""
 
+import functools
+import time
+
 import pytest
 
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.parallel.preemption import RUN_ID
+from mlpmem_jax.pipeline import stage
 from mlpmem_jax.pipeline.stage import Completion, Rebuild, Stage, run_stage, run_stages
 
 
@@ -71,3 +75,43 @@ def test_mistakes_of_all_stages_come_together_and_before_anything_is_made(tmp_pa
     with pytest.raises(UserError, match="third"):
         run_stages([stage("a", []), stage("b", []), stage("c", ["third"])])
     assert made == ["a"]
+
+
+def test_seconds_are_those_of_all_starts_also_of_one_that_was_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "_RECORD_SECS", 0.02)
+    artifact = Artifact(tmp_path / "run", "memory/base", "memory")
+    recorded = []
+
+    def build(fails):
+        time.sleep(0.3)
+        recorded.append(artifact.spent())  # What a kill would leave here.
+        if fails:
+            raise KeyboardInterrupt
+        return Completion()
+
+    for fails in (True, True, False):
+        one = Stage(artifact, {}, (), functools.partial(build, fails))
+        if fails:
+            with pytest.raises(KeyboardInterrupt):
+                run_stage(one)
+        else:
+            run_stage(one)
+    assert 0.1 < recorded[0] < recorded[1] - 0.2 < recorded[2] - 0.4
+    assert artifact.load().measured["seconds"] >= 0.9
+    assert not (artifact.path / "building.json").exists()
+
+
+def test_a_disk_that_takes_no_record_does_not_stop_what_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "_RECORD_SECS", 0.01)
+    artifact = Artifact(tmp_path / "run", "memory/base", "memory")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def build():
+        monkeypatch.setattr(Artifact, "record_spent", full)
+        time.sleep(0.1)
+        return Completion()
+
+    run_stage(Stage(artifact, {}, (), build))
+    assert artifact.load().measured["seconds"] >= 0.1
