@@ -43,8 +43,10 @@ class RecipeConfig(Section):
     overrides: tuple[str, ...] = setting(
         (), "what is different, section.key=value each, as on the command line"
     )
-    parts: Literal["all", "decoder"] = setting(
-        "all", "all: decoder with memory, or joint; decoder: the decoder alone"
+    parts: Literal["all", "decoder", "beside"] = setting(
+        "all",
+        "all: decoder with memory, or joint; decoder: the decoder alone; beside: the decoder mixed "
+        "with that of the configuration",
     )
     teacher: str | None = setting(
         None, "which of compare.teachers makes the targets; none: the row's own decoder"

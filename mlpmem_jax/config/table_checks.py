@@ -84,5 +84,5 @@ def _teachers(config: Config, rows: list[str]) -> Iterator[str]:
         if recipe.teacher is not None and recipe.teacher not in teachers:
             known = ", ".join(teachers) or "there are none"
             yield f"{where}.teacher={recipe.teacher} is none of compare.teachers ({known})"
-        if recipe.teacher is not None and recipe.parts == "decoder":
+        if recipe.teacher is not None and recipe.parts != "all":
             yield f"{where}.teacher={recipe.teacher} teaches a memory: {where}.parts must be all"

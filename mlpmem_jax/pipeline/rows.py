@@ -296,7 +296,12 @@ def model_parts(variant: Variant, step: int | None = None) -> tuple[Part, ...]:
 
 def _own_parts(recipe: RecipeConfig, plan: SeedPlan) -> tuple[Part, ...]:
     changed = plan.changed(recipe)
-    return (Part("decoder", changed),) if recipe.parts == "decoder" else model_parts(changed)
+    alone = Part("decoder", changed)
+    made: dict[str, tuple[Part, ...]] = {
+        "decoder": (alone,),
+        "beside": (plan.decoder, alone),
+    }
+    return made[recipe.parts] if recipe.parts in made else model_parts(changed)
 
 
 def row_recipe(config: Config, key: str) -> RowRecipe:
@@ -322,7 +327,7 @@ def check_recipes(config: Config) -> None:
     """
     mistakes = []
     plan = SeedPlan(config, config.compare.seeds[0])
-    configured = {part.name for part in model_parts(plan.base)}
+    configured = {part.name for part in (plan.decoder, *model_parts(plan.base))}
     refused = set()
     for place, teacher in enumerate(config.compare.teachers):
         try:

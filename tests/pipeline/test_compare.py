@@ -307,6 +307,10 @@ def test_overfitting_by_epoch(compared: Path, capsys: pytest.CaptureFixture[str]
             "compare.recipes.0.overrides=['train.log_interval_steps=3'] decide nothing",
         ),
         (
+            ["compare.recipes=[{name: a, parts: beside, overrides: [train.num_steps=3]}]"],
+            "compare.recipes.0.overrides=['train.num_steps=3'] decide nothing",
+        ),
+        (
             ["compare.recipes=[{name: a, teacher: wider}]"],
             "compare.recipes.0.teacher=wider is none of compare.teachers (wide)",
         ),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mlpmem_jax.config.load import changed_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.datastore.manifest import Artifact
@@ -172,6 +173,18 @@ def test_rows_are_planned_before_anything_exists(make_config: Callable[..., Conf
     assert longer.parts[0].config.pretrain.num_steps > config.pretrain.num_steps
     assert small.parts[1].config.decoder.width < config.decoder.width
     assert small.decoders() == ["decoder/seed-0", "decoder/seed-0-small"]
+
+
+def test_a_row_can_mix_the_decoder_with_another(tiny_config: Config):
+    recipe = "{name: second, parts: beside, overrides: [decoder.width=24, pretrain.num_steps=3]}"
+    config = changed_config(tiny_config, {}, [f"compare.recipes=[{recipe}]"])
+    row = planned_row(SeedPlan(config, 7), "second")
+    assert row is not None
+    assert [part.name for part in row.parts] == ["decoder-seed-7", "decoder-seed-7-second"]
+    assert row.parts[1].config.decoder.width == 24
+    kinds = {stage.artifact.kind for stage in row.stages()}
+    assert kinds == {"decoder", "scores"}
+    assert row.decoders() == ["decoder/seed-7", "decoder/seed-7-second"]
 
 
 def _finished(
