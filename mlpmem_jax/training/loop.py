@@ -15,7 +15,7 @@ from mlpmem_jax.training.checkpoint import Checkpoints
 from mlpmem_jax.training.monitor import Monitor
 from mlpmem_jax.training.optimizer import group_optimizer, parameter_groups
 from mlpmem_jax.training.state import ITEM_NAMES, Blueprint, TrainState
-from mlpmem_jax.training.step import LossParts, TrainStep, make_train_step
+from mlpmem_jax.training.step import LossParts, TrainStep, make_train_step, waiting_groups
 
 
 class Batches(Protocol):
@@ -113,11 +113,15 @@ def fit(
     checkpoints = Checkpoints(directory, config.keep_checkpoints, ITEM_NAMES, saves)
     state, start = _begin(task, blueprint, checkpoints)
     monitor = Monitor(task, config, start, stop, metrics_directory, checkpoints)
+    waiting = waiting_groups(config, start)
     with jax.set_mesh(mesh), stopping_where_asked():
         feed = task.feed(range(start, stop))
         for step in range(start, stop):
             batch = next(feed)
-            state, metrics = train_step(state, task.frozen, batch)
+            if waiting_groups(config, step) != waiting:
+                waiting = waiting_groups(config, step)
+                monitor.compiles()
+            state, metrics = train_step(state, task.frozen, batch, waiting=waiting)
             monitor.dispatched(step + 1, metrics, feed.wait_secs)
             if _due(step + 1, config.eval_interval_steps, stop):
                 monitor.pause()

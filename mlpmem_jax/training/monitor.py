@@ -57,6 +57,11 @@ class _Clock:
             self._begun = True
             self.resume()
 
+    def begin_anew(self) -> None:
+        """Runs again from the end of the next step on."""
+        self.pause()
+        self._begun = False
+
     def pause(self) -> None:
         """What passes from now on is not training."""
         if self._running_since is not None:
@@ -175,6 +180,11 @@ class Monitor:
             "input_wait_share": wait / seconds,
             "secs_per_step": seconds / steps,
         }
+
+    def compiles(self) -> None:
+        """Waits likewise; the next step is compiled first, and is not timed."""
+        self.settle()
+        self._clock.begin_anew()
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes validation metrics, measured after `pause`."""

@@ -100,15 +100,17 @@ def parameter_groups(config: TrainingConfig) -> tuple[ParameterGroup, ...]:
     return (ParameterGroup("", config.optimizer, 0, steps),)
 
 
+def group_of(path: tuple[Any, ...]) -> str:
+    """Returns the name of the group that a parameter belongs to, where there are several."""
+    return jax.tree_util.keystr(path[:1], simple=True)
+
+
 def group_optimizer(groups: tuple[ParameterGroup, ...]) -> optax.GradientTransformation:
     """Returns one optimiser for a network of several groups: a group is clipped by itself."""
     if len(groups) == 1:
         return groups[0].optimizer()
 
     def labels(params: Any) -> Any:
-        def of(path: tuple[Any, ...], _: Any) -> str:
-            return jax.tree_util.keystr(path[:1], simple=True)
-
-        return jax.tree_util.tree_map_with_path(of, params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: group_of(path), params)
 
     return optax.partition({group.name: group.optimizer() for group in groups}, labels)

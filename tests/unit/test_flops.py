@@ -4,6 +4,7 @@ import jax
 import pytest
 from flax import nnx
 
+from mlpmem_jax.compiling.blank import BlankRun, abstract_batch
 from mlpmem_jax.compiling.steps import lower_step
 from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
 from mlpmem_jax.config.stages import TrainConfig
@@ -11,6 +12,9 @@ from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.training import flops
+from mlpmem_jax.training.joint_training import JointTask
+from mlpmem_jax.training.loop import assemble
+from mlpmem_jax.training.step import waiting_groups
 
 VOCAB, LENGTH = 1000, 64
 LLAMA = DecoderConfig(width=256, num_layers=2, num_kv_heads=2, layer_loop="unroll", attention="xla")
@@ -199,3 +203,26 @@ def test_what_is_frozen_is_charged_what_is_computed(gradient, freezes, steps):
     assert found == _by_hand(train, 7.0, 2.0, steps)
     if freezes == (0, 0):
         assert found == 3 * (7.0 + 2.0) * len(steps)
+
+
+@pytest.mark.parametrize("gradient", ["1.0", "0.0"])
+@pytest.mark.parametrize("waiting", ["decoder", "memory"])
+def test_flops_of_a_step_in_which_a_network_waits_agree_with_xla(make_config, waiting, gradient):
+    keys = (f"train.{waiting}_freeze_steps=5", f"train.decoder_gradient={gradient}")
+    config = make_config(*STEP, *JOINT, *keys)
+    mesh = single_device_mesh()
+    task = JointTask(config, mesh, BlankRun(config))
+    with jax.set_mesh(mesh):
+        blueprint, step = assemble(task, config.train, seed=0, mesh=mesh)
+        batch = abstract_batch(task.source, config.train.batch_size, mesh)
+        groups = waiting_groups(config.train, 0)
+        assert groups == {waiting}
+        lowered = step.lower(blueprint.abstract(), task.frozen, batch, waiting=groups)
+    counted = lowered.compile().cost_analysis()["flops"]
+    full, half = (
+        flops.decoder_flops_per_token(config.decoder, VOCAB, LENGTH, attention=attention)
+        for attention in ("full", "half")
+    )
+    unseen = (1 if waiting == "decoder" else 3) * TOKENS * (full - half)
+    assert counted == pytest.approx(task.flops_of(range(1)) + unseen, rel=0.05)
+    assert task.flops_of(range(1)) < 0.9 * task.flops_of(range(6, 7))

@@ -19,7 +19,7 @@ from mlpmem_jax.input.feed import Feed
 from mlpmem_jax.models.layers import parameter
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.parallel.preemption import Preempted, listening, stopping_where_asked
-from mlpmem_jax.training import loop
+from mlpmem_jax.training import loop, monitor
 from mlpmem_jax.training.loop import assemble, fit
 from mlpmem_jax.training.optimizer import learning_rate_schedule
 from mlpmem_jax.training.step import LossParts
@@ -337,10 +337,10 @@ def test_what_is_timed_is_training_and_not_compiling_or_validating(tmp_path, mon
         monkeypatch.setattr(loop, "assemble", assemble)
         compiled = []
 
-        def slow(*arguments):
+        def slow(*arguments, waiting):
             if not compiled:
                 compiled.append(time.sleep(3))
-            return train_step(*arguments)
+            return train_step(*arguments, waiting=waiting)
 
         return blueprint, slow
 
@@ -356,3 +356,22 @@ def test_what_is_timed_is_training_and_not_compiling_or_validating(tmp_path, mon
     assert max(record["secs_per_step"] for record in records) < 0.9
     assert measured["input_wait_share"] * seconds == pytest.approx(8 * 0.05)
     assert measured["compile_secs"] == records[0]["compile_secs"]
+
+
+def test_the_clock_leaves_out_what_is_compiled_on_the_way(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: now[0])
+
+    def step(seconds):
+        now[0] += seconds
+        clock.dispatched(0.0)
+        clock.finished()
+
+    clock = monitor._Clock()
+    for seconds in (30.0, 1.0, 1.0):  # The first compiles.
+        step(seconds)
+    clock.begin_anew()
+    for seconds in (30.0, 2.0):
+        step(seconds)
+    assert clock.lap() == (3, 4.0, 0.0)
+    assert clock.compile_secs == 30.0
