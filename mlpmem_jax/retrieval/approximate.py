@@ -231,7 +231,7 @@ class ApproximateEngine:
         for number, name in enumerate(of_first(names) if self.spans_processes else names):
             shard = path / name
             about: Mapping[str, Any] = read_json(shard / SHARD)
-            files: Mapping[str, Any] = about["files"]
+            files: Mapping[str, Any] = _described(shard, about)
             is_held = is_mine(number) or not self.spans_processes
             # The order of queries needs the leaves of all rows: four bytes a row.
             needed = {n: of for n, of in files.items() if is_held or n == _LEAF_OF_ROW}
@@ -296,6 +296,21 @@ def _in_order(distance_QK: np.ndarray, id_QK: np.ndarray, first_row: int) -> Nei
     packed.sort(axis=1)
     distance_QK, row_QK = unpack(packed)
     return Neighbors(distance_QK, np.where(np.isinf(distance_QK), MISSING_ROW, row_QK + first_row))
+
+
+def _described(shard: epath.Path, about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the files of a shard with their checksums.
+
+    Raises:
+        ArtifactError: There are none: an earlier version wrote it.
+    """
+    files = about.get("files")
+    if not isinstance(files, Mapping):
+        raise ArtifactError(
+            f"{shard / SHARD}: files={files!r} has no checksums, an earlier version wrote it; make "
+            "the index again with `index --rebuild`"
+        )
+    return files
 
 
 @contextlib.contextmanager

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.config.data import RetrievalConfig
-from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.datastore.files import read_json, write_json
+from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.retrieval import approximate, recall
 from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
@@ -83,6 +84,12 @@ def test_scann_against_exact(tmp_path, shard_rows):
     assert measure_with(first) < 0.9
     settings, calibrated = recall.calibrate(measure_with, first, everything, floor=0.95)
     assert calibrated > 0.95 and settings.num_leaves_to_search > 1
+    # An index of an earlier version listed files without checksums.
+    shard = epath.Path(tmp_path) / "shard-00000" / approximate.SHARD
+    about = read_json(shard)
+    write_json(shard, about | {"files": list(about["files"])})
+    with pytest.raises(ArtifactError, match="has no checksums, an earlier version wrote it"):
+        ApproximateEngine(epath.Path(tmp_path), everything)
     assert calibrated == measure_with(settings)
 
 
