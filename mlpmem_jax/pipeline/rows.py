@@ -297,11 +297,9 @@ def model_parts(variant: Variant, step: int | None = None) -> tuple[Part, ...]:
 def _own_parts(recipe: RecipeConfig, plan: SeedPlan) -> tuple[Part, ...]:
     changed = plan.changed(recipe)
     alone = Part("decoder", changed)
-    made: dict[str, tuple[Part, ...]] = {
-        "decoder": (alone,),
-        "beside": (plan.decoder, alone),
-    }
-    return made[recipe.parts] if recipe.parts in made else model_parts(changed)
+    if recipe.parts == "decoder":
+        return (alone,)
+    return (plan.decoder, alone) if recipe.parts == "beside" else model_parts(changed)
 
 
 def row_recipe(config: Config, key: str) -> RowRecipe:

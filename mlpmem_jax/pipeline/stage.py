@@ -91,7 +91,8 @@ class Stopwatch:
 
     def __init__(self, artifact: Artifact):
         self._artifact = artifact
-        self._before = artifact.spent()
+        # The others need no record, and may see it later or half-written (NFS).
+        self._before = artifact.spent() if is_writer() else 0.0
         self._started = time.monotonic()
         self._stopped = threading.Event()
         self._recorder = threading.Thread(target=self._record_now_and_then, daemon=True)
@@ -117,8 +118,9 @@ class Stopwatch:
             self._record()
 
     def _record(self) -> None:
-        # Whatever is wrong with the disk, what is being made will meet it and say so.
-        with contextlib.suppress(OSError, ArtifactError):
+        # Whatever is wrong with disk or bucket, what is being made will meet it and say so; a
+        # record must not hide that, and clients of buckets have errors of their own.
+        with contextlib.suppress(Exception):
             self._artifact.record_spent(self.seconds)
 
 

@@ -7,7 +7,6 @@ import jax
 from flax import nnx
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.config.stages import TrainConfig
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ArtifactError
@@ -19,6 +18,8 @@ from mlpmem_jax.training.checkpoint import Checkpoints, restore_finished
 from mlpmem_jax.training.state import flatten, split_module, structure, unflatten
 
 Network = TypeVar("Network", bound=nnx.Module)
+# What decides the λ of training (`Config.trained_interpolation`).
+_INTERPOLATION = ("mode", "joint_weight", "interpolation", "interpolation_final")
 
 
 def vocab_size(config: Config) -> int:
@@ -166,7 +167,9 @@ def check_interpolation(config: Config, artifact: Artifact) -> None:
     """
     if config.memory.gate == "learned":
         return
-    train = TrainConfig.model_validate(artifact.load().recipe["train"])
+    recipe = artifact.load().recipe["train"]
+    decides = {name: recipe[name] for name in _INTERPOLATION if name in recipe}
+    train = config.train.model_copy(update=decides)
     trained = config.model_copy(update={"train": train}).trained_interpolation
     if trained != config.trained_interpolation:
         raise ArtifactError(
