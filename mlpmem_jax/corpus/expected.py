@@ -6,7 +6,6 @@ from mlpmem_jax.config.data import CorpusConfig
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.sources import find_parts, listing_of
 from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.datastore.manifest import MANIFEST
 
 # Of text; vocabularies of 4 k entries on source code have 3.4, of 50 k on English 4.4.
 BYTES_PER_TOKEN = 3
@@ -25,7 +24,7 @@ def count_rows(config: Config, split: Split) -> tuple[int, bool] | None:
         UserError: The sources of the corpus match nothing.
     """
     layout = Layout(config)
-    if (layout.tokens.path / MANIFEST).exists():
+    if layout.tokens.is_complete():
         return max(0, int(layout.tokens.load().counts[f"{split}_tokens"]) - 1), True
     num_bytes = _split_bytes(config.corpus)[split]
     return (num_bytes // BYTES_PER_TOKEN, False) if num_bytes else None

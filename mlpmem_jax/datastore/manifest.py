@@ -92,12 +92,13 @@ def software_versions() -> dict[str, str]:
     return versions
 
 
-def _differences(made: Any, asked: Any, path: str = "") -> list[str]:
+def differences(made: Any, asked: Any, path: str = "") -> list[str]:
+    """Returns where two recipes differ, "key=value, now value" each."""
     if isinstance(made, Mapping) and isinstance(asked, Mapping):
         lines = []
         for name in sorted(set(made) | set(asked)):
             inner = f"{path}.{name}" if path else name
-            lines += _differences(made.get(name), asked.get(name), inner)
+            lines += differences(made.get(name), asked.get(name), inner)
         return lines
     if made == asked:
         return []
@@ -117,6 +118,10 @@ class Artifact:
 
     def __repr__(self) -> str:
         return f"Artifact({str(self.path)!r}, kind={self.kind!r})"
+
+    def is_complete(self) -> bool:
+        """Whether there is a manifest, of whatever settings."""
+        return bool((self.path / MANIFEST).exists())
 
     def load(self) -> Manifest:
         """Reads the manifest.
@@ -221,9 +226,9 @@ class Artifact:
         new = _as_json({"recipe": recipe, "made_from": made_from})
         if old == new:
             return
-        lines = _differences(old["recipe"], new["recipe"])
+        lines = differences(old["recipe"], new["recipe"])
         lines += [
-            f"from another {line}" for line in _differences(old["made_from"], new["made_from"])
+            f"from another {line}" for line in differences(old["made_from"], new["made_from"])
         ]
         shown = "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
         raise ArtifactError(
@@ -236,8 +241,14 @@ class Artifact:
     ) -> None:
         """Records what is about to be made, and by which run, so that it can be continued."""
         self.path.mkdir(parents=True, exist_ok=True)
-        begun = {"recipe": recipe, "made_from": made_from, "run": run, "seconds": self.spent()}
-        write_json(self.path / BUILDING, begun)
+        begun = _as_json({"recipe": recipe, "made_from": made_from})
+        seconds = 0.0
+        if (self.path / BUILDING).exists():
+            before = read_json(self.path / BUILDING)
+            # What was tried otherwise, and left nothing, is no part of this.
+            if {name: before.get(name) for name in begun} == begun:
+                seconds = self.spent()
+        write_json(self.path / BUILDING, begun | {"run": run, "seconds": seconds})
 
     def spent(self) -> float:
         """Returns the seconds that earlier starts have spent on it, as far as they recorded it."""

@@ -27,11 +27,12 @@ def network_cost(network: nnx.Module, counts: dict[str, int]) -> dict[str, int]:
 
 
 def datastore_bytes(layout: Layout) -> int:
-    """Returns the bytes of keys, labels and index that a kNN-LM searches."""
+    """Returns the bytes that a kNN-LM searches: labels, and keys or the index that holds them."""
     arrays = layout.datastore("train").load().arrays
-    stored = sum(_array_bytes(arrays[name]) for name in ("key", "label"))
     files = layout.index.load().files
-    return stored + sum(int(file["bytes"]) for file in files.values())
+    index = sum(int(file["bytes"]) for file in files.values())
+    exact = layout.index.load().counts.get("engine") == "exact"
+    return _array_bytes(arrays["label"]) + (_array_bytes(arrays["key"]) if exact else index)
 
 
 def _array_bytes(array: Mapping[str, Any]) -> int:

@@ -13,7 +13,7 @@ from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.evaluation.compare import SplitScores, compare
 from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
-from mlpmem_jax.evaluation.remembered import remember
+from mlpmem_jax.evaluation.remembered import Remembered, remember
 from mlpmem_jax.evaluation.stored import StoredSplit
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.training.networks import finished_decoder, finished_memory
@@ -27,12 +27,12 @@ def read_train_labels(layout: Layout) -> np.ndarray:
     return read_rows(store, 0, int(store.shape[0]))
 
 
-def memory_logprobs(
+def remembered_splits(
     config: Config, decoder: Decoder, mesh: jax.sharding.Mesh
-) -> dict[Split, np.ndarray]:
-    """Returns log p_MEM of the labels of validation and test, float32 [N] each."""
+) -> dict[Split, Remembered]:
+    """Returns what the memory gives the labels of validation and test, and its λ."""
     memory = finished_memory(config, mesh)
-    return {split: remember(config, split, decoder, memory, mesh).logprob_N for split in EVALUATED}
+    return {split: remember(config, split, decoder, memory, mesh) for split in EVALUATED}
 
 
 def score_run(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -57,13 +57,14 @@ def score_run(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         config.evaluate.knn_valid_rows,
         config.seed,
     )
-    remembered = memory_logprobs(config, decoder, mesh)
+    remembered = remembered_splits(config, decoder, mesh)
     scores = {
         split: SplitScores(
             one.counts,
             one.logprob_N,
             neighbors[split].logprob(one.counts.scored_N, tuned.temperature),
-            remembered[split],
+            remembered[split].logprob_N,
+            memory_weight=remembered[split].weight,
         )
         for split, one in stored.items()
     }

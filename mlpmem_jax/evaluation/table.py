@@ -247,7 +247,8 @@ def sentence(results: Results) -> str:
     low, high = memory["difference_low"], memory["difference_high"]
     gain = -memory["difference_nats"]
     level = f"{100 * results['confidence']:g} %"
-    if memory["interpolation"] == 0:
+    nothing = memory["interpolation"] == 0 and memory["difference_nats"] == 0
+    if nothing and memory["interpolation_source"] == "validation":
         return "On validation the memory got no weight (λ = 0): on test it changes nothing."
     better = f"better than the decoder by {number(gain, 3)} nats per token"
     worse = f"worse than the decoder by {number(-gain, 3)} nats per token"

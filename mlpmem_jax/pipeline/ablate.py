@@ -59,9 +59,9 @@ def check_sweeps(config: Config) -> None:
                 variants.append(variant_of(plan, sweep, value))
             except ConfigError as error:
                 mistakes += [f"{where}: {message}" for message in error.messages]
-        # Everything ends in the memory: its name stays only where nothing is made anew.
-        names = {variant.config.memory.name for variant in variants}
-        if len(variants) > 1 and names == {plan.base.config.memory.name}:
+        # Everything ends in what is trained: its name stays only where nothing is made anew.
+        names = {Layout(variant.config).trained.relative for variant in variants}
+        if len(variants) > 1 and names == {Layout(plan.base.config).trained.relative}:
             mistakes.append(f"{where}.key={sweep.key} decides nothing that is made")
     if mistakes:
         raise ConfigError(mistakes)
@@ -121,6 +121,7 @@ def works(config: Config) -> list[Work]:
     for seed in config.ablate.seeds:
         plan = SeedPlan(config, seed)
         configured = Row(CONFIGURED, "as configured", model_parts(plan.base))
+        found.append(Work(f"seed {seed}, decoder", plan.decoder.stages))
         found.append(Work(f"seed {seed}, as configured", configured.stages))
         for sweep in config.ablate.sweeps:
             for value in sweep.values:

@@ -2,7 +2,6 @@
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.datastore.manifest import MANIFEST
 from mlpmem_jax.errors import ArtifactError, ConfigError, Mistakes
 
 _WITH_TARGETS: tuple[Split, ...] = ("train", "valid")
@@ -58,7 +57,7 @@ def check_retrieval(config: Config) -> None:
     from mlpmem_jax.retrieval.neighbors import check_enough_rows
 
     layout, mistakes, num_rows = Layout(config), Mistakes(), 0
-    if (layout.tokens.path / MANIFEST).exists():
+    if layout.tokens.is_complete():
         num_rows = int(layout.tokens.load().counts["train_tokens"]) - 1
         name = str(layout.datastore("train").path)
         with mistakes.gather():
@@ -76,7 +75,7 @@ def check_teacher(config: Config) -> None:
         ArtifactError: Names both artifacts and their fingerprints.
     """
     layout = Layout(config)
-    if config.targets.workdir is None or not (layout.tokens.path / MANIFEST).exists():
+    if config.targets.workdir is None or not layout.tokens.is_complete():
         return
     own = layout.tokens.load().fingerprint
     for split in _WITH_TARGETS:

@@ -1,14 +1,16 @@
 """The table: decoder, + kNN-LM, + memory on held-out text."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.datastore.files import read_json, write_bytes, write_json
 from mlpmem_jax.datastore.layout import SPLITS, Layout
-from mlpmem_jax.datastore.manifest import MANIFEST, Artifact
+from mlpmem_jax.datastore.manifest import Artifact, differences
+from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.pipeline import embed, train
 from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.execute import execute_and_report
 from mlpmem_jax.pipeline.options import Options
@@ -30,7 +32,49 @@ def recipe(config: Config) -> dict[str, Any]:
         # Whose λ is used; what the networks are is said by what the results are made from.
         "train": {"mode": config.train.mode, "interpolation": config.trained_interpolation},
         "memory": {"gate": config.memory.gate},
+        # What the run must have been made with; see `_refuse_other_settings`.
+        **_asked(config),
     }
+
+
+def _asked(config: Config) -> dict[str, Any]:
+    return {
+        "retrieval": {"num_neighbors": config.retrieval.num_neighbors},
+        **embed.recipe(config),
+    }
+
+
+def _refuse_other_settings(config: Config) -> None:
+    """Refuses stored rows and neighbours that were made otherwise than the configuration says.
+
+    Raises:
+        ArtifactError: Names the artifact, the keys, and both values of each.
+    """
+    layout, asked = Layout(config), _asked(config)
+    for split in ("valid", "test"):
+        for artifact in (layout.datastore(split), layout.neighbors(split)):
+            recipe = artifact.load().recipe
+            known = {
+                section: {key: value for key, value in of.items() if key in asked[section]}
+                for section, of in recipe.items()
+                if section in asked
+            }
+            wanted = {
+                section: {key: asked[section][key] for key in of} for section, of in known.items()
+            }
+            _refuse(artifact, differences(known, wanted))
+    if config.train.mode == "joint":
+        tokens = layout.tokens
+        found = {tokens.relative: layout.joint.load().made_from.get(tokens.relative)}
+        _refuse(layout.joint, differences(found, {tokens.relative: tokens.load().fingerprint}))
+
+
+def _refuse(artifact: Artifact, lines: Sequence[str]) -> None:
+    if lines:
+        raise ArtifactError(
+            f"{artifact.path}: was made otherwise: {'; '.join(lines)}; give the settings that it "
+            f"was made with, or make it again with `{artifact.command} --rebuild`"
+        )
 
 
 def stages(config: Config) -> list[Stage]:
@@ -52,10 +96,15 @@ def stages(config: Config) -> list[Stage]:
             recipe=recipe(config),
             upstream=upstream,
             build=functools.partial(_build, config),
-            check=functools.partial(check_devices, config, "evaluate"),
+            check=functools.partial(check_devices, config, _batches(config)),
             estimate=functools.partial(_estimate, config),
         )
     ]
+
+
+def _batches(config: Config) -> str:
+    """Returns the section whose batches are cut over the mesh."""
+    return "datastore" if config.train.mode == "joint" else "evaluate"
 
 
 def _estimate(config: Config) -> Mapping[str, Any]:
@@ -69,6 +118,7 @@ def _build(config: Config) -> Completion:
     from mlpmem_jax.evaluation.table import as_csv
     from mlpmem_jax.parallel.mesh import make_mesh
 
+    _refuse_other_settings(config)
     mesh = make_mesh(config.mesh)
     results, latency = evaluate_run(config, mesh)
     measured = {"latency_ms": latency}
@@ -90,7 +140,7 @@ def print_report(config: Config) -> None:
     layout = Layout(config)
     path = layout.results.path
     layout.results.verify()
-    measured = read_json(path / MEASURED) | {"seconds": stage_seconds(layout)}
+    measured = read_json(path / MEASURED) | {"seconds": stage_seconds(config)}
     say()
     say(as_text(read_json(path / RESULTS), measured))
     say()
@@ -99,8 +149,9 @@ def print_report(config: Config) -> None:
     say()
 
 
-def stage_seconds(layout: Layout) -> dict[str, float]:
+def stage_seconds(config: Config) -> dict[str, float]:
     """Returns how long each command took, by the manifests that there are."""
+    layout = Layout(config)
     artifacts: list[Artifact] = [
         layout.tokenizer,
         layout.tokens,
@@ -109,12 +160,12 @@ def stage_seconds(layout: Layout) -> dict[str, float]:
         layout.index,
         *(layout.neighbors(split) for split in SPLITS),
         *(layout.targets(split) for split in SPLITS),
-        layout.trained,
+        *(stage.artifact for stage in train.stages(config)),  # All phases of a joint run.
         layout.results,
     ]
     seconds: dict[str, float] = {}
     for artifact in artifacts:
-        if (artifact.path / MANIFEST).exists():
+        if artifact.is_complete():
             spent = float(artifact.load().measured.get("seconds", 0.0))
             seconds[artifact.command] = seconds.get(artifact.command, 0.0) + spent
     return seconds

@@ -6,7 +6,6 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.datastore.files import read_json
 from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.manifest import MANIFEST
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline.evaluate import RESULTS
 from mlpmem_jax.pipeline.execute import execute
@@ -50,7 +49,7 @@ def interpolation(config: Config) -> float | None:
     """
     layout = Layout(config)
     trained = layout.trained
-    if not (trained.path / MANIFEST).exists():
+    if not trained.is_complete():
         raise ArtifactError(
             f"{trained.path}: the memory is not trained yet; train it with the command "
             "`train`, or generate with --without-memory"
@@ -62,7 +61,7 @@ def interpolation(config: Config) -> float | None:
     if config.trained_interpolation is not None:
         return config.trained_interpolation
     results = layout.results
-    if not (results.path / MANIFEST).exists():
+    if not results.is_complete():
         raise ArtifactError(
             f"{results.path}: generate.interpolation=auto takes λ from the results of "
             "`evaluate`, and there are none; run `evaluate`, or set generate.interpolation "

@@ -12,7 +12,6 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.datastore.files import read_json, write_bytes, write_json
 from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.manifest import MANIFEST
 from mlpmem_jax.evaluation.suite.epochs import LABELS, row_key
 from mlpmem_jax.pipeline.checks import check_trained_apart
 from mlpmem_jax.pipeline.options import Options
@@ -49,7 +48,7 @@ def epoch_ends(config: Config, network: Network) -> list[int]:
     window = {"decoder": config.pretrain_window_tokens, "memory": config.train_window_tokens}
     tokens = Layout(config).tokens
     per_epoch = int(section.num_steps)
-    if (tokens.path / MANIFEST).exists():
+    if tokens.is_complete():
         num_rows = int(tokens.load().counts["train_tokens"]) - 1
         per_epoch = max(1, round(num_rows / (window[network] * section.batch_size)))
     num_epochs = {
@@ -132,12 +131,24 @@ def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
     path = Layout(config).table("overfitting", config.overfitting.name).path
     if is_speaker():
         write_json(path / RESULTS, results)
-        write_json(path / MEASURED, table_costs(config, rows))
+        write_json(path / MEASURED, _without_costs(table_costs(config, rows)))
         write_bytes(path / TABLE, epochs.as_csv(results).encode())
         write_bytes(path / DOCUMENTS, documents_csv(found["documents"]).encode())
         write_bytes(path / PICTURE, epochs.draw(results))
     counts = {"test_tokens": results["test"]["tokens"]}
     return Completion(counts=counts, files=[RESULTS, TABLE, DOCUMENTS])
+
+
+def _without_costs(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Drops costs: manifests know what the whole of a long run cost, not its epochs."""
+    rows = {
+        key: {
+            seed: {name: value for name, value in of.items() if name != "cost"}
+            for seed, of in seeds.items()
+        }
+        for key, seeds in measured["rows"].items()
+    }
+    return {**measured, "rows": rows}
 
 
 def main(config: Config, options: Options) -> int:

@@ -7,7 +7,7 @@ from mlpmem_jax.config.load import dump_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.files import human_bytes
-from mlpmem_jax.datastore.manifest import MANIFEST, Status
+from mlpmem_jax.datastore.manifest import Status
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.pipeline.stage import Rebuild, Stage
 
@@ -24,13 +24,24 @@ def print_plan(config: Config, stages: Sequence[Stage], rebuild: Rebuild) -> Non
             say(f"  {name:<34} {_shown(name, value)}")
 
 
+def skipped(stage: Stage) -> str | None:
+    """Returns why an artifact is not needed; None: it is, or that is not known yet."""
+    try:
+        return stage.skip()
+    except ArtifactError:
+        return None
+
+
 def intention(stage: Stage, rebuild: Rebuild) -> str:
     """Returns what would happen to an artifact, in words."""
-    if not (stage.artifact.path / MANIFEST).exists():
+    if not stage.artifact.is_complete():
         try:
             stage.check()
         except UserError as error:
             return f"REFUSED: {'; '.join(error.messages)}"
+    reason = skipped(stage)
+    if reason is not None:
+        return f"not needed ({reason})"
     try:
         made_from = stage.made_from()
     except ArtifactError:

@@ -130,9 +130,9 @@ def _export_decoder(phases: Phases, phase: int) -> Completion:
     from mlpmem_jax.training.networks import finished_joint, save_network, vocab_size
 
     config = phases.refreshed(phase)
-    artifact = phases.artifact(phase)
-    decoder, _ = finished_joint(phases.config, artifact, make_mesh(config.mesh))
+    artifact, mesh = phases.artifact(phase), make_mesh(config.mesh)
+    decoder, _ = finished_joint(phases.config, artifact, mesh)
     step = phases.stops[phase]
-    files = save_network(decoder, Layout(config).decoder, step)
+    files = save_network(decoder, Layout(config).decoder, step, mesh)
     counts = {"steps": step, "vocab_size": vocab_size(config)}
     return Completion(counts=counts, files=files, measured={"model_flops": 0.0})

@@ -11,7 +11,6 @@ from typing import Any, cast
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.suite import RecipeConfig, RowName
 from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.manifest import MANIFEST
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.evaluation.suite.ledger import Ledger
 from mlpmem_jax.pipeline.scores import Part
@@ -21,6 +20,7 @@ from mlpmem_jax.pipeline.variants import (
     base_variant,
     changed_variant,
     taught_variant,
+    without_memory,
 )
 
 
@@ -112,6 +112,8 @@ class SeedPlan:
             ConfigError: A key or value is wrong.
         """
         base = self.base if recipe.teacher is None else self.taught(recipe.teacher)
+        if recipe.parts != "all":
+            base = without_memory(base)
         return changed_variant(base, {}, recipe.name, texts=recipe.overrides)
 
     def taught(self, name: str) -> Variant:
@@ -126,18 +128,21 @@ class SeedPlan:
             raise ConfigError(f"overrides={list(teacher.overrides)} decide nothing about targets")
         return variant
 
-    @functools.cached_property
+    @property
     def vocab_size(self) -> int:
-        """V; before there is a tokenizer, the one that is asked for."""
+        """V; before there is a tokenizer, the one that is asked for.
+
+        Asked anew each time: rows are planned before there are tokens, and again after.
+        """
         layout = Layout(self.base.config)
-        if (layout.tokens.path / MANIFEST).exists():
+        if layout.tokens.is_complete():
             return int(layout.tokens.load().counts["vocab_size"])
         return self.config.tokenizer.vocab_size
 
     def costs_are_known(self) -> bool:
         """Whether the memory is finished, so that what it cost stands in manifests."""
         layout = Layout(self.base.config)
-        return all((one.path / MANIFEST).exists() for one in (layout.memory, layout.machine))
+        return all(one.is_complete() for one in (layout.memory, layout.machine))
 
     def extra_flops(self) -> float:
         """Flops that the memory cost beyond its decoder, by manifests or by estimates."""
@@ -182,7 +187,7 @@ class SeedPlan:
         wanted = count_memory(config.memory, config.decoder.width, self.vocab_size)
         tolerance = self.config.compare.parameter_tolerance
         _, overrides = decoder_shape(config.decoder, self.vocab_size, wanted, tolerance)
-        shaped = changed_variant(self.base, overrides, "small").config
+        shaped = changed_variant(without_memory(self.base), overrides, "small").config
         num_steps = self.extra_flops() / _flops_per_step(shaped, self.vocab_size)
         overrides["pretrain.num_steps"] = max(1, round(num_steps))
         return self._decoder(overrides, "small")
@@ -192,7 +197,7 @@ class SeedPlan:
         num_steps = overrides.get("pretrain.num_steps", config.pretrain.num_steps)
         if config.pretrain.optimizer.warmup_steps > num_steps // 2:
             overrides["pretrain.optimizer.warmup_steps"] = num_steps // 2
-        return Part("decoder", changed_variant(self.base, overrides, label))
+        return Part("decoder", changed_variant(without_memory(self.base), overrides, label))
 
     def knn_scann(self) -> Part | None:
         """The kNN distribution of what ScaNN finds, where it is installed."""
@@ -212,7 +217,7 @@ class SeedPlan:
 
         layout = Layout(self.base.config)
         num_rows = 0
-        if (layout.tokens.path / MANIFEST).exists():
+        if layout.tokens.is_complete():
             num_rows = int(layout.tokens.load().counts["train_tokens"]) - 1
         platform = make_mesh(self.config.mesh).devices.flat[0].platform
         return choose_engine(self.base.config.retrieval, num_rows, platform).engine

@@ -164,8 +164,13 @@ def _score_stage(part: Part, split: Split) -> Stage:
         recipe=recipe,
         upstream=tuple(upstream),
         build=functools.partial(_score, part, split),
-        check=functools.partial(check_devices, config, "evaluate"),
+        check=functools.partial(check_devices, config, *_batches_of(part)),
     )
+
+
+def _batches_of(part: Part) -> tuple[str, ...]:
+    """Returns the sections whose batches are cut over the mesh: windows are those of `embed`."""
+    return ("datastore",) if part.kind in ("decoder", "joint") else ("evaluate",)
 
 
 def _score(part: Part, split: Split) -> Completion:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.lock import only_maker
-from mlpmem_jax.datastore.manifest import MANIFEST, Artifact, Manifest, Status
+from mlpmem_jax.datastore.manifest import Artifact, Manifest, Status
 from mlpmem_jax.errors import ArtifactError, Mistakes, RunFailed
 from mlpmem_jax.parallel.agreement import of_first, refuse_different
 from mlpmem_jax.parallel.multihost import barrier, is_active, is_writer
@@ -169,7 +169,7 @@ def check_stages(stages: Sequence[Stage]) -> None:
     """
     mistakes = Mistakes()
     for stage in stages:
-        if not (stage.artifact.path / MANIFEST).exists():
+        if not stage.artifact.is_complete():
             with mistakes.gather():
                 stage.check()
     mistakes.refuse()
@@ -255,9 +255,9 @@ def _make(
 def _load_soon(artifact: Artifact) -> Manifest:
     """Reads a manifest that process 0 has just written; other hosts may see it later (NFS)."""
     deadline = time.monotonic() + _VISIBLE_SECS
-    while not (is_writer() or (artifact.path / MANIFEST).exists() or time.monotonic() > deadline):
+    while not (is_writer() or artifact.is_complete() or time.monotonic() > deadline):
         time.sleep(0.5)
-    if not (artifact.path / MANIFEST).exists():
+    if not artifact.is_complete():
         raise RunFailed(
             f"{artifact.path}: made, and not seen by process {process_index()}; all processes "
             "need the same work directory"

@@ -11,14 +11,14 @@ from typing import Any
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.layout import SPLITS, Layout
-from mlpmem_jax.datastore.manifest import MANIFEST, Artifact, fingerprint_of
+from mlpmem_jax.datastore.manifest import Artifact, fingerprint_of
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.evaluation.suite.forecast import Expected, Forecast, Forecaster, duration
 from mlpmem_jax.evaluation.suite.statistics import Settings
 from mlpmem_jax.pipeline import tokenize
 from mlpmem_jax.pipeline.execute import write_config
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.plan import intention
+from mlpmem_jax.pipeline.plan import intention, skipped
 from mlpmem_jax.pipeline.rows import Row
 from mlpmem_jax.pipeline.scores import SCORED
 from mlpmem_jax.pipeline.stage import Completion, Rebuild, Stage, run_stages
@@ -73,7 +73,8 @@ def rows_stage(
     }
     named = {
         name: {
-            str(seed): {row.key: [part.name for part in row.parts] for row in of_seed}
+            # A list: tables show labels, and have an order.
+            str(seed): [[row.key, row.label, [part.name for part in row.parts]] for row in of_seed]
             for seed, of_seed in table.items()
         }
         for name, table in tables.items()
@@ -144,7 +145,7 @@ def run_suite(
         _print_plan(command, config, [*tokens, machine_stage(config)], works, table, rebuild)
         return 0
 
-    def run(stages: Sequence[Stage]) -> None:
+    def run(stages: Sequence[Stage], rebuild: Rebuild = rebuild) -> None:
         run_stages(stages, rebuild, before_building=lambda: write_config(config))
 
     run([*tokens, machine_stage(config)])
@@ -165,7 +166,8 @@ def run_suite(
             say(f"{command}: {place + 1} of {len(works)}, {work.title}; {left} left (estimated)")
         run(stages)
         done |= dict.fromkeys(stage.name for stage in stages)
-    run([table()])
+    # The table takes seconds, and may be what is damaged.
+    run([table()], Rebuild.ALWAYS if options.rebuild else rebuild)
     return 0
 
 
@@ -210,7 +212,7 @@ class Estimates:
 
     def of(self, stage: Stage) -> Expected:
         """Returns a stage's artifact with its estimate, if it is not finished."""
-        if (stage.artifact.path / MANIFEST).exists():
+        if stage.artifact.is_complete():
             return Expected(stage.artifact, {})
         key = (stage.name, fingerprint_of(stage.recipe))
         if key not in self._known or "model flops" not in self._known[key]:
@@ -227,11 +229,12 @@ def _forecast(
 ) -> Forecast:
     layout = Layout(config)
     num_rows: dict[str, int] | None = None
-    if (layout.tokens.path / MANIFEST).exists():
+    if layout.tokens.is_complete():
         counts = layout.tokens.load().counts
         num_rows = {split: int(counts[f"{split}_tokens"]) - 1 for split in SPLITS}
     forecaster = Forecaster(layout.workdir, peak, num_rows, config.decoder.width)
-    return forecaster.forecast([estimates.of(stage) for stage in stages], others)
+    needed = [stage for stage in stages if skipped(stage) is None]
+    return forecaster.forecast([estimates.of(stage) for stage in needed], others)
 
 
 def _in_words(forecast: Forecast) -> str:

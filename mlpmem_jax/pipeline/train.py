@@ -23,6 +23,7 @@ def recipe(config: Config) -> dict[str, Any]:
     }
     if config.train.mode == "joint":
         decided["decoder"] = config.decoder.recipe()
+    if config.decoder_runs:
         decided["corpus"] = {"attention": config.corpus.attention}
         decided["datastore"] = {"input": config.datastore.input.recipe()}
     return decided

@@ -85,7 +85,7 @@ def base_variant(config: Config, seed: int) -> Variant:
 
     Raises:
         ConfigError: The targets are made elsewhere, where their cost is not known, or the
-            memory that joint training begins with is.
+            memory that joint training begins with is; or joint training has no λ.
     """
     if config.targets.workdir is not None:
         raise ConfigError(
@@ -99,9 +99,21 @@ def base_variant(config: Config, seed: int) -> Variant:
             "nothing about how that memory was trained; use train.mode=memory, and joint training "
             "that goes on from it as one of compare.recipes"
         )
+    _refuse_without_interpolation(config)
     name = f"seed-{seed}"
     names = {f"{section}.name": name for section in _NAMED}
+    names |= {"retrieval.exact_name": "auto", "train.name": "auto"}
     return Variant.of(changed_config(config, {"seed": seed, **names}))
+
+
+def without_memory(base: Variant) -> Variant:
+    """Returns a base for decoders that no memory reads: what a memory asks of them is dropped.
+
+    Its head would have to be as wide as the decoder, and the decoder as deep as the states that
+    it reads.
+    """
+    deepest = {f"datastore.{name}.layer": 1.0 for name in ("key", "input")}
+    return Variant.of(changed_config(base.config, {"memory.head": "untied", **deepest}))
 
 
 def changed_variant(
@@ -126,6 +138,7 @@ def changed_variant(
     """
     _check_keys([*overrides, *(text.partition("=")[0].strip() for text in texts)])
     changed = changed_config(base.config, overrides, texts)
+    _refuse_without_interpolation(changed)
     kinds = _changed_kinds(base.config, changed) | set(always)
     if changed.train.mode == "joint" and changed.train.memory_start == "checkpoint":
         return _continued(base, changed, kinds, label)
@@ -161,6 +174,16 @@ def _continued(base: Variant, changed: Config, kinds: set[str], label: str) -> V
     return Variant(config, base.teacher, start=before)
 
 
+def _refuse_without_interpolation(config: Config) -> None:
+    """Refuses joint training without its joint loss: tables take λ from training."""
+    if config.train.mode == "joint" and not config.brings_interpolation:
+        raise ConfigError(
+            f"train.joint_weight={config.train.joint_weight} with train.mode=joint: nothing trains "
+            "with λ, and tables of several runs mix joint models by the λ of training; it must be "
+            "above 0 there (evaluate, of one run, chooses λ on validation)"
+        )
+
+
 def _refuse_teacher_with_refresh(base: Variant, changed: Config) -> None:
     """Refuses to make targets anew from the decoder where a teacher makes them."""
     interval = changed.train.refresh_interval_steps
@@ -188,7 +211,9 @@ def taught_variant(
     Raises:
         ConfigError: As `changed_variant`.
     """
-    teacher = changed_variant(base, overrides, label, texts=texts).config
+    # No memory reads the teacher's states, so that none need be as wide.
+    untied = dataclasses.replace(base, config=_untied(base.config), teacher=_untied(base.teacher))
+    teacher = changed_variant(untied, overrides, label, texts=texts).config
     if teacher.targets.name == base.config.targets.name:
         return base
     names = {
@@ -196,6 +221,10 @@ def taught_variant(
         "memory.name": teacher.memory.name,
     }
     return Variant(changed_config(base.config, names), teacher)
+
+
+def _untied(config: Config) -> Config:
+    return changed_config(config, {"memory.head": "untied"})
 
 
 def label_of(key: str, value: Any) -> str:
@@ -210,7 +239,7 @@ def _check_keys(keys: Sequence[str]) -> None:
     for key in keys:
         section, _, rest = key.partition(".")
         known = section in Config.model_fields  # What is not is refused with a hint.
-        if known and (section not in SECTIONS or rest == "name"):
+        if known and (section not in SECTIONS or rest in ("name", "exact_name")):
             raise ConfigError(
                 f"{key}: cannot differ between the rows of a table; keys of "
                 f"{', '.join(SECTIONS)} can, but for names"

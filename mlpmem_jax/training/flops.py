@@ -90,7 +90,11 @@ def memory_training_flops_per_token(
 
 
 def joint_training_flops_per_token(
-    train: TrainConfig, decoder_forward: float, memory_forward: float, steps: range
+    train: TrainConfig,
+    decoder_forward: float,
+    memory_forward: float,
+    steps: range,
+    tied_head_forward: float = 0.0,
 ) -> float:
     """Returns flops of joint training, per token of a step, summed over steps.
 
@@ -100,8 +104,9 @@ def joint_training_flops_per_token(
     Args:
         train: The section `train`.
         decoder_forward: Flops of the decoder's forward pass, per token.
-        memory_forward: Of the memory's.
+        memory_forward: Of the memory's, head included.
         steps: Which.
+        tied_head_forward: Of a head that is the decoder's: it moves where the decoder does.
     """
     edges = {steps.start, steps.stop, train.decoder_freeze_steps, train.memory_freeze_steps}
     inside = sorted(edge for edge in edges if steps.start <= edge <= steps.stop)
@@ -111,8 +116,10 @@ def joint_training_flops_per_token(
         memory_moves = first >= train.memory_freeze_steps
         leads_back = decoder_moves and train.decoder_gradient > 0
         decoder = TRAINING_FACTOR if decoder_moves else 1
-        memory = 1 + memory_moves + (memory_moves or leads_back)
-        total += (stop - first) * (decoder * decoder_forward + memory * memory_forward)
+        memory = (1 + (memory_moves or leads_back)) * memory_forward
+        memory += memory_moves * (memory_forward - tied_head_forward)
+        memory += leads_back * tied_head_forward
+        total += (stop - first) * (decoder * decoder_forward + memory)
     return total
 
 

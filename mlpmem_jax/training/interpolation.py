@@ -15,6 +15,13 @@ def joint_terms(config: Config) -> JointTerms:
     return JointTerms(config.loss_weights, train.alpha, train.interpolation, prior_weight)
 
 
+def at_step(config: Config, step: int) -> Config:
+    """Returns the configuration with λ as it was in the last of so many steps of training."""
+    value = float(_scheduled(config, jnp.int32(step - 1)))
+    fixed = {"interpolation": value, "interpolation_final": None}
+    return config.model_copy(update={"train": config.train.model_copy(update=fixed)})
+
+
 def interpolation_of(
     config: Config, memory: Memory, input_BLD: jax.Array, step: jax.Array
 ) -> jax.Array:

@@ -1,6 +1,7 @@
 """What `train` trains in mode `joint`: decoder and memory in one step, from one loss."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -66,26 +67,32 @@ class JointTask(WindowTask):
             window_tokens=length,
             seed=config.seed,
         )
+        memory = functools.partial(
+            memory_flops_per_token, config.memory, config.decoder.width, self.vocab_size
+        )
         self._forward = (
             decoder_flops_per_token(config.decoder, self.vocab_size, length),
-            memory_flops_per_token(config.memory, config.decoder.width, self.vocab_size),
+            memory(),
         )
+        self._tied_head = memory() - memory(head=False) if config.memory.head == "tied" else 0.0
         self.flops_per_step = self.tokens_per_step * TRAINING_FACTOR * sum(self._forward)
 
     def flops_of(self, steps: range) -> float:
         """Returns the model flops of some steps: fewer while a network is frozen."""
-        train = self._config.train
-        return self.tokens_per_step * joint_training_flops_per_token(train, *self._forward, steps)
+        per_token = joint_training_flops_per_token(
+            self._config.train, *self._forward, steps, self._tied_head
+        )
+        return self.tokens_per_step * per_token
+
+    def continued(self, abstract: TrainState) -> TrainState | None:
+        """Returns the whole state of the phase before, where there is one."""
+        if self._continues is None:
+            return None
+        return abstract.with_items(restore_finished(self._continues, abstract.items()))
 
     def prepare(self, state: TrainState) -> TrainState:
         """Takes over finished networks, and measures the input of a fresh memory."""
         config, mesh = self._config, self._mesh
-        if self._continues is not None:
-            abstract = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-                state.items(),
-            )
-            return state.with_items(restore_finished(self._continues, abstract))
         network: Joint = nnx.merge(self._graphdef, state.params, state.fixed)
         if config.train.decoder_start == "checkpoint":
             nnx.update(network.decoder, nnx.state(finished_decoder(config, mesh)))
@@ -117,11 +124,13 @@ class JointTask(WindowTask):
             batch["token"], self._segments(batch), sites=(self._site,)
         )
         assert final_BLD is not None
-        input_BLD = scale_gradient(states[self._site], self._config.train.decoder_gradient)
+        # The memory reads a state of the decoder and, where its head is tied, the decoder's.
+        scaled = functools.partial(scale_gradient, factor=self._config.train.decoder_gradient)
+        input_BLD = scaled(states[self._site])
         decoder_head_VD = decoder.head_VD()
         total, sums = joint_loss(
             memory.hidden(input_BLD),
-            memory.head_VE(decoder_head_VD),
+            memory.head_VE(scaled(decoder_head_VD)),
             DecoderHead(final_BLD, decoder_head_VD, batch["lm_weight"]),
             interpolation_of(self._config, memory, input_BLD, step),
             batch,

@@ -51,6 +51,10 @@ class Task(Protocol):
         """Makes the network."""
         ...
 
+    def continued(self, abstract: TrainState) -> TrainState | None:
+        """Returns the state of the run that this one goes on from; None: there is none."""
+        ...
+
     def prepare(self, state: TrainState) -> TrainState:
         """Measures what a fresh state needs from data (the memory's input statistics)."""
         ...
@@ -156,9 +160,11 @@ def _due(step: int, interval: int, last: int) -> bool:
 
 def _begin(task: Task, blueprint: Blueprint, checkpoints: Checkpoints) -> tuple[TrainState, int]:
     step = checkpoints.last_good_step()
-    if step is None:
-        state = task.prepare(blueprint.create())
-        return state, int(state.step)  # Above 0 where it goes on from another run's state.
     abstract = blueprint.abstract()
-    items = abstract.items()
-    return abstract.with_items(checkpoints.restore(step, items)), step
+    if step is not None:
+        return abstract.with_items(checkpoints.restore(step, abstract.items())), step
+    # Before anything is made: the device need not hold two states.
+    state = task.continued(abstract)
+    if state is None:
+        state = task.prepare(blueprint.create())
+    return state, int(state.step)

@@ -142,7 +142,7 @@ class Monitor:
         self._refuse_non_finite(step, metrics)
         self._clock.finished()
         if step % self._config.log_interval_steps == 0 or step == self._stop_step:
-            metrics |= self._speed()
+            metrics |= self._speed(step)
             self._log.write(step, metrics)
             self._bar.update(loss=f"{metrics['loss']:.4f}")
         else:
@@ -163,7 +163,7 @@ class Monitor:
             f"{self._task.name}.optimizer.learning_rate or clip_norm and start again"
         )
 
-    def _speed(self) -> dict[str, float]:
+    def _speed(self, step: int) -> dict[str, float]:
         """Returns what steps took since the last record; nothing where none was timed."""
         speed = {}
         if self._clock.compile_secs is not None and not self._compiling_logged:
@@ -172,7 +172,7 @@ class Monitor:
         steps, seconds, wait = self._clock.lap()
         if steps == 0:
             return speed
-        flops = self._task.flops_per_step * steps / seconds
+        flops = self._task.flops_of(range(step - steps, step)) / seconds
         return speed | {
             "tokens_per_sec": self._task.tokens_per_step * steps / seconds,
             "model_flops_per_sec": flops,
@@ -195,13 +195,15 @@ class Monitor:
     def summary(self, steps: range) -> dict[str, Any]:
         """Returns what the manifest records of a run of these steps, restarts included."""
         clock = self._clock
-        rate = clock.total_steps / max(clock.total_secs, 1e-9)
+        seconds = max(clock.total_secs, 1e-9)
+        timed = range(steps.stop - clock.total_steps, steps.stop)
         return {
+            "steps": len(steps),
             "validation": self._last_validation,
             "compile_secs": clock.compile_secs or 0.0,
             "secs_per_step": clock.total_secs / max(clock.total_steps, 1),
-            "tokens_per_sec": self._task.tokens_per_step * rate,
-            "share_of_peak": self._task.flops_per_step * rate / self._peak,
+            "tokens_per_sec": self._task.tokens_per_step * clock.total_steps / seconds,
+            "share_of_peak": self._task.flops_of(timed) / seconds / self._peak,
             "input_wait_share": clock.total_wait_secs / max(clock.total_secs, 1e-9),
             "model_flops": self._task.flops_of(steps),
         }

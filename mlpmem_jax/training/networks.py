@@ -8,7 +8,7 @@ from flax import nnx
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.datastore.manifest import Artifact, differences
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.joint import Joint
@@ -79,6 +79,7 @@ def finished_memory(config: Config, mesh: jax.sharding.Mesh, step: int | None = 
             f"({decoder.load().fingerprint}); train it again with `train --rebuild`"
         )
     check_shape(config, memory, "memory")
+    check_inputs(config, memory)
     return _restored(memory_builder(config, vocab_size(config)), memory, mesh, step)
 
 
@@ -107,6 +108,7 @@ def finished_networks(config: Config, mesh: jax.sharding.Mesh) -> tuple[Decoder,
         check_interpolation(config, layout.memory)
         return networks
     check_shape(config, layout.joint, "decoder", "memory")
+    check_inputs(config, layout.joint)
     check_interpolation(config, layout.joint)
     return finished_joint(config, layout.joint, mesh)
 
@@ -129,11 +131,14 @@ def finished_joint(
     return network.decoder, network.memory
 
 
-def save_network(network: nnx.Module, artifact: Artifact, step: int) -> dict[str, Any]:
+def save_network(
+    network: nnx.Module, artifact: Artifact, step: int, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
     """Saves a network alone, as `pretrain` and `train` save it; returns what its files are."""
     _, params, fixed = split_module(network)
     checkpoints = Checkpoints(artifact.path, 1, ("params", "fixed"))
-    checkpoints.save(step, {"params": flatten(params), "fixed": flatten(fixed)})
+    with jax.set_mesh(mesh):  # Where there is nothing, what stands for it is on all devices too.
+        checkpoints.save(step, {"params": flatten(params), "fixed": flatten(fixed)})
     checkpoints.close()
     return checkpoints.files(step)
 
@@ -157,6 +162,30 @@ def check_shape(
         raise ArtifactError(
             f"{artifact.path}: the configured network is another one: " + ", ".join(differing)
         )
+
+
+def check_inputs(config: Config, artifact: Artifact) -> None:
+    """Refuses a memory that was trained on another state of the decoder than it would read.
+
+    Where the decoder ran in training, what attention saw must be the same too. Of a memory that
+    was trained on stored states, and whose datastore is gone, nothing is known.
+
+    Raises:
+        ArtifactError: Names the keys, and both values of each.
+    """
+    manifest = artifact.load()
+    asked: dict[str, Any] = {"datastore": {"input": config.datastore.input.recipe()}}
+    if "datastore" in manifest.recipe:
+        trained = {name: manifest.recipe[name] for name in ("datastore", "corpus")}
+        asked["corpus"] = {"attention": config.corpus.attention}
+    else:
+        stored = Layout(config).datastore("train")
+        if manifest.made_from.get(stored.relative) is None or not stored.is_complete():
+            return
+        trained = {"datastore": {"input": stored.load().recipe["datastore"]["input"]}}
+    lines = differences(trained, asked)
+    if lines:
+        raise ArtifactError(f"{artifact.path}: was trained otherwise: " + "; ".join(lines))
 
 
 def check_interpolation(config: Config, artifact: Artifact) -> None:

@@ -75,6 +75,10 @@ class WindowTask(abc.ABC):
     def loss(self, model: Any, frozen: Any, batch: Batch, step: jax.Array) -> LossParts:
         """Returns sums over a batch: loss, weight, and metrics."""
 
+    def continued(self, abstract: TrainState) -> TrainState | None:
+        """Returns the state of the run that this one goes on from; None: there is none."""
+        return None
+
     def prepare(self, state: TrainState) -> TrainState:
         """Returns a fresh state with what it needs from data or from other networks."""
         return state

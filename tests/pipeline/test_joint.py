@@ -120,6 +120,21 @@ def test_evaluation_and_generation_use_the_gate(refreshed, capsys):
     assert "λ of the gate" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("joint", [True, False])
+def test_what_the_memory_was_not_trained_to_read_is_refused(refreshed, capsys, joint):
+    overrides = REFRESHED if joint else ()
+    capsys.readouterr()
+    for command, key in (
+        ("evaluate", "datastore.input.layer"),
+        ("generate", "datastore.input.layer"),
+        ("evaluate", "retrieval.num_neighbors"),
+    ):
+        value = {"datastore.input.layer": "0.5", "retrieval.num_neighbors": "8"}[key]
+        assert _main(refreshed, command, *overrides, f"{key}={value}") == 2
+        told = capsys.readouterr().err
+        assert "otherwise" in told and f"{key}=" in told and f"now {value}" in told
+
+
 @pytest.mark.parametrize("gate", ["none", "learned"])
 def test_decoder_and_memory_of_the_run_are_the_start(tiny_run, tmp_path, gate):
     """With nothing that moves, the joint model is the two networks that it began with."""

@@ -116,6 +116,14 @@ def _check_same(tiny_run, other):
                 "train.decoder_optimizer.warmup_steps=2",
             ),
         ),
+        (
+            "joint-other",
+            (
+                "train.mode=joint",
+                "train.refresh_interval_steps=5",
+                "train.decoder_optimizer.warmup_steps=2",
+            ),
+        ),
     ],
 )
 def test_training_that_runs_the_decoder_on_two_processes(

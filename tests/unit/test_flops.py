@@ -207,9 +207,13 @@ def test_what_is_frozen_is_charged_what_is_computed(gradient, freezes, steps):
 
 @pytest.mark.parametrize("gradient", ["1.0", "0.0"])
 @pytest.mark.parametrize("waiting", ["decoder", "memory"])
-def test_flops_of_a_step_in_which_a_network_waits_agree_with_xla(make_config, waiting, gradient):
+@pytest.mark.parametrize("head", ["untied", "tied"])
+def test_flops_of_a_step_in_which_a_network_waits_agree_with_xla(
+    make_config, waiting, gradient, head
+):
     keys = (f"train.{waiting}_freeze_steps=5", f"train.decoder_gradient={gradient}")
-    config = make_config(*STEP, *JOINT, *keys)
+    shape = ("memory.head=tied", "memory.width=256") if head == "tied" else ()
+    config = make_config(*STEP, *JOINT, *keys, *shape)
     mesh = single_device_mesh()
     task = JointTask(config, mesh, BlankRun(config))
     with jax.set_mesh(mesh):

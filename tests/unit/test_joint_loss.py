@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mlpmem_jax.compiling.blank import BlankRun, abstract_batch
 from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
 from mlpmem_jax.config.schema import LossWeights
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.joint import Joint, scale_gradient
 from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.training.joint_loss import DecoderHead, JointTerms, joint_loss
+from mlpmem_jax.training.joint_training import JointTask
 from mlpmem_jax.training.losses import means
 
 BATCH, LENGTH, WIDTH, VOCAB, PADDED, KEPT = 3, 7, 16, 70, 128, 5
@@ -151,6 +154,30 @@ def test_the_gradient_into_the_decoder_is_scaled(factor):
     value, gradient = jax.value_and_grad(lambda x: jnp.sum(scale_gradient(x, factor) ** 2))(x)
     assert float(value) == 14.0
     np.testing.assert_allclose(gradient, factor * 2 * x)
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_without_gradient_the_memory_does_not_move_the_decoder(make_config, head):
+    overrides = ("train.decoder_gradient=0", "train.lm_weight=0", f"memory.head={head}")
+    warmup = "train.decoder_optimizer.warmup_steps=2"
+    config = make_config("train.mode=joint", warmup, *overrides, "train.joint_weight=0")
+    mesh = single_device_mesh()
+    task = JointTask(config, mesh, BlankRun(config))
+    network = task.build(nnx.Rngs(0))
+    key = jax.random.key(0)
+    shapes = abstract_batch(task.source, config.train.batch_size, mesh)
+    batch = {
+        name: jax.random.randint(key, one.shape, 0, 2).astype(one.dtype)
+        if jnp.issubdtype(one.dtype, jnp.integer)
+        else jnp.full(one.shape, 0.5, one.dtype)
+        for name, one in shapes.items()
+    }
+    with jax.set_mesh(mesh):
+        grads = nnx.grad(lambda net: task.loss(net, task.frozen, batch, jnp.int32(0)).total)(
+            network
+        )
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(nnx.state(grads["decoder"])))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(nnx.state(grads["memory"])))
 
 
 def test_a_joint_network_begins_as_its_parts_do():

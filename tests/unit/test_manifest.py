@@ -56,6 +56,16 @@ def test_the_fingerprint_depends_on_content_and_not_on_measurements(artifact, tm
     assert other.fingerprint != first.fingerprint
 
 
+def test_seconds_of_another_attempt_are_not_carried_over(artifact):
+    made_from = {"tokenizer": "1234"}
+    artifact.begin(RECIPE, made_from)
+    artifact.record_spent(600.0)
+    artifact.begin(RECIPE, made_from)
+    assert artifact.spent() == 600.0
+    artifact.begin({**RECIPE, "paths": ("a",)}, made_from)
+    assert artifact.spent() == 0.0
+
+
 @pytest.mark.parametrize("finish", [True, False])
 def test_another_recipe_is_refused_with_both_fingerprints(artifact, finish):
     artifact.begin(RECIPE, {"tokenizer": "1234"})

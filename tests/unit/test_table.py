@@ -108,7 +108,11 @@ def test_the_sentence(difference: float, low: float, high: float, said: str):
 
 def test_the_sentence_without_weight():
     results = make_results()
-    results["systems"]["memory"]["interpolation"] = 0.0
+    memory = results["systems"]["memory"]
+    memory |= {"interpolation": 0.0, "interpolation_source": "training"}
+    # The decoder that was trained with the memory is another one.
+    assert "decoder + memory is better" in table.sentence(results)
+    memory |= {"interpolation_source": "validation", "difference_nats": 0.0}
     assert "the memory got no weight (λ = 0)" in table.sentence(results)
 
 

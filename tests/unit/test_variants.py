@@ -8,10 +8,11 @@ import pytest
 from mlpmem_jax.config.load import changed_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.datastore.manifest import Artifact, fingerprint_of
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.evaluation.suite.forecast import Expected, Forecaster, duration
 from mlpmem_jax.evaluation.suite.ledger import Ledger
+from mlpmem_jax.pipeline import ablate, compare
 from mlpmem_jax.pipeline.rows import ROWS, SeedPlan, planned_row
 from mlpmem_jax.pipeline.variants import (
     base_variant,
@@ -152,6 +153,80 @@ def test_keys_that_cannot_be_varied(tiny_config: Config, key: str, message: str)
         changed_variant(base_variant(tiny_config, 0), {key: 3}, "x")
 
 
+def test_decoders_that_no_memory_reads_need_not_fit_one(make_config: Callable[..., Config]):
+    config = make_config("memory.head=tied", "memory.width=32", "datastore.input.layer=2")
+    assert config.decoder.width == 32 and config.decoder.num_layers == 2
+    plan = SeedPlan(config, 0)
+    assert plan.of_equal_size().config.decoder.name == "seed-0-equal-size"
+    assert plan.small_lm().config.decoder.name == "seed-0-small"
+    wide = taught_variant(plan.base, {"decoder.width": 64}, "wide")
+    assert wide.teacher.decoder.width == 64 and wide.config.memory.head == "tied"
+    with pytest.raises(ConfigError, match=r"memory\.head=tied needs"):
+        changed_variant(plan.base, {"decoder.width": 64}, "x")  # Its own memory reads it.
+
+
+def test_names_of_one_run_are_not_those_of_all_seeds(make_config: Callable[..., Config]):
+    config = make_config("retrieval.exact_name=mine", "train.name=mine")
+    names = [{stage.name for stage in base_variant(config, s).memory_stages()} for s in (0, 1)]
+    assert not {name for name in names[0] & names[1] if not name.startswith("token")}
+    with pytest.raises(ConfigError, match=r"retrieval\.exact_name: cannot differ"):
+        changed_variant(base_variant(config, 0), {"retrieval.exact_name": "other"}, "x")
+
+
+def test_tables_refuse_joint_training_without_lambda(tiny_config: Config):
+    texts = ["train.mode=joint", "train.joint_weight=0", "train.decoder_optimizer.warmup_steps=2"]
+    message = r"train\.joint_weight=0.* with train\.mode=joint"
+    with pytest.raises(ConfigError, match=message):
+        changed_variant(base_variant(tiny_config, 0), {}, "x", texts=texts)
+    with pytest.raises(ConfigError, match=message):
+        base_variant(changed_config(tiny_config, {}, texts), 0)
+
+
+SWEEPS = "ablate.sweeps=[{key: train.interpolation, values: [0.3, 0.7], overrides: %s}]"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (
+            SWEEPS % f"[{', '.join(CONTINUED)}]",
+        ),  # Ends in joint models; the memory is that of the base.
+        (SWEEPS % "[train.alpha=0.3]", "train.joint_weight=0.5"),  # The base is one part.
+    ],
+)
+def test_a_sweep_makes_all_that_its_table_reads(
+    make_config: Callable[..., Config], overrides: tuple[str, ...]
+):
+    config = make_config(*overrides)
+    ablate.check_sweeps(config)
+    made = {stage.name for work in ablate.works(config) for stage in work.stages()}
+    read = {one.relative for one in ablate.table_stage(config).origins()}
+    assert read - {"tokens", "machine"} <= made
+
+
+def test_tables_show_labels_and_have_an_order(make_config: Callable[..., Config]):
+    def recipe(rows: str, label: str) -> object:
+        own = f"compare.recipes=[{{name: own, label: {label}, overrides: [train.alpha=0.1]}}]"
+        config = make_config(f"compare.rows={rows}", own)
+        return fingerprint_of(compare.table_stage(config).recipe)
+
+    first = recipe("[decoder, knn, memory]", "a")
+    assert first == recipe("[decoder, knn, memory]", "a")
+    assert first != recipe("[decoder, memory, knn]", "a")
+    assert first != recipe("[decoder, knn, memory]", "b")
+
+
+def test_the_vocabulary_is_asked_for_again_once_there_are_tokens(tiny_config: Config):
+    plan = SeedPlan(tiny_config, 0)
+    assert plan.vocab_size == tiny_config.tokenizer.vocab_size
+    before = plan.of_equal_size().config.decoder
+    tokens = Layout(tiny_config).tokens
+    tokens.begin({}, {})
+    tokens.finish(counts={"vocab_size": 4 * tiny_config.tokenizer.vocab_size})
+    assert plan.vocab_size == 4 * tiny_config.tokenizer.vocab_size
+    assert plan.of_equal_size().config.decoder != before
+
+
 def test_labels_are_names_and_differ():
     assert label_of("datastore.input.layer", 0.7) == "datastore.input.layer-0.7"
     assert label_of("a b/c", None) == "a-b-c-None"
@@ -250,6 +325,26 @@ def test_costs_count_everything_once_and_the_teacher_apart(fake_run: Path):
     assert cost.total_flops == cost.network_flops + 3.0 * 48.0
     alone = ledger.cost(["decoder/student"], ["decoder/student"])
     assert alone.total_flops == 10.0 and alone.total_seconds == 1.0
+
+
+def test_one_pass_makes_keys_and_what_the_memory_reads(fake_run: Path):
+    ledger = Ledger(fake_run, peak_flops=3.0)
+    student = ledger.closure(["memory/student"])
+    origin = Artifact(fake_run, "datastore/student/train", "datastore").load()
+    for name, dtype in (("deeper", None), ("rounded", "float16")):
+        recipe = {"datastore": {"input": {"layer": 1.0}, **({"dtype": dtype} if dtype else {})}}
+        made_from = dict(origin.made_from)
+        _finished(
+            fake_run, f"datastore/{name}/train", made_from, recipe, seconds=4.0, model_flops=40.0
+        )
+        memory = dict(Artifact(fake_run, "memory/student", "memory").load().made_from)
+        memory[f"datastore/{name}/train"] = "…"
+        _finished(fake_run, f"memory/{name}", memory, seconds=64.0, model_flops=640.0)
+    assert "datastore/deeper/train" in ledger.closure(["memory/deeper"]) and student
+    decoder = ["decoder/student"]
+    alone = ledger.cost(["memory/student"], decoder).seconds["embed"]
+    assert ledger.cost(["memory/deeper"], decoder).seconds["embed"] == alone
+    assert ledger.cost(["memory/rounded"], decoder).seconds["embed"] == 2 * alone
 
 
 @pytest.mark.parametrize("train", [{"alpha": 0.0}, {"alpha": 0.4, "memory_weight": 0.0}])

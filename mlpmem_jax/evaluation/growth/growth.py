@@ -113,13 +113,14 @@ def _timer(
     }
     systems = evaluated["systems"]
     knn_weight = float(systems["knn"]["interpolation"])
+    has_gate = config.memory.gate == "learned"
     models = {
         name: CompiledModel(
             InterpolatedModel(
                 decoder,
                 each,
                 site=site["input"],
-                weight=float(systems["memory"]["interpolation"]),
+                weight=None if has_gate else float(systems["memory"]["interpolation"]),
                 mesh=mesh,
             ),
             site["key"],
@@ -151,17 +152,20 @@ def _bytes(
     parameter_bytes: Mapping[str, int],
     names: Sequence[str],
 ) -> dict[str, list[int]]:
-    """Returns the bytes that each system keeps at each size: weights, keys, labels, index."""
+    """Returns the bytes that each system keeps: weights, labels, and keys or index.
+
+    An index of ScaNN holds the keys.
+    """
     specs = Layout(config).datastore_arrays()
-    row_bytes = specs["key"].row_bytes + specs["label"].row_bytes
+    key, label = specs["key"].row_bytes, specs["label"].row_bytes
     kept = {}
     for name in names:
         base = parameter_bytes.get(name, parameter_bytes["decoder"])
         if name in PLAIN:
             kept[name] = [base] * len(rows_S)
             continue
-        index = [prepared[n].get("index_bytes", 0) if name == "scann" else 0 for n in rows_S]
-        kept[name] = [base + n * row_bytes + i for n, i in zip(rows_S, index, strict=True)]
+        searched = [prepared[n]["index_bytes"] if name == "scann" else n * key for n in rows_S]
+        kept[name] = [base + n * label + s for n, s in zip(rows_S, searched, strict=True)]
     return kept
 
 

@@ -19,7 +19,7 @@ from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.evaluation.bootstrap import FEW_DOCUMENTS, bootstrap_sums, interval
 from mlpmem_jax.evaluation.compare import SplitScores, chosen_weight
 from mlpmem_jax.evaluation.metrics import DocumentCounts
-from mlpmem_jax.evaluation.scored import EVALUATED, memory_logprobs, read_train_labels
+from mlpmem_jax.evaluation.scored import EVALUATED, read_train_labels, remembered_splits
 from mlpmem_jax.evaluation.search_quality.divergence import compare_neighbors
 from mlpmem_jax.evaluation.search_quality.searched import SearchedKnn
 from mlpmem_jax.evaluation.search_quality.settings import reference_of, with_setting
@@ -33,6 +33,7 @@ from mlpmem_jax.training.networks import finished_decoder
 SCHEMA_VERSION = 1
 MEASURED = ("knn", "memory")
 _SAMPLE_SEED = 3
+_CHOSEN: Mapping[Split, None] = {}  # λ is chosen on validation.
 
 
 def measure_settings(config: Config, mesh: jax.sharding.Mesh, path: epath.Path) -> dict[str, Any]:
@@ -77,6 +78,8 @@ class _Study:
         targets = layout.targets("train").load()
         temperature = float(targets.counts["temperature"])
         index = layout.index.load()
+        # Of the last start, which need not have searched all rows.
+        rate = targets.measured.get("queries_per_sec") or None
         return {
             "name": setting.name,
             "engine": engine.name,
@@ -84,8 +87,8 @@ class _Study:
             "num_leaves_to_search": settings.num_leaves_to_search if settings else None,
             "num_reorder": settings.num_reorder if settings else None,
             "index_secs": index.measured.get("seconds"),
-            "search_secs": targets.measured.get("search_secs"),
-            "queries_per_sec": targets.measured.get("queries_per_sec"),
+            "search_secs": rate and int(targets.counts["rows"]) / rate,
+            "queries_per_sec": rate,
             "temperature_of_targets": temperature,
             **self._neighbors(config, engine, temperature),
             "knn": self._knn(config, engine),
@@ -125,12 +128,25 @@ class _Study:
 
     def _memory(self, config: Config) -> dict[str, Any]:
         decoder = finished_decoder(config, self.mesh)
-        return self._scores("memory", memory_logprobs(config, decoder, self.mesh))
+        remembered = remembered_splits(config, decoder, self.mesh)
+        part_N = {split: one.logprob_N for split, one in remembered.items()}
+        return self._scores("memory", part_N, {s: one.weight for s, one in remembered.items()})
 
-    def _scores(self, name: str, part_N: Mapping[Split, np.ndarray]) -> dict[str, Any]:
-        """Chooses λ on validation; returns nats per token, and nats by test document."""
+    def _scores(
+        self,
+        name: str,
+        part_N: Mapping[Split, np.ndarray],
+        trained: Mapping[Split, np.ndarray | float | None] = _CHOSEN,
+    ) -> dict[str, Any]:
+        """Returns nats per token, and by test document; λ of training, or else of validation."""
         scores = {
-            split: SplitScores(one.counts, one.logprob_N, part_N[split], part_N[split])
+            split: SplitScores(
+                one.counts,
+                one.logprob_N,
+                part_N[split],
+                part_N[split],
+                memory_weight=trained.get(split),
+            )
             for split, one in self.stored.items()
         }
         weight = chosen_weight(scores["valid"], name)

@@ -182,10 +182,8 @@ def draw(results: Results) -> bytes:
                   markeredgecolor=color, markeredgewidth=1.5)  # fmt: skip
         _draw_loss(right, network, epochs, color)
     reference = results["reference_nats"]
-    left.axhline(reference, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
-    left.annotate("decoder as configured, test", (1, reference), (0, 4),
-                  xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
-                  fontsize=8.5, color=INK)  # fmt: skip
+    left.axhline(reference, color=INK, linewidth=0.9, linestyle=(0, (1, 2)),
+                 label="decoder as configured")  # fmt: skip
     legend(left, size=8.5)
     right.axhline(0, color=LINE, linewidth=0.8)
     epochs_label = "epochs over the training text"

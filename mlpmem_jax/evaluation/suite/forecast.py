@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from mlpmem_jax.datastore.manifest import MANIFEST, Artifact
+from mlpmem_jax.datastore.manifest import Artifact
 
 # Share of the peak that small networks reach on CPU.
 _SHARE_OF_PEAK = 0.2
@@ -88,7 +88,7 @@ class Forecaster:
             expected: What is to be there in the end.
             others: Further artifacts, by path, whose rates tell something.
         """
-        missing = [one for one in expected if not (one.artifact.path / MANIFEST).exists()]
+        missing = [one for one in expected if not one.artifact.is_complete()]
         rates = self._rates({*others, *(one.artifact.relative for one in expected)})
         flops = 0.0
         seconds: dict[str, float] = {}
@@ -130,14 +130,14 @@ class Forecaster:
         for relative in relatives:
             kind = relative.split("/")[0]
             artifact = Artifact(self._workdir, relative, kind)
-            if kind not in _NETWORKS or not (artifact.path / MANIFEST).exists():
+            if kind not in _NETWORKS or not artifact.is_complete():
                 continue
             manifest = artifact.load()
             measured = manifest.measured
             if "model_flops" not in measured:
                 continue
             # A step's time where there are steps: starting up costs the same for any number.
-            steps = int(manifest.counts.get("steps", 0))
+            steps = int(measured.get("steps", manifest.counts.get("steps", 0)))
             spent = measured.get("secs_per_step", 0.0) * steps or measured["seconds"]
             flops[kind] = flops.get(kind, 0.0) + float(measured["model_flops"])
             seconds[kind] = seconds.get(kind, 0.0) + float(spent)

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from mlpmem_jax.datastore.layout import REFRESHED
-from mlpmem_jax.datastore.manifest import Artifact, Manifest
+from mlpmem_jax.datastore.manifest import Artifact, Manifest, fingerprint_of
 
 _FREE = ("tokenizer", "tokens")
 # What the cost of an artifact is called, by its kind.
@@ -107,6 +107,26 @@ class Ledger:
         unused = train.get("alpha") == 0 or train.get("memory_weight") == 0
         return [name for name in manifest.made_from if not (unused and _kind(name) == "targets")]
 
+    def _once(self, relatives: Iterable[str]) -> list[str]:
+        """Leaves out embeddings that differ in what the memory reads alone.
+
+        One pass of the decoder makes keys and inputs; that a table shares the keys of another
+        row, and so makes two passes, is no cost of the method.
+        """
+        found: dict[str, str] = {}
+        for relative in sorted(relatives):
+            content = relative
+            if _kind(relative) == "datastore":
+                manifest = self._manifest(relative)
+                recipe = {
+                    **manifest.recipe,
+                    "datastore": {**manifest.recipe.get("datastore", {}), "input": None},
+                }
+                split = relative.rsplit("/", 1)[1]
+                content = fingerprint_of([split, recipe, manifest.made_from])
+            found.setdefault(content, relative)
+        return list(found.values())
+
     def _purpose(self, relative: str, decoders: set[str]) -> str:
         kind = _kind(relative)
         # What joint training makes anew from its own decoder half-way is no teacher's.
@@ -128,7 +148,7 @@ class Ledger:
         flops: dict[str, float] = {}
         seconds: dict[str, float] = {}
         network_flops = 0.0
-        for relative in sorted(self.closure(relatives)):
+        for relative in self._once(self.closure(relatives)):
             measured = self._manifest(relative).measured
             purpose = self._purpose(relative, set(decoders))
             spent = float(measured["seconds"])

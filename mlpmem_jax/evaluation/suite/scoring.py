@@ -24,6 +24,7 @@ from mlpmem_jax.evaluation.remembered import remember
 from mlpmem_jax.evaluation.stored import whole_array
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.training.interpolation import at_step
 from mlpmem_jax.training.networks import finished_decoder, finished_memory, finished_networks
 
 
@@ -103,6 +104,7 @@ def score_mixture(
     decoder, memory = finished_networks(config, mesh)
     if step is not None:
         memory = finished_memory(config, mesh, step)
+        config = at_step(config, step)
     scores = remember(config, split, decoder, memory, mesh)
     assert scores.weight is not None
     decoder_N = scores.decoder_N
