@@ -48,8 +48,8 @@ class SplitLabels:
         label_N, logprob_N = whole_array(artifact, "label"), whole_array(artifact, "logprob")
         if len(label_N) != len(self.label_N) or np.any(label_N != self.label_N):
             raise ArtifactError(
-                f"{artifact.path}: scores of other tokens than the run's, or damaged; delete it and "
-                "start again"
+                f"{artifact.path}: scores of other tokens than the run's, or damaged; delete it "
+                "and start again"
             )
         return logprob_N
 
