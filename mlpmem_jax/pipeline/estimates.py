@@ -1,5 +1,6 @@
 """What stages will need, beforehand: rows, bytes, parameters, flops. For `--dry-run`."""
 
+import functools
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
@@ -63,11 +64,16 @@ def training_estimate(config: Config, steps: range | None = None) -> dict[str, A
     if joint:
         added = decoder_parameters(config.decoder, vocab)
         counts = {name: counts[name] + added[name] for name in counts}
+        memory = functools.partial(
+            memory_flops_per_token, config.memory, config.decoder.width, vocab
+        )
+        tied = config.memory.head == "tied"
         flops = joint_training_flops_per_token(
             config.train,
             decoder_flops_per_token(config.decoder, vocab, window),
-            memory_flops_per_token(config.memory, config.decoder.width, vocab),
+            memory(),
             steps,
+            memory() - memory(head=False) if tied else 0.0,
         )
     elif config.decoder_runs:
         site = config.datastore.input

@@ -80,7 +80,26 @@ def _refuse(artifact: Artifact, lines: Sequence[str]) -> None:
 def stages(config: Config) -> list[Stage]:
     """Returns the one stage of this command."""
     layout = Layout(config)
-    upstream = (
+    return [
+        Stage(
+            artifact=layout.results,
+            recipe=recipe(config),
+            upstream=functools.partial(_upstream, config),
+            build=functools.partial(_build, config),
+            check=functools.partial(check_devices, config, _batches(config)),
+            estimate=functools.partial(_estimate, config),
+        )
+    ]
+
+
+def _upstream(config: Config) -> Sequence[Artifact]:
+    """Returns what the results are made from; asked once the stages before are done.
+
+    Raises:
+        ArtifactError: Something of it was made otherwise; the results that there are stay.
+    """
+    layout = Layout(config)
+    upstream: Sequence[Artifact] = (
         layout.tokens,
         layout.decoder,
         *(layout.datastore(split) for split in SPLITS),
@@ -90,16 +109,9 @@ def stages(config: Config) -> list[Stage]:
         layout.targets("valid"),
         layout.trained,
     )
-    return [
-        Stage(
-            artifact=layout.results,
-            recipe=recipe(config),
-            upstream=upstream,
-            build=functools.partial(_build, config),
-            check=functools.partial(check_devices, config, _batches(config)),
-            estimate=functools.partial(_estimate, config),
-        )
-    ]
+    if all(artifact.is_complete() for artifact in upstream):
+        _refuse_other_settings(config)
+    return upstream
 
 
 def _batches(config: Config) -> str:
@@ -118,7 +130,6 @@ def _build(config: Config) -> Completion:
     from mlpmem_jax.evaluation.table import as_csv
     from mlpmem_jax.parallel.mesh import make_mesh
 
-    _refuse_other_settings(config)
     mesh = make_mesh(config.mesh)
     results, latency = evaluate_run(config, mesh)
     measured = {"latency_ms": latency}

@@ -28,7 +28,11 @@ def recipe(config: Config) -> dict[str, Any]:
         "num_neighbors": config.retrieval.num_neighbors,
         "evaluate": {name: evaluate[name] for name in names},
         "search_quality": config.search_quality.recipe(),
-    }
+    } | (
+        {"interpolation": config.trained_interpolation, "gate": config.memory.gate}
+        if config.brings_interpolation
+        else {}
+    )
 
 
 def stages(config: Config) -> list[Stage]:

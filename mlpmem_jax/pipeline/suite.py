@@ -149,6 +149,9 @@ def run_suite(
         run_stages(stages, rebuild, before_building=lambda: write_config(config))
 
     run([*tokens, machine_stage(config)])
+    # Again, and before networks are trained: the vocabulary is known now.
+    planned = [work.stages() for work in works]
+    _refuse_clashes(works, planned)
     peak = float(Layout(config).machine.load().counts["peak_flops"])
     done: dict[str, None] = {}
     estimates = Estimates()

@@ -8,7 +8,7 @@ from flax import nnx
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.manifest import Artifact, differences
+from mlpmem_jax.datastore.manifest import Artifact, Manifest, differences
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.joint import Joint
@@ -179,13 +179,33 @@ def check_inputs(config: Config, artifact: Artifact) -> None:
         trained = {name: manifest.recipe[name] for name in ("datastore", "corpus")}
         asked["corpus"] = {"attention": config.corpus.attention}
     else:
-        stored = Layout(config).datastore("train")
-        if manifest.made_from.get(stored.relative) is None or not stored.is_complete():
+        stored = _trained_on(artifact)
+        if stored is None:
             return
-        trained = {"datastore": {"input": stored.load().recipe["datastore"]["input"]}}
+        trained = {"datastore": {"input": stored.recipe["datastore"]["input"]}}
     lines = differences(trained, asked)
     if lines:
         raise ArtifactError(f"{artifact.path}: was trained otherwise: " + "; ".join(lines))
+
+
+def _trained_on(artifact: Artifact) -> Manifest | None:
+    """Returns the manifest of the rows that a memory was trained on; None: they are gone.
+
+    Raises:
+        ArtifactError: They have been made anew since.
+    """
+    for name, fingerprint in artifact.load().made_from.items():
+        if name.startswith("datastore/") and name.endswith("/train"):
+            rows = Artifact(artifact.workdir, name, "datastore")
+            if not rows.is_complete():
+                return None
+            if rows.load().fingerprint != fingerprint:
+                raise ArtifactError(
+                    f"{artifact.path}: was trained on rows that have been made anew since "
+                    f"({rows.path}); train it again with `train --rebuild`"
+                )
+            return rows.load()
+    return None
 
 
 def check_interpolation(config: Config, artifact: Artifact) -> None:

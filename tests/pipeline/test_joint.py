@@ -120,19 +120,60 @@ def test_evaluation_and_generation_use_the_gate(refreshed, capsys):
     assert "λ of the gate" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("joint", [True, False])
-def test_what_the_memory_was_not_trained_to_read_is_refused(refreshed, capsys, joint):
-    overrides = REFRESHED if joint else ()
+@pytest.mark.parametrize("overrides", [REFRESHED, ()])
+def test_what_the_memory_was_not_trained_to_read_is_refused(refreshed, capsys, overrides):
+    """Before what is there is removed."""
     capsys.readouterr()
-    for command, key in (
-        ("evaluate", "datastore.input.layer"),
-        ("generate", "datastore.input.layer"),
-        ("evaluate", "retrieval.num_neighbors"),
+    layout = Layout(load_config(TINY, overrides, {"workdir": str(refreshed)}))
+    before = (refreshed / "config.yaml").read_text()
+    for command, key, value in (
+        ("evaluate", "datastore.input.layer", "0.5"),
+        ("generate", "datastore.input.layer", "0.5"),
+        ("evaluate", "retrieval.num_neighbors", "8"),
+        ("evaluate", "corpus.attention", "within"),
     ):
-        value = {"datastore.input.layer": "0.5", "retrieval.num_neighbors": "8"}[key]
-        assert _main(refreshed, command, *overrides, f"{key}={value}") == 2
+        more = [f"{key}={value}", *(["--rebuild"] if command == "evaluate" else [])]
+        is_there = layout.results.is_complete()
+        assert _main(refreshed, command, *overrides, *more) == 2
         told = capsys.readouterr().err
-        assert "otherwise" in told and f"{key}=" in told and f"now {value}" in told
+        assert (
+            "otherwise: " in told
+            and f"{key}=" in told
+            and f"now {json.dumps(value)}"
+            in (told.replace("now 0.5", 'now "0.5"').replace("now 8", 'now "8"'))
+        )
+        assert layout.results.is_complete() == is_there
+    assert (refreshed / "config.yaml").read_text() == before
+
+
+def test_rows_that_the_memory_was_not_trained_on_are_refused(tiny_run, tmp_path, capsys):
+    workdir = _copy(tiny_run, tmp_path / "run")
+    other = ("datastore.name=other", "targets.name=other", "datastore.input.layer=0.5")
+    for command in ("embed", "index", "retrieve"):
+        assert _main(workdir, command, *other) == 0
+    assert _main(workdir, "train", *other, "memory.name=other") == 0
+    capsys.readouterr()
+    # The decoder's state of another layer, by the name of the datastore alone.
+    for command in ("evaluate", "generate"):
+        assert _main(workdir, command, "memory.name=other") == 2
+        told = capsys.readouterr().err
+        assert "datastore.input.layer=0.5, now 0.7" in told
+    assert _main(workdir, "embed", "--rebuild", "datastore.input.layer=0.5") == 0
+    capsys.readouterr()
+    assert _main(workdir, "generate", "datastore.input.layer=0.5") == 2
+    assert "was trained on rows that have been made anew" in capsys.readouterr().err
+
+
+def test_online_training_records_what_the_memory_reads(tiny_run, tmp_path, capsys):
+    workdir = _copy(tiny_run, tmp_path / "run")
+    online = ("train.inputs=online", "memory.name=online", "train.num_steps=2")
+    online = (*online, "train.optimizer.warmup_steps=0")
+    assert _main(workdir, "train", *online) == 0
+    capsys.readouterr()
+    assert _main(workdir, "train", *online, "datastore.input.layer=0.5") == 2
+    assert "datastore.input.layer=0.7, now 0.5" in capsys.readouterr().err
+    assert _main(workdir, "generate", *online, "datastore.input.layer=0.5") == 2
+    assert "datastore.input.layer=0.7, now 0.5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gate", ["none", "learned"])

@@ -11,9 +11,11 @@ from mlpmem_jax.config.stages import TrainConfig
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.estimates import training_estimate
 from mlpmem_jax.training import flops
 from mlpmem_jax.training.joint_training import JointTask
 from mlpmem_jax.training.loop import assemble
+from mlpmem_jax.training.memory_training import MemoryTask
 from mlpmem_jax.training.step import waiting_groups
 
 VOCAB, LENGTH = 1000, 64
@@ -203,6 +205,18 @@ def test_what_is_frozen_is_charged_what_is_computed(gradient, freezes, steps):
     assert found == _by_hand(train, 7.0, 2.0, steps)
     if freezes == (0, 0):
         assert found == 3 * (7.0 + 2.0) * len(steps)
+
+
+@pytest.mark.parametrize("head", ["untied", "tied"])
+@pytest.mark.parametrize("keys", [(), ("train.decoder_gradient=0",), ("train.mode=memory",)])
+def test_estimates_are_what_is_charged(make_config, keys, head):
+    shape = ("memory.head=tied", "memory.width=256") if head == "tied" else ()
+    gate = ("memory.gate=none",) if "train.mode=memory" in keys else ()
+    config = make_config(*STEP, *JOINT, "train.decoder_freeze_steps=4", *keys, *gate, *shape)
+    make = JointTask if config.train.mode == "joint" else MemoryTask
+    task = make(config, single_device_mesh(), BlankRun(config))
+    charged = task.flops_of(range(config.train.num_steps))
+    assert training_estimate(config)["model flops"] == pytest.approx(charged)
 
 
 @pytest.mark.parametrize("gradient", ["1.0", "0.0"])

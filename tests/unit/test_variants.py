@@ -12,7 +12,7 @@ from mlpmem_jax.datastore.manifest import Artifact, fingerprint_of
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.evaluation.suite.forecast import Expected, Forecaster, duration
 from mlpmem_jax.evaluation.suite.ledger import Ledger
-from mlpmem_jax.pipeline import ablate, compare
+from mlpmem_jax.pipeline import ablate, compare, embed
 from mlpmem_jax.pipeline.rows import ROWS, SeedPlan, planned_row
 from mlpmem_jax.pipeline.variants import (
     base_variant,
@@ -327,24 +327,23 @@ def test_costs_count_everything_once_and_the_teacher_apart(fake_run: Path):
     assert alone.total_flops == 10.0 and alone.total_seconds == 1.0
 
 
-def test_one_pass_makes_keys_and_what_the_memory_reads(fake_run: Path):
+def test_one_pass_makes_keys_and_what_the_memory_reads(fake_run: Path, tiny_config: Config):
+    overrides = {"base": {}, "deeper": {"datastore.input.layer": 1.0}}
+    overrides["rounded"] = overrides["deeper"] | {"datastore.dtype": "bfloat16"}
+    made_from = dict(Artifact(fake_run, "datastore/student/train", "datastore").load().made_from)
+    for name, more in overrides.items():
+        recipe = embed.recipe(changed_config(tiny_config, {"datastore.name": name, **more}))
+        store = f"datastore/{name}/train"
+        _finished(fake_run, store, made_from, recipe, seconds=4.0, model_flops=40.0)
+        # Targets are those of the base: its keys were searched.
+        sources = {"decoder/student": "", "datastore/base/train": "", store: ""}
+        _finished(fake_run, f"memory/{name}", sources, seconds=64.0, model_flops=640.0)
     ledger = Ledger(fake_run, peak_flops=3.0)
-    student = ledger.closure(["memory/student"])
-    origin = Artifact(fake_run, "datastore/student/train", "datastore").load()
-    for name, dtype in (("deeper", None), ("rounded", "float16")):
-        recipe = {"datastore": {"input": {"layer": 1.0}, **({"dtype": dtype} if dtype else {})}}
-        made_from = dict(origin.made_from)
-        _finished(
-            fake_run, f"datastore/{name}/train", made_from, recipe, seconds=4.0, model_flops=40.0
-        )
-        memory = dict(Artifact(fake_run, "memory/student", "memory").load().made_from)
-        memory[f"datastore/{name}/train"] = "…"
-        _finished(fake_run, f"memory/{name}", memory, seconds=64.0, model_flops=640.0)
-    assert "datastore/deeper/train" in ledger.closure(["memory/deeper"]) and student
-    decoder = ["decoder/student"]
-    alone = ledger.cost(["memory/student"], decoder).seconds["embed"]
-    assert ledger.cost(["memory/deeper"], decoder).seconds["embed"] == alone
-    assert ledger.cost(["memory/rounded"], decoder).seconds["embed"] == 2 * alone
+    spent = {
+        name: ledger.cost([f"memory/{name}"], ["decoder/student"]).seconds["embed"]
+        for name in overrides
+    }
+    assert spent == {"base": 4.0, "deeper": 4.0, "rounded": 8.0}
 
 
 @pytest.mark.parametrize("train", [{"alpha": 0.0}, {"alpha": 0.4, "memory_weight": 0.0}])

@@ -118,10 +118,12 @@ class Ledger:
             content = relative
             if _kind(relative) == "datastore":
                 manifest = self._manifest(relative)
-                recipe = {
-                    **manifest.recipe,
-                    "datastore": {**manifest.recipe.get("datastore", {}), "input": None},
+                stored = {
+                    key: value
+                    for key, value in manifest.recipe.get("datastore", {}).items()
+                    if key not in ("name", "input")
                 }
+                recipe = {**manifest.recipe, "datastore": stored}
                 split = relative.rsplit("/", 1)[1]
                 content = fingerprint_of([split, recipe, manifest.made_from])
             found.setdefault(content, relative)
