@@ -6,7 +6,7 @@ Suffixes: B texts, L tokens of a prompt, D decoder width, V vocabulary.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -121,24 +121,32 @@ class TimedWriter:
 
 
 def in_turns(
-    writers: Mapping[str, Timed], work: Callable[[Timed], Spent], count: int
+    writers: Mapping[str, Timed],
+    work: Callable[[Timed], Spent],
+    count: int,
+    seed: Sequence[int] = (0,),
 ) -> Iterator[tuple[str, Spent]]:
     """Yields what each writer spends on a piece of work, `count` times each, in turns.
 
     A turn is several pieces in a row, of which the first is not counted: it finds the caches of
     the processor full of what the system before has read. With turns of one piece the decoder
-    took 1.4 times as long beside exact search over a million rows as beside 16,000.
+    took 1.4 times as long beside exact search over a million rows as beside 16,000. Each round of
+    turns has an order of its own: on a busy machine whoever follows exact search is slow for
+    longer than a piece, and in a fixed order that was always the same system.
 
     Args:
         writers: By name.
         work: What is timed; returns what it spent.
         count: Pieces of each writer that count.
+        seed: Of the orders.
     """
+    order = np.random.default_rng(seed)
     for writer in writers.values():
         for _ in range(_WARM_UP):
             work(writer)
     for done in range(0, count, _IN_A_ROW):
-        for name, writer in writers.items():
+        for name in order.permutation(list(writers)).tolist():
+            writer = writers[name]
             work(writer)
             for _ in range(min(_IN_A_ROW, count - done)):
                 yield name, work(writer)

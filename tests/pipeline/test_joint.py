@@ -154,13 +154,14 @@ def test_rows_that_the_memory_was_not_trained_on_are_refused(tiny_run, tmp_path,
     assert _main(workdir, "train", *other, "memory.name=other") == 0
     capsys.readouterr()
     # The decoder's state of another layer, by the name of the datastore alone.
+    weight = "generate.interpolation=0.5"
     for command in ("evaluate", "generate"):
-        assert _main(workdir, command, "memory.name=other") == 2
+        assert _main(workdir, command, "memory.name=other", weight) == 2
         told = capsys.readouterr().err
         assert "datastore.input.layer=0.5, now 0.7" in told
     assert _main(workdir, "embed", "--rebuild", "datastore.input.layer=0.5") == 0
     capsys.readouterr()
-    assert _main(workdir, "generate", "datastore.input.layer=0.5") == 2
+    assert _main(workdir, "generate", "datastore.input.layer=0.5", weight) == 2
     assert "was trained on rows that have been made anew" in capsys.readouterr().err
 
 
@@ -172,7 +173,8 @@ def test_online_training_records_what_the_memory_reads(tiny_run, tmp_path, capsy
     capsys.readouterr()
     assert _main(workdir, "train", *online, "datastore.input.layer=0.5") == 2
     assert "datastore.input.layer=0.7, now 0.5" in capsys.readouterr().err
-    assert _main(workdir, "generate", *online, "datastore.input.layer=0.5") == 2
+    asked = ("datastore.input.layer=0.5", "generate.interpolation=0.5")
+    assert _main(workdir, "generate", *online, *asked) == 2
     assert "datastore.input.layer=0.7, now 0.5" in capsys.readouterr().err
 
 

@@ -89,6 +89,17 @@ def test_few_queries_find_what_many_find(num_queries: int):
         np.testing.assert_allclose(few.distance_QK, many.distance_QK[:num_queries], rtol=rtol)
 
 
+def test_each_round_of_turns_has_an_order_of_its_own():
+    def orders(seed: int) -> list[str]:
+        names = [name for name, _ in in_turns(dict.fromkeys("abcd", ""), len, 80, seed=(seed,))]
+        return ["".join(names[start : start + 32 : 8]) for start in range(0, 320, 32)]
+
+    assert orders(1) == orders(1) != orders(2)
+    assert all(sorted(one) == list("abcd") for one in orders(1))
+    # Not always behind the same one.
+    assert len({one[one.index("a") - 1] for one in orders(1) if one[0] != "a"}) > 1
+
+
 def test_turns_are_several_in_a_row_after_one_that_does_not_count():
     done: list[str] = []
 
@@ -96,9 +107,11 @@ def test_turns_are_several_in_a_row_after_one_that_does_not_count():
         done.append(writer)
         return len(done)
 
-    found = list(in_turns({"a": "A", "b": "B"}, work, 10))
-    assert [name for name, _ in found] == ["a"] * 8 + ["b"] * 8 + ["a"] * 2 + ["b"] * 2
-    assert done == list("AAABBB" + "A" * 9 + "B" * 9 + "AAABBB")
+    found = list(in_turns({"a": "A", "b": "B"}, work, 10, seed=(7,)))
+    names = [name for name, _ in found]
+    assert sorted(names[:16]) == ["a"] * 8 + ["b"] * 8 and sorted(names[16:]) == list("aabb")
+    turns = [names[0] * 9, names[8] * 9, names[16] * 3, names[18] * 3]
+    assert "".join(done) == "AAABBB" + "".join(turns).upper()
     counted = {number for _, number in found}
     # The warm-up and the first of each turn are not counted.
     assert set(range(1, len(done) + 1)) - counted == {*range(1, 7), 7, 16, 25, 28}

@@ -5,7 +5,7 @@ round. What was prepared or timed lies in small files, so that a start after a k
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -136,9 +136,10 @@ class Timer:
             return dict(read_json(file))
         systems = self._systems(num_rows, prepared)
         times = {name: _Times() for name in systems}
-        self._time_tokens(systems, times)
-        self._time_prompts(systems, times)
-        self._time_steps(systems, times)
+        seed = (self.config.seed, round_number, num_rows)
+        self._time_tokens(systems, times, seed)
+        self._time_prompts(systems, times, seed)
+        self._time_steps(systems, times, seed)
         found = {name: dataclasses.asdict(one) for name, one in times.items()}
         write_json(file, found)
         return found
@@ -163,14 +164,18 @@ class Timer:
             systems[name] = System(self.models["decoder"], search)
         return systems
 
-    def _time_tokens(self, systems: Systems, times: Mapping[str, "_Times"]) -> None:
+    def _time_tokens(
+        self, systems: Systems, times: Mapping[str, "_Times"], seed: Sequence[int]
+    ) -> None:
         """One text, one token at a time; the systems take turns."""
         writers = {name: Writer(system, 1) for name, system in systems.items()}
-        for name, spent in in_turns(writers, Writer.write, self.config.cost.num_tokens):
+        for name, spent in in_turns(writers, Writer.write, self.config.cost.num_tokens, seed):
             times[name].token.append(1000 * spent.total)
             times[name].search.append(1000 * spent.search)
 
-    def _time_prompts(self, systems: Systems, times: Mapping[str, "_Times"]) -> None:
+    def _time_prompts(
+        self, systems: Systems, times: Mapping[str, "_Times"], seed: Sequence[int]
+    ) -> None:
         cost = self.config.cost
         vocab = self.models["decoder"].model.vocab_size
         prompt = np.random.default_rng(self.config.seed).integers(0, vocab, cost.prompt_tokens)
@@ -179,13 +184,15 @@ class Timer:
         def read(writer: Writer) -> Spent:
             return writer.read(prompt[None].astype(np.int32))
 
-        for name, spent in in_turns(writers, read, cost.num_prompts):
+        for name, spent in in_turns(writers, read, cost.num_prompts, seed):
             times[name].first.append(1000 * spent.total)
 
-    def _time_steps(self, systems: Systems, times: Mapping[str, "_Times"]) -> None:
+    def _time_steps(
+        self, systems: Systems, times: Mapping[str, "_Times"], seed: Sequence[int]
+    ) -> None:
         cost = self.config.cost
         writers = {name: Writer(system, cost.batch_size) for name, system in systems.items()}
-        for name, spent in in_turns(writers, Writer.write, cost.batch_steps):
+        for name, spent in in_turns(writers, Writer.write, cost.batch_steps, seed):
             times[name].step.append(1000 * spent.total)
 
     def remove_indices(self) -> None:
