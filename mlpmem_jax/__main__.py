@@ -146,8 +146,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--rebuild",
         action="store_true",
-        help="make again: with run, compare, overfitting and ablate, what was made otherwise; "
-        "else this command's artifacts",
+        help="make again: with run, search-quality and tables of several runs, what was made "
+        "otherwise (and the table); else this command's artifacts",
     )
     if command == "generate":
         parser.add_argument(

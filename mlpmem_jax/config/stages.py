@@ -138,6 +138,6 @@ class GenerateConfig(Section):
     top_k: PositiveInt | None = runtime(None, "keep so many most probable tokens")
     top_p: float | None = runtime(0.95, "keep the fewest tokens with this mass", gt=0, le=1)
     interpolation: Fraction | Auto = runtime(
-        "auto", "λ, the memory's weight; auto: as evaluate chose it on validation"
+        "auto", "λ, the memory's weight; auto: as trained, else as evaluate chose it on validation"
     )
     seed: NonNegativeInt | None = runtime(None, "seed of the sampler; none: the run's seed")

@@ -114,8 +114,8 @@ COMMANDS: dict[str, Command] = {
         "generate",
         "continue prompts with decoder and memory",
         (
-            *_RUN, "decoder", "memory", "mesh", "datastore.input", *_MODEL, "train.joint_weight",
-            "generate",
+            *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore.input", *_MODEL,
+            "train.joint_weight", "generate",
         ),
     ),
     "compile": Command(
@@ -156,7 +156,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "run": Command(
         "run",
-        "all of the above in order; what is complete and current is skipped",
+        "tokenize to evaluate in order, then the table and a sample; what is there is kept",
         tuple(Config.model_fields),
     ),
 }  # fmt: skip
