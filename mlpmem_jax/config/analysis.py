@@ -41,7 +41,7 @@ class CostConfig(Section):
     engines: tuple[Literal["scann", "exact"], ...] = setting(
         ("scann", "exact"), "engines of the kNN-LM that are measured"
     )
-    rounds: int = setting(5, "times that each size is measured; intervals are over them", ge=3)
+    rounds: int = setting(8, "times that each size is measured; intervals are over them", ge=3)
     num_tokens: PositiveInt = setting(64, "tokens timed in a round, one text at a time")
     num_prompts: PositiveInt = setting(8, "times to the first token taken in a round")
     prompt_tokens: PositiveInt = setting(128, "tokens of a prompt, for the time to the first")

@@ -14,8 +14,6 @@ import numpy as np
 
 # Weights held at once; bounds memory, changes no number.
 _CHUNK_CELLS = 1 << 22
-# Fewer documents than this say little about the spread between documents.
-FEW_DOCUMENTS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +51,8 @@ def bootstrap_sums(values_DM: np.ndarray, num_draws: int, seed: int) -> np.ndarr
     for start in range(0, num_draws, chunk):
         size = min(chunk, num_draws - start)
         weight_RD = rng.multinomial(num_documents, share_D, size=size)
-        sums_RM[start : start + size] = weight_RD.astype(np.float64) @ values_DM
+        with np.errstate(invalid="ignore"):  # An infinite sum spoils its own column alone.
+            sums_RM[start : start + size] = weight_RD.astype(np.float64) @ values_DM
     return sums_RM
 
 

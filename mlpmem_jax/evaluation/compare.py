@@ -9,13 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mlpmem_jax.evaluation.bootstrap import (
-    FEW_DOCUMENTS,
-    Interval,
-    bootstrap_sums,
-    interval,
-)
-from mlpmem_jax.evaluation.metrics import DocumentCounts, score
+from mlpmem_jax.evaluation.bootstrap import Interval, bootstrap_sums, interval
+from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes, score
 from mlpmem_jax.evaluation.mixing import mixture_logprob, solve
 
 # The order of the table; the decoder is what the others are compared with.
@@ -109,18 +104,16 @@ def compare(
     test_D = {s: test.nats_by_document(s, w) for s, w in weights.items()}
     values_DM = np.stack([*test_D.values(), test.counts.tokens_D], axis=1)
     sums_RM = bootstrap_sums(values_DM, bootstrap_samples, seed)
-    notes = []
+    notes = document_notes(test.counts, valid.counts)
     num_documents = int(np.count_nonzero(test.counts.tokens_D))
-    if num_documents < FEW_DOCUMENTS:
-        notes.append(f"test has {num_documents} documents: intervals over so few are too narrow")
 
-    systems = {}
+    systems: dict[str, dict[str, Any]] = {}
     for place, (name, label) in enumerate(SYSTEMS.items()):
         metrics = score(test_D[name], test.counts)
         systems[name] = {
             "label": label,
-            "test_nats": metrics.nats_per_token,
-            "valid_nats": score(valid_D[name], valid.counts).nats_per_token,
+            "test_nats": _finite(metrics.nats_per_token),
+            "valid_nats": _finite(score(valid_D[name], valid.counts).nats_per_token),
             "token_perplexity": _finite(metrics.token_perplexity),
             "word_perplexity": _finite(metrics.word_perplexity),
             "bits_per_byte": _finite(metrics.bits_per_byte),
@@ -133,8 +126,8 @@ def compare(
     elif systems["memory"]["gain_recovered_low"] is None and num_documents > 1:
         notes.append("the kNN-LM's gain is too uncertain for an interval of the share recovered")
     return {
-        "valid": valid.counts.totals,
-        "test": test.counts.totals,
+        "valid": valid.counts.summary,
+        "test": test.counts.summary,
         "confidence": confidence,
         "bootstrap_samples": bootstrap_samples,
         "seed": seed,
@@ -215,11 +208,16 @@ def _curves(valid: SplitScores) -> dict[str, list[float | None]]:
     return curves
 
 
-def _documents(test: SplitScores, test_D: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+def _documents(
+    test: SplitScores, test_D: Mapping[str, np.ndarray]
+) -> dict[str, list[float | None]]:
     """Returns tokens and nats of test documents, evenly chosen where there are very many."""
     with_tokens = np.flatnonzero(test.counts.tokens_D)
     if len(with_tokens) > _MOST_DOCUMENTS_DRAWN:
         places = np.linspace(0, len(with_tokens) - 1, _MOST_DOCUMENTS_DRAWN).astype(int)
         with_tokens = with_tokens[places]
-    documents = {"tokens": test.counts.tokens_D[with_tokens].tolist()}
-    return documents | {name: nats[with_tokens].tolist() for name, nats in test_D.items()}
+    found = {"tokens": test.counts.tokens_D.astype(np.int64)} | dict(test_D)
+    return {
+        name: [_finite(value) for value in each[with_tokens].tolist()]
+        for name, each in found.items()
+    }

@@ -16,6 +16,9 @@ import numpy as np
 
 from mlpmem_jax.errors import ArtifactError
 
+# Fewer documents than this say little about the spread between documents.
+FEW_DOCUMENTS = 20
+
 
 @dataclasses.dataclass(frozen=True)
 class DocumentCounts:
@@ -46,6 +49,25 @@ class DocumentCounts:
             "tokens": int(self.tokens_D.sum()),
             "words": int(self.words_D.sum()),
             "bytes": int(self.bytes_D.sum()),
+        }
+
+    @property
+    def effective_documents(self) -> float:
+        """Documents of equal size that are as uneven as these: (Σ tokens)² / Σ tokens²."""
+        tokens_D = self.tokens_D.astype(np.float64)
+        return _ratio(float(tokens_D.sum()) ** 2, float(tokens_D @ tokens_D))
+
+    @property
+    def largest_share(self) -> float:
+        """Share of the scored tokens that the largest document holds."""
+        return _ratio(float(self.tokens_D.max(initial=0)), float(self.tokens_D.sum()))
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """Counts of the split, and how evenly documents share it."""
+        return self.totals | {
+            "effective_documents": self.effective_documents,
+            "largest_document_share": self.largest_share,
         }
 
     def sum_by_document(self, values_N: np.ndarray) -> np.ndarray:
@@ -99,6 +121,34 @@ def count_documents(
     tokens_D = np.bincount(document_N[document_N >= 0], minlength=len(words_D))
     return DocumentCounts(
         document_N, tokens_D, np.asarray(words_D, np.int64), np.asarray(bytes_D, np.int64)
+    )
+
+
+def document_notes(test: DocumentCounts, valid: DocumentCounts | None = None) -> list[str]:
+    """Says where too few documents, or too uneven ones, carry the numbers.
+
+    Args:
+        test: What intervals are drawn over.
+        valid: What λ and τ are chosen on, where they are.
+    """
+    effects = {"test": (test, "intervals over so few are too narrow")}
+    if valid is not None:
+        effects["validation"] = (valid, "λ and τ are chosen on little")
+    return [
+        f"{split} has {_documents_text(counts)}: {effect}"
+        for split, (counts, effect) in effects.items()
+        if counts.effective_documents < FEW_DOCUMENTS
+    ]
+
+
+def _documents_text(counts: DocumentCounts) -> str:
+    number = int(np.count_nonzero(counts.tokens_D))
+    text = f"{number} document{'' if number == 1 else 's'}"
+    if counts.effective_documents > 0.9 * number:
+        return text
+    return (
+        f"{text}, as uneven as {counts.effective_documents:.1f} of equal size (the largest holds "
+        f"{100 * counts.largest_share:.0f} % of the tokens)"
     )
 
 

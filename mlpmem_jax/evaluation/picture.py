@@ -46,6 +46,8 @@ def _draw_scores(axes: Any, results: Mapping[str, Any]) -> None:
     axes.axvline(reference, color=COLORS["decoder"], linewidth=1, linestyle=DASHED)
     for height, (key, system) in enumerate(systems.items()):
         nats, color = system["test_nats"], COLORS[key]
+        if nats is None:  # A label that has no probability left.
+            nats = np.nan
         axes.plot([reference, nats], [height, height], color=color, linewidth=5, alpha=0.25)
         low, high = system["difference_low"], system["difference_high"]
         if low is not None:
@@ -114,9 +116,14 @@ def _draw_documents(axes: Any, results: Mapping[str, Any]) -> None:
     tokens = np.asarray(documents["tokens"], np.float64)
     if not len(tokens):
         return
-    base = np.asarray(documents["decoder"])
-    knn = (base - np.asarray(documents["knn"])) / tokens
-    memory = (base - np.asarray(documents["memory"])) / tokens
+    base, knn, memory = (
+        np.asarray(documents[name], np.float64) for name in ("decoder", "knn", "memory")
+    )
+    knn, memory = ((base - nats) / tokens for nats in (knn, memory))
+    shown = np.isfinite(knn) & np.isfinite(memory)
+    tokens, knn, memory = tokens[shown], knn[shown], memory[shown]
+    if not len(tokens):
+        return
     area = 6 + 90 * tokens / tokens.max()
     axes.axhline(0, color=LINE, linewidth=0.8)
     axes.axvline(0, color=LINE, linewidth=0.8)

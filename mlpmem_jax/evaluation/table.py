@@ -114,9 +114,9 @@ def count_text(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
-def share_text(value: float | None) -> str:
+def share_text(value: float | None, digits: int = 1) -> str:
     """Formats a share in per cent."""
-    return DASH if value is None else f"{number(100 * value, 1)} %"
+    return DASH if value is None else f"{number(100 * value, digits)} %"
 
 
 def flat_rows(results: Results, measured: Mapping[str, Any]) -> list[dict[str, Any]]:

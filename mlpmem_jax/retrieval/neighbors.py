@@ -23,8 +23,9 @@ from mlpmem_jax.parallel.preemption import (
     stopping_where_asked,
 )
 from mlpmem_jax.parallel.sharing import is_mine, most_shared, share_of
-from mlpmem_jax.retrieval.engine import Engine, Keys, row_ranges
+from mlpmem_jax.retrieval.engine import READ_ROWS, Engine, Keys, row_ranges
 from mlpmem_jax.retrieval.merge import Neighbors, drop_own_row
+from mlpmem_jax.retrieval.recall import recall
 
 # Rows of a batch (int64) and what was found for them, to arrays of the same rows.
 Consume = Callable[[np.ndarray, Neighbors], Mapping[str, np.ndarray]]
@@ -168,3 +169,11 @@ class StoredNeighbors:
             ArtifactError: A shard is missing or damaged.
         """
         return Neighbors(read_rows(self._distance, start, stop), read_rows(self._row, start, stop))
+
+    def recall(self, truth: "StoredNeighbors") -> float:
+        """Returns recall@K over all rows of a split, against its true neighbours."""
+        found = 0.0
+        for rows in row_ranges(self.num_rows, READ_ROWS):
+            part = recall(self.read(rows.start, rows.stop), truth.read(rows.start, rows.stop))
+            found += part * (rows.stop - rows.start)
+        return found / self.num_rows

@@ -10,6 +10,7 @@ import pytest
 from mlpmem_jax.evaluation import compare as compare_module
 from mlpmem_jax.evaluation import metrics
 from mlpmem_jax.evaluation.compare import SplitScores, compare
+from mlpmem_jax.evaluation.picture import draw
 
 SEPARATOR = 0
 
@@ -92,11 +93,23 @@ def test_a_useless_retriever_leaves_nothing_to_recover():
     assert any("gains nothing" in note for note in found["notes"])
 
 
+def test_a_label_without_probability_is_reported_and_drawn():
+    """λ = 1 on validation, and a test label that no neighbour has."""
+    valid, test = make_scores(1), make_scores(2)
+    valid = dataclasses.replace(valid, knn_N=valid.decoder_N / 2)
+    found = run(valid, test)
+    assert found["systems"]["knn"]["interpolation"] == 1
+    assert found["systems"]["knn"]["test_nats"] is None
+    assert None in found["documents"]["knn"]
+    json.dumps(found, allow_nan=False)
+    assert draw(found).startswith(b"\x89PNG")
+
+
 def test_one_document_has_no_interval_and_few_are_remarked():
     valid = make_scores(1)
     one = run(valid, make_scores(2, num_documents=1))
     assert one["systems"]["memory"]["difference_low"] is None
-    assert any("1 documents" in note for note in one["notes"])
+    assert any("test has 1 document:" in note for note in one["notes"])
     assert not run(valid, make_scores(2))["notes"]
 
 

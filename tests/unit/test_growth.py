@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.evaluation.growth import slopes
+from mlpmem_jax.evaluation.growth.growth import summarize
 from mlpmem_jax.evaluation.growth.measuring import sizes
 from mlpmem_jax.evaluation.growth.writers import CompiledModel, make_search
 from mlpmem_jax.evaluation.latency import retriever
@@ -28,25 +30,49 @@ def test_the_slope_of_a_power_is_its_exponent(power: float):
 def test_the_interval_holds_the_true_slope_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
     held, widths = 0, []
-    for trial in range(16):
+    for _ in range(400):
         # Each round has a slowness of its own at each size, each value its own noise.
-        slow_SR1 = np.exp(0.1 * rng.standard_normal((len(ROWS), 20, 1)))
-        value_SRT = (ROWS**0.5)[:, None, None] * slow_SR1 * rng.gamma(50, 1 / 50, (5, 20, 3))
-        found = slopes.bootstrap_slope(
-            ROWS, value_SRT, slopes.percentile(50), confidence=0.9, seed=trial
-        )
+        slow_SR1 = np.exp(0.1 * rng.standard_normal((len(ROWS), 5, 1)))
+        value_SRT = (ROWS**0.5)[:, None, None] * slow_SR1 * rng.gamma(50, 1 / 50, (5, 5, 9))
+        slope_R = slopes.slope_by_round(ROWS, value_SRT, slopes.percentile(50))
+        found = slopes.over_rounds(slope_R, 0.9)
+        assert found.slope == pytest.approx(slope_R.mean())
         held += found.interval.low <= 0.5 <= found.interval.high
         widths.append(found.interval.high - found.interval.low)
-    assert 12 <= held <= 16
-    assert 0.005 < np.mean(widths) < 0.1
+    assert 0.86 < held / 400 < 0.94
+    assert 0.02 < np.mean(widths) < 0.2
 
 
 def test_a_round_in_which_everything_was_slow_does_not_move_the_slope():
     rng = np.random.default_rng(1)
     value_SRT = np.ones((len(ROWS), 6, 4)) * rng.gamma(5, 1, (1, 6, 1))
-    found = slopes.bootstrap_slope(ROWS, value_SRT, slopes.mean, confidence=0.95, seed=0)
+    found = slopes.over_rounds(slopes.slope_by_round(ROWS, value_SRT, slopes.mean), 0.95)
     assert found.slope == pytest.approx(0, abs=1e-12)
     assert max(abs(found.interval.low), abs(found.interval.high)) < 1e-12
+
+
+def test_what_slows_all_systems_of_a_round_alike_is_not_their_own():
+    rng = np.random.default_rng(2)
+    drift_SR1 = np.exp(rng.standard_normal((1, 5, 1)) * np.log(ROWS)[:, None, None])
+    decoder = {"token": 2 * drift_SR1, "search": 0 * drift_SR1}
+    memory = {"token": 3 * drift_SR1, "search": 0 * drift_SR1}
+    times = {"first": drift_SR1, "step": drift_SR1}
+    config = Config(workdir="unused")
+    names = ("decoder", "memory")
+    found = summarize(
+        config,
+        ROWS.tolist(),
+        dict(zip(names, (decoder | times, memory | times), strict=True)),
+        dict.fromkeys(names, [7] * len(ROWS)),
+    )
+    slope, above = (
+        found["memory"][name]["token_ms_p50"] for name in ("slopes", "slopes_above_decoder")
+    )
+    assert slope["high"] - slope["low"] > 0.5
+    assert above["slope"] == pytest.approx(0, abs=1e-9)
+    assert above["high"] - above["low"] < 1e-9
+    assert "search_ms_p50" not in found["memory"]["slopes"]
+    assert found["decoder"]["slopes_above_decoder"] == {}
 
 
 def test_sizes_double_up_to_all_rows():

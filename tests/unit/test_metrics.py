@@ -1,5 +1,6 @@
 """Metrics against numbers worked out by hand, and the log of a training run in a bucket."""
 
+import dataclasses
 import json
 import math
 import threading
@@ -34,6 +35,26 @@ def test_labels_belong_to_the_document_that_holds_them():
     assert counts.document_N.tolist() == [0, 0, 0, -1, -1, 2, 2]
     assert counts.tokens_D.tolist() == [3, 0, 2]
     assert counts.totals == {"documents": 3, "tokens": 5, "words": 3, "bytes": 16}
+
+
+def test_uneven_documents_count_for_fewer():
+    counts = _counts()
+    assert counts.effective_documents == pytest.approx(25 / 13)
+    assert counts.largest_share == pytest.approx(0.6)
+    assert counts.summary["documents"] == 3
+
+    def notes(*tokens: int) -> list[str]:
+        split = dataclasses.replace(counts, tokens_D=np.array(tokens))
+        return metrics.document_notes(split, split)
+
+    even = [50] * 40
+    assert not notes(*even)
+    few, chosen = notes(*even[:12])
+    assert few == "test has 12 documents: intervals over so few are too narrow"
+    assert chosen == "validation has 12 documents: λ and τ are chosen on little"
+    # 2,000 and 1,000 tokens: 9e6 / (40 · 2,500 + 1e6).
+    uneven, _ = notes(*even, 1000)
+    assert "41 documents, as uneven as 8.2 of equal size (the largest holds 33 % of" in uneven
 
 
 def test_scores_of_a_worked_example():

@@ -12,17 +12,33 @@ from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
 from mlpmem_jax.retrieval.engine import ArrayKeys, choose_engine
 from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.merge import Neighbors
+from mlpmem_jax.retrieval.neighbors import StoredNeighbors
 
 
 def _neighbors(distance, row):
     return Neighbors(np.array(distance, np.float32), np.array(row, np.int64))
 
 
-def test_ties_in_distance_are_hits():
+def test_ties_in_distance_are_hits(monkeypatch: pytest.MonkeyPatch):
     truth = _neighbors([[1, 2, 2], [1, 2, 3]], [[0, 1, 2], [0, 1, 2]])
     found = _neighbors([[1, 2, 2], [1, 3.5, 4]], [[0, 1, 9], [0, 8, 9]])
     assert recall.recall(found, truth) == pytest.approx((1 + 1 / 3) / 2)
     assert recall.recall(truth, truth) == 1.0
+
+    class Stored(StoredNeighbors):
+        """Neighbours that lie in memory."""
+
+        def __init__(self, neighbors: Neighbors):
+            self._neighbors = neighbors
+            self.num_rows = len(neighbors.row_QK)
+
+        def read(self, start: int, stop: int) -> Neighbors:
+            found = self._neighbors
+            return Neighbors(found.distance_QK[start:stop], found.row_QK[start:stop])
+
+    # In parts of one row, as a large split is read.
+    monkeypatch.setattr("mlpmem_jax.retrieval.neighbors.READ_ROWS", 1)
+    assert Stored(found).recall(Stored(truth)) == pytest.approx((1 + 1 / 3) / 2)
 
 
 def test_missing_places_are_no_hits_and_no_truth():

@@ -1,5 +1,6 @@
 """Numbers over rows and seeds against plain loops."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from mlpmem_jax.evaluation.metrics import count_documents
 from mlpmem_jax.evaluation.mixing import solve
+from mlpmem_jax.evaluation.suite.report import _carried_by_one
 from mlpmem_jax.evaluation.suite.statistics import SeedScores, Settings, spread, summarise
 from mlpmem_jax.evaluation.systems import SplitParts, System
 
@@ -117,6 +119,37 @@ def test_pairs_say_what_is_not_resolved(found):
     assert pairs["memory", "knn"]["value"] == pytest.approx(
         pairs["memory", "decoder"]["value"] - pairs["knn", "decoder"]["value"]
     )
+
+
+def test_what_one_document_carries_is_told_from_what_all_say():
+    """Without the largest document it is what a table without it says."""
+    one = _split(np.random.default_rng(1), np.random.default_rng(2), 40)
+    largest = int(np.argmax(one.counts.tokens_D))
+    kept_N = one.counts.document_N != largest
+    # Worse by a little everywhere, better by much in the largest document.
+    base = one.logprob["base"]
+    other = base + np.where(kept_N, -0.01, 1.5) * (1 + 0.1 * np.sin(np.arange(len(base))))
+    systems = (System("decoder", "the decoder", ("base",)), System("other", "another", ("other",)))
+    parts = SplitParts(one.counts, {"base": base, "other": other})
+    found = summarise(systems, {0: SeedScores(parts, parts)}, SETTINGS)
+    (pair,) = found["pairs"]
+    less = pair["without_largest"]
+    without = dataclasses.replace(
+        one.counts,
+        document_N=np.where(kept_N, one.counts.document_N, -1),
+        tokens_D=np.delete(one.counts.tokens_D, largest),
+    )
+    plain = (base - other)[without.scored_N].mean()
+    assert less["value"] == pytest.approx(plain) and less["low"] > 0 and less["resolved"]
+    assert pair["value"] < 0
+    lines = _carried_by_one(found)
+    assert "the largest test document" in lines[0] and len(lines) == 2
+    assert "another against the decoder: +0.010 [" in lines[1]
+    # Rows that differ alike everywhere are carried by no document.
+    same = SplitParts(one.counts, {"base": base, "other": base - 0.5})
+    found = summarise(systems, {0: SeedScores(same, same)}, SETTINGS)
+    assert not _carried_by_one(found)
+    assert any(note.startswith("one seed") for note in found["notes"])
 
 
 def test_seeds_that_disagree_do_not_resolve():

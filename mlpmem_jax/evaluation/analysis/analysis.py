@@ -22,9 +22,9 @@ from mlpmem_jax.evaluation.analysis.distributions import (
 from mlpmem_jax.evaluation.analysis.frequency import Bins, count_tokens
 from mlpmem_jax.evaluation.analysis.groups import gains_by_group
 from mlpmem_jax.evaluation.analysis.ngrams import counts_of_labels
-from mlpmem_jax.evaluation.bootstrap import FEW_DOCUMENTS, bootstrap_sums, interval
+from mlpmem_jax.evaluation.bootstrap import bootstrap_sums, interval
 from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors
-from mlpmem_jax.evaluation.metrics import DocumentCounts
+from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
 from mlpmem_jax.evaluation.mixing import mixture_logprob
 from mlpmem_jax.evaluation.remembered import remember
 from mlpmem_jax.evaluation.stored import StoredSplit
@@ -79,11 +79,9 @@ def analyze_run(
         weight=weights["memory"],
         mesh=mesh,
     )
-    documents = int(np.count_nonzero(stored.counts.tokens_D))
-    few = f"test has {documents} documents: intervals over so few are too narrow"
     return {
         "schema_version": SCHEMA_VERSION,
-        "test": stored.counts.totals,
+        "test": stored.counts.summary,
         "confidence": config.evaluate.confidence,
         "bootstrap_samples": config.evaluate.bootstrap_samples,
         "seed": config.seed,
@@ -92,7 +90,7 @@ def analyze_run(
         "labels": COMPARED,
         **_groups(config, layout, stored, system_N),
         "sharpness": _sharpness(config, sample, stored),
-        "notes": [few] if documents < FEW_DOCUMENTS else [],
+        "notes": document_notes(stored.counts),
     }
 
 

@@ -53,9 +53,10 @@ def measure_growth(
     prepared = {rows: timer.prepare(rows) for rows in rows_S}
     rounds: dict[int, list[dict[str, Any]]] = {rows: [] for rows in rows_S}
     bar = progress(config.cost.rounds * len(rows_S), "size", "cost")
-    # Sizes inside rounds: what the machine does meanwhile falls on all sizes alike.
+    # Sizes inside rounds, in an order of each round's own: what the machine does meanwhile falls
+    # on all sizes alike, and no drift within a round looks like a slope.
     for number in range(config.cost.rounds):
-        for rows in rows_S:
+        for rows in np.random.default_rng((config.seed, number)).permutation(rows_S).tolist():
             rounds[rows].append(timer.time(number, rows, prepared[rows]))
             bar.update(1)
     bar.close()
@@ -78,9 +79,7 @@ def measure_growth(
         "protocol": config.cost.model_dump(mode="json"),
         "recall": [prepared[rows].get("recall") for rows in rows_S],
         "settings": [prepared[rows].get("settings") for rows in rows_S],
-        "systems": {
-            name: summarize(config, rows_S, value_SRT[name], about[name]) for name in names
-        },
+        "systems": summarize(config, rows_S, value_SRT, about),
         "milliseconds": {
             name: {what: value.tolist() for what, value in of.items()}
             for name, of in value_SRT.items()
@@ -172,12 +171,50 @@ def _bytes(
 def summarize(
     config: Config,
     rows_S: Sequence[int],
-    value_SRT: Mapping[str, np.ndarray],
-    kept_bytes: Sequence[int],
-) -> dict[str, Any]:
-    """Returns percentiles at each size, and slopes with intervals."""
-    batch = config.cost.batch_size
-    quantities = {
+    value_SRT: Mapping[str, Mapping[str, np.ndarray]],
+    kept_bytes: Mapping[str, Sequence[int]],
+) -> dict[str, dict[str, Any]]:
+    """Returns percentiles at each size, and slopes with intervals.
+
+    Slopes stand beside their differences to the decoder's, paired by round: the decoder
+    searches nothing, so that its own slope is the clock's.
+
+    Args:
+        config: The whole configuration.
+        rows_S: Sizes.
+        value_SRT: Milliseconds of each system, "decoder" among them, and of each kind.
+        kept_bytes: Bytes of each system at each size.
+    """
+    summary: dict[str, dict[str, Any]] = {}
+    slope_R: dict[str, dict[str, np.ndarray]] = {}
+    for name, values in value_SRT.items():
+        summary[name] = {"bytes": list(kept_bytes[name])}
+        slope_R[name] = {}
+        for quantity, (what, statistic) in _quantities(config.cost.batch_size).items():
+            if not values[what].any():  # Nothing is searched.
+                summary[name][quantity] = [None] * len(rows_S)
+                continue
+            summary[name][quantity] = statistic(values[what].reshape(len(rows_S), -1)).tolist()
+            slope_R[name][quantity] = slopes.slope_by_round(
+                np.asarray(rows_S), values[what], statistic
+            )
+    for name, found in slope_R.items():
+        growth = float(slopes.fit(np.asarray(rows_S), np.asarray(kept_bytes[name])))
+        level, clock_R = config.cost.confidence, slope_R["decoder"]
+        summary[name]["slopes"] = {"bytes": _slope_json(slopes.Slope(growth, None))} | {
+            quantity: _slope_json(slopes.over_rounds(one, level)) for quantity, one in found.items()
+        }
+        summary[name]["slopes_above_decoder"] = {
+            quantity: _slope_json(slopes.over_rounds(one - clock_R[quantity], level))
+            for quantity, one in found.items()
+            if name != "decoder" and quantity in clock_R
+        }
+    return summary
+
+
+def _quantities(batch: int) -> dict[str, tuple[str, slopes.Statistic]]:
+    """Returns what is summarised: of which times, and how."""
+    return {
         "token_ms_p50": ("token", slopes.percentile(50)),
         "token_ms_p95": ("token", slopes.percentile(95)),
         "search_ms_p50": ("search", slopes.percentile(50)),
@@ -185,32 +222,11 @@ def summarize(
         "first_ms_p95": ("first", slopes.percentile(95)),
         "tokens_per_sec": ("step", lambda values: 1000 * batch / slopes.mean(values)),
     }
-    summary: dict[str, Any] = {"bytes": list(kept_bytes)}
-    found = {
-        "bytes": slopes.Slope(float(slopes.fit(np.asarray(rows_S), np.asarray(kept_bytes))), None)
-    }
-    for name, (what, statistic) in quantities.items():
-        values = value_SRT[what]
-        summary[name] = statistic(values.reshape(len(rows_S), -1)).tolist()
-        if not values.any():  # Nothing is searched.
-            summary[name] = [None] * len(rows_S)
-            continue
-        found[name] = slopes.bootstrap_slope(
-            np.asarray(rows_S),
-            values,
-            statistic,
-            confidence=config.cost.confidence,
-            seed=config.seed,
-        )
-    summary["slopes"] = {
-        name: {
-            "slope": one.slope,
-            "low": one.interval.low if one.interval else None,
-            "high": one.interval.high if one.interval else None,
-        }
-        for name, one in found.items()
-    }
-    return summary
+
+
+def _slope_json(slope: slopes.Slope) -> dict[str, float | None]:
+    low, high = (slope.interval.low, slope.interval.high) if slope.interval else (None, None)
+    return {"slope": slope.slope, "low": low, "high": high}
 
 
 def _notes(

@@ -41,7 +41,7 @@ def draw(results: Results) -> bytes:
     _draw(places[2], results, "tokens_per_sec", None, "tokens per second")
     title(places[2], "Throughput", f"{protocol['batch_size']} texts continued together")
     _draw(places[3], results, "bytes", None, "bytes")
-    title(places[3], "What must be kept", "weights; for a kNN-LM keys, labels and index too")
+    title(places[3], "What must be kept", "weights; for a kNN-LM labels too, and keys or index")
     if has_quality:
         _draw_quality(places[4], results)
     return as_png(figure)

@@ -1,16 +1,15 @@
 """Slopes in log-log, with intervals from rounds that were measured anew.
 
-Suffixes: S sizes, R rounds, T values of a round, B bootstrap draws.
+Suffixes: S sizes, R rounds, T values of a round.
 """
 
 import dataclasses
 from collections.abc import Callable
 
 import numpy as np
+from scipy import stats
 
 from mlpmem_jax.evaluation.bootstrap import Interval
-
-_DRAWS = 2000
 
 # Maps values [..., n] to one number a row.
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -21,7 +20,7 @@ class Slope:
     """How a quantity grows: proportional to rows^slope.
 
     Attributes:
-        slope: Least squares over sizes, of log value against log rows.
+        slope: Least squares over sizes, of log value against log rows; the mean of rounds.
         interval: Over rounds; None where the quantity does not vary.
     """
 
@@ -41,37 +40,34 @@ def fit(rows_S: np.ndarray, value_S: np.ndarray) -> np.ndarray:
     return np.asarray(np.log(np.asarray(value_S, np.float64)) @ x_S / (x_S @ x_S))
 
 
-def bootstrap_slope(
-    rows_S: np.ndarray,
-    value_SRT: np.ndarray,
-    statistic: Statistic,
-    *,
-    confidence: float,
-    seed: int,
-) -> Slope:
-    """Fits the slope of a statistic of repeated measurements.
-
-    Rounds are drawn with replacement, the same for all sizes, and their values pooled: what
-    else the machine did in a round stays together, single values of it are not independent.
+def slope_by_round(rows_S: np.ndarray, value_SRT: np.ndarray, statistic: Statistic) -> np.ndarray:
+    """Fits the slope of a statistic in each round alone.
 
     Args:
         rows_S: Sizes.
         value_SRT: Values of each size and round.
         statistic: What is fitted, for example the median.
-        confidence: Level of the interval.
-        seed: Seed of the draws.
+
+    Returns:
+        Slopes [R].
     """
-    num_sizes, num_rounds, _ = value_SRT.shape
-    rng = np.random.default_rng(seed)
-    drawn_BR = rng.integers(0, num_rounds, (_DRAWS, num_rounds))
-    value_BS = np.empty((_DRAWS, num_sizes))
-    for size in range(num_sizes):
-        value_BS[:, size] = statistic(value_SRT[size][drawn_BR].reshape(_DRAWS, -1))
-    slope_B = fit(rows_S, value_BS)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(slope_B, [tail, 1 - tail])
-    whole_S = statistic(value_SRT.reshape(num_sizes, -1))
-    return Slope(float(fit(rows_S, whole_S)), Interval(float(low), float(high)))
+    return fit(rows_S, statistic(value_SRT).T)
+
+
+def over_rounds(slope_R: np.ndarray, confidence: float) -> Slope:
+    """Returns the mean of the slopes of rounds, with Student's t interval.
+
+    What else the machine does stays for longer than a value, so that rounds are what is
+    independent; they are few, and a bootstrap over five has too narrow an interval.
+
+    Args:
+        slope_R: Slopes of rounds, at least two.
+        confidence: Level of the interval.
+    """
+    slope = float(slope_R.mean())
+    error = float(slope_R.std(ddof=1)) / np.sqrt(len(slope_R))
+    half = float(stats.t.ppf((1 + confidence) / 2, len(slope_R) - 1)) * error
+    return Slope(slope, Interval(slope - half, slope + half))
 
 
 def percentile(percent: float) -> Statistic:

@@ -20,7 +20,9 @@ QUANTITIES = {
     "bytes": "bytes",
 }
 COLUMNS = (
-    "system", "rows", *QUANTITIES, "recall", "test_nats", "quantity", "slope", "low", "high",
+    "system", "rows", *QUANTITIES, "recall", "test_nats", "difference_low", "difference_high",
+    "weight", "temperature", "quantity", "slope", "low", "high", "above_decoder",
+    "above_decoder_low", "above_decoder_high",
 )  # fmt: skip
 # An interval around 0 inside of ± this is called flat: 2^0.05 is 3.5 % for each doubling.
 FLAT = 0.05
@@ -38,10 +40,24 @@ def _lines(results: Results) -> Iterator[dict[str, Any]]:
             recall = results["recall"][place] if system == "scann" else None
             yield {"system": system, "rows": rows, **line, "recall": recall}
         for quantity, slope in one["slopes"].items():
-            yield {"system": system, "quantity": quantity, **slope}
-    for line in results.get("quality", {}).get("sizes", []):
-        for system, nats in line["test_nats"].items():
-            yield {"system": system, "rows": line["rows"], "test_nats": nats}
+            above = one["slopes_above_decoder"].get(quantity)
+            line = {"system": system, "quantity": quantity, **slope}
+            if above:
+                line["above_decoder"] = above["slope"]
+                line |= {f"above_decoder_{end}": above[end] for end in ("low", "high")}
+            yield line
+    for one in results.get("quality", {}).get("sizes", []):
+        for system, nats in one["test_nats"].items():
+            low, high = one["interval"][system]
+            yield {
+                "system": system,
+                "rows": one["rows"],
+                "test_nats": nats,
+                "difference_low": low,
+                "difference_high": high,
+                "weight": one["interpolation"][system],
+                "temperature": one["temperature"] if system == "knn" else None,
+            }
 
 
 def as_text(results: Results) -> str:
@@ -120,15 +136,25 @@ def _slope_table(results: Results) -> str:
             if slope is None:
                 continue
             name = results["labels"][system] if quantity == wanted[0] else ""
+            above = one["slopes_above_decoder"].get(quantity)
             rows.append(
                 [
                     name,
                     QUANTITIES[quantity],
-                    number(slope["slope"], 3, sign=True),
-                    bracket(slope["low"], slope["high"], 3),
+                    *_slope_cells(slope),
+                    *(_slope_cells(above) if above else (number(None, 3), "")),
                 ]
             )
-    return render(["slope against rows\n(both log)", "", "slope", level + "\ninterval"], rows)
+    header = [
+        "slope against rows\n(both log)", "", "slope", f"{level}\ninterval",
+        "above the\ndecoder's", f"{level}\ninterval",
+    ]  # fmt: skip
+    return render(header, rows)
+
+
+def _slope_cells(slope: Mapping[str, Any]) -> list[str]:
+    shown = "" if slope["low"] is None else bracket(slope["low"], slope["high"], 3)
+    return [number(slope["slope"], 3, sign=True), shown]
 
 
 def _quality_table(results: Results) -> list[str]:
@@ -144,17 +170,22 @@ def _quality_table(results: Results) -> list[str]:
 
 
 def _sentences(results: Results) -> Iterator[str]:
-    """Says whether the memory's time depends on the rows."""
-    slope = results["systems"]["memory"]["slopes"]["token_ms_p50"]
-    shown = f"{number(slope['slope'], 3, sign=True)} {bracket(slope['low'], slope['high'], 3)}"
-    widest = max(abs(slope["low"]), abs(slope["high"]))
-    if not slope["low"] <= 0 <= slope["high"]:
+    """Says whether the memory's time depends on the rows more than the decoder's, which cannot."""
+    shown = []
+    for system, name in (("memory", "slopes"), ("decoder", "slopes")):
+        shown.append(" ".join(_slope_cells(results["systems"][system][name]["token_ms_p50"])))
+    above = results["systems"]["memory"]["slopes_above_decoder"]["token_ms_p50"]
+    widest = max(abs(above["low"]), abs(above["high"]))
+    if not above["low"] <= 0 <= above["high"]:
         verdict = "not flat by this measurement"
     elif widest <= FLAT:
         verdict = "flat"
     else:
-        verdict = f"not told from flat, but slopes up to {widest:.2f} are not excluded"
-    yield f"Time per token of decoder + memory against rows: slope {shown}: {verdict}."
+        verdict = f"not told from flat, but differences up to {widest:.2f} are not excluded"
+    yield (
+        f"Time per token of decoder + memory against rows: slope {shown[0]}; of the decoder alone, "
+        f"which is the clock's: {shown[1]}; difference {' '.join(_slope_cells(above))}: {verdict}."
+    )
 
 
 def _figures(value: float | None) -> str:

@@ -16,9 +16,9 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.files import read_json, write_json
 from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.evaluation.bootstrap import FEW_DOCUMENTS, bootstrap_sums, interval
+from mlpmem_jax.evaluation.bootstrap import bootstrap_sums, interval
 from mlpmem_jax.evaluation.compare import SplitScores, chosen_weight
-from mlpmem_jax.evaluation.metrics import DocumentCounts
+from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
 from mlpmem_jax.evaluation.scored import EVALUATED, read_train_labels, remembered_splits
 from mlpmem_jax.evaluation.search_quality.divergence import compare_neighbors
 from mlpmem_jax.evaluation.search_quality.searched import SearchedKnn
@@ -212,17 +212,21 @@ def summarize(
                 "against_exact": difference(name, f"{reference} {system}") if reference else None,
             }
         settings.append(row)
-    notes = ["one training of each memory: differences below the spread of seeds are not resolved"]
-    if documents < FEW_DOCUMENTS:
-        notes.append(f"test has {documents} documents: intervals over so few are too narrow")
+    notes = [
+        "one training of each memory: differences below the spread of seeds are not resolved",
+        *document_notes(counts),
+    ]
     return {
         "schema_version": SCHEMA_VERSION,
-        "test": counts.totals,
+        "test": counts.summary,
         "confidence": config.evaluate.confidence,
+        "bootstrap_samples": config.evaluate.bootstrap_samples,
+        "seed": config.seed,
         "num_neighbors": config.retrieval.num_neighbors,
         "sample_rows": config.search_quality.sample_rows,
         "reference": reference,
         "decoder_test_nats": float(decoder_D.sum() / counts.tokens_D.sum()),
+        "documents": {"tokens": counts.tokens_D.tolist(), "decoder": decoder_D.tolist()},
         "settings": settings,
         "notes": notes,
     }

@@ -10,6 +10,7 @@ from mlpmem_jax.evaluation.stored import SplitLabels
 from mlpmem_jax.evaluation.suite.ledger import Ledger
 from mlpmem_jax.evaluation.suite.statistics import SeedScores, Settings, summarise
 from mlpmem_jax.evaluation.systems import SplitParts, System
+from mlpmem_jax.retrieval.neighbors import StoredNeighbors
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
 
 
@@ -115,6 +116,8 @@ def table_costs(config: Config, rows: Rows) -> dict[str, Any]:
                 "temperature": _temperature(row),
                 "trained_weight": _trained_weight(row),
                 "recall": _recall(row),
+                "recall_of_targets": _recall_of_targets(row),
+                "steps": ledger.steps(row.made_of()),
                 "made_of": row.made_of(),
                 "cost": cost.as_json(),
             }
@@ -153,9 +156,26 @@ def _trained_weight(row: TableRow) -> float | None:
 
 
 def _recall(row: TableRow) -> float | None:
-    """Returns how many of the true neighbours the engine of a row finds, where it was measured."""
+    """Returns how many of the true neighbours of test rows the engine of a row finds.
+
+    Where the true ones were not searched it is the recall of a sample of training rows.
+    """
     for part in row.parts:
         if part.kind == "knn_by_index":
             layout = Layout(part.config)
-            return float(layout.neighbors_by_index("valid").load().measured["recall"])
+            found, truth = layout.neighbors_by_index("test"), layout.neighbors("test")
+            if truth.is_complete():
+                return StoredNeighbors(found).recall(StoredNeighbors(truth))
+            return float(found.load().measured["recall"])
+    return None
+
+
+def _recall_of_targets(row: TableRow) -> float | None:
+    """Returns the recall of the search that made a memory's targets, on training rows."""
+    for part in row.parts:
+        if part.kind in ("memory", "mixture", "joint"):
+            targets = Layout(part.config).targets("train")
+            if targets.is_complete():
+                found = targets.load().measured.get("recall")
+                return None if found is None else float(found)
     return None

@@ -15,6 +15,7 @@ from mlpmem_jax.datastore.layout import REFRESHED
 from mlpmem_jax.datastore.manifest import Artifact, Manifest, fingerprint_of
 
 _FREE = ("tokenizer", "tokens")
+_NETWORKS = ("decoder", "memory", "joint")
 # What the cost of an artifact is called, by its kind.
 PURPOSES = {
     "decoder": "pretrain",
@@ -99,6 +100,14 @@ class Ledger:
             found[relative] = None
             todo += self._used(relative)
         return found
+
+    def steps(self, relatives: Iterable[str]) -> dict[str, int]:
+        """Returns the steps of every network among artifacts and what they were made from."""
+        return {
+            relative: int(self._manifest(relative).counts["steps"])
+            for relative in self.closure(relatives)
+            if _kind(relative) in _NETWORKS
+        }
 
     def _used(self, relative: str) -> list[str]:
         """Returns what an artifact was made from, less targets that its loss does not use."""

@@ -130,7 +130,8 @@ def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, results: 
     axes.axhline(reference, color=_COLORS["decoder"], linewidth=1, linestyle=DASHED, zorder=1)
     flops_label = "training flops, teacher, embedding and search included"
     axis_labels(axes, flops_label, "test nats per token")
-    wide_title(axes, "What it costs", "area: parameters used at inference")
+    about = "area: parameters used at inference; a kNN-LM keeps its datastore besides"
+    wide_title(axes, "What it costs", about)
     axes.figure.draw_without_rendering()
     _label_points(axes, points)
 

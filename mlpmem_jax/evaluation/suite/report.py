@@ -35,10 +35,11 @@ ROW_COLUMNS = (
     "valid_nats", "valid_low", "valid_high", "weights", "trained_weight", "temperature",
     "parameters", "non_embedding_parameters",
     "flops", "network_flops", *(f"flops_{purpose}" for purpose in _PURPOSES),
-    "seconds",
+    "seconds", "steps", "recall", "recall_of_targets",
 )  # fmt: skip
 PAIR_COLUMNS = (
     "row", "against", "seed", "difference", "low", "high", "min", "max", "resolved",
+    "without_largest", "without_largest_low", "without_largest_high", "without_largest_resolved",
 )  # fmt: skip
 
 
@@ -85,12 +86,14 @@ def as_text(results: Results, measured: Results) -> str:
     ]  # fmt: skip
     return "\n".join(
         [
-            f"test: {test['tokens']:,} tokens in {test['documents']:,} documents "
+            f"test: {test['tokens']:,} tokens in {test['documents']:,} documents, as uneven as "
+            f"{test['effective_documents']:.1f} of equal size "
             f"({test['words']:,} words, {test['bytes']:,} bytes), {several}",
             render(quality_header, [_quality(row) for row in rows]),
             render(cost_header, [_cost(row, mean_cost(measured, row["key"])) for row in rows]),
             *(line for note in _notes(results, measured) for line in paragraph(f"note: {note}")),
             *_verdicts(results),
+            *_carried_by_one(results),
         ]
     )
 
@@ -107,8 +110,15 @@ def _quality(row: Results) -> list[str]:
         number(row["token_perplexity"], 2),
         number(row["word_perplexity"], 1),
         number(row["bits_per_byte"], 4),
-        share_text(row["gain_recovered"]["value"]) if row.get("gain_recovered") else DASH,
+        _share_cell(row.get("gain_recovered")),
     ]
+
+
+def _share_cell(share: Results | None) -> str:
+    if not share:
+        return DASH
+    bracket = bracket_text(share["low"], share["high"], 0, "%")
+    return f"{share_text(share['value'], 0)} {bracket}".rstrip()
 
 
 def _cost(row: Results, cost: Results) -> list[str]:
@@ -138,7 +148,11 @@ def _notes(results: Results, measured: Results) -> list[str]:
         if one.get("recall") is not None
     ]
     return [
-        *([f"ScaNN finds {share_text(_mean(recalls))} of the neighbours"] if recalls else []),
+        *(
+            [f"ScaNN finds {share_text(_mean(recalls))} of test rows' neighbours"]
+            if recalls
+            else []
+        ),
         "training flops count everything that a row was made from, teacher, embedding, index and "
         f"search included; what is no network counts seconds × {peak:.0f} GFLOP/s, the measured "
         "peak of this CPU",
@@ -151,7 +165,7 @@ def _verdicts(results: Results) -> list[str]:
     labels = {row["key"]: row["label"] for row in results["rows"]}
     open_pairs = [pair for pair in results["pairs"] if not pair["resolved"]]
     if not open_pairs:
-        return ["every difference between two rows is resolved"]
+        return ["every difference between two rows is resolved (interval over documents)"]
     lines = ["not resolved (interval over documents, then the range over seeds):"]
     for pair in open_pairs:
         text = (
@@ -166,6 +180,32 @@ def _verdicts(results: Results) -> list[str]:
     return lines
 
 
+def _carried_by_one(results: Results) -> list[str]:
+    """Says which verdicts would be others without the largest test document."""
+    labels = {row["key"]: row["label"] for row in results["rows"]}
+    lines = []
+    for pair in results["pairs"]:
+        less = pair["without_largest"]
+        if less["low"] is None or _verdict(pair) == _verdict(less):
+            continue
+        lines.append(
+            f"  {labels[pair['row']]} against {labels[pair['against']]}: "
+            f"{number(less['value'], 3, sign=True)} {bracket_text(less['low'], less['high'], 3)} "
+            f"for {number(pair['value'], 3, sign=True)}"
+        )
+    if not lines:
+        return []
+    share = share_text(results["test"]["largest_document_share"])
+    return [f"otherwise without the largest test document ({share} of the tokens):", *lines]
+
+
+def _verdict(pair: Results) -> int:
+    """Returns the sign of a difference, 0 where it is not resolved."""
+    if not pair["resolved"]:
+        return 0
+    return 1 if pair["value"] > 0 else -1
+
+
 def rows_csv(results: Results, measured: Results) -> str:
     """Returns one line a row and seed, and one for the mean (seed "mean")."""
     return csv_text(ROW_COLUMNS, _flat_rows(results, measured))
@@ -177,7 +217,9 @@ def _flat_rows(results: Results, measured: Results) -> Iterable[dict[str, Any]]:
         yield _flat_row(row, "mean", row) | _flat_cost(mean)
         for seed, found in row["by_seed"].items():
             one = measured["rows"][row["key"]][seed]
-            yield _flat_row(row, seed, found) | _flat_cost(one | one["cost"])
+            about = {name: one[name] for name in ("recall", "recall_of_targets")}
+            about["steps"] = " ".join(f"{name}:{steps}" for name, steps in one["steps"].items())
+            yield _flat_row(row, seed, found) | _flat_cost(one | one["cost"]) | about
 
 
 def _flat_row(row: Results, seed: str, found: Results) -> dict[str, Any]:
@@ -217,7 +259,10 @@ def pairs_csv(results: Results) -> str:
         names = {"row": pair["row"], "against": pair["against"]}
         mean = {"difference": pair["value"], "low": pair["low"], "high": pair["high"]}
         ends = {end: pair["spread"][end] for end in ("min", "max")}
-        lines.append(names | {"seed": "mean", "resolved": pair["resolved"]} | mean | ends)
+        less = pair["without_largest"]
+        other = interval_columns("without_largest", less)
+        other["without_largest_resolved"] = less["resolved"]
+        lines.append(names | {"seed": "mean", "resolved": pair["resolved"]} | mean | ends | other)
         for seed, one in pair["by_seed"].items():
             each = {"difference": one["value"], "low": one["low"], "high": one["high"]}
             lines.append(names | {"seed": seed} | each)

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from mlpmem_jax.evaluation.bootstrap import FEW_DOCUMENTS, bootstrap_sums, interval
-from mlpmem_jax.evaluation.metrics import DocumentCounts, score
+from mlpmem_jax.evaluation.bootstrap import bootstrap_sums, interval
+from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes, score
 from mlpmem_jax.evaluation.systems import SplitParts, System
 
 Number = dict[str, Any]
@@ -82,41 +82,60 @@ def summarise(
     draws = {split: _Draws(nats[split], counts[split], settings) for split in nats}
     rows = [_row(s, list(seeds), weights, nats, counts, draws, settings) for s in systems]
     return {
-        **{split: counts[split].totals for split in counts},
+        **{split: counts[split].summary for split in counts},
         "seeds": list(seeds),
         "confidence": settings.confidence,
         "bootstrap_samples": settings.bootstrap_samples,
+        "bootstrap_seed": settings.seed,
         "reference": settings.reference,
         "rows": rows,
-        "pairs": _pairs(systems, draws["test"]),
+        "pairs": _pairs(
+            systems,
+            draws["test"],
+            _Draws(nats["test"], counts["test"], settings, without_largest=True),
+        ),
         "documents": {split: _documents(nats[split], counts[split]) for split in nats},
-        "notes": _notes(counts["test"], rows, settings),
+        "notes": _notes(counts, rows, settings),
     }
 
 
 class _Draws:
-    """Sums of every row and seed over drawn documents."""
+    """Sums of every row and seed over drawn documents.
+
+    Args:
+        nats: Of every seed and row, by document.
+        counts: The documents.
+        settings: How intervals are made.
+        without_largest: The document with most tokens is left out, if there is another: shows
+            what does not depend on it.
+    """
 
     def __init__(
         self,
         nats: Mapping[int, Mapping[str, np.ndarray]],
         counts: DocumentCounts,
         settings: Settings,
+        *,
+        without_largest: bool = False,
     ):
         self.seeds = list(nats)
+        tokens_D = counts.tokens_D.astype(np.float64)
+        if without_largest and np.count_nonzero(tokens_D) > 1:
+            drawn_D = np.arange(len(tokens_D)) != np.argmax(tokens_D)
+        else:
+            drawn_D = np.ones(len(tokens_D), bool)
         self._place: dict[tuple[int, str], int] = {}
         columns: list[np.ndarray] = []
         for seed, rows in nats.items():
             for key, nats_D in rows.items():
                 self._place[seed, key] = len(columns)
                 columns.append(nats_D)
-        columns.append(counts.tokens_D.astype(np.float64))
-        values_DM = np.stack(columns, axis=1)
+        columns.append(tokens_D)
+        values_DM = np.stack(columns, axis=1)[drawn_D]
         self._total_M = values_DM.sum(axis=0)
-        with np.errstate(invalid="ignore"):  # Infinite nats of a row spoil its column alone.
-            self._sums_RM = bootstrap_sums(values_DM, settings.bootstrap_samples, settings.seed)
+        self._sums_RM = bootstrap_sums(values_DM, settings.bootstrap_samples, settings.seed)
         self._confidence = settings.confidence
-        self._has_interval = np.count_nonzero(counts.tokens_D) > 1
+        self._has_interval = np.count_nonzero(tokens_D[drawn_D]) > 1
 
     def mean_nats(self, sums: np.ndarray, key: str, seeds: Sequence[int]) -> np.ndarray:
         """Returns nats per token of a row, the mean over seeds, for sums [..., M]."""
@@ -194,6 +213,8 @@ def _row(
             found["difference"] = test.difference(key, settings.reference, chosen)
             if settings.full_gain in in_table:
                 share = test.share(key, settings.reference, settings.full_gain, chosen)
+                if key == settings.full_gain:  # Its own share is 1 by definition.
+                    share |= {"low": None, "high": None}
                 found["gain_recovered"] = share
         nats_D = np.mean([nats["test"][seed][key] for seed in chosen], axis=0)
         metrics = score(nats_D, counts["test"])
@@ -219,35 +240,44 @@ def _row(
     }
 
 
-def _pairs(systems: Sequence[System], draws: _Draws) -> list[dict[str, Any]]:
+def _pairs(systems: Sequence[System], draws: _Draws, smaller: _Draws) -> list[dict[str, Any]]:
     """Returns the difference of every two rows, and whether it is resolved.
 
-    It is, where the interval of the mean over seeds excludes 0 and every seed has its sign.
+    Args:
+        systems: The rows.
+        draws: Of all documents.
+        smaller: Of all but the largest.
     """
-    pairs = []
-    for one, other in itertools.combinations(systems, 2):
-        mean = draws.difference(other.key, one.key, draws.seeds)
-        each = [draws.difference(other.key, one.key, [seed]) for seed in draws.seeds]
-        values = [number["value"] for number in each]
-        low, high = mean["low"], mean["high"]
-        signs = {None if value is None else float(np.sign(value)) for value in values}
-        same_sign = signs in ({1.0}, {-1.0})
-        pairs.append(
-            {
-                "row": other.key,
-                "against": one.key,
-                **mean,
-                "by_seed": {str(seed): n for seed, n in zip(draws.seeds, each, strict=True)},
-                "spread": spread(values),
-                "seeds_resolved": sum(_excludes_zero(number) for number in each),
-                "resolved": bool(low is not None and (low > 0 or high < 0) and same_sign),
-            }
-        )
-    return pairs
+    return [
+        {
+            "row": other.key,
+            "against": one.key,
+            **_pair(draws, other.key, one.key),
+            "without_largest": _pair(smaller, other.key, one.key),
+        }
+        for one, other in itertools.combinations(systems, 2)
+    ]
+
+
+def _pair(draws: _Draws, row: str, against: str) -> dict[str, Any]:
+    """Returns a difference, resolved where the interval of the mean over seeds excludes 0 and
+    every seed has its sign.
+    """
+    mean = draws.difference(row, against, draws.seeds)
+    each = [draws.difference(row, against, [seed]) for seed in draws.seeds]
+    values = [number["value"] for number in each]
+    signs = {None if value is None else float(np.sign(value)) for value in values}
+    return {
+        **mean,
+        "by_seed": {str(seed): n for seed, n in zip(draws.seeds, each, strict=True)},
+        "spread": spread(values),
+        "seeds_resolved": sum(_excludes_zero(number) for number in each),
+        "resolved": _excludes_zero(mean) and signs in ({1.0}, {-1.0}),
+    }
 
 
 def _excludes_zero(number: Number) -> bool:
-    return number["low"] is not None and (number["low"] > 0 or number["high"] < 0)
+    return bool(number["low"] is not None and (number["low"] > 0 or number["high"] < 0))
 
 
 def _documents(
@@ -270,17 +300,35 @@ def _documents(
 
 
 def _notes(
-    test: DocumentCounts, rows: Sequence[Mapping[str, Any]], settings: Settings
+    counts: Mapping[str, DocumentCounts],
+    rows: Sequence[Mapping[str, Any]],
+    settings: Settings,
 ) -> list[str]:
-    notes = []
-    num_documents = int(np.count_nonzero(test.tokens_D))
-    if num_documents < FEW_DOCUMENTS:
-        notes.append(f"test has {num_documents} documents: intervals over so few are too narrow")
-    if any(row["key"] == settings.full_gain for row in rows) and any(
-        row.get("gain_recovered", {"value": 0})["value"] is None for row in rows
-    ):
+    notes = document_notes(counts["test"], counts["valid"])
+    if len(rows[0]["by_seed"]) == 1:
+        notes.append(
+            "one seed: intervals are over documents, how much another training would change is not "
+            "in them"
+        )
+    full = next((row for row in rows if row["key"] == settings.full_gain), None)
+    if full and not _gains(full):
         notes.append("the exact kNN-LM gains nothing on test: a share of it is not defined")
+    elif full and any(_has_no_interval(row, settings) for row in rows):
+        notes.append("the exact kNN-LM's gain is too uncertain for intervals of shares of it")
     return notes
+
+
+def _gains(row: Mapping[str, Any]) -> bool:
+    value = row["difference"]["value"]
+    return value is not None and value < 0
+
+
+def _has_no_interval(row: Mapping[str, Any], settings: Settings) -> bool:
+    """Returns whether a row's share has none though its difference has one."""
+    if row["key"] in (settings.reference, settings.full_gain):
+        return False
+    share = row["gain_recovered"]
+    return share["low"] is None and row["difference"]["low"] is not None
 
 
 def _finite(value: float) -> float | None:

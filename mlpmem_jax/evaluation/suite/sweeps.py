@@ -31,9 +31,9 @@ _COLOR = COLORS["memory"]
 # Values this far apart are drawn on a logarithmic axis.
 _LOG_RATIO = 8.0
 _COLUMNS = (
-    "sweep", "key", "role", "value", "seed", "test_nats", "test_low", "test_high", "test_min",
-    "test_max", "difference", "difference_low", "difference_high", "resolved", "valid_nats",
-    "weight", "parameters", "flops", "seconds",
+    "sweep", "key", "role", "row", "value", "seed", "test_nats", "test_low", "test_high",
+    "test_min", "test_max", "test_std", "difference", "difference_low", "difference_high",
+    "resolved", "valid_nats", "weight", "parameters", "flops", "seconds",
 )  # fmt: skip
 
 
@@ -117,21 +117,23 @@ def as_csv(results: Results, measured: Results) -> str:
 
 def _csv_lines(results: Results, measured: Results) -> Iterator[dict[str, Any]]:
     for place, sweep in enumerate(results["sweeps"]):
-        for point in sweep["points"]:
+        for point in (sweep["decoder"], sweep["configured"], *sweep["points"]):
             cost = mean_cost(measured["sweeps"][place], point["row"])
             start = {"sweep": place, "key": sweep["key"], "role": sweep["role"]}
-            start["value"] = value_text(point["value"])
-            spread = point["spread"]["test_nats"]
-            mean = {"resolved": point["resolved"], "test_min": spread["min"]}
-            mean |= {"test_max": spread["max"]}
+            start["row"] = point["row"]
+            start["value"] = value_text(point["value"]) if "value" in point else None
+            mean = {f"test_{end}": value for end, value in point["spread"]["test_nats"].items()}
             mean |= {name: cost[name] for name in ("parameters", "flops", "seconds")}
+            if point["row"] != CONFIGURED:
+                mean["resolved"] = point["resolved"]
             yield start | _score_columns("mean", point) | mean
             for seed, found in point["by_seed"].items():
                 yield start | _score_columns(seed, found)
 
 
 def _score_columns(seed: str, found: Results) -> dict[str, Any]:
-    return score_columns(seed, found) | interval_columns("difference", found["difference"])
+    difference = found.get("difference", dict.fromkeys(("value", "low", "high")))
+    return score_columns(seed, found) | interval_columns("difference", difference)
 
 
 def draw(results: Results, sweep: Results) -> bytes:
