@@ -37,6 +37,10 @@ class ArtifactError(UserError):
     """An artifact that is missing, damaged, or made from something else."""
 
 
+class MadeOtherwise(ArtifactError):
+    """An artifact that is there, and was made with other settings or from something else."""
+
+
 class RunFailed(UserError):
     """A run that began well and cannot go on, for example on a non-finite loss."""
 

@@ -13,11 +13,12 @@ from mlpmem_jax.evaluation.cost import costs
 from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
 from mlpmem_jax.evaluation.latency import retriever, time_tokens
 from mlpmem_jax.evaluation.remembered import remember
-from mlpmem_jax.evaluation.stored import StoredSplit, whole_array
+from mlpmem_jax.evaluation.stored import StoredSplit
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.retrieval.building import ExactCache, open_index
+from mlpmem_jax.retrieval.evidence import read_labels
 from mlpmem_jax.training.networks import finished_networks
 
 SCHEMA_VERSION = 1
@@ -40,7 +41,7 @@ def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
     layout = Layout(config)
     decoder, memory = finished_networks(config, mesh)
     stored = {split: StoredSplit.open(layout, split) for split in _EVALUATED}
-    train_label = whole_array(layout.datastore("train"), "label")
+    train_label = read_labels(layout, "train")
     neighbors = {
         split: LabelledNeighbors(layout, split, stored[split].label_N, train_label)
         for split in _EVALUATED

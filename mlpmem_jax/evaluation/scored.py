@@ -6,25 +6,18 @@ Suffixes: N rows of a split.
 from typing import Any
 
 import jax
-import numpy as np
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.evaluation.compare import SplitScores, compare
 from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
 from mlpmem_jax.evaluation.remembered import Remembered, remember
 from mlpmem_jax.evaluation.stored import StoredSplit
 from mlpmem_jax.models.decoder import Decoder
-from mlpmem_jax.training.networks import finished_decoder, finished_memory
+from mlpmem_jax.retrieval.evidence import read_labels
+from mlpmem_jax.training.networks import check_interpolation, finished_decoder, finished_memory
 
 EVALUATED: tuple[Split, ...] = ("valid", "test")
-
-
-def read_train_labels(layout: Layout) -> np.ndarray:
-    """Returns the labels of the datastore's training rows."""
-    store = open_array(layout.datastore("train").path / "label")
-    return read_rows(store, 0, int(store.shape[0]))
 
 
 def remembered_splits(
@@ -32,6 +25,7 @@ def remembered_splits(
 ) -> dict[Split, Remembered]:
     """Returns what the memory gives the labels of validation and test, and its λ."""
     memory = finished_memory(config, mesh)
+    check_interpolation(config, Layout(config).memory)
     return {split: remember(config, split, decoder, memory, mesh) for split in EVALUATED}
 
 
@@ -43,7 +37,7 @@ def score_run(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """
     layout = Layout(config)
     decoder = finished_decoder(config, mesh)
-    train_label = read_train_labels(layout)
+    train_label = read_labels(layout, "train")
     stored = {split: StoredSplit.open(layout, split) for split in EVALUATED}
     neighbors = {
         split: LabelledNeighbors(layout, split, stored[split].label_N, train_label)

@@ -8,8 +8,9 @@ from mlpmem_jax.console import say
 from mlpmem_jax.datastore.files import read_json
 from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.pipeline.checks import check_trained_apart
+from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
 from mlpmem_jax.pipeline.evaluate import RESULTS as EVALUATED
+from mlpmem_jax.pipeline.evaluate import check_current
 from mlpmem_jax.pipeline.execute import execute_and_report
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.reports import print_files, write_report
@@ -57,6 +58,8 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "memory.gate=learned: analyze mixes with one λ for all tokens (memory.gate=none)"
         )
+    check_devices(config, "datastore", "evaluate")
+    check_current(config)
 
 
 def _build(config: Config) -> Completion:

@@ -10,8 +10,9 @@ from mlpmem_jax.datastore.files import read_json
 from mlpmem_jax.datastore.layout import SPLITS, Layout, Split
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline import embed, index, retrieve, train
-from mlpmem_jax.pipeline.checks import check_trained_apart
+from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
 from mlpmem_jax.pipeline.evaluate import RESULTS as EVALUATED
+from mlpmem_jax.pipeline.evaluate import check_current
 from mlpmem_jax.pipeline.execute import execute_and_report
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.reports import print_files, write_report
@@ -117,6 +118,22 @@ def _check(config: Config) -> None:
             f"decoder.context_tokens={context}"
         )
     _sizes(config)
+    check_current(config)
+    if cost.quality == "train":
+        check_devices(config, "evaluate")
+        _refuse_other_settings(config)
+
+
+def _refuse_other_settings(config: Config) -> None:
+    """Refuses to train parts otherwise than the run was, which is the largest of them.
+
+    Raises:
+        ArtifactError: Names the artifact and what differs.
+    """
+    for command in (embed, index, retrieve, train):
+        for stage in command.stages(config):
+            if stage.artifact.is_complete():
+                stage.artifact.status(stage.recipe, stage.made_from())
 
 
 def _estimate(config: Config) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.datastore.files import read_json, write_bytes, write_json
 from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.datastore.manifest import Artifact, differences
-from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.errors import MadeOtherwise
 from mlpmem_jax.pipeline import embed, train
 from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.execute import execute_and_report
@@ -48,7 +48,7 @@ def _refuse_other_settings(config: Config) -> None:
     """Refuses stored rows and neighbours that were made otherwise than the configuration says.
 
     Raises:
-        ArtifactError: Names the artifact, the keys, and both values of each.
+        MadeOtherwise: Names the artifact, the keys, and both values of each.
     """
     layout, asked = Layout(config), _asked(config)
     for split in ("valid", "test"):
@@ -63,15 +63,28 @@ def _refuse_other_settings(config: Config) -> None:
                 section: {key: asked[section][key] for key in of} for section, of in known.items()
             }
             _refuse(artifact, differences(known, wanted))
-    if config.train.mode == "joint":
-        tokens = layout.tokens
-        found = {tokens.relative: layout.joint.load().made_from.get(tokens.relative)}
-        _refuse(layout.joint, differences(found, {tokens.relative: tokens.load().fingerprint}))
+
+
+def _refuse_mixed(upstream: Sequence[Artifact]) -> None:
+    """Refuses artifacts of which one was made from an earlier version of another.
+
+    Raises:
+        MadeOtherwise: Names both, with the fingerprints of the other then and now.
+    """
+    now = {artifact.relative: artifact for artifact in upstream}
+    for artifact in upstream:
+        then = {
+            name: fingerprint
+            for name, fingerprint in artifact.load().made_from.items()
+            # A teacher's targets are made from what lies in its own run directory.
+            if name in now and now[name].workdir == artifact.workdir
+        }
+        _refuse(artifact, differences(then, {name: now[name].load().fingerprint for name in then}))
 
 
 def _refuse(artifact: Artifact, lines: Sequence[str]) -> None:
     if lines:
-        raise ArtifactError(
+        raise MadeOtherwise(
             f"{artifact.path}: was made otherwise: {'; '.join(lines)}; give the settings that it "
             f"was made with, or make it again with `{artifact.command} --rebuild`"
         )
@@ -96,7 +109,7 @@ def _upstream(config: Config) -> Sequence[Artifact]:
     """Returns what the results are made from; asked once the stages before are done.
 
     Raises:
-        ArtifactError: Something of it was made otherwise; the results that there are stay.
+        MadeOtherwise: Something of it was; the results that there are stay.
     """
     layout = Layout(config)
     upstream: Sequence[Artifact] = (
@@ -110,8 +123,28 @@ def _upstream(config: Config) -> Sequence[Artifact]:
         layout.trained,
     )
     if all(artifact.is_complete() for artifact in upstream):
+        _refuse_mixed(upstream)
         _refuse_other_settings(config)
     return upstream
+
+
+def check_current(config: Config) -> None:
+    """Refuses results from which something else would take λ and τ, and that are not of this run.
+
+    Raises:
+        MadeOtherwise: Decoder, memory or datastore were made anew since; it is named.
+    """
+    layout = Layout(config)
+    if not layout.results.is_complete():
+        return
+    made_from = layout.results.load().made_from
+    for artifact in (layout.decoder, layout.datastore("train"), layout.trained):
+        now = artifact.load().fingerprint
+        if made_from.get(artifact.relative) != now:
+            raise MadeOtherwise(
+                f"{layout.results.path}: λ and τ were chosen with another {artifact.path} "
+                f"({made_from.get(artifact.relative)}, now {now}); run `evaluate --rebuild`"
+            )
 
 
 def _batches(config: Config) -> str:

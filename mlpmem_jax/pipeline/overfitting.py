@@ -131,24 +131,12 @@ def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
     path = Layout(config).table("overfitting", config.overfitting.name).path
     if is_speaker():
         write_json(path / RESULTS, results)
-        write_json(path / MEASURED, _without_costs(table_costs(config, rows)))
+        write_json(path / MEASURED, table_costs(config, rows, with_costs=False))
         write_bytes(path / TABLE, epochs.as_csv(results).encode())
         write_bytes(path / DOCUMENTS, documents_csv(found["documents"]).encode())
         write_bytes(path / PICTURE, epochs.draw(results))
     counts = {"test_tokens": results["test"]["tokens"]}
     return Completion(counts=counts, files=[RESULTS, TABLE, DOCUMENTS])
-
-
-def _without_costs(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Drops costs: manifests know what the whole of a long run cost, not its epochs."""
-    rows = {
-        key: {
-            seed: {name: value for name, value in of.items() if name != "cost"}
-            for seed, of in seeds.items()
-        }
-        for key, seeds in measured["rows"].items()
-    }
-    return {**measured, "rows": rows}
 
 
 def main(config: Config, options: Options) -> int:

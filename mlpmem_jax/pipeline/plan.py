@@ -8,7 +8,7 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.files import human_bytes
 from mlpmem_jax.datastore.manifest import Status
-from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.errors import ArtifactError, MadeOtherwise, UserError
 from mlpmem_jax.pipeline.stage import Rebuild, Stage
 
 
@@ -44,6 +44,8 @@ def intention(stage: Stage, rebuild: Rebuild) -> str:
         return f"not needed ({reason})"
     try:
         made_from = stage.made_from()
+    except MadeOtherwise as error:
+        return f"REFUSED: {error}"
     except ArtifactError:
         return "will be made, after what it is made from"
     try:

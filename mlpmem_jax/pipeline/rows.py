@@ -69,7 +69,6 @@ class SeedPlan:
 
     def __init__(self, config: Config, seed: int):
         self.config = config
-        self.seed = seed
         self.base = base_variant(config, seed)
 
     @property

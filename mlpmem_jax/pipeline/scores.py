@@ -139,7 +139,7 @@ def _score_stage(part: Part, split: Split) -> Stage:
     recipe: dict[str, Any] = {"datastore": _chunking(config)}
     if part.step is not None:
         recipe["step"] = part.step
-        if config.train.interpolation_final is not None:
+        if part.kind == "mixture" and config.train.interpolation_final is not None:
             recipe["interpolation"] = "of the step"
     upstream: list[Artifact]
     if part.kind in ("decoder", "joint"):

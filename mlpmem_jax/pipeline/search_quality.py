@@ -10,7 +10,7 @@ from mlpmem_jax.datastore.files import read_json
 from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline import embed, index, pretrain, retrieve, tokenize, train
-from mlpmem_jax.pipeline.checks import check_trained_apart
+from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
 from mlpmem_jax.pipeline.execute import execute_and_report
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.reports import print_files, write_report
@@ -77,6 +77,7 @@ def _check(config: Config) -> None:
             f"search_quality.settings: {', '.join(asked)} need the package scann, which is not "
             "installed (pip install scann; Linux only)"
         )
+    check_devices(config, "evaluate")
 
 
 def _estimate(config: Config) -> Mapping[str, Any]:

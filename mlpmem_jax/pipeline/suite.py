@@ -5,14 +5,14 @@ Work is planned lazily: what one piece is sized by may be measured by the one be
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.layout import SPLITS, Layout
-from mlpmem_jax.datastore.manifest import Artifact, fingerprint_of
-from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.datastore.manifest import Artifact, differences, fingerprint_of
+from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.evaluation.suite.forecast import Expected, Forecast, Forecaster, duration
 from mlpmem_jax.evaluation.suite.statistics import Settings
 from mlpmem_jax.pipeline import tokenize
@@ -152,6 +152,7 @@ def run_suite(
     # Again, and before networks are trained: the vocabulary is known now.
     planned = [work.stages() for work in works]
     _refuse_clashes(works, planned)
+    _refuse_other_table(table(), rebuild)
     peak = float(Layout(config).machine.load().counts["peak_flops"])
     done: dict[str, None] = {}
     estimates = Estimates()
@@ -169,9 +170,23 @@ def run_suite(
             say(f"{command}: {place + 1} of {len(works)}, {work.title}; {left} left (estimated)")
         run(stages)
         done |= dict.fromkeys(stage.name for stage in stages)
-    # The table takes seconds, and may be what is damaged.
-    run([table()], Rebuild.ALWAYS if options.rebuild else rebuild)
+    run([table()], _of_table(rebuild))
     return 0
+
+
+def _of_table(rebuild: Rebuild) -> Rebuild:
+    """Returns what happens to a table that is there: it takes seconds, and may be damaged."""
+    return Rebuild.ALWAYS if rebuild is Rebuild.STALE else rebuild
+
+
+def _refuse_other_table(table: Stage, rebuild: Rebuild) -> None:
+    """Refuses a finished table of other rows before hours are spent on them.
+
+    Raises:
+        ArtifactError: Names what differs.
+    """
+    if rebuild is Rebuild.REFUSE and table.artifact.is_complete():
+        table.artifact.status(table.recipe, table.artifact.load().made_from)
 
 
 def _refuse_clashes(works: Sequence[Work], planned: Sequence[Sequence[Stage]]) -> None:
@@ -185,8 +200,9 @@ def _refuse_clashes(works: Sequence[Work], planned: Sequence[Sequence[Stage]]) -
     for work, stages in zip(works, planned, strict=True):
         for stage in stages:
             first, title = seen.setdefault(stage.name, (stage, work.title))
-            if fingerprint_of(first.recipe) != fingerprint_of(stage.recipe):
-                keys = ", ".join(_differing(first.recipe, stage.recipe))
+            differing = differences(first.recipe, stage.recipe)
+            if differing:
+                keys = ", ".join(one.partition("=")[0] for one in differing)
                 mistakes[stage.name] = (
                     f"{title!r} and {work.title!r} would both make {stage.name}, with different "
                     f"{keys}: they cannot be rows of one table, unless another name keeps them "
@@ -196,15 +212,12 @@ def _refuse_clashes(works: Sequence[Work], planned: Sequence[Sequence[Stage]]) -
         raise ConfigError(list(mistakes.values()))
 
 
-def _differing(one: Any, other: Any, path: str = "") -> Iterator[str]:
-    """Yields the dotted paths at which two recipes differ."""
-    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
-        if one != other:
-            yield path
-        return
-    for key in sorted(one.keys() | other.keys()):
-        inner = f"{path}.{key}" if path else key
-        yield from _differing(one.get(key), other.get(key), inner)
+def _intention_of_table(table: Stage, rebuild: Rebuild) -> str:
+    try:
+        _refuse_other_table(table, rebuild)
+    except ArtifactError as error:
+        return f"REFUSED: {error}"
+    return intention(table, _of_table(rebuild))
 
 
 class Estimates:
@@ -265,8 +278,10 @@ def _print_plan(
     peak = cpu_peak_flops(_DRY_PEAK_SECONDS)
     say(f"# plan of {command} for workdir {config.workdir}")
     everything = made_by([*first, *(stage for work in works for stage in work.stages())])
-    for stage in [*everything, table()]:
+    for stage in everything:
         say(f"{stage.name:<44} {intention(stage, rebuild)}")
+    last = table()
+    say(f"{last.name:<44} {_intention_of_table(last, rebuild)}")
     forecast = _forecast(config, everything, peak, Estimates())
     say()
     for kind, seconds in forecast.seconds.items():

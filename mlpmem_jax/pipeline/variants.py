@@ -220,7 +220,9 @@ def taught_variant(
         "targets.name": teacher.targets.name,
         "memory.name": teacher.memory.name,
     }
-    return Variant(changed_config(base.config, names), teacher)
+    variant = Variant(changed_config(base.config, names), teacher)
+    _refuse_teacher_with_refresh(variant, variant.config)
+    return variant
 
 
 def _untied(config: Config) -> Config:
@@ -257,9 +259,14 @@ def _stages(config: Config) -> list[Stage]:
 
 def _changed_kinds(base: Config, changed: Config) -> set[str]:
     """Returns the kinds of artifacts that are made anew, by recipes and by what they read."""
+    kinds = _fresh_kinds(base, changed, _differs_in_input_alone(base, changed))
+    # Targets that are made anew besides are made from the new datastore, and all between them.
+    return _fresh_kinds(base, changed, False) if kinds >= {"datastore", "targets"} else kinds
+
+
+def _fresh_kinds(base: Config, changed: Config, input_alone: bool) -> set[str]:
     before = {stage.name: stage for stage in _stages(base)}
     fresh: set[str] = set()
-    input_alone = _differs_in_input_alone(base, changed)
     for stage in _stages(changed):
         kind = stage.name.split("/")[0]
         old = before.get(stage.name)

@@ -14,7 +14,6 @@ from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.models.joint import Joint, scale_gradient
 from mlpmem_jax.training.checkpoint import restore_finished
 from mlpmem_jax.training.flops import (
-    TRAINING_FACTOR,
     decoder_flops_per_token,
     joint_training_flops_per_token,
     memory_flops_per_token,
@@ -75,7 +74,8 @@ class JointTask(WindowTask):
             memory(),
         )
         self._tied_head = memory() - memory(head=False) if config.memory.head == "tied" else 0.0
-        self.flops_per_step = self.tokens_per_step * TRAINING_FACTOR * sum(self._forward)
+        last = config.train.num_steps - 1
+        self.flops_per_step = self.flops_of(range(last, last + 1))
 
     def flops_of(self, steps: range) -> float:
         """Returns the model flops of some steps: fewer while a network is frozen."""

@@ -139,6 +139,9 @@ def fit(
                 checkpoints.close()
                 monitor.close()
                 raise Preempted(f"{task.name}: saved at step {step + 1} of {stop}")
+        if start == stop:  # The start before was killed when all but its record was done.
+            monitor.pause()
+            monitor.validation(stop, task.validate(state))
     monitor.settle()
     checkpoints.close()
     monitor.close()

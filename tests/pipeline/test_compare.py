@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,6 +73,34 @@ def test_rows_seeds_and_files(compared: Path):
     assert float(lines[0]["test_nats"]) == pytest.approx(results["rows"][0]["test_nats"]["value"])
     with open(folder / "pairs.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 21 * 3
+
+
+def test_a_table_of_other_rows_is_refused_before_they_are_made(
+    compared: Path, capsys: pytest.CaptureFixture[str]
+):
+    capsys.readouterr()
+    rows = ("compare.recipes=[{name: short, overrides: [train.num_steps=3]}]",)
+    assert run("compare", compared, *rows) == 2
+    told = capsys.readouterr().err
+    assert "was made otherwise" in told and "rows.compare" in told
+    assert not (compared / "memory" / "seed-0-short").exists()
+    assert run("compare", compared, *rows, "--dry-run") == 0
+    assert re.search(r"results/compare +REFUSED: .* was made otherwise", capsys.readouterr().out)
+
+
+def test_rebuild_mends_a_damaged_table(compared: Path, capsys: pytest.CaptureFixture[str]):
+    file = compared / "results" / "compare" / "compare.json"
+    whole = file.read_text()
+    file.write_text(whole.replace("nats", "gnats", 1))
+    capsys.readouterr()
+    assert run("compare", compared) == 2
+    assert "compare.json" in capsys.readouterr().err
+    assert run("compare", compared, "--rebuild", "--dry-run") == 0
+    plan = capsys.readouterr().out
+    assert re.search(r"results/compare +complete; will be made again", plan)
+    assert re.search(r"memory/seed-0 +complete; nothing to do", plan)
+    assert run("compare", compared, "--rebuild") == 0
+    assert file.read_text() == whole
 
 
 def test_numbers_come_from_the_stored_scores(compared: Path):
@@ -385,6 +414,15 @@ def test_overfitting_by_epoch(compared: Path, capsys: pytest.CaptureFixture[str]
                 "train.memory_freeze_steps=5",
             ],
             "train.memory_freeze_steps=5: nothing would move in train.num_steps=4",
+        ),
+        (
+            [
+                "ablate.sweeps=[{key: decoder.width, values: [16, 24], role: teacher}]",
+                "train.mode=joint",
+                "train.refresh_interval_steps=2",
+                "train.decoder_optimizer.warmup_steps=1",
+            ],
+            "train.refresh_interval_steps=2 makes targets from the current",
         ),
         (["compare.teachers=[{name: memory}]"], "compare.teachers.0.name=memory is the name of"),
         (["compare.teachers=[{name: b}]"], "compare.teachers.0.overrides=[] must change"),

@@ -125,6 +125,9 @@ def test_what_the_memory_was_not_trained_to_read_is_refused(refreshed, capsys, o
     """Before what is there is removed."""
     capsys.readouterr()
     layout = Layout(load_config(TINY, overrides, {"workdir": str(refreshed)}))
+    if not layout.results.is_complete():
+        assert _main(refreshed, "evaluate", *overrides) == 0
+    results = layout.results.load()
     before = (refreshed / "config.yaml").read_text()
     for command, key, value in (
         ("evaluate", "datastore.input.layer", "0.5"),
@@ -133,7 +136,6 @@ def test_what_the_memory_was_not_trained_to_read_is_refused(refreshed, capsys, o
         ("evaluate", "corpus.attention", "within"),
     ):
         more = [f"{key}={value}", *(["--rebuild"] if command == "evaluate" else [])]
-        is_there = layout.results.is_complete()
         assert _main(refreshed, command, *overrides, *more) == 2
         told = capsys.readouterr().err
         assert (
@@ -142,8 +144,23 @@ def test_what_the_memory_was_not_trained_to_read_is_refused(refreshed, capsys, o
             and f"now {json.dumps(value)}"
             in (told.replace("now 0.5", 'now "0.5"').replace("now 8", 'now "8"'))
         )
-        assert layout.results.is_complete() == is_there
+        assert layout.results.load() == results
+        if command == "evaluate":
+            assert _main(refreshed, command, *overrides, more[0], "--dry-run") == 0
+            assert "REFUSED: " in capsys.readouterr().out
     assert (refreshed / "config.yaml").read_text() == before
+
+
+def test_neighbours_of_other_keys_are_refused(refreshed, tmp_path, capsys):
+    """What the settings do not tell apart: `retrieve` was not run after `embed`."""
+    workdir = tmp_path / "run"
+    shutil.copytree(refreshed, workdir)
+    other = ("datastore.key.layer=0.5", *REFRESHED)
+    assert _main(workdir, "embed", "--rebuild", *other) == 0
+    capsys.readouterr()
+    assert _main(workdir, "evaluate", "--rebuild", *other) == 2
+    told = capsys.readouterr().err
+    assert "was made otherwise: datastore/base/train=" in told and "index --rebuild" in told
 
 
 def test_rows_that_the_memory_was_not_trained_on_are_refused(tiny_run, tmp_path, capsys):

@@ -188,6 +188,35 @@ def test_quality_of_memories_of_growing_datastores(run: Config):
         )
 
 
+def test_parts_are_not_trained_otherwise_than_the_whole(
+    run: Config, capsys: pytest.CaptureFixture[str]
+):
+    shutil.rmtree(Layout(run).cost.path, ignore_errors=True)
+    capsys.readouterr()
+    for override, said in (
+        ("train.num_steps=6", "train.num_steps=8, now 6"),
+        ("retrieval.num_neighbors=8", "retrieval.num_neighbors=16, now 8"),
+    ):
+        more = ("cost.quality=train", "cost.doublings=1", override)
+        assert _start("cost", run, *more) == 2
+        assert said in capsys.readouterr().err
+    assert not list((Path(run.workdir) / "datastore").glob("*-rows-3*"))
+
+
+def test_weights_of_another_memory_are_refused(
+    tiny_run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(tiny_run.workdir, workdir)
+    config = tiny_run.model_copy(update={"workdir": str(workdir)})
+    assert _start("train", config, "train.num_steps=6", "--rebuild") == 0
+    capsys.readouterr()
+    for command in ("analyze", "cost"):
+        assert _start(command, config) == 2
+        told = capsys.readouterr().err
+        assert "λ and τ were chosen with another" in told and "evaluate --rebuild" in told
+
+
 @pytest.mark.parametrize(
     ("command", "override", "said"),
     [

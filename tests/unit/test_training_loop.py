@@ -213,6 +213,8 @@ def test_a_finished_run_is_only_read(tmp_path, uninterrupted):
     for a, b in zip(_leaves(first), _leaves(second), strict=True):
         np.testing.assert_array_equal(a, b)
     assert second.files == first.files
+    # A start that was killed before its manifest loses no validation.
+    assert second.measured["validation"] == first.measured["validation"] != {}
 
 
 def test_a_damaged_checkpoint_is_named_skipped_and_replaced(tmp_path, uninterrupted, capsys):

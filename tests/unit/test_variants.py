@@ -74,6 +74,18 @@ def test_other_inputs_keep_the_targets(tiny_config: Config):
     assert {"datastore/seed-7-x/train", "targets/seed-7/train"} <= sources
 
 
+def test_other_inputs_and_other_targets_share_no_index(tiny_config: Config):
+    """Targets are then made from the new datastore, and an index of the base would not be."""
+    base = base_variant(tiny_config, 7)
+    variant = changed_variant(base, {"datastore.input.layer": 1.0, "targets.num_tokens": 5}, "x")
+    assert renamed(variant.config) == set(NAMED) - {"decoder"}
+    made = {stage.name: stage for stage in variant.memory_stages()}
+    assert not [name for name in made if name.startswith(("index/seed-7", "neighbors/seed-7"))
+                and not name.split("/")[1].endswith("-x")]  # fmt: skip
+    sources = {one.relative for one in made["index/seed-7-x"].origins()}
+    assert "datastore/seed-7-x/train" in sources
+
+
 def test_a_teacher_makes_targets_alone(tiny_config: Config):
     base = base_variant(tiny_config, 7)
     variant = taught_variant(base, {"decoder.width": 64}, "big")

@@ -12,7 +12,6 @@ import numpy as np
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.evaluation.analysis.distributions import (
     DISTRIBUTIONS,
     Sample,
@@ -28,6 +27,7 @@ from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
 from mlpmem_jax.evaluation.mixing import mixture_logprob
 from mlpmem_jax.evaluation.remembered import remember
 from mlpmem_jax.evaluation.stored import StoredSplit
+from mlpmem_jax.retrieval.evidence import read_labels
 from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 SCHEMA_VERSION = 1
@@ -58,10 +58,7 @@ def analyze_run(
     systems = evaluated["systems"]
     temperature = float(systems["knn"]["temperature"])
     weights = {name: float(systems[name]["interpolation"]) for name in COMPARED}
-    train_label = open_array(layout.datastore("train").path / "label")
-    neighbors = LabelledNeighbors(
-        layout, _SPLIT, stored.label_N, read_rows(train_label, 0, int(train_label.shape[0]))
-    )
+    neighbors = LabelledNeighbors(layout, _SPLIT, stored.label_N, read_labels(layout, "train"))
     parts = {
         "knn": neighbors.logprob(stored.counts.scored_N, temperature),
         "memory": remember(config, _SPLIT, decoder, memory, mesh).logprob_N,

@@ -25,6 +25,7 @@ from mlpmem_jax.models.interpolation import interpolate
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.sharding import replicated
 from mlpmem_jax.retrieval.distributions import sparse_distributions
+from mlpmem_jax.retrieval.evidence import read_labels
 
 # What is measured, in this order; the mixture is decoder and memory at λ.
 DISTRIBUTIONS = ("decoder", "knn", "memory", "mixture")
@@ -169,8 +170,7 @@ class _Reader:
         self._distance = open_array(neighbors / "distance")
         self._input = open_array(datastore / layout.input_array())
         self._label = open_array(datastore / "label")
-        train = open_array(layout.datastore("train").path / "label")
-        self._train_label = read_rows(train, 0, int(train.shape[0]))
+        self._train_label = read_labels(layout, "train")
         self.num_neighbors = int(self._row.shape[1])
 
     def _take(self, store: Any, row_C: np.ndarray) -> np.ndarray:

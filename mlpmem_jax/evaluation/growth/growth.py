@@ -14,7 +14,6 @@ from etils import epath
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import progress
 from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.evaluation.cost import network_cost
 from mlpmem_jax.evaluation.growth import slopes
 from mlpmem_jax.evaluation.growth.measuring import PLAIN, Timer, sizes
@@ -22,6 +21,7 @@ from mlpmem_jax.evaluation.growth.writers import CompiledModel
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.retrieval.approximate import AH_MIN_ROWS
+from mlpmem_jax.retrieval.evidence import read_labels
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
 from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
@@ -131,13 +131,12 @@ def _timer(
     alone = network_cost(decoder, decoder_parameters(config.decoder, vocab))["parameter_bytes"]
     counts = memory_parameters(config.memory, config.decoder.width, vocab)
     both = alone + network_cost(memory, counts)["parameter_bytes"]
-    label = open_array(layout.datastore("train").path / "label")
     timer = Timer(
         config,
         mesh,
         path,
         models,
-        train_label=read_rows(label, 0, int(label.shape[0])),
+        train_label=read_labels(layout, "train"),
         temperature=float(systems["knn"]["temperature"]),
         weight=knn_weight,
     )

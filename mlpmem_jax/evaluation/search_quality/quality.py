@@ -19,7 +19,7 @@ from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.evaluation.bootstrap import bootstrap_sums, interval
 from mlpmem_jax.evaluation.compare import SplitScores, chosen_weight
 from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
-from mlpmem_jax.evaluation.scored import EVALUATED, read_train_labels, remembered_splits
+from mlpmem_jax.evaluation.scored import EVALUATED, remembered_splits
 from mlpmem_jax.evaluation.search_quality.divergence import compare_neighbors
 from mlpmem_jax.evaluation.search_quality.searched import SearchedKnn
 from mlpmem_jax.evaluation.search_quality.settings import reference_of, with_setting
@@ -27,6 +27,7 @@ from mlpmem_jax.evaluation.stored import StoredSplit
 from mlpmem_jax.retrieval import recall
 from mlpmem_jax.retrieval.building import ExactCache, open_index
 from mlpmem_jax.retrieval.engine import Engine, StoredKeys
+from mlpmem_jax.retrieval.evidence import read_labels
 from mlpmem_jax.retrieval.merge import drop_own_row
 from mlpmem_jax.training.networks import finished_decoder
 
@@ -49,7 +50,7 @@ def measure_settings(config: Config, mesh: jax.sharding.Mesh, path: epath.Path) 
     """
     layout = Layout(config)
     stored = {split: StoredSplit.open(layout, split) for split in EVALUATED}
-    study = _Study(config, mesh, stored, read_train_labels(layout), ExactCache(config))
+    study = _Study(config, mesh, stored, read_labels(layout, "train"), ExactCache(config))
     found = []
     for setting in config.search_quality.settings:
         file = path / f"setting-{setting.name}.json"

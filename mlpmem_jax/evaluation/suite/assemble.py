@@ -101,8 +101,14 @@ def _alias(name: str, seed: int) -> str:
     return name.replace(f"seed-{seed}", "base", 1)
 
 
-def table_costs(config: Config, rows: Rows) -> dict[str, Any]:
-    """Returns sizes, costs and temperatures of every row and seed, from manifests."""
+def table_costs(config: Config, rows: Rows, *, with_costs: bool = True) -> dict[str, Any]:
+    """Returns sizes, costs and temperatures of every row and seed, from manifests.
+
+    Args:
+        config: The configuration, for the vocabulary and the measured peak.
+        rows: The rows of each seed.
+        with_costs: Off where rows are parts of a run: manifests know what the whole cost.
+    """
     layout = Layout(config)
     peak = float(layout.machine.load().counts["peak_flops"])
     ledger = Ledger(layout.workdir, peak)
@@ -110,17 +116,19 @@ def table_costs(config: Config, rows: Rows) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for seed, of_seed in rows.items():
         for row in of_seed:
-            cost = ledger.cost(row.made_of(), row.decoders())
+            made_of = row.made_of()
             found.setdefault(row.key, {})[str(seed)] = {
                 **_size(row, vocab_size),
                 "temperature": _temperature(row),
                 "trained_weight": _trained_weight(row),
                 "recall": _recall(row),
                 "recall_of_targets": _recall_of_targets(row),
-                "steps": ledger.steps(row.made_of()),
-                "made_of": row.made_of(),
-                "cost": cost.as_json(),
+                "made_of": made_of,
             }
+            if with_costs:
+                cost = ledger.cost(made_of, row.decoders())
+                added = {"steps": ledger.steps(made_of), "cost": cost.as_json()}
+                found[row.key][str(seed)] |= added
     return {"peak_flops": peak, "rows": found}
 
 

@@ -24,6 +24,7 @@ from mlpmem_jax.evaluation.remembered import remember
 from mlpmem_jax.evaluation.stored import whole_array
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.retrieval.evidence import read_labels
 from mlpmem_jax.training.interpolation import at_step
 from mlpmem_jax.training.networks import finished_decoder, finished_memory, finished_networks
 
@@ -81,7 +82,7 @@ def score_memory_alone(
     head_VD = finished_decoder(config, mesh).head_VD() if tied else None
     chunk_tokens = config.train.loss_chunk_tokens
     scores = score_memory(memory, head_VD, source, mesh, chunk_tokens=chunk_tokens)
-    return _written(layout, artifact, scores.logprob_N, stored_labels(layout, split), {})
+    return _written(layout, artifact, scores.logprob_N, read_labels(layout, split), {})
 
 
 def score_mixture(
@@ -132,8 +133,8 @@ def score_knn(
         temperature: τ; None chooses it, together with λ, on this split.
     """
     layout = Layout(config)
-    label_N = stored_labels(layout, split)
-    train_label = stored_labels(layout, "train")
+    label_N = read_labels(layout, split)
+    train_label = read_labels(layout, "train")
     found = layout.neighbors_by_index(split) if by_index else layout.neighbors(split)
     neighbors = LabelledNeighbors(layout, split, label_N, train_label, artifact=found)
     separator_id = TokenSplit.open(layout.tokens, split).separator_id
@@ -163,8 +164,3 @@ def _written(
         part = {"logprob": logprob_N[rows].astype(np.float32), "label": label_N[rows]}
         writer.put(rows.start, part)
     return Scored({"rows": len(label_N), **counts}, writer.close())
-
-
-def stored_labels(layout: Layout, split: Split) -> np.ndarray:
-    """Returns the label of each row of a datastore."""
-    return whole_array(layout.datastore(split), "label")
