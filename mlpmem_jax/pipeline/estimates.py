@@ -1,6 +1,5 @@
 """What stages will need, beforehand: rows, bytes, parameters, flops. For `--dry-run`."""
 
-import functools
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
@@ -15,6 +14,7 @@ from mlpmem_jax.training.flops import (
     memory_flops_per_token,
     memory_parameters,
     memory_training_flops_per_token,
+    tied_head_flops_per_token,
 )
 
 # float32 master weights, gradients and two moments.
@@ -64,16 +64,13 @@ def training_estimate(config: Config, steps: range | None = None) -> dict[str, A
     if joint:
         added = decoder_parameters(config.decoder, vocab)
         counts = {name: counts[name] + added[name] for name in counts}
-        memory = functools.partial(
-            memory_flops_per_token, config.memory, config.decoder.width, vocab
-        )
-        tied = config.memory.head == "tied"
+        memory = (config.memory, config.decoder.width, vocab)
         flops = joint_training_flops_per_token(
             config.train,
             decoder_flops_per_token(config.decoder, vocab, window),
-            memory(),
+            memory_flops_per_token(*memory),
             steps,
-            memory() - memory(head=False) if tied else 0.0,
+            tied_head_flops_per_token(*memory),
         )
     elif config.decoder_runs:
         site = config.datastore.input

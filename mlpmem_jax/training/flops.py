@@ -76,6 +76,14 @@ def memory_flops_per_token(
     return 2.0 * weights
 
 
+def tied_head_flops_per_token(config: MemoryConfig, input_width: int, vocab_size: int) -> float:
+    """Returns flops of the memory's head in a forward pass, where it is the decoder's; else 0."""
+    if config.head != "tied":
+        return 0.0
+    blocks = memory_flops_per_token(config, input_width, vocab_size, head=False)
+    return memory_flops_per_token(config, input_width, vocab_size) - blocks
+
+
 def memory_training_flops_per_token(
     config: MemoryConfig, input_width: int, vocab_size: int
 ) -> float:

@@ -17,6 +17,7 @@ from mlpmem_jax.training.flops import (
     decoder_flops_per_token,
     joint_training_flops_per_token,
     memory_flops_per_token,
+    tied_head_flops_per_token,
 )
 from mlpmem_jax.training.input_statistics import measured_statistics, with_statistics
 from mlpmem_jax.training.interpolation import interpolation_of, joint_terms
@@ -66,14 +67,12 @@ class JointTask(WindowTask):
             window_tokens=length,
             seed=config.seed,
         )
-        memory = functools.partial(
-            memory_flops_per_token, config.memory, config.decoder.width, self.vocab_size
-        )
+        memory = (config.memory, config.decoder.width, self.vocab_size)
         self._forward = (
             decoder_flops_per_token(config.decoder, self.vocab_size, length),
-            memory(),
+            memory_flops_per_token(*memory),
         )
-        self._tied_head = memory() - memory(head=False) if config.memory.head == "tied" else 0.0
+        self._tied_head = tied_head_flops_per_token(*memory)
         last = config.train.num_steps - 1
         self.flops_per_step = self.flops_of(range(last, last + 1))
 
