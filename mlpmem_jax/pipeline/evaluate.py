@@ -101,6 +101,7 @@ def stages(config: Config) -> list[Stage]:
             build=functools.partial(_build, config),
             check=functools.partial(check_devices, config, _batches(config)),
             estimate=functools.partial(_estimate, config),
+            is_report=True,
         )
     ]
 

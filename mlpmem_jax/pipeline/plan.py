@@ -49,11 +49,11 @@ def intention(stage: Stage, rebuild: Rebuild) -> str:
     except ArtifactError:
         return "will be made, after what it is made from"
     try:
-        status = stage.artifact.status(stage.recipe, made_from)
+        status = stage.status(made_from, rebuild)
     except ArtifactError as error:
         if rebuild is Rebuild.REFUSE:
             return f"REFUSED: {error}"
-        return "was made otherwise; will be made again"
+        return "was made otherwise or is damaged; will be made again"
     return {
         Status.COMPLETE: "complete; will be made again"
         if rebuild is Rebuild.ALWAYS

@@ -58,6 +58,7 @@ def stages(config: Config) -> list[Stage]:
         build=functools.partial(_build, config),
         check=functools.partial(_check, config),
         estimate=functools.partial(_estimate, config),
+        is_report=True,
     )
     return [*made.values(), report]
 

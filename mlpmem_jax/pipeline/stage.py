@@ -38,6 +38,16 @@ class Builders(enum.Enum):
     FIRST = "first"  # Process 0; the others wait.
 
 
+class Rebuild(enum.Enum):
+    """What happens to artifacts that are there already."""
+
+    REFUSE = "refuse"  # One that was made otherwise is an error.
+    STALE = "stale"  # One that was made otherwise is made again, and a damaged report.
+    # Made again in any case, for example because it is damaged; but what this run has made or
+    # begun before a preemption, it keeps.
+    ALWAYS = "always"
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """How one artifact is made.
@@ -54,6 +64,8 @@ class Stage:
         estimate: Disk, memory and flops beforehand, for `--dry-run`: name to number or text.
         skip: Asked once the stages before are done: why the artifact is not needed, or None.
         builders: Which processes call `build`.
+        is_report: It is made of files that are read at a glance, so that they are compared with
+            their checksums before a rebuild keeps it.
     """
 
     artifact: Artifact
@@ -64,6 +76,7 @@ class Stage:
     estimate: Callable[[], Mapping[str, Any]] = dict
     skip: Callable[[], str | None] = lambda: None
     builders: Builders = Builders.ALL
+    is_report: bool = False
 
     @property
     def name(self) -> str:
@@ -73,6 +86,17 @@ class Stage:
     def made_from(self) -> dict[str, str]:
         """Returns the fingerprints of the upstream artifacts."""
         return {one.relative: one.load().fingerprint for one in self.origins()}
+
+    def status(self, made_from: Mapping[str, str], rebuild: Rebuild) -> Status:
+        """Tells how far the artifact is.
+
+        Raises:
+            ArtifactError: It was made otherwise, or a report is damaged that a rebuild would keep.
+        """
+        status = self.artifact.status(self.recipe, made_from)
+        if self.is_report and rebuild is Rebuild.STALE and status is Status.COMPLETE:
+            self.artifact.verify()
+        return status
 
     def origins(self) -> Sequence[Artifact]:
         """Returns the upstream artifacts."""
@@ -122,16 +146,6 @@ class Stopwatch:
         # record must not hide that, and clients of buckets have errors of their own.
         with contextlib.suppress(Exception):
             self._artifact.record_spent(self.seconds)
-
-
-class Rebuild(enum.Enum):
-    """What happens to artifacts that are there already."""
-
-    REFUSE = "refuse"  # One that was made otherwise is an error.
-    STALE = "stale"  # One that was made otherwise is made again.
-    # Made again in any case, for example because it is damaged; but what this run has made or
-    # begun before a preemption, it keeps.
-    ALWAYS = "always"
 
 
 def run_stages(
@@ -216,11 +230,11 @@ def _seen_status(stage: Stage, made_from: Mapping[str, str], rebuild: Rebuild) -
     if rebuild is Rebuild.ALWAYS and not artifact.is_of(run_id()):
         return None
     try:
-        return artifact.status(stage.recipe, made_from)
+        return stage.status(made_from, rebuild)
     except ArtifactError:
         if rebuild is Rebuild.REFUSE:
             raise
-        say(f"{stage.name}: made otherwise; making it again")
+        say(f"{stage.name}: made otherwise or damaged; making it again")
         return None
 
 

@@ -9,6 +9,7 @@ from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.parallel.preemption import RUN_ID
 from mlpmem_jax.pipeline import stage
+from mlpmem_jax.pipeline.plan import intention
 from mlpmem_jax.pipeline.stage import Completion, Rebuild, Stage, run_stage, run_stages
 
 
@@ -39,6 +40,26 @@ def test_made_once_refused_otherwise_and_made_again_when_asked(make):
     assert make(2, Rebuild.STALE) == 2
     assert make(2, Rebuild.STALE) == 2
     assert make(2, Rebuild.ALWAYS) == 3
+
+
+def test_a_rebuild_mends_a_damaged_report(tmp_path):
+    """Of large artifacts, what has been made is kept unread: checksums would take hours."""
+    artifact = Artifact(tmp_path / "run", "results/base", "results")
+    file = artifact.path / "table.json"
+
+    def build():
+        file.write_bytes(b"content")
+        return Completion(files=["table.json"])
+
+    for is_report in (False, True):
+        report = Stage(artifact, {}, (), build, is_report=is_report)
+        run_stage(report, Rebuild.ALWAYS)
+        assert not run_stage(report, Rebuild.STALE)
+        file.write_bytes(b"damaged")
+        assert not run_stage(report, Rebuild.REFUSE)  # Whoever reads it says so.
+        assert ("made again" in intention(report, Rebuild.STALE)) == is_report
+        assert run_stage(report, Rebuild.STALE) == is_report
+    assert file.read_bytes() == b"content"
 
 
 def test_after_a_preemption_what_the_run_has_made_again_is_kept(make, monkeypatch):
