@@ -234,6 +234,23 @@ def test_killed_while_it_trains_scores_and_writes_equals_uninterrupted(
         assert row["by_seed"]["0"] == whole[row["key"]]["by_seed"]["0"]
 
 
+def test_controls_are_sized_by_what_the_tokenizer_has_learned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Before there are tokens, all that is known of the vocabulary is its limit."""
+    few = (
+        "tokenizer.vocab_size=20_000", "compare.seeds=[0]", "compare.recipes=[]",
+        "compare.teachers=[]", "compare.rows=[memory,equal_size]",
+    )  # fmt: skip
+    assert run("compare", tmp_path, *few) == 0
+    with open(tmp_path / "results" / "compare" / "compare.csv", newline="") as file:
+        size = {row["row"]: int(row["parameters"]) for row in csv.DictReader(file)}
+    assert size["equal_size"] == pytest.approx(size["memory"], rel=0.05)
+    capsys.readouterr()
+    assert run("compare", tmp_path, *few) == 0
+    assert ": making" not in capsys.readouterr().out
+
+
 def test_dry_run_says_what_it_will_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert run("compare", tmp_path / "none", "--dry-run") == 0
     out = capsys.readouterr().out
