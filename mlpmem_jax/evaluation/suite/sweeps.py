@@ -162,8 +162,10 @@ def draw(results: Results, sweep: Results) -> bytes:
         each = [point["by_seed"][str(seed)]["test_nats"]["value"] for point in points]
         drawn += each
         axes.plot(places, each, "o", color=_COLOR, markersize=3, alpha=0.5, zorder=2)
-    for place, value in zip(places, nats, strict=True):
-        axes.annotate(number(value, 3), (place, value), (8, 6), textcoords="offset points",
+    for place, value, following in zip(places, nats, [*nats[1:], nats[-1]], strict=True):
+        above = not is_number or following <= value  # Where the line to the next does not go.
+        offset = (8, 6 if above else -14)
+        axes.annotate(number(value, 3), (place, value), offset, textcoords="offset points",
                       fontsize=8.5, color=INK, zorder=5, path_effects=halo())  # fmt: skip
     axes.axhline(configured, color=_COLOR, linewidth=1, linestyle=DASHED, alpha=0.7)
     shown = [*nats, *(end for pair in ends for end in pair), *drawn, configured]
