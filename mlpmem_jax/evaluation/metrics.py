@@ -147,7 +147,7 @@ def _documents_text(counts: DocumentCounts) -> str:
     if counts.effective_documents > 0.9 * number:
         return text
     return (
-        f"{text}, as uneven as {counts.effective_documents:.1f} of equal size (the largest holds "
+        f"{text} that count as {counts.effective_documents:.1f} of equal size (the largest holds "
         f"{100 * counts.largest_share:.0f} % of the tokens)"
     )
 

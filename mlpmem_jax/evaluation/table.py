@@ -10,7 +10,7 @@ import math
 import re
 import textwrap
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mlpmem_jax.datastore.files import human_bytes
@@ -221,7 +221,7 @@ def _remarks(results: Results, measured: Mapping[str, Any]) -> list[str]:
     if seconds:
         parts = [f"{name} {value:.0f} s" for name, value in seconds.items()]
         lines += _wrapped(f"time: {sum(seconds.values()):.0f} s = ", parts)
-    return lines + [f"note: {note}" for note in results["notes"]]
+    return lines + note_lines(results["notes"])
 
 
 def _wrapped(start: str, parts: Sequence[str], width: int = 100) -> list[str]:
@@ -239,6 +239,11 @@ def paragraph(text: str, width: int = 100) -> list[str]:
     """Wraps a text, never inside of brackets."""
     joined = re.sub(r"\[[^]]*\]", lambda found: found[0].replace(" ", _JOIN), text)
     return [line.replace(_JOIN, " ") for line in textwrap.wrap(joined, width)]
+
+
+def note_lines(notes: Iterable[str]) -> list[str]:
+    """Returns notes as lines of a report."""
+    return [line for note in notes for line in paragraph(f"note: {note}")]
 
 
 def sentence(results: Results) -> str:

@@ -54,7 +54,7 @@ def test_uneven_documents_count_for_fewer():
     assert chosen == "validation has 12 documents: λ and τ are chosen on little"
     # 2,000 and 1,000 tokens: 9e6 / (40 · 2,500 + 1e6).
     uneven, _ = notes(*even, 1000)
-    assert "41 documents, as uneven as 8.2 of equal size (the largest holds 33 % of" in uneven
+    assert "41 documents that count as 8.2 of equal size (the largest holds 33 % of" in uneven
 
 
 def test_scores_of_a_worked_example():

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mlpmem_jax.evaluation.cells import bracket, csv_text, percent
-from mlpmem_jax.evaluation.table import number, render
+from mlpmem_jax.evaluation.table import note_lines, number, render
 
 Results = Mapping[str, Any]
 
@@ -80,7 +80,7 @@ def as_text(results: Results) -> str:
             f"sharpness: {sharp['rows']:,} test tokens",
             _sharpness_table(results),
             _agreement_table(results),
-            *(f"note: {note}" for note in results["notes"]),
+            *note_lines(results["notes"]),
             "",
             *_sentences(results),
         ]

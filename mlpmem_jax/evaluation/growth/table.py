@@ -6,7 +6,7 @@ from typing import Any
 
 from mlpmem_jax.datastore.files import human_bytes
 from mlpmem_jax.evaluation.cells import bracket, csv_text
-from mlpmem_jax.evaluation.table import number, render
+from mlpmem_jax.evaluation.table import note_lines, number, render
 
 Results = Mapping[str, Any]
 
@@ -81,7 +81,7 @@ def as_text(results: Results) -> str:
         *_recall_line(results),
         _slope_table(results),
         *_quality_table(results),
-        *(line for note in results["notes"] for line in textwrap.wrap(f"note: {note}", 100)),
+        *note_lines(results["notes"]),
         "",
         *textwrap.wrap(" ".join(_sentences(results)), 100),
     ]

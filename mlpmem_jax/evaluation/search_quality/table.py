@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mlpmem_jax.evaluation.cells import bracket, csv_text
-from mlpmem_jax.evaluation.table import number, render
+from mlpmem_jax.evaluation.table import note_lines, number, render
 
 Results = Mapping[str, Any]
 
@@ -48,7 +48,7 @@ def as_text(results: Results) -> str:
             f"test: {test['tokens']:,} tokens in {test['documents']:,} documents; decoder "
             f"{number(results['decoder_test_nats'], 4)} nats per token",
             _nats_table(results),
-            *(f"note: {note}" for note in results["notes"]),
+            *note_lines(results["notes"]),
         ]
     )
 

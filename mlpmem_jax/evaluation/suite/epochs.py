@@ -18,7 +18,7 @@ from mlpmem_jax.evaluation.style import (
     wide_title,
 )
 from mlpmem_jax.evaluation.suite.lines import interval_columns, score_columns, weights_cell
-from mlpmem_jax.evaluation.table import DASH, bracket_text, number, paragraph, render
+from mlpmem_jax.evaluation.table import DASH, bracket_text, note_lines, number, paragraph, render
 
 Results = Mapping[str, Any]
 
@@ -121,7 +121,7 @@ def as_text(results: Results) -> str:
             f"{level}\ninterval", "valid\nnats", "weight\nλ*",
         ]  # fmt: skip
         blocks += [render(header, rows), *paragraph(sentence(network, level)), ""]
-    return "\n".join([*blocks, *(f"note: {note}" for note in results["notes"])])
+    return "\n".join([*blocks, *note_lines(results["notes"])])
 
 
 def sentence(network: Results, level: str) -> str:

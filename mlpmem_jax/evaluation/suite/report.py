@@ -17,8 +17,8 @@ from mlpmem_jax.evaluation.table import (
     DASH,
     bracket_text,
     count_text,
+    note_lines,
     number,
-    paragraph,
     render,
     share_text,
 )
@@ -86,12 +86,12 @@ def as_text(results: Results, measured: Results) -> str:
     ]  # fmt: skip
     return "\n".join(
         [
-            f"test: {test['tokens']:,} tokens in {test['documents']:,} documents, as uneven as "
+            f"test: {test['tokens']:,} tokens in {test['documents']:,} documents that count as "
             f"{test['effective_documents']:.1f} of equal size "
             f"({test['words']:,} words, {test['bytes']:,} bytes), {several}",
             render(quality_header, [_quality(row) for row in rows]),
             render(cost_header, [_cost(row, mean_cost(measured, row["key"])) for row in rows]),
-            *(line for note in _notes(results, measured) for line in paragraph(f"note: {note}")),
+            *note_lines(_notes(results, measured)),
             *_verdicts(results),
             *_carried_by_one(results),
         ]

@@ -22,7 +22,7 @@ from mlpmem_jax.evaluation.suite.lines import (
     weights_cell,
 )
 from mlpmem_jax.evaluation.suite.report import mean_cost
-from mlpmem_jax.evaluation.table import bracket_text, count_text, number, render
+from mlpmem_jax.evaluation.table import bracket_text, count_text, note_lines, number, render
 
 Results = Mapping[str, Any]
 
@@ -89,7 +89,7 @@ def as_text(results: Results, measured: Results) -> str:
         )
         blocks.append("")
     notes = dict.fromkeys(note for sweep in results["sweeps"] for note in sweep["notes"])
-    return "\n".join([*blocks, *(f"note: {note}" for note in notes)])
+    return "\n".join([*blocks, *note_lines(notes)])
 
 
 def _cells(point: Results, costs: Results) -> list[str]:
