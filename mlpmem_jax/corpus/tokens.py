@@ -5,6 +5,7 @@ that follows speaks of token n and of its label, token n + 1, so a stream of T t
 N = T - 1 rows.
 """
 
+import dataclasses
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +31,7 @@ def tokens_arrays(vocab_size: int) -> dict[str, ArraySpec]:
         "document_bytes": document,
         "document_words": document,
         "document_file": document,
+        "document_digest": dataclasses.replace(document, dtype=np.uint64),
     }
 
 
@@ -59,7 +61,7 @@ class TokenSplit:
         num_tokens: T.
         num_documents: D.
         num_bytes: UTF-8 bytes of its text; separators count nothing.
-        num_words: Its whitespace-separated words.
+        num_words: Its words, as lm-evaluation-harness counts them.
         separator_id: The token that starts each document.
         vocab_size: Token ids are below this, V.
         padded_vocab: V as the models round it up.
@@ -152,7 +154,10 @@ class TokenSplit:
 
     @property
     def document_words(self) -> np.ndarray:
-        """Whitespace-separated words of each document: int64 [D]."""
+        """Words of each document, as lm-evaluation-harness counts them: int64 [D].
+
+        They are what lies between white space; at the ends of a document it bounds empty ones.
+        """
         return self._document_array("document_words", self.num_documents)
 
     @property
