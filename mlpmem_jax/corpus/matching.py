@@ -55,11 +55,12 @@ def match(patterns: Iterable[str], key: str, mistakes: list[str]) -> list[Match]
         for path in paths:
             patterns_of.setdefault(path, pattern)
     names: dict[Identity, list[str]] = collections.defaultdict(list)
-    for path in sorted(patterns_of):
+    for path in patterns_of:
         names[_identity(path)].append(path)
     found = []
     for identity, paths in names.items():
-        best = paths[0] if len(paths) == 1 else min(paths, key=lambda one: (_is_link(one), one))
+        # The first that is none of a link.
+        best = paths[0] if len(paths) == 1 else min(paths, key=_is_link)
         found.append(Match(best, patterns_of[best], identity, len(paths)))
     return sorted(found)
 
@@ -102,7 +103,7 @@ def _matching(pattern: str) -> list[str]:
         paths: Iterable[str] = [pattern]
     else:
         paths = _glob(pattern)
-    return list({os.path.normpath(path): None for path in paths if _is_file(path)})
+    return sorted({os.path.normpath(path) for path in paths if _is_file(path)})
 
 
 def _is_file(path: str) -> bool:
