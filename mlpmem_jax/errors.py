@@ -47,6 +47,12 @@ class RunFailed(UserError):
     exit_code = EXIT_RUN_FAILED
 
 
+class TryAgain(UserError):
+    """What a later start may find working again, as a broken connection: the launcher makes one."""
+
+    exit_code = PREEMPTED
+
+
 class Mistakes:
     """Gathers independent mistakes, so that a user sees all of them at once."""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from mlpmem_jax.config.data import CorpusConfig
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import warn
 from mlpmem_jax.corpus.sample import sample_texts
 from mlpmem_jax.corpus.stream import Corpus
 from mlpmem_jax.corpus.tokenizer import TextTokenizer, train_tokenizer
@@ -41,7 +42,7 @@ def scan_corpus(corpus: Corpus) -> Scan:
     """
     documents: Counter[str] = Counter()
     num_bytes: Counter[str] = Counter()
-    complete = all(part.source.source != "huggingface" for part in corpus.parts)
+    complete = not any(part.is_dataset for part in corpus.parts)
     for piece in corpus.pieces() if complete else ():
         documents[piece.split] += piece.begins
         num_bytes[piece.split] += piece.num_bytes
@@ -65,6 +66,8 @@ def check_before(config: Config, corpus: Corpus, given: TextTokenizer | None) ->
     scan = scan_corpus(corpus)
     if not scan.complete:
         return scan
+    for note in corpus.notes():
+        warn(note)
     check_splits(scan.documents, config.corpus)
     window = config.pretrain_window_tokens
     if scan.num_bytes["train"] <= _BYTES_PER_TOKEN * (window + 1):

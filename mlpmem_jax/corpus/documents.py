@@ -6,11 +6,116 @@ characters, so that one document of any size needs little memory. Where pieces a
 depends on the text alone, never on how it was read.
 """
 
+import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 PIECE_CHARS = 1 << 20
+# A longer document is read ahead once more for its digest and size, instead of being held.
+_HELD_PIECES = 8
+
+
+class Document(NamedTuple):
+    """A document whose end is known.
+
+    Attributes:
+        digest: 64 bits that identify its text.
+        num_bytes: Its length in UTF-8.
+        is_cut: Whether it begins at a line that the pattern matches.
+        first: Its first piece.
+        pieces: All of them; to be read before the next document is asked for.
+    """
+
+    digest: int
+    num_bytes: int
+    is_cut: bool
+    first: str
+    pieces: Iterator[str]
+
+
+def documents_of(
+    read: Callable[[], Iterable[str]], pattern: re.Pattern[str] | None
+) -> Iterator[Document]:
+    """Yields the documents of an item.
+
+    Args:
+        read: Returns the text, in parts of any size, from its beginning, each time it is called.
+        pattern: See `pieces_of`.
+    """
+    source = _Ahead(pieces_of(read(), pattern))
+    sums: Iterator[tuple[int, tuple[int, int]]] | None = None
+    for number in itertools.count():
+        if source.upcoming is None:
+            return
+        held = [source.pop()]
+        held += itertools.islice(_rest(source), _HELD_PIECES - 1)
+        if source.is_inside():
+            sums = sums or enumerate(_all_sums(_Ahead(pieces_of(read(), pattern))))
+            digest, num_bytes = next(found for place, found in sums if place == number)
+        else:
+            digest, num_bytes = _sums(held)
+        is_cut = pattern is not None and _matches(pattern, held[0])
+        pieces = itertools.chain(held, _rest(source))
+        yield Document(digest, num_bytes, is_cut, held[0], pieces)
+        for _ in _rest(source):
+            pass
+
+
+class _Ahead:
+    """Pieces, of which the upcoming one is known."""
+
+    def __init__(self, pieces: Iterator[tuple[bool, str]]):
+        self._pieces = pieces
+        self.upcoming = next(pieces, None)
+
+    def pop(self) -> str:
+        """Returns the text of the upcoming piece."""
+        assert self.upcoming is not None
+        text, self.upcoming = self.upcoming[1], next(self._pieces, None)
+        return text
+
+    def is_inside(self) -> bool:
+        """Returns whether the upcoming piece goes on with a document."""
+        return self.upcoming is not None and not self.upcoming[0]
+
+
+def _rest(source: _Ahead) -> Iterator[str]:
+    """Yields the further pieces of the document that is under way."""
+    while source.is_inside():
+        yield source.pop()
+
+
+def _all_sums(source: _Ahead) -> Iterator[tuple[int, int]]:
+    while source.upcoming is not None:
+        yield _sums(itertools.chain([source.pop()], _rest(source)))
+
+
+def _sums(pieces: Iterable[str]) -> tuple[int, int]:
+    """Returns digest and bytes of a document."""
+    digest, num_bytes = hashlib.blake2b(digest_size=8), 0
+    for piece in pieces:
+        content = piece.encode()
+        digest.update(content)
+        num_bytes += len(content)
+    return int.from_bytes(digest.digest(), "little"), num_bytes
+
+
+def _matches(pattern: re.Pattern[str], text: str) -> bool:
+    return _begins_document(pattern, text, 0, text.find("\n") + 1 or len(text))
+
+
+def _begins_document(pattern: re.Pattern[str], text: str, start: int, stop: int) -> bool:
+    """Returns whether a line, its newline included, matches; it may end with CR and LF."""
+    stop = min(stop, start + PIECE_CHARS)
+    if pattern.match(text, start, stop):
+        return True
+    line = text[max(start, stop - 2) : stop]
+    if not line.endswith(("\r", "\r\n")):
+        return False
+    # To `$` the end of a line is LF alone.
+    return pattern.match(text[start:stop].replace("\r\n", "\n").removesuffix("\r")) is not None
 
 
 def pieces_of(blocks: Iterable[str], pattern: re.Pattern[str] | None) -> Iterator[tuple[bool, str]]:
@@ -71,7 +176,8 @@ def _segments(blocks: Iterable[str], pattern: re.Pattern[str] | None) -> Iterato
         yield from _cut_at(text[:done], starts)
         held, in_line = text[done:], (in_line if done == 0 else text[done - 1] != "\n")
     if held:
-        starts = [0] if not in_line and pattern.match(held) else []
+        begins = not in_line and _begins_document(pattern, held, 0, len(held))
+        starts = [0] if begins else []
         yield from _cut_at(held, starts)
 
 
@@ -88,12 +194,11 @@ def _line_starts(text: str, pattern: re.Pattern[str], in_line: bool) -> tuple[in
         end = text.find("\n", line) + 1
         if not end:
             break
-        limit = end if end - line <= PIECE_CHARS else line + PIECE_CHARS
-        if not in_line and pattern.match(text, line, limit):
+        if not in_line and _begins_document(pattern, text, line, end):
             starts.append(line)
         line, in_line = end, False
     if len(text) - line >= PIECE_CHARS:
-        if not in_line and pattern.match(text, line, line + PIECE_CHARS):
+        if not in_line and _begins_document(pattern, text, line, len(text)):
             starts.append(line)
         line = len(text)
     elif in_line:

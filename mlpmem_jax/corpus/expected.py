@@ -4,7 +4,8 @@ import functools
 
 from mlpmem_jax.config.data import CorpusConfig
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.corpus.sources import find_parts, listing_of
+from mlpmem_jax.corpus.digests import stamp_of
+from mlpmem_jax.corpus.sources import find_parts
 from mlpmem_jax.datastore.layout import Layout, Split
 
 # Of text; vocabularies of 4 k entries on source code have 3.4, of 50 k on English 4.4.
@@ -47,7 +48,7 @@ def _split_bytes(corpus: CorpusConfig) -> dict[Split, int]:
     found: dict[Split, int] = dict.fromkeys(fractions, 0)
     drawn = 0
     for part in find_parts(corpus):
-        num_bytes = int(listing_of([part])["bytes"])
+        num_bytes = sum(stamp_of(path)[0] for path in part.files if not part.is_dataset)
         if part.split is None:
             drawn += num_bytes
         else:

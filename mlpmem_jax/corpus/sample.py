@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from mlpmem_jax.corpus.stream import Corpus, Position
+from mlpmem_jax.corpus.stream import Corpus, Position, nothing_seen
 
 
 def sample_texts(corpus: Corpus, num_bytes: int) -> Iterator[str]:
@@ -19,9 +19,10 @@ def sample_texts(corpus: Corpus, num_bytes: int) -> Iterator[str]:
     share = -(-num_bytes // max(1, sum(trains)))
     left = [share * train for train in trains]
     position: Position | None = Position()
+    seen = nothing_seen()
     while position is not None:
         begin, position = position, None
-        for piece in corpus.pieces(begin):
+        for piece in corpus.pieces(begin, seen):
             part = piece.position.part
             if piece.split == "train" and left[part]:
                 text = piece.text
@@ -37,5 +38,8 @@ def sample_texts(corpus: Corpus, num_bytes: int) -> Iterator[str]:
 
 
 def _may_jump(corpus: Corpus, part: int) -> bool:
-    """Returns whether the rest of a source need not be read to know what follows."""
-    return corpus.config.max_bytes is None or corpus.parts[part].split in ("valid", "test")
+    """Returns whether the rest of a source need not be read to know what follows.
+
+    What explicit test and validation files hold must be known: it is left out of train.
+    """
+    return corpus.config.max_bytes is None and corpus.parts[part].split in (None, "train")

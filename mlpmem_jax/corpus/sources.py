@@ -5,27 +5,24 @@ An *item* is a file, a JSONL record or a dataset row: text that arrives in block
 """
 
 import dataclasses
-import glob
-import hashlib
-import itertools
-import json
+import functools
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
-from typing import Any
-
-from etils import epath
+from collections.abc import Iterator, Sequence
 
 from mlpmem_jax.config.data import CorpusConfig, Source
-from mlpmem_jax.corpus.files import ends_of, read_text
-from mlpmem_jax.datastore.files import is_local, unreachable
-from mlpmem_jax.datastore.layout import SPLITS, Split
+from mlpmem_jax.corpus.files import read_text
+from mlpmem_jax.corpus.matching import Identity, Match, match
+from mlpmem_jax.corpus.records import Item, records_of
+from mlpmem_jax.corpus.rows import dataset_rows, import_datasets
+from mlpmem_jax.datastore.layout import Split
 from mlpmem_jax.errors import UserError
 
+# A text that several splits hold belongs to the one that is read first.
+READING_ORDER: tuple[Split, ...] = ("test", "valid", "train")
 _NOT_STDLIB = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
-_LISTING_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,233 +33,126 @@ class Part:
         key: Its place in the configuration, for messages.
         source: Its configuration.
         files: Paths, in reading order; a Hugging Face dataset has one entry, its name.
-        names: What the listing calls the files.
         split: The split that all its documents belong to; None draws it by content.
+        num_other_names: Further names of its files, under which they are not read again.
     """
 
     key: str
     source: Source
     files: tuple[str, ...]
-    names: tuple[str, ...]
     split: Split | None = None
+    num_other_names: int = 0
 
-    def items(self, file: int, first: int = 0) -> Iterator[tuple[str, Iterable[str]]]:
-        """Yields the items of a file from number `first` on: a label and blocks of text.
+    @property
+    def is_dataset(self) -> bool:
+        """Whether it is a Hugging Face dataset and not files."""
+        return self.source.source == "huggingface"
+
+    def items(self, file: int, first: int = 0) -> Iterator[Item]:
+        """Yields the items of a file from number `first` on: what reads each, or what is wrong.
 
         Raises:
-            UserError: A file or record is not what the configuration says; it is named.
+            UserError: The file or dataset cannot be read.
+            TryAgain: A connection broke.
         """
         path = self.files[file]
         if self.source.source == "jsonl":
-            yield from _records(path, self.source.field, self.key, first)
-        elif self.source.source == "huggingface":
-            yield from _dataset_rows(self.source, self.key, first)
+            yield from records_of(path, self.source.field, self.key, first)
+        elif self.is_dataset:
+            yield from dataset_rows(self.source, self.key, first)
         elif first == 0:
-            yield path, read_text(path)
+            yield functools.partial(read_text, path)
 
 
 def find_parts(corpus: CorpusConfig) -> tuple[Part, ...]:
-    """Lists the files of every source.
+    """Lists the files of every source in reading order, each file once.
 
     Raises:
-        UserError: One line for each pattern that matches nothing and each unreadable path.
+        UserError: One line for each pattern that matches nothing, each unreadable path and each
+            two patterns that put a file into different splits.
     """
-    mistakes: list[str] = []
-    explicit: list[tuple[Split, tuple[str, ...]]] = [
-        (split, getattr(corpus, split).paths) for split in SPLITS if getattr(corpus, split).paths
-    ]
-    parts = []
-    for split, patterns in explicit:
-        files = _expand(patterns, f"corpus.{split}.paths", mistakes)
-        parts.append(Part(f"corpus.{split}", corpus, files, files, split))
+    finder = _Finder()
+    explicit = [split for split in READING_ORDER if getattr(corpus, split).paths]
+    for split in explicit:
+        finder.add_files(f"corpus.{split}", corpus, getattr(corpus, split).paths, split)
     if explicit and corpus.paths:
-        mistakes.append(
+        finder.mistakes.append(
             f"corpus.paths={list(corpus.paths)} is not read when corpus.train.paths, "
             "corpus.valid.paths and corpus.test.paths are given: drop one or the other"
         )
     if not explicit:
-        parts.append(_part("corpus", corpus, None, mistakes))
+        finder.add("corpus", corpus, None)
     for number, source in enumerate(corpus.more):
         # Beside explicit splits, further sources are more to train on.
-        parts.append(
-            _part(f"corpus.more.{number}", source, "train" if explicit else None, mistakes)
-        )
-    for one, other in itertools.combinations(parts[: len(explicit)], 2):
-        shared = sorted(set(one.files) & set(other.files))
-        if shared:
-            mistakes.append(
-                f"{one.key}.paths and {other.key}.paths both hold {shared[0]}"
-                + (f" and {len(shared) - 1} more" if len(shared) > 1 else "")
+        finder.add(f"corpus.more.{number}", source, "train" if explicit else None)
+    finder.refuse()
+    return tuple(finder.parts)
+
+
+class _Finder:
+    """Finds the files of one source after the other, and knows those that it has found."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+        self.mistakes: list[str] = []
+        # The first to name a file: its split, the pattern, and the path.
+        self._owners: dict[Identity, tuple[Split | None, str, str]] = {}
+        # A file of records may be read for one field and again for another.
+        self._readings: set[tuple[Identity, str, str]] = set()
+        self._shared: dict[tuple[str, str], list[str]] = {}
+
+    def add(self, key: str, source: Source, split: Split | None) -> None:
+        """Adds a source of any kind."""
+        if source.source == "stdlib":
+            self.parts.append(Part(key, source, tuple(_stdlib_files()), split))
+        elif source.source == "huggingface":
+            import_datasets(key)
+            names = (source.dataset or "", source.dataset_config or "", source.dataset_split)
+            self.parts.append(Part(key, source, (":".join(names),), split))
+        else:
+            self.add_files(key, source, source.paths, split)
+
+    def add_files(
+        self, key: str, source: Source, patterns: Sequence[str], split: Split | None
+    ) -> None:
+        """Adds the files that patterns name, those left out that are there already."""
+        files, num_other_names = [], 0
+        for one in match(patterns, f"{key}.paths", self.mistakes):
+            named = f"{key}.paths {one.pattern!r}"
+            owner = self._owners.setdefault(one.identity, (split, named, one.path))
+            reading = (one.identity, source.source, source.field)
+            if owner[0] != split:
+                self._share(owner[1:], named, one)
+            elif reading in self._readings:
+                num_other_names += one.num_names
+            else:
+                self._readings.add(reading)
+                files.append(one.path)
+                num_other_names += one.num_names - 1
+        self.parts.append(Part(key, source, tuple(files), split, num_other_names))
+
+    def _share(self, owner: tuple[str, str], named: str, one: Match) -> None:
+        other, path = owner
+        shown = path if path == one.path else f"{path} (also {one.path})"
+        self._shared.setdefault((other, named), []).append(shown)
+
+    def refuse(self) -> None:
+        """Raises what was wrong, one line each."""
+        for (one, other), paths in self._shared.items():
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            self.mistakes.append(
+                f"{other} and {one} both hold {paths[0]}{more}: a file belongs to one split"
             )
-    if mistakes:
-        raise UserError(list(dict.fromkeys(mistakes)))
-    return tuple(parts)
+        if self.mistakes:
+            raise UserError(list(dict.fromkeys(self.mistakes)))
 
 
-def _part(key: str, source: Source, split: Split | None, mistakes: list[str]) -> Part:
-    if source.source == "stdlib":
-        root = sysconfig.get_paths()["stdlib"]
-        names = tuple(_stdlib_names(root))
-        return Part(key, source, tuple(os.path.join(root, name) for name in names), names, split)
-    if source.source == "huggingface":
-        _import_datasets(key)
-        name = ":".join((source.dataset or "", source.dataset_config or "", source.dataset_split))
-        return Part(key, source, (name,), (name,), split)
-    files = _expand(source.paths, f"{key}.paths", mistakes)
-    return Part(key, source, files, files, split)
-
-
-def _stdlib_names(root: str) -> Iterator[str]:
-    """Yields the Python files of a standard library, without tests and installed packages."""
+def _stdlib_files() -> list[str]:
+    """Returns the Python files of the standard library, without tests and installed packages."""
+    root = sysconfig.get_paths()["stdlib"]
     names = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in _NOT_STDLIB]
         relative = os.path.relpath(folder, root)
         names += [os.path.normpath(os.path.join(relative, f)) for f in files if f.endswith(".py")]
-    yield from sorted(names, key=lambda name: name.split(os.sep))
-
-
-def _expand(patterns: Iterable[str], key: str, mistakes: list[str]) -> tuple[str, ...]:
-    """Returns the files that paths and globs name, each once, sorted."""
-    found: set[str] = set()
-    for pattern in dict.fromkeys(patterns):
-        expanded = os.path.expanduser(pattern)
-        try:
-            paths = _match(expanded)
-        except UserError as error:
-            mistakes.append(f"{key}: {pattern!r} {error}")
-            continue
-        if paths:
-            found.update(paths)
-        elif is_local(expanded) and os.path.isdir(expanded):
-            mistakes.append(
-                f"{key}: {pattern!r} is a directory; name its files, for example "
-                f"{os.path.join(pattern, '**', '*.txt')!r}"
-            )
-        elif glob.has_magic(pattern):
-            mistakes.append(f"{key}: {pattern!r} matches no file")
-        else:
-            mistakes.append(f"{key}: {pattern!r} does not exist")
-    return tuple(sorted(found))
-
-
-def _match(pattern: str) -> list[str]:
-    """Returns the files that a path or glob names.
-
-    Raises:
-        UserError: What cannot be matched about the pattern, or why its bucket cannot be read.
-    """
-    if not is_local(pattern):
-        return _match_in_bucket(pattern)
-    # A file may be called like a pattern: `notes[1].txt`.
-    paths = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
-    return [os.path.normpath(path) for path in paths if os.path.isfile(path)]
-
-
-def _match_in_bucket(pattern: str) -> list[str]:
-    if "**" in pattern:
-        raise UserError("uses ** on a remote path; write out its folders")
-    scheme, _, rest = pattern.partition("://")
-    bucket, _, inside = rest.partition("/")
-    path = epath.Path(pattern)
-    try:
-        if glob.has_magic(pattern):
-            found = epath.Path(f"{scheme}://{bucket}").glob(inside)
-            return [os.fspath(one) for one in found if not one.is_dir()]
-        exists, is_folder = path.exists(), path.is_dir()
-    # Each of the drivers has errors of its own: HTTP, credentials, sockets.
-    except Exception as error:
-        raise UserError(unreachable(error)) from None
-    if is_folder:
-        example = os.path.join(pattern, "*.txt")
-        raise UserError(f"is a directory; name its files, for example {example!r}")
-    return [pattern] if exists else []
-
-
-def listing_of(parts: Iterable[Part]) -> dict[str, Any]:
-    """Returns a digest of the files by name, size and both ends, and their number and bytes.
-
-    It is cheap, so that every start can notice that the text has changed. What a Hugging
-    Face dataset holds is not looked at, only its name.
-    """
-    digest, num_files, num_bytes = hashlib.blake2b(digest_size=8), 0, 0
-    for part in parts:
-        for path, name in zip(part.files, part.names, strict=True):
-            size, ends = (
-                (0, b"") if part.source.source == "huggingface" else ends_of(path, _LISTING_BYTES)
-            )
-            digest.update(json.dumps([part.key, name, size]).encode() + ends)
-            num_files, num_bytes = num_files + 1, num_bytes + size
-    return {"digest": digest.hexdigest(), "files": num_files, "bytes": num_bytes}
-
-
-def _records(path: str, field: str, key: str, first: int) -> Iterator[tuple[str, Iterable[str]]]:
-    for number, line in enumerate(_lines(read_text(path))):
-        if number < first:
-            continue
-        label = f"{path}, line {number + 1}"
-        if not line.strip():
-            yield label, ()
-            continue
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{label}: no JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{label}: a JSON {type(record).__name__}, not an object with fields")
-        yield label, (_text_of(record, field, label, key),)
-
-
-def _lines(blocks: Iterable[str]) -> Iterator[str]:
-    held: list[str] = []
-    for block in blocks:
-        first, *others = block.split("\n")
-        held.append(first)
-        for line in others:
-            yield "".join(held)
-            held = [line]
-    if any(held):
-        yield "".join(held)
-
-
-def _text_of(record: Any, field: str, label: str, key: str) -> str:
-    if field not in record:
-        raise UserError(
-            f"{label}: no field {field!r} ({key}.field); it has {', '.join(map(repr, record))}"
-        )
-    text = record[field]
-    if not isinstance(text, str):
-        raise UserError(
-            f"{label}: field {field!r} ({key}.field) holds {type(text).__name__}, not a string"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{label}: field {field!r} is no valid Unicode ({error.reason})") from None
-    return text
-
-
-def _import_datasets(key: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"{key}.source=huggingface needs the package datasets, which is not installed: "
-            "pip install -r requirements-huggingface.txt"
-        ) from None
-    return datasets
-
-
-def _dataset_rows(source: Source, key: str, first: int) -> Iterator[tuple[str, Iterable[str]]]:
-    datasets = _import_datasets(key)
-    assert source.dataset is not None
-    try:
-        rows = datasets.load_dataset(
-            source.dataset, source.dataset_config, split=source.dataset_split, streaming=True
-        )
-    except Exception as error:
-        # The hub's client raises many kinds, none of its own.
-        raise UserError(f"{key}.dataset={source.dataset}: {error}".splitlines()[0]) from error
-    for number, row in enumerate(rows.skip(first) if first else rows, first):
-        label = f"{source.dataset}, row {number}"
-        yield label, (_text_of(row, source.field, label, key),)
+    return [os.path.join(root, name) for name in sorted(names, key=lambda one: one.split(os.sep))]

@@ -6,13 +6,24 @@ from collections.abc import Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from mlpmem_jax.config.data import CorpusConfig
-from mlpmem_jax.corpus.documents import pieces_of
+from mlpmem_jax.corpus.documents import Document, documents_of
+from mlpmem_jax.corpus.duplicates import SeenDocuments
 from mlpmem_jax.corpus.files import NotTextError, read_text
-from mlpmem_jax.corpus.sources import Part, find_parts, listing_of
+from mlpmem_jax.corpus.sources import Part, find_parts
 from mlpmem_jax.corpus.splits import hash_fraction, split_of
-from mlpmem_jax.datastore.layout import Split
+from mlpmem_jax.datastore.layout import SPLITS, Split
+from mlpmem_jax.errors import UserError
 
+# What may be left out, as manifests count it. Copies are duplicates of another split's document.
+LEFT_OUT = (
+    "skipped_files",
+    "skipped_records",
+    "duplicate_documents",
+    "duplicate_bytes",
+    "copied_documents",
+)
 _DRAWN = "drawn"
+Seen = Mapping[Split, SeenDocuments]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +32,10 @@ class Position:
 
     Attributes:
         part, file, item, piece: Where the next piece is; `piece` counts those of the item.
-        split: Split of the document under way; None if its further pieces are left out.
+        split: Split of the document under way.
         taken_bytes: Bytes so far, of each explicit split or of all that are drawn.
-        skipped_files: Files that were no text.
+        left_out: What was left out so far, by the names of `LEFT_OUT`.
+        cut: Documents so far that begin where corpus.document_regex matches, by key of the source.
     """
 
     part: int = 0
@@ -32,7 +44,8 @@ class Position:
     piece: int = 0
     split: Split | None = None
     taken_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    skipped_files: int = 0
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    cut: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Returns JSON-ready values, the arguments of the constructor."""
@@ -48,6 +61,7 @@ class Piece(NamedTuple):
         begins: Whether a document begins with it.
         split: Its document's split.
         position: Where the stream continues after it.
+        digest: 64 bits that identify the text of its document.
     """
 
     text: str
@@ -55,6 +69,7 @@ class Piece(NamedTuple):
     begins: bool
     split: Split
     position: Position
+    digest: int
 
 
 class Corpus:
@@ -63,6 +78,7 @@ class Corpus:
     Attributes:
         parts: Its sources and their files.
         position: Where the last iteration over `pieces` is.
+        first_skipped: What was wrong with the first file or record that it left out.
     """
 
     def __init__(self, config: CorpusConfig):
@@ -74,24 +90,24 @@ class Corpus:
         self.config = config
         self.parts = find_parts(config)
         self.position = Position()
+        self.first_skipped: str | None = None
         regex = config.document_regex
         # MULTILINE, for `^` to match at the line that is looked at.
         self._pattern = None if regex is None else re.compile(regex, re.MULTILINE)
 
-    def listing(self) -> dict[str, Any]:
-        """Returns a digest, the number of files and their bytes (see `listing_of`)."""
-        return listing_of(self.parts)
-
-    def pieces(self, position: Position | None = None) -> Iterator[Piece]:
-        """Yields the pieces of all documents in order.
+    def pieces(self, position: Position | None = None, seen: Seen | None = None) -> Iterator[Piece]:
+        """Yields the pieces of all documents in order; of equal documents the first alone.
 
         Args:
             position: Where to continue; the beginning by default.
+            seen: The documents before it, by split; gets those that follow.
 
         Raises:
             UserError: Text that cannot be used; file and place are named.
+            TryAgain: A connection broke.
         """
         self.position = at = position or Position()
+        seen = nothing_seen() if seen is None else seen
         full: set[str] = set()
         for number in range(at.part, len(self.parts)):
             part = self.parts[number]
@@ -99,79 +115,133 @@ class Corpus:
                 if (part.split or _DRAWN) in full:
                     break
                 begun = (number, file) == (at.part, at.file) and at.item + at.piece > 0
-                if self.config.on_error == "skip" and not begun and not self._is_text(part, file):
-                    skipped = self.position.skipped_files + 1
-                    self.position = dataclasses.replace(self.position, skipped_files=skipped)
-                elif (yield from self._file(number, file, at if begun else None)):
+                if not begun and not self._is_usable(part, file):
+                    continue
+                if (yield from self._file(number, file, at if begun else None, seen)):
                     full.add(part.split or _DRAWN)
-        self.position = Position(
-            len(self.parts),
-            taken_bytes=self.position.taken_bytes,
-            skipped_files=self.position.skipped_files,
+        self.position = dataclasses.replace(
+            self.position, part=len(self.parts), file=0, item=0, piece=0, split=None
         )
 
-    def _is_text(self, part: Part, file: int) -> bool:
-        if part.source.source == "huggingface":
+    def _is_usable(self, part: Part, file: int) -> bool:
+        """Returns whether a file is to be read; one that is skipped is counted."""
+        if self.config.on_error == "error" or part.is_dataset:
             return True
         try:
             # A whole pass before the first document: a file is taken as a whole or not.
             for _ in read_text(part.files[file]):
                 pass
-        except NotTextError:
+        except NotTextError as error:
+            self._skip(error, "skipped_files")
             return False
         return True
 
+    def _skip(self, error: UserError, kind: str) -> None:
+        self.first_skipped = self.first_skipped or error.messages[0]
+        self._leave_out({kind: 1})
+
+    def _leave_out(self, numbers: Mapping[str, int]) -> None:
+        self.position = dataclasses.replace(
+            self.position, left_out=_sum(self.position.left_out, numbers)
+        )
+
     def _file(
-        self, number: int, file: int, resumed: Position | None
+        self, number: int, file: int, resumed: Position | None, seen: Seen
     ) -> Generator[Piece, None, bool]:
         """Yields the pieces of a file; returns whether corpus.max_bytes is reached."""
         part = self.parts[number]
         first_item = resumed.item if resumed else 0
-        split = resumed.split if resumed else None
-        for item, (_, blocks) in enumerate(part.items(file, first_item), first_item):
-            first_piece = resumed.piece if resumed and item == first_item else 0
-            # With a limit a document waits until all of it is known to be within.
-            waits = self.config.max_bytes is not None and not first_piece
-            waiting: list[Piece] = []
-            for piece, (begins, text) in enumerate(pieces_of(blocks, self._pattern), 1):
-                if piece <= first_piece:
-                    continue
-                content = text.encode()
-                if begins:
-                    yield from self._taken(part, waiting)
-                    waiting, waits = [], self.config.max_bytes is not None
-                    split = self._choose(part, content)
-                if split is None:
-                    continue
-                position = Position(number, file, item, piece, split)
-                waiting.append(Piece(text, len(content), begins, split, position))
-                if not waits:
-                    yield from self._taken(part, waiting)
-                    waiting = []
-                elif sum(one.num_bytes for one in waiting) > self._room(part):
-                    return True
-            yield from self._taken(part, waiting)
+        for item, read in enumerate(part.items(file, first_item), first_item):
+            if isinstance(read, UserError):
+                if self.config.on_error == "error":
+                    raise read
+                self._skip(read, "skipped_records")
+                continue
+            done = resumed.piece if resumed and item == first_item else 0
+            piece = 0
+            for document in documents_of(read, self._pattern):
+                split = resumed.split if resumed and piece < done else None
+                if piece >= done:
+                    split = self._choose(part, document, seen)
+                    if split is not None and document.num_bytes > self._room(part):
+                        return True
+                    self._begin(part, document, split, seen)
+                for order, text in enumerate(document.pieces):
+                    piece += 1
+                    if piece > done and split is not None:
+                        position = Position(number, file, item, piece, split)
+                        yield self._taken(part, text, order == 0, position, document.digest)
         return False
 
-    def _room(self, part: Part) -> int:
+    def _room(self, part: Part) -> float:
         """Returns how many bytes corpus.max_bytes still allows."""
-        assert self.config.max_bytes is not None
-        return self.config.max_bytes - self.position.taken_bytes.get(part.split or _DRAWN, 0)
+        limit = self.config.max_bytes
+        taken = self.position.taken_bytes.get(part.split or _DRAWN, 0)
+        return float("inf") if limit is None else limit - taken
 
-    def _choose(self, part: Part, content: bytes) -> Split | None:
-        """Returns the split of a document by its first piece, None if its source is thinned."""
+    def _choose(self, part: Part, document: Document, seen: Seen) -> Split | None:
+        """Returns the split of a document; None where it is left out.
+
+        Splits and shares are drawn from the first piece. A document that was read is left out.
+        """
+        content = document.first.encode()
         if part.source.weight < 1 and hash_fraction(content, "weight") >= part.source.weight:
             return None
-        if part.split is not None:
-            return part.split
-        return split_of(content, self.config.valid_fraction, self.config.test_fraction)
+        split = part.split or split_of(
+            content, self.config.valid_fraction, self.config.test_fraction
+        )
+        owner = next((one for one in SPLITS if document.digest in seen[one]), None)
+        if owner is None:
+            return split
+        self._leave_out(
+            {
+                "duplicate_documents": 1,
+                "duplicate_bytes": document.num_bytes,
+                "copied_documents": int(owner != split),
+            }
+        )
+        return None
 
-    def _taken(self, part: Part, pieces: list[Piece]) -> Iterator[Piece]:
-        group = part.split or _DRAWN
-        for piece in pieces:
-            taken = dict(self.position.taken_bytes)
-            taken[group] = taken.get(group, 0) + piece.num_bytes
+    def _begin(self, part: Part, document: Document, split: Split | None, seen: Seen) -> None:
+        if split is not None:
+            seen[split].add(document.digest)
+        if document.is_cut:
             self.position = dataclasses.replace(
-                piece.position, taken_bytes=taken, skipped_files=self.position.skipped_files
+                self.position, cut=_sum(self.position.cut, {part.key: 1})
             )
-            yield piece._replace(position=self.position)
+
+    def _taken(self, part: Part, text: str, begins: bool, position: Position, digest: int) -> Piece:
+        num_bytes = len(text.encode())
+        self.position = dataclasses.replace(
+            position,
+            taken_bytes=_sum(self.position.taken_bytes, {part.split or _DRAWN: num_bytes}),
+            left_out=self.position.left_out,
+            cut=self.position.cut,
+        )
+        assert position.split is not None
+        return Piece(text, num_bytes, begins, position.split, self.position, digest)
+
+    def notes(self) -> list[str]:
+        """Returns what a user should know of the text that `pieces` has gone through."""
+        notes = []
+        others = sum(part.num_other_names for part in self.parts)
+        if others:
+            notes.append(f"corpus: {others:,} further names of files left out: each is read once")
+        if self.first_skipped:
+            notes.append(f"corpus.on_error=skip: the first that is left out: {self.first_skipped}")
+        for part in self.parts if self._pattern else ():
+            if part.files and not self.position.cut.get(part.key):
+                notes.append(
+                    f"corpus.document_regex={self.config.document_regex!r} matches no line of the "
+                    f"{len(part.files):,} files of {part.key}: documents are whole files or records"
+                )
+        return notes
+
+
+def nothing_seen() -> dict[Split, SeenDocuments]:
+    """Returns what has been read before the first document."""
+    return {split: SeenDocuments() for split in SPLITS}
+
+
+def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {**one, **{name: one.get(name, 0) + count for name, count in other.items() if count}}

@@ -6,7 +6,8 @@ stream places separators, so that they mark the beginnings of documents and noth
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from mlpmem_jax.errors import ArtifactError, UserError
 TOKENIZER_FILE = "tokenizer.json"
 # Vocabulary dims are padded to this by the model, so that a mesh axis may cut them.
 _VOCAB_MULTIPLE = 128
+# Training cuts words that are longer; where it cannot matter, they are not looked for.
+_MOST_WORD_CHARS = 256
+_LONG_RUN = re.compile(rf"\S{{{_MOST_WORD_CHARS}}}|\s{{{_MOST_WORD_CHARS}}}")
 
 
 class TextTokenizer:
@@ -121,8 +125,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, separator: str) -> Te
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    rust.train_from_iterator(texts, trainer)
+    rust.train_from_iterator(_without_long_words(texts), trainer)
     return TextTokenizer(rust.to_str(pretty=True).encode(), separator)
+
+
+def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
+    """Cuts what BPE takes for a single word of thousands of letters, as a genome or a ruler.
+
+    Each merge goes through all of a word that has it, so that time grew with the square of its
+    length. Other words, and texts without such words, stay as they are.
+    """
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for text in texts:
+        if not _LONG_RUN.search(text):
+            yield text
+            continue
+        begin = 0
+        for _, (start, stop) in words.pre_tokenize_str(text):
+            for cut in range(start + _MOST_WORD_CHARS, stop, _MOST_WORD_CHARS):
+                yield text[begin:cut]
+                begin = cut
+        yield text[begin:]
 
 
 def read_tokenizer(path: str, separator: str) -> TextTokenizer:

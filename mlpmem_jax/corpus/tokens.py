@@ -5,6 +5,7 @@ that follows speaks of token n and of its label, token n + 1, so a stream of T t
 N = T - 1 rows.
 """
 
+import dataclasses
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ _RESIDENT_BYTES = 256 << 20
 
 
 def tokens_arrays(vocab_size: int) -> dict[str, ArraySpec]:
-    """Arrays of a split: token_T, document_offset (D+1), document_bytes_D, document_words_D."""
+    """Arrays of a split: token_T, document_offset (D+1), and of each document sizes and file."""
     document = ArraySpec((), np.int64, layout.DOCUMENT_SHARD_ROWS, layout.DOCUMENT_CHUNK_ROWS)
     return {
         "token": ArraySpec(
@@ -29,6 +30,8 @@ def tokens_arrays(vocab_size: int) -> dict[str, ArraySpec]:
         "document_offset": document,
         "document_bytes": document,
         "document_words": document,
+        "document_file": document,
+        "document_digest": dataclasses.replace(document, dtype=np.uint64),
     }
 
 
@@ -58,7 +61,7 @@ class TokenSplit:
         num_tokens: T.
         num_documents: D.
         num_bytes: UTF-8 bytes of its text; separators count nothing.
-        num_words: Its whitespace-separated words.
+        num_words: Its words, as lm-evaluation-harness counts them.
         separator_id: The token that starts each document.
         vocab_size: Token ids are below this, V.
         padded_vocab: V as the models round it up.
@@ -151,8 +154,20 @@ class TokenSplit:
 
     @property
     def document_words(self) -> np.ndarray:
-        """Whitespace-separated words of each document: int64 [D]."""
+        """Words of each document, as lm-evaluation-harness counts them: int64 [D].
+
+        They are what lies between white space; at the ends of a document it bounds empty ones.
+        """
         return self._document_array("document_words", self.num_documents)
+
+    @property
+    def document_file(self) -> np.ndarray:
+        """Number of the file, JSONL record or dataset row of each document: int64 [D].
+
+        They are counted from 0 in the order of this split, so that the numbers are dense: documents
+        that `corpus.document_regex` cut from one file have the same number.
+        """
+        return self._document_array("document_file", self.num_documents)
 
     def document_of(self, tokens: np.ndarray) -> np.ndarray:
         """Returns the document that each token (by number) belongs to, int64."""

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mlpmem_jax.corpus.duplicates import SeenDocuments
 from mlpmem_jax.corpus.encoding import encoded
-from mlpmem_jax.corpus.stream import Corpus, Piece, Position
+from mlpmem_jax.corpus.stream import LEFT_OUT, Corpus, Piece, Position, Seen
 from mlpmem_jax.corpus.tokenizer import TextTokenizer
 from mlpmem_jax.corpus.tokens import tokens_arrays
 from mlpmem_jax.datastore.files import write_bytes
 from mlpmem_jax.datastore.layout import SPLITS, Split
-from mlpmem_jax.datastore.store import Appender
+from mlpmem_jax.datastore.store import Appender, open_array, read_rows
 from mlpmem_jax.errors import ArtifactError, UserError
-from mlpmem_jax.parallel.agreement import of_first
+from mlpmem_jax.parallel.agreement import array_of_first, of_first
 
 PROGRESS_FILE = "progress.npz"
 # Text that is encoded at once; encodings take some 60 times its size in memory.
@@ -30,7 +31,7 @@ _SAVE_SECS = 2.0
 
 
 class SplitWriter:
-    """The arrays of one split: tokens, document offsets, bytes and words of documents."""
+    """The arrays of one split: tokens, and of documents offset, bytes, words, file and digest."""
 
     def __init__(
         self,
@@ -53,8 +54,12 @@ class SplitWriter:
             )
             for name, spec in specs.items()
         }
-        # The document under way: bytes, words, and whether a word touches its end.
+        self._path = path
+        # The document under way: bytes, words, and whether it ends in white space so far.
         self._open = np.zeros(3, np.int64) if state is None else state["open"].copy()
+        # The item that the last document was cut from, and how many there are.
+        self._item = (-1, -1, -1) if state is None else tuple(state["item"].tolist())
+        self._num_items = 0 if state is None else int(state["num_items"])
         self.num_bytes = 0 if state is None else int(state["num_bytes"])
         self.num_words = 0 if state is None else int(state["num_words"])
         self.crc = 0 if state is None else int(state["crc"])
@@ -79,21 +84,24 @@ class SplitWriter:
         offsets: list[int] = []
         sizes: list[int] = []
         words: list[int] = []
+        files: list[int] = []
+        digests: list[int] = []
         position = self.num_tokens
         for piece, ids in zip(pieces, tokens, strict=True):
             if piece.begins:
                 if self.num_documents + len(offsets):
                     sizes.append(int(self._open[0]))
                     words.append(int(self._open[1]))
-                self._open = np.zeros(3, np.int64)
+                self._open = np.asarray([0, 1, False], np.int64)
+                self.num_words += 1
                 offsets.append(position)
+                files.append(self._file_number(piece))
+                digests.append(piece.digest)
                 stream.append(self._separator)
                 position += 1
-            num_words = len(piece.text.split())
-            if self._open[2] and not piece.text[0].isspace():
-                num_words -= 1  # The piece goes on with the last one's word.
+            num_words = _num_gaps(piece.text) - int(self._open[2] and piece.text[0].isspace())
             self._open += (piece.num_bytes, num_words, 0)
-            self._open[2] = not piece.text[-1].isspace()
+            self._open[2] = piece.text[-1].isspace()
             self.num_bytes += piece.num_bytes
             self.num_words += num_words
             stream.append(ids)
@@ -110,8 +118,23 @@ class SplitWriter:
             self._arrays["document_offset"].append(np.asarray(offsets, np.int64)),
             self._arrays["document_bytes"].append(np.asarray(sizes, np.int64)),
             self._arrays["document_words"].append(np.asarray(words, np.int64)),
+            self._arrays["document_file"].append(np.asarray(files, np.int64)),
+            self._arrays["document_digest"].append(np.asarray(digests, np.uint64)),
         ]
         return any(written)
+
+    def _file_number(self, piece: Piece) -> int:
+        """Returns the number, in this split, of the file or record that a document comes from."""
+        item = (piece.position.part, piece.position.file, piece.position.item)
+        if item != self._item:
+            self._item, self._num_items = item, self._num_items + 1
+        return self._num_items - 1
+
+    def digests(self) -> np.ndarray:
+        """Returns the digests of its documents so far, uint64 [D]."""
+        held = self._arrays["document_digest"].state()
+        stored = open_array(self._path / "document_digest")
+        return np.concatenate([read_rows(stored, 0, int(held["rows"])), held["remainder"]])
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns what a later writer needs to continue."""
@@ -124,6 +147,8 @@ class SplitWriter:
         state["num_words"] = np.asarray(self.num_words)
         state["crc"] = np.asarray(self.crc, np.int64)
         state["open"] = self._open
+        state["item"] = np.asarray(self._item, np.int64)
+        state["num_items"] = np.asarray(self._num_items)
         return state
 
     def close(self) -> tuple[dict[str, int], dict[str, Any]]:
@@ -143,6 +168,11 @@ class SplitWriter:
         for array in self._arrays.values():
             array.close()
         return counts, {name: array.describe() for name, array in self._arrays.items()}
+
+
+def _num_gaps(text: str) -> int:
+    """Returns the number of runs of white space; `re.split` at them has one part more."""
+    return len(text.split()) - 1 + text[0].isspace() + text[-1].isspace()
 
 
 class TokenWriter:
@@ -170,6 +200,10 @@ class TokenWriter:
         """Bytes of text written so far."""
         return sum(split.num_bytes for split in self.splits.values())
 
+    def seen(self) -> Seen:
+        """Returns what has been written, on all processes the same."""
+        return seen_by_first({split: writer.digests() for split, writer in self.splits.items()})
+
     def write(self, corpus: Corpus, on_progress: Callable[[int], object]) -> None:
         """Encodes and writes what the corpus still holds.
 
@@ -177,7 +211,8 @@ class TokenWriter:
             corpus: The text.
             on_progress: Called with the number of bytes of each batch.
         """
-        for pieces, tokens in encoded(self._tokenizer, batches(corpus, self.position)):
+        source = batches(corpus, self.position, self.seen())
+        for pieces, tokens in encoded(self._tokenizer, source):
             written = self._add(pieces, tokens)
             self.position = pieces[-1].position
             if written or time.monotonic() - self._saved > _SAVE_SECS:
@@ -216,15 +251,29 @@ class TokenWriter:
             split_counts, split_arrays = writer.close()
             counts |= {f"{split}_{name}": number for name, number in split_counts.items()}
             arrays |= {f"{split}/{name}": spec for name, spec in split_arrays.items()}
-        return {**counts, "skipped_files": self.position.skipped_files}, arrays
+        left_out = {name: self.position.left_out.get(name, 0) for name in LEFT_OUT}
+        return {**counts, **left_out}, arrays
 
 
-def batches(corpus: Corpus, position: Position) -> Iterator[list[Piece]]:
+def seen_by_first(digests: Mapping[Split, np.ndarray] | None) -> Seen:
+    """Returns the documents that process 0 has written, on all processes.
+
+    Args:
+        digests: uint64 [D] of each split; None on the other processes.
+    """
+    found = {}
+    for split in SPLITS:
+        own = None if digests is None else digests[split].view(np.uint32)
+        found[split] = SeenDocuments(array_of_first(own).view(np.uint64))
+    return found
+
+
+def batches(corpus: Corpus, position: Position, seen: Seen) -> Iterator[list[Piece]]:
     """Yields the pieces from a position on in groups to be encoded at once.
 
     They are the same on all processes of a run.
     """
-    return grouped(corpus.pieces(position), of_first(_batch_bytes()))
+    return grouped(corpus.pieces(position, seen), of_first(_batch_bytes()))
 
 
 def grouped(pieces: Iterator[Piece], num_bytes: int) -> Iterator[list[Piece]]:

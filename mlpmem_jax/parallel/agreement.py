@@ -10,6 +10,7 @@ from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel.multihost import is_active, is_writer
 
 _MOST_SHOWN = 4
+_BROADCAST_ROWS = 1 << 20
 
 
 def of_first(value: Any) -> Any:
@@ -19,6 +20,26 @@ def of_first(value: Any) -> Any:
         value: JSON-ready; what the other processes give is not looked at.
     """
     return _gathered(value if is_writer() else None)[0] if is_active() else value
+
+
+def array_of_first(array_N: np.ndarray | None) -> np.ndarray:
+    """Returns an array of process 0, on every process, in parts of bounded size.
+
+    Args:
+        array_N: One dimension, at most 32 bits an element; that of the others is not looked at.
+    """
+    if not is_active():
+        assert array_N is not None
+        return array_N
+    from jax.experimental import multihost_utils
+
+    length, dtype = of_first(None if array_N is None else (len(array_N), array_N.dtype.name))
+    found_N = np.zeros(length, dtype)
+    for start in range(0, length, _BROADCAST_ROWS):
+        part = found_N[start : start + _BROADCAST_ROWS]
+        own = array_N[start : start + len(part)] if array_N is not None else part
+        part[:] = multihost_utils.broadcast_one_to_all(own)
+    return found_N
 
 
 def of_all(value: Any) -> list[Any]:

@@ -6,9 +6,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from mlpmem_jax.config.data import CorpusConfig
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.console import progress, say
+from mlpmem_jax.console import progress, say, warn
 from mlpmem_jax.corpus.checks import Scan, check_before, check_splits, check_window, tokenizer_for
+from mlpmem_jax.corpus.digests import Digests
 from mlpmem_jax.corpus.encoding import encoded
 from mlpmem_jax.corpus.expected import BYTES_PER_TOKEN
 from mlpmem_jax.corpus.stream import Corpus, Position
@@ -18,7 +20,7 @@ from mlpmem_jax.corpus.tokenizer import (
     load_tokenizer,
     read_tokenizer,
 )
-from mlpmem_jax.corpus.writer import PROGRESS_FILE, TokenWriter, batches
+from mlpmem_jax.corpus.writer import PROGRESS_FILE, TokenWriter, batches, seen_by_first
 from mlpmem_jax.datastore.files import check_free_space, write_bytes
 from mlpmem_jax.datastore.layout import SPLITS, Layout, token_dtype
 from mlpmem_jax.datastore.manifest import Status
@@ -40,15 +42,14 @@ def stages(config: Config) -> list[Stage]:
     path = config.tokenizer.path
     given = None if path is None else read_tokenizer(path, config.tokenizer.separator)
     corpus = Corpus(config.corpus)
-    listing = corpus.listing()
-    # Attention decides what the decoder sees, not what the tokens are.
-    settings = {k: v for k, v in config.corpus.recipe().items() if k != "attention"}
-    text = {"corpus": settings, "listing": listing}
+    digests = Digests(layout.workdir)
+    listing = digests.listing_of(corpus.parts, config.corpus.max_bytes)
+    text = {"corpus": _settings(config.corpus), "listing": listing}
     tokenizer = Stage(
         artifact=layout.tokenizer,
         recipe=_tokenizer_recipe(config, given, text),
         upstream=(),
-        build=functools.partial(_make_tokenizer, config, given),
+        build=functools.partial(_make_tokenizer, config, given, digests),
         builders=Builders.FIRST,
     )
     tokens = Stage(
@@ -59,12 +60,14 @@ def stages(config: Config) -> list[Stage]:
     )
     current = _is_current(tokenizer) and _is_current(tokens)
     scan = None if current else check_before(config, corpus, given)
+    if current and is_writer():
+        digests.save()  # Files that were moved or touched are not read again next time.
     text_bytes = _text_bytes(config, listing["bytes"], scan)
     return [
         tokenizer,
         dataclasses.replace(
             tokens,
-            build=functools.partial(_make_tokens, config, text_bytes),
+            build=functools.partial(_make_tokens, config, text_bytes, scan, digests),
             estimate=functools.partial(_estimate, config, text_bytes),
         ),
     ]
@@ -73,6 +76,17 @@ def stages(config: Config) -> list[Stage]:
 def main(config: Config, options: Options) -> int:
     """Runs the command."""
     return execute(stages, config, options)
+
+
+def _settings(corpus: CorpusConfig) -> dict[str, Any]:
+    """Returns what decides the tokens beside the content of the files, wherever these lie.
+
+    Attention decides what the decoder sees, not what the tokens are.
+    """
+    ours = {"attention", "paths", "train", "valid", "test"}
+    settings = {key: value for key, value in corpus.recipe().items() if key not in ours}
+    more = [{k: v for k, v in source.items() if k != "paths"} for source in settings["more"]]
+    return {**settings, "more": more}
 
 
 def _tokenizer_recipe(
@@ -93,7 +107,8 @@ def _is_current(stage: Stage) -> bool:
     return status is Status.COMPLETE
 
 
-def _make_tokenizer(config: Config, given: TextTokenizer | None) -> Completion:
+def _make_tokenizer(config: Config, given: TextTokenizer | None, digests: Digests) -> Completion:
+    digests.save()
     tokenizer = given
     if tokenizer is None:
         with progress(None, "B", "tokenizer: reading") as bar:
@@ -106,7 +121,9 @@ def _make_tokenizer(config: Config, given: TextTokenizer | None) -> Completion:
     return Completion(counts=tokenizer.counts(), files=[TOKENIZER_FILE])
 
 
-def _make_tokens(config: Config, text_bytes: int | None) -> Completion:
+def _make_tokens(
+    config: Config, text_bytes: int | None, scan: Scan | None, digests: Digests
+) -> Completion:
     """Makes the tokens: all processes encode, process 0 writes."""
     tokenizer = load_tokenizer(Layout(config).tokenizer)
     writer = None
@@ -114,25 +131,35 @@ def _make_tokens(config: Config, text_bytes: int | None) -> Completion:
         artifact = Layout(config).tokens
         needed = _estimate(config, text_bytes).get("disk_bytes", 0)
         check_free_space(artifact.path, needed, "the token stream")
+        digests.save()
         writer = TokenWriter(artifact.path, tokenizer)
     begun = of_first(None if writer is None else writer.position.to_json())
     if writer is None:
-        for _ in encoded(tokenizer, batches(Corpus(config.corpus), Position(**begun))):
+        source = batches(Corpus(config.corpus), Position(**begun), seen_by_first(None))
+        for _ in encoded(tokenizer, source):
             pass  # Process 0 has got them.
         return Completion()
-    return _written(config, tokenizer, writer, text_bytes)
+    return _written(config, tokenizer, writer, text_bytes, scan)
 
 
 def _written(
-    config: Config, tokenizer: TextTokenizer, writer: TokenWriter, text_bytes: int | None
+    config: Config,
+    tokenizer: TextTokenizer,
+    writer: TokenWriter,
+    text_bytes: int | None,
+    scan: Scan | None,
 ) -> Completion:
     artifact = Layout(config).tokens
+    corpus = Corpus(config.corpus)
     started = time.monotonic()
     done = writer.num_bytes
     with progress(text_bytes, "B", "tokenize", initial=done) as bar:
-        writer.write(Corpus(config.corpus), bar.update)
+        writer.write(corpus, bar.update)
     rate = (writer.num_bytes - done) / 1e6 / max(time.monotonic() - started, 1e-9)
     counts, arrays = writer.close()
+    if scan is None or not scan.complete:  # Else the scan has said them.
+        for note in corpus.notes():
+            warn(note)
     try:
         check_splits({split: counts[f"{split}_documents"] for split in SPLITS}, config.corpus)
         check_window(counts["train_tokens"], config)
@@ -159,8 +186,19 @@ def _report(counts: Mapping[str, int], bytes_per_token: Mapping[str, float], rat
             f"{counts[f'{split}_bytes']:,} bytes, {counts[f'{split}_tokens']:,} tokens, "
             f"{bytes_per_token[split]:.2f} bytes a token"
         )
-    if counts["skipped_files"]:
-        say(f"tokens: {counts['skipped_files']} files left out, not UTF-8 text")
+    if counts["skipped_files"] or counts["skipped_records"]:
+        say(
+            f"tokens: {counts['skipped_files']:,} files left out, not UTF-8 text; "
+            f"{counts['skipped_records']:,} records left out, without usable text"
+        )
+    if counts["duplicate_documents"]:
+        copied = counts["copied_documents"]
+        say(
+            f"tokens: {counts['duplicate_documents']:,} duplicate documents left out, "
+            f"{counts['duplicate_bytes']:,} bytes"
+            + f" ({copied:,} of them of another split: test comes before valid, valid before train)"
+            * bool(copied)
+        )
     say(f"tokens: {rate:.1f} MB/s")
 
 

@@ -1,5 +1,7 @@
 """Several processes encode a corpus together: the same tokens as one makes, also after a kill."""
 
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +11,12 @@ from mlpmem_jax.__main__ import main
 from mlpmem_jax.datastore.files import read_json
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
-TEXT = ("corpus.max_bytes=400_000", "corpus.document_regex='(?:class|def) '")
+# The library and its json package again: duplicates before and behind a kill.
+TEXT = (
+    "corpus.max_bytes=400_000",
+    "corpus.document_regex='(?:class|def) '",
+    f"corpus.more=[{{source: text, paths: ['{os.path.dirname(json.__file__)}/*.py']}}]",
+)
 # Batches of 4 kB in place of megabytes, so that there are many rounds; progress is saved often.
 START = """
 import os, sys
@@ -27,9 +34,13 @@ encoding._exchanged = counted
 sys.exit(main(sys.argv[2:]))
 """
 
+# With other text that is only met while it is encoded: what files hold is not compared before.
 OWN_DISK = """
 import os, sys
 from mlpmem_jax.__main__ import main
+from mlpmem_jax.corpus import digests
+if sys.argv.pop(1) == "met later":
+    digests._digest = lambda wanted: "the same"
 os.chdir(sys.argv[1] + os.environ["MLPMEM_PROCESS_INDEX"])
 sys.exit(main(sys.argv[2:]))
 """
@@ -68,7 +79,7 @@ def test_tokens_do_not_depend_on_the_number_of_processes(alone, on_processes, tm
 
 
 @pytest.mark.multidevice
-@pytest.mark.parametrize("difference", ["listing", "content"])
+@pytest.mark.parametrize("difference", ["size", "content", "met later"])
 def test_processes_that_read_other_text_are_refused(on_processes, tmp_path, difference):
     """Each process has its own disk, and a file is another one on the second."""
     for number in range(2):
@@ -77,17 +88,17 @@ def test_processes_that_read_other_text_are_refused(on_processes, tmp_path, diff
         for name in ("a", "b", "c"):
             words = [f"{name} is the word of line {line}\n" for line in range(20_000)]
             if number == 1 and name == "b":
-                if difference == "listing":
+                if difference == "size":
                     words.append("and one more\n")
-                else:  # Of the same size, and the same at both ends, which is what a listing reads.
+                else:  # Of the same size, and the same at both ends.
                     words[10_000] = words[10_000].replace("word", "mood")
             (folder / f"{name}.txt").write_text("".join(words))
     command = ["tokenize", "--config", str(TINY), "--workdir", str(tmp_path / "run")]
     command += ["corpus.source=text", "corpus.paths=['*.txt']", "corpus.max_bytes=null"]
     command += ["corpus.document_regex='. is'"]
-    done = on_processes(2, 1, "-c", OWN_DISK, str(tmp_path / "disk-"), *command)
+    done = on_processes(2, 1, "-c", OWN_DISK, difference, str(tmp_path / "disk-"), *command)
     assert "Traceback" not in done.stderr, done.stderr
-    if difference == "listing":
+    if difference != "met later":
         assert done.returncode == 2
         assert "process 1 would make it otherwise: " in done.stderr and "listing" in done.stderr
     else:

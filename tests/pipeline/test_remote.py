@@ -1,6 +1,7 @@
 """Everything in a bucket, which a server of the tests keeps (bucket_server.py)."""
 
 import gzip
+import io
 import itertools
 import json
 import re
@@ -16,6 +17,7 @@ from etils import epath
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.data import CorpusConfig, RetrievalConfig
 from mlpmem_jax.config.load import load_config
+from mlpmem_jax.corpus import files, retries
 from mlpmem_jax.corpus.sources import find_parts
 from mlpmem_jax.corpus.stream import Corpus
 from mlpmem_jax.datastore.files import check_reachable
@@ -31,7 +33,7 @@ from mlpmem_jax.datastore.store import (
     read_rows,
     write_rows,
 )
-from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.errors import PREEMPTED, ArtifactError, TryAgain, UserError
 from mlpmem_jax.retrieval import approximate
 from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
 from mlpmem_jax.training.checkpoint import Checkpoints
@@ -321,6 +323,42 @@ def test_a_bucket_that_stops_answering_is_named(texts, operation, monkeypatch):
     (line,) = caught.value.messages
     expected = f"{texts}/text-00.txt: " if operation == "open" else f"corpus.paths: '{pattern}' "
     assert line.startswith(expected)
+
+
+class _Breaking(io.BytesIO):
+    """An object whose connection breaks now and then, or for good."""
+
+    def __init__(self, data, breaks):
+        super().__init__(data)
+        self._breaks = breaks
+
+    def read(self, size=-1):
+        if self._breaks and self.tell() >= self._breaks[0]:
+            self._breaks.pop(0)
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return super().read(min(size, 40))
+
+
+@pytest.mark.parametrize("name", ["text-00.txt", "text-01.txt.gz"])
+@pytest.mark.parametrize("num_breaks", [3, 60])
+def test_a_broken_connection_is_taken_up_at_its_byte(texts, name, num_breaks, monkeypatch):
+    monkeypatch.setattr(retries, "FIRST_WAIT_SECS", 0.0)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 100)
+    path = f"{texts}/{name}"
+    breaks = [0, 0] + [20] * (num_breaks - 2)
+    data = epath.Path(path).read_bytes()
+    monkeypatch.setattr(Driver, "_open", lambda *_, **__: _Breaking(data, breaks))
+    corpus = Corpus(CorpusConfig(source="text", paths=[path]))
+    if num_breaks == 3:
+        assert [piece.text for piece in corpus.pieces()] == [TEXTS[name.removesuffix(".gz")]]
+        assert not breaks
+        return
+    with pytest.raises(TryAgain) as caught:
+        list(corpus.pieces())
+    (line,) = caught.value.messages
+    assert line.startswith(f"{path}, byte ") and line.endswith("the same command continues")
+    assert "the connection broke 5 times" in line
+    assert caught.value.exit_code == PREEMPTED
 
 
 def test_tokenize_from_and_to_a_bucket(texts, bucket, objects, tmp_path, capsys):

@@ -1,6 +1,9 @@
 """tokenize: the artifacts, what it refuses, and kills at any moment."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +13,8 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.corpus import digests, writer
 from mlpmem_jax.corpus import tokens as tokens_module
-from mlpmem_jax.corpus import writer
 from mlpmem_jax.corpus.stream import Corpus
 from mlpmem_jax.corpus.tokenizer import load_tokenizer
 from mlpmem_jax.corpus.tokens import TokenSplit
@@ -81,7 +84,9 @@ def contents(workdir: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(workdir)): path.read_bytes()
         for path in sorted(workdir.rglob("*"))
-        if path.is_file() and path.name != "manifest.json" and path.suffix != ".tmp"
+        if path.is_file()
+        and path.name not in ("manifest.json", "text-digests.json")
+        and path.suffix != ".tmp"
     }
 
 
@@ -106,7 +111,7 @@ def test_the_stream_decodes_to_the_documents(text: Path) -> None:
             assert stream.separator_id not in ids[1:]
             assert tokenizer.decode(ids[1:]) == document
         assert stream.document_bytes.tolist() == [len(one.encode()) for one in documents]
-        assert stream.document_words.tolist() == [len(one.split()) for one in documents]
+        assert stream.document_words.tolist() == [len(re.split(r"\s+", one)) for one in documents]
         assert stream.num_bytes == stream.document_bytes.sum()
         assert stream.num_words == stream.document_words.sum()
         assert manifest.arrays[f"{split}/token"] == {
@@ -119,6 +124,28 @@ def test_the_stream_decodes_to_the_documents(text: Path) -> None:
         )
         windows = TokenWindows(stream, 32, "score").read(np.arange(-(-stream.num_rows // 32)))
         assert windows["weight"].sum() == stream.num_tokens - len(documents)
+
+
+def test_documents_cut_from_one_file_or_record_share_its_number(text: Path) -> None:
+    """Of each split apart: statistics draw files, not the documents that were cut from them."""
+    records = [{"text": "def one\ndef two\n"}, {"text": "def three\ndef four\ndef five\n"}] * 20
+    lines = [json.dumps({"text": one["text"].replace("\n", f" {n}\n")}) for n, one in
+             enumerate(records)]  # fmt: skip
+    (text / "text.jsonl").write_text("\n".join(lines))
+    more = [{"source": "jsonl", "paths": [f"{text}/text.jsonl"]}]
+    values = settings(text, corpus={"document_regex": "def", "more": more, "test_fraction": 0.4})
+    layout = make(values)
+    pieces = list(Corpus(Config(**values).corpus).pieces())
+    for split in SPLITS:
+        stream = TokenSplit.open(layout.tokens, split)
+        places = [piece.position for piece in pieces if piece.split == split]
+        items = [(place.part, place.file, place.item) for place in places]
+        numbers = {item: number for number, item in enumerate(dict.fromkeys(items))}
+        assert stream.document_file.tolist() == [numbers[item] for item in items]
+        assert stream.document_file.dtype == np.int64
+        assert any(item[0] == 1 for item in items)
+    train = TokenSplit.open(layout.tokens, "train")
+    assert train.document_file[-1] + 1 < train.num_documents
 
 
 def test_windows_are_the_same_from_disk(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +176,115 @@ def test_a_second_start_does_nothing_and_changed_text_is_refused(
     (text / "text" / "07.txt").write_text("other text")
     with pytest.raises(ArtifactError, match=r"tokenizer: was made otherwise.*listing.digest"):
         make(settings(text))
+
+
+def test_text_that_was_moved_is_the_same_text(
+    text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(settings(text))
+    for path in (text / "text").iterdir():
+        os.utime(path, ns=(10**18, 10**18))
+    before = contents(text / "run")
+    (text / "text").rename(text / "moved")
+    monkeypatch.chdir(text)
+    capsys.readouterr()
+    for paths in (["moved/*.txt"], [f"{text}/moved/*"], ["moved/[0-2]*.txt", "moved/[3-5]*"]):
+        make(settings(text, corpus={"paths": paths}))
+        assert capsys.readouterr().out.count("complete") == 2
+    assert contents(text / "run") == before
+    # What is remembered is read no more, and a changed byte in the middle is noticed all the same.
+    changed = text / "moved" / "07.txt"
+    data = changed.read_bytes()
+    monkeypatch.setattr(digests, "_END_BYTES", 4)
+    changed.write_bytes(data[:9] + bytes([data[9] ^ 1]) + data[10:])
+    with pytest.raises(ArtifactError, match=r"tokenizer: was made otherwise.*listing.digest"):
+        make(settings(text, corpus={"paths": ["moved/*.txt"]}))
+    changed.write_bytes(data)
+    make(settings(text, corpus={"paths": ["moved/*.txt"]}))
+
+
+def test_the_same_files_twice_give_the_same_tokens_as_once(
+    text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = make(settings(text))
+    (text / "twice").mkdir()
+    for path in (text / "text").iterdir():
+        shutil.copy(path, text / "twice" / path.name)
+        (text / "twice" / f"{path.stem}-again.txt").write_bytes(path.read_bytes())
+    capsys.readouterr()
+    twice = make(settings(text, "other", corpus={"paths": [f"{text}/twice/*.txt"]}))
+    one, other = (contents(text / name) for name in ("run", "other"))
+    assert one == other
+    counts = twice.tokens.load().counts
+    num_bytes = sum(path.stat().st_size for path in (text / "text").iterdir())
+    assert (counts["duplicate_documents"], counts["duplicate_bytes"]) == (60, num_bytes)
+    assert f"60 duplicate documents left out, {num_bytes:,} bytes" in capsys.readouterr().out
+    assert once.tokens.load().counts["duplicate_documents"] == 0
+
+
+def test_what_a_start_after_a_kill_knows_of_the_documents_before(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies of the first files come last: whether they are duplicates is known from the disk."""
+    for number in range(0, 60, 2):
+        data = (text / "text" / f"{number:02}.txt").read_bytes()
+        (text / "text" / f"z{number}.txt").write_bytes(data)
+    make(settings(text, "straight"))
+    expected = contents(text / "straight")
+    for failing in (2, 6, 12):
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.TokenWriter, "save", failing_at(failing))
+            with pytest.raises(OSError, match="No space"):
+                make(settings(text, f"failing{failing}"))
+        layout = make(settings(text, f"failing{failing}"))
+        assert contents(text / f"failing{failing}") == expected
+        assert layout.tokens.load().counts["duplicate_documents"] == 30
+
+
+def test_words_are_those_of_the_harness(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the whole document, however it is cut into pieces: an empty word at each blank end."""
+    documents = [
+        " = Title = \n\n a\tb \n",
+        "one",
+        "   ",
+        "a b\u00a0c\u2003 d",
+        "\nx" * 300,
+        "y " * 300,
+    ]
+    for number, document in enumerate(documents):
+        (text / "text" / f"{number:02}.txt").write_text(document)
+    given = {split: {"paths": [f"{text}/text/{digit}*.txt"]} for split, digit in
+             zip(SPLITS, "012", strict=True)}  # fmt: skip
+    for piece_chars in (1 << 20, 50, 7, 1):
+        monkeypatch.setattr("mlpmem_jax.corpus.documents.PIECE_CHARS", piece_chars)
+        values = settings(text, f"run-{piece_chars}", corpus={"paths": [], **given},
+                          tokenizer={"vocab_size": 257})  # fmt: skip
+        stream = TokenSplit.open(make(values).tokens, "train")
+        words = [len(re.split(r"\s+", document)) for document in documents]
+        assert stream.document_words[: len(documents)].tolist() == words
+        assert stream.num_words == stream.document_words.sum()
+
+
+def test_records_that_are_left_out_are_counted(
+    text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ['{"text": "one"}', '{"text": 1}', "no record", '{"text": "two"}', '{"text": "one"}']
+    (text / "x.jsonl").write_text("\n".join(lines))
+    more = [{"source": "jsonl", "paths": [f"{text}/x.jsonl"]}]
+    with pytest.raises(UserError, match=r"x.jsonl, line 2: field 'text' .* holds int"):
+        make(settings(text, corpus={"more": more}))
+    assert not (text / "run").exists()
+    layout = make(settings(text, corpus={"more": more, "on_error": "skip", "document_regex": "@"}))
+    counts = layout.tokens.load().counts
+    assert (counts["skipped_files"], counts["skipped_records"]) == (0, 2)
+    assert (counts["duplicate_documents"], counts["duplicate_bytes"]) == (1, 3)
+    printed = capsys.readouterr()
+    assert "0 files left out, not UTF-8 text; 2 records left out" in printed.out
+    for said in (
+        "the first that is left out: ",
+        "document_regex='@' matches no line of the 60 files",
+    ):
+        assert printed.err.count(said) == 1
 
 
 def test_a_rebuild_that_cannot_do_leaves_what_is_there(text: Path) -> None:
@@ -200,7 +336,7 @@ def test_pieces_of_a_document_make_one_document(
     np.testing.assert_array_equal(
         whole.read(0, whole.num_tokens), pieces.read(0, pieces.num_tokens)
     )
-    for name in ("document_offset", "document_bytes", "document_words"):
+    for name in ("document_offset", "document_bytes", "document_words", "document_file"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(pieces, name))
 
 

@@ -1,6 +1,7 @@
 """Documents and pieces: nothing lost, cuts independent of reading, memory bounded."""
 
 import gzip
+import hashlib
 import random
 import re
 import tracemalloc
@@ -10,7 +11,7 @@ import pytest
 import zstandard
 
 from mlpmem_jax.corpus import documents, files
-from mlpmem_jax.corpus.documents import pieces_of
+from mlpmem_jax.corpus.documents import documents_of, pieces_of
 from mlpmem_jax.corpus.files import NotTextError, read_text
 from mlpmem_jax.errors import UserError
 
@@ -64,6 +65,75 @@ def test_documents_do_not_depend_on_how_text_arrives(
         assert joined(whole) == reference_documents(text, pattern)
 
 
+@pytest.mark.parametrize(
+    "pattern", ["^---$", r"^---\r?$", "---\n", r"---\r\n|---\n", "(?m:^---$)", "^-{3}$"]
+)
+def test_lines_may_end_with_carriage_returns(pattern: str) -> None:
+    text = "one\n---\ntwo\n----\n---\nthree\n---"
+    compiled = re.compile(pattern, re.MULTILINE)
+    for lines in (text, text.replace("\n", "\r\n")):
+        draw = random.Random(0)
+        for longest in (1, 4, 100):
+            cut = joined(list(pieces_of(chunks(lines, draw, longest), compiled)))
+            # The text itself keeps its line ends; a bare `---` at the end has none.
+            assert "".join(cut) == lines
+            assert len(cut) == (3 if "\n" in pattern or "\\n" in pattern else 4)
+    # A lone carriage return is no end of a line.
+    assert len(list(pieces_of(["one\r---\rtwo"], compiled))) == 1
+
+
+def test_the_last_line_may_end_with_a_carriage_return_alone() -> None:
+    compiled = re.compile("^---$", re.MULTILINE)
+    assert joined(list(pieces_of(["one\r\n---\r"], compiled))) == ["one\r\n", "---\r"]
+
+
+@pytest.mark.parametrize("piece_chars", [5, 40, 1000])
+@pytest.mark.parametrize("held", [1, 3])
+def test_documents_are_known_to_their_end(
+    monkeypatch: pytest.MonkeyPatch, piece_chars: int, held: int
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_CHARS", piece_chars)
+    monkeypatch.setattr(documents, "_HELD_PIECES", held)
+    draw = random.Random(piece_chars)
+    numbers = [draw.choice([0, 1, 9]) for _ in range(13)]
+    texts = ["".join(f"\nü{draw.random()}" for _ in range(number)) for number in numbers]
+    text = "before" + "".join(f"\n# {number}{one}" for number, one in enumerate(texts))
+    reads = 0
+
+    def read() -> list[str]:
+        nonlocal reads
+        reads += 1
+        return chunks(text, draw, 9)
+
+    found = list(documents_of(read, re.compile("# ")))
+    expected = reference_documents(text, "# ")
+    assert [one.num_bytes for one in found] == [len(one.encode()) for one in expected]
+    assert [one.is_cut for one in found] == [False] + [True] * 13
+    digests = [hashlib.blake2b(one.encode(), digest_size=8).digest() for one in expected]
+    assert [one.digest for one in found] == [int.from_bytes(one, "little") for one in digests]
+    again = ["".join(one.pieces) for one in documents_of(read, re.compile("# "))]
+    assert again == expected
+    # However many are too long to be held, the text is read once more and not for each.
+    assert reads in (2, 4)
+    (whole,) = documents_of(read, None)
+    assert text.startswith(whole.first) and 0 < len(whole.first) <= piece_chars
+
+
+def test_a_huge_document_needs_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "huge.txt"
+    path.write_bytes(b"some text of a line " * 12 + b"\n" * 100)
+    path.write_bytes(path.read_bytes() * 120_000)  # 40 MB, one document.
+    tracemalloc.start()
+    (size,) = (
+        (one.num_bytes, sum(map(len, one.pieces)))
+        for one in documents_of(lambda: read_text(str(path)), None)
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size == (path.stat().st_size,) * 2
+    assert peak < 30 << 20
+
+
 def test_pieces_are_cut_where_words_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "PIECE_CHARS", 12)
     texts = [text for _, text in pieces_of(["one\n two\nthree\nfour five six seven"], None)]
@@ -101,14 +171,15 @@ def test_a_huge_file_needs_little_memory(tmp_path: Path, suffix: str) -> None:
 
 def test_text_is_read_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "BLOCK_BYTES", 5)
-    text = "\ufeffé\r\nΩ🙂\rend"
+    text = "\ufeffé\r\nΩ🙂\r\ufeffend"
     for name, data in {
         "a.txt": text.encode(),
         "a.gz": gzip.compress(text[:3].encode()) + gzip.compress(text[3:].encode()),
         "a.zst": zstandard.compress(text[:3].encode()) + zstandard.compress(text[3:].encode()),
     }.items():
         (tmp_path / name).write_bytes(data)
-        assert "".join(read_text(str(tmp_path / name))) == text
+        # A byte order mark is no text where the file begins.
+        assert "".join(read_text(str(tmp_path / name))) == text[1:]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +188,14 @@ def test_text_is_read_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (b"good \xff bad", "not UTF-8 text at byte 5"),
         ("good é".encode()[:-1], "not UTF-8 text at byte 5"),
         (b"text\0text", "not UTF-8 text at byte 4 (a NUL byte)"),
+        (b"\xfd7zXZ\0\0\4", "not UTF-8 text at byte 0 (invalid start byte); it looks like xz"),
+        (gzip.compress(b"a"), "it looks like gzip without the suffix .gz"),
+        (zstandard.compress(b"a"), "it looks like zstd without the suffix .zst"),
+        (b"BZh91AY&SY\xff", "it looks like bzip2"),
+        (b"PK\x03\x04\x14\0", "it looks like zip"),
+        (b"PAR1\x15\0\x15", "it looks like Parquet"),
         ("é".encode("utf-16"), "not UTF-8 text at byte 0"),
+        ("é".encode("utf-16"), "it looks like UTF-16"),
     ],
 )
 @pytest.mark.parametrize("block_bytes", [1, 3, 1000])
@@ -129,14 +207,16 @@ def test_a_file_that_is_no_text_is_named_with_the_place(
     path.write_bytes(data)
     with pytest.raises(NotTextError, match="corpus.on_error=skip") as caught:
         list(read_text(str(path)))
-    assert f"{path}: {message}" in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: not UTF-8 text at byte ")
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 300 + len(str(path))
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".GZ", ".zstd"])
 def test_damaged_compression_is_named(tmp_path: Path, suffix: str) -> None:
     text = random.Random(0).randbytes(5000).hex().encode()
-    data = gzip.compress(text) if suffix == ".gz" else zstandard.compress(text)
-    for number, damaged in enumerate((data[:-100], b"no " + data)):
+    data = gzip.compress(text) if suffix.lower() == ".gz" else zstandard.compress(text)
+    for number, damaged in enumerate((data[:-100], b"no " + data, b"")):
         path = tmp_path / f"{number}{suffix}"
         path.write_bytes(damaged)
         with pytest.raises(NotTextError, match="damaged"):

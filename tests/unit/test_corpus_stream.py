@@ -1,15 +1,19 @@
 """The stream of pieces: splits, weights, limits, and continuing from any piece."""
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mlpmem_jax.config.data import CorpusConfig
-from mlpmem_jax.corpus import documents
+from mlpmem_jax.corpus import documents, duplicates
+from mlpmem_jax.corpus.duplicates import SeenDocuments
 from mlpmem_jax.corpus.sample import sample_texts
 from mlpmem_jax.corpus.splits import split_of
-from mlpmem_jax.corpus.stream import Corpus, Position
+from mlpmem_jax.corpus.stream import Corpus, Position, nothing_seen
 from mlpmem_jax.errors import UserError
 
 
@@ -32,8 +36,99 @@ def test_duplicates_share_a_split(folder: Path) -> None:
         splits.setdefault(piece.text, set()).add(piece.split)
         counts[piece.split] += 1
     assert all(len(found) == 1 for found in splits.values())
-    assert sum(counts.values()) == 300
-    assert 10 < counts["valid"] < 60 < 2 * counts["test"] < 200
+    assert sum(counts.values()) == 200  # Of 300, read once each.
+    assert 5 < counts["valid"] < 40 < 2 * counts["test"] < 130
+
+
+def test_equal_documents_are_read_once(folder: Path) -> None:
+    once = list(corpus(folder, paths=[f"{folder}/0*.txt"]).pieces())
+    assert len(once) == 100
+    # The same 100 texts again under 200 other names, and as records.
+    again = folder / "again"
+    again.mkdir()
+    for number in range(200):
+        (again / f"{number}.txt").write_bytes((folder / f"{number % 100:03}.txt").read_bytes())
+    records = [json.dumps({"text": piece.text}) for piece in once]
+    (folder / "x.jsonl").write_text("\n".join(records))
+    more = [
+        {"source": "text", "paths": [f"{again}/*.txt"]},
+        {"source": "jsonl", "paths": [f"{folder}/x.jsonl"]},
+    ]
+    text = corpus(folder, paths=[f"{folder}/0*.txt"], more=more)
+    twice = list(text.pieces())
+    assert [piece.text for piece in twice] == [piece.text for piece in once]
+    assert [piece.split for piece in twice] == [piece.split for piece in once]
+    num_bytes = sum(piece.num_bytes for piece in once)
+    left_out = {"duplicate_documents": 300, "duplicate_bytes": 3 * num_bytes}
+    assert text.position.left_out == left_out
+    # What is left out is not counted by max_bytes.
+    limited = corpus(folder, paths=[f"{folder}/0*.txt"], more=more, max_bytes=num_bytes)
+    assert len(list(limited.pieces())) == 100 and limited.position.left_out == left_out
+    assert [piece.text for piece in corpus(folder).pieces()][:100] == [one.text for one in once]
+
+
+@pytest.mark.parametrize("recent", [1, 7, 1 << 20])
+def test_a_set_of_digests(monkeypatch: pytest.MonkeyPatch, recent: int) -> None:
+    monkeypatch.setattr(duplicates, "_MOST_RECENT", recent)
+    draw = random.Random(0)
+    numbers = [draw.getrandbits(64) for _ in range(60)] + [0, 2**64 - 1]
+    seen = SeenDocuments(np.asarray(numbers[:20], np.uint64))
+    for number in numbers[20:]:
+        assert number not in seen
+        seen.add(number)
+    assert all(number in seen for number in numbers)
+    assert not any(number ^ 1 in seen for number in numbers)
+
+
+def test_a_copy_of_a_test_file_is_not_trained_on(folder: Path) -> None:
+    """Test comes before validation, and validation before training, whatever the order of keys."""
+    for number in range(300):
+        (folder / f"{number:03}.txt").write_text(f"document {number}\n" * 5)
+    for name, number in {"test-copy": 205, "valid-copy": 105, "train-copy": 5}.items():
+        data = (folder / f"{number:03}.txt").read_bytes()
+        (folder / f"0-{name}.txt").write_bytes(data)
+        (folder / f"1-{name}.txt").write_bytes(data)
+    (folder / "x.jsonl").write_text(
+        '{"text": "new"}\n' + json.dumps({"text": "document 250\n" * 5})
+    )
+    text = corpus(
+        folder,
+        paths=[],
+        train={"paths": [f"{folder}/0*.txt"]},
+        valid={"paths": [f"{folder}/1*.txt"]},
+        test={"paths": [f"{folder}/2*.txt"]},
+        more=[{"source": "jsonl", "paths": [f"{folder}/x.jsonl"]}],
+    )
+    found: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+    for piece in text.pieces():
+        found[piece.split].append(piece.text.split()[1] if piece.text != "new" else "new")
+    assert found["test"] == [str(number) for number in range(200, 300)]
+    # Its copy of a training file is validation's: that file is not trained on.
+    assert sorted(found["valid"]) == sorted(["5", *(str(number) for number in range(100, 200))])
+    assert found["train"] == [*(str(number) for number in range(100) if number != 5), "new"]
+    assert text.position.left_out["copied_documents"] == 6
+    assert text.position.left_out["duplicate_documents"] == 7
+    # Nor does the tokenizer learn from them.
+    sampled = "".join(sample_texts(text, 10_000_000))
+    assert "document 205" not in sampled and "document 105" not in sampled
+    assert "document 250" not in sampled and sampled.endswith("new")
+
+
+def test_a_pattern_that_matches_nothing_is_said(folder: Path) -> None:
+    (folder / "x.jsonl").write_text('{"text": "# a\\nb\\n# c"}\n')
+    (folder / "0").mkdir()
+    (folder / "0" / "crlf.txt").write_bytes(b"one\r\n---\r\ntwo\r\n---\r\n" * 40)
+    more = [{"source": "jsonl", "paths": [f"{folder}/x.jsonl"]}]
+    text = corpus(folder, paths=[f"{folder}/2*.txt"], more=more, document_regex="# ")
+    assert len(list(text.pieces())) == 102
+    assert text.notes() == [
+        "corpus.document_regex='# ' matches no line of the 100 files of corpus: documents are "
+        "whole files or records"
+    ]
+    text = corpus(folder, paths=[f"{folder}/0/*.txt"], document_regex="^---$")
+    assert sum(piece.begins for piece in text.pieces()) == 4  # Of 81, of which most are equal.
+    assert text.position.left_out["duplicate_documents"] == 77
+    assert text.notes() == []
 
 
 def test_splits_are_permanent() -> None:
@@ -43,6 +138,10 @@ def test_splits_are_permanent() -> None:
 
 
 def test_explicit_splits(folder: Path) -> None:
+    for number in range(300):
+        (folder / f"{number:03}.txt").write_text(f"document {number}\n")
+    for number in range(10):
+        (folder / f"more{number}.txt").write_text(f"one more: {number}\n")
     given = {"train": ["0*"], "valid": ["1*"], "test": ["2*"]}
     found = corpus(
         folder,
@@ -50,10 +149,10 @@ def test_explicit_splits(folder: Path) -> None:
         **{
             split: {"paths": [f"{folder}/{p}.txt" for p in paths]} for split, paths in given.items()
         },
-        more=[{"source": "text", "paths": [f"{folder}/29*.txt"]}],
+        more=[{"source": "text", "paths": [f"{folder}/more*.txt"]}],
     )
     splits = [piece.split for piece in found.pieces()]
-    assert splits == ["train"] * 100 + ["valid"] * 100 + ["test"] * 100 + ["train"] * 10
+    assert splits == ["test"] * 100 + ["valid"] * 100 + ["train"] * 110
 
 
 def test_weight_keeps_a_share_by_content(folder: Path) -> None:
@@ -92,8 +191,11 @@ def test_every_position_continues_the_same_stream(
     monkeypatch.setattr(documents, "PIECE_CHARS", 10)
     for number in range(6):
         (tmp_path / f"{number}.txt").write_text(f"# a{number}\nlonger than ten\n# b\nc\n" * 3)
+        long = f"# long {number % 4}\n" + "some words of many pieces " * 12 + f"\n# {number}\nend\n"
+        (tmp_path / f"{number}b.txt").write_text(long)
         (tmp_path / f"{number}a.txt").write_bytes(b"\xff")
-    (tmp_path / "x.jsonl").write_text('{"text": "one and two"}\n\n{"text": "three"}\n' * 2)
+    records = '{"text": "one and two"}\n\n{"text": "three"}\nno record\n{"text": "# b\\nc\\n"}\n'
+    (tmp_path / "x.jsonl").write_text(records * 2)
     text = corpus(
         tmp_path,
         document_regex="# ",
@@ -104,12 +206,20 @@ def test_every_position_continues_the_same_stream(
     )
     pieces = list(text.pieces())
     end = text.position
-    assert end.skipped_files == 6
+    left_out = {name: count for name, count in end.left_out.items() if "bytes" not in name}
+    if max_bytes is None:
+        assert left_out["skipped_files"] == 6 and left_out["skipped_records"] == 2
+        assert left_out["duplicate_documents"] > 20
+        assert len(end.cut) == 2
     for number, piece in enumerate(pieces):
         resumed = Position(**piece.position.to_json())
-        assert list(text.pieces(resumed)) == pieces[number + 1 :]
+        seen = nothing_seen()
+        for before in pieces[: number + 1]:
+            if before.begins:
+                seen[before.split].add(before.digest)
+        assert list(text.pieces(resumed, seen)) == pieces[number + 1 :]
         assert text.position == end
-    assert list(text.pieces(end)) == []
+    assert list(text.pieces(end)) == []  # Nothing follows.
     assert text.position == end
 
 
@@ -118,8 +228,9 @@ def test_a_file_that_is_no_text_stops_or_is_left_out(folder: Path) -> None:
     with pytest.raises(UserError, match=r"000a.txt: not UTF-8 text at byte 3"):
         list(corpus(folder).pieces())
     text = corpus(folder, on_error="skip")
-    assert len(list(text.pieces())) == 300
-    assert text.position.skipped_files == 1
+    assert len(list(text.pieces())) == 200
+    assert text.position.left_out["skipped_files"] == 1
+    assert text.first_skipped and "000a.txt: not UTF-8 text at byte 3" in text.first_skipped
 
 
 def test_the_sample_is_bounded_and_of_the_training_split(folder: Path) -> None:

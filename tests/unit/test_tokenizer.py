@@ -1,6 +1,8 @@
 """The tokenizer: deterministic, exact, and separators only where the writer puts them."""
 
 import json
+import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,14 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from mlpmem_jax.corpus import documents
+from mlpmem_jax.corpus import tokenizer as tokenizer_module
 from mlpmem_jax.corpus.documents import pieces_of
-from mlpmem_jax.corpus.tokenizer import TextTokenizer, read_tokenizer, train_tokenizer
+from mlpmem_jax.corpus.tokenizer import (
+    TextTokenizer,
+    _without_long_words,
+    read_tokenizer,
+    train_tokenizer,
+)
 from mlpmem_jax.errors import UserError
 
 TEXTS = ["def read_file(path):\n    return open(path).read()\n", "naïve café 🙂\t\r\n", "a" * 50]
@@ -26,6 +34,35 @@ def test_training_is_deterministic(tokenizer: TextTokenizer) -> None:
     assert tokenizer.separator_id == 0
     assert 257 < tokenizer.vocab_size <= 400
     assert tokenizer.padded_vocab == -(-tokenizer.vocab_size // 128) * 128
+
+
+def test_long_runs_are_cut_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ordinary = [*TEXTS, "x" * 255 + " " + "y" * 255, " " * 200 + "a,b;" * 400 + "\n" * 255] * 3
+    cut = train_tokenizer(ordinary, 400, SEPARATOR).to_json()
+    monkeypatch.setattr(tokenizer_module, "_without_long_words", iter)
+    assert train_tokenizer(ordinary, 400, SEPARATOR).to_json() == cut
+    monkeypatch.undo()
+    texts = [f"a b{'c' * 700}, d  'll{'é' * 300}\n{' ' * 600}e", "=" * 512, "f"]
+    parts = list(_without_long_words(texts))
+    assert "".join(parts) == "".join(texts) and len(parts) == 3 + 2 + 1 + 2 + 1
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    lengths = [stop - start for one in parts for _, (start, stop) in words.pre_tokenize_str(one)]
+    assert max(lengths) == 256
+
+
+@pytest.mark.parametrize("kind", ["letters", "ruler", "spaces"])
+def test_a_run_of_letters_costs_as_much_as_its_length(kind: str) -> None:
+    """Not the square of it: 200,000 letters took half a minute, and four times as many minutes."""
+    draw = random.Random(0)
+    run = {"letters": "".join(draw.choices("ACGT", k=200_000)), "ruler": "=" * 200_000,
+           "spaces": " " * 200_000}[kind]  # fmt: skip
+    started = time.process_time()
+    trained = train_tokenizer([run], 4096, SEPARATOR)
+    training = time.process_time() - started
+    started = time.process_time()
+    (ids,) = trained.encode([run])
+    assert trained.decode(ids) == run
+    assert training < 8 and time.process_time() - started < 4
 
 
 @pytest.mark.parametrize(
