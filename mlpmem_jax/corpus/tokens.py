@@ -20,7 +20,7 @@ _RESIDENT_BYTES = 256 << 20
 
 
 def tokens_arrays(vocab_size: int) -> dict[str, ArraySpec]:
-    """Arrays of a split: token_T, document_offset (D+1), document_bytes_D, document_words_D."""
+    """Arrays of a split: token_T, document_offset (D+1), and of each document sizes and file."""
     document = ArraySpec((), np.int64, layout.DOCUMENT_SHARD_ROWS, layout.DOCUMENT_CHUNK_ROWS)
     return {
         "token": ArraySpec(
@@ -29,6 +29,7 @@ def tokens_arrays(vocab_size: int) -> dict[str, ArraySpec]:
         "document_offset": document,
         "document_bytes": document,
         "document_words": document,
+        "document_file": document,
     }
 
 
@@ -153,6 +154,15 @@ class TokenSplit:
     def document_words(self) -> np.ndarray:
         """Whitespace-separated words of each document: int64 [D]."""
         return self._document_array("document_words", self.num_documents)
+
+    @property
+    def document_file(self) -> np.ndarray:
+        """Number of the file, JSONL record or dataset row of each document: int64 [D].
+
+        They are counted from 0 in the order of this split, so that the numbers are dense: documents
+        that `corpus.document_regex` cut from one file have the same number.
+        """
+        return self._document_array("document_file", self.num_documents)
 
     def document_of(self, tokens: np.ndarray) -> np.ndarray:
         """Returns the document that each token (by number) belongs to, int64."""

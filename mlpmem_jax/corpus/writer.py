@@ -30,7 +30,7 @@ _SAVE_SECS = 2.0
 
 
 class SplitWriter:
-    """The arrays of one split: tokens, document offsets, bytes and words of documents."""
+    """The arrays of one split: tokens, and offsets, bytes, words and files of documents."""
 
     def __init__(
         self,
@@ -55,6 +55,9 @@ class SplitWriter:
         }
         # The document under way: bytes, words, and whether a word touches its end.
         self._open = np.zeros(3, np.int64) if state is None else state["open"].copy()
+        # The item that the last document was cut from, and how many there are.
+        self._item = (-1, -1, -1) if state is None else tuple(state["item"].tolist())
+        self._num_items = 0 if state is None else int(state["num_items"])
         self.num_bytes = 0 if state is None else int(state["num_bytes"])
         self.num_words = 0 if state is None else int(state["num_words"])
         self.crc = 0 if state is None else int(state["crc"])
@@ -79,6 +82,7 @@ class SplitWriter:
         offsets: list[int] = []
         sizes: list[int] = []
         words: list[int] = []
+        files: list[int] = []
         position = self.num_tokens
         for piece, ids in zip(pieces, tokens, strict=True):
             if piece.begins:
@@ -87,6 +91,7 @@ class SplitWriter:
                     words.append(int(self._open[1]))
                 self._open = np.zeros(3, np.int64)
                 offsets.append(position)
+                files.append(self._file_number(piece))
                 stream.append(self._separator)
                 position += 1
             num_words = len(piece.text.split())
@@ -110,8 +115,16 @@ class SplitWriter:
             self._arrays["document_offset"].append(np.asarray(offsets, np.int64)),
             self._arrays["document_bytes"].append(np.asarray(sizes, np.int64)),
             self._arrays["document_words"].append(np.asarray(words, np.int64)),
+            self._arrays["document_file"].append(np.asarray(files, np.int64)),
         ]
         return any(written)
+
+    def _file_number(self, piece: Piece) -> int:
+        """Returns the number, in this split, of the file or record that a document comes from."""
+        item = (piece.position.part, piece.position.file, piece.position.item)
+        if item != self._item:
+            self._item, self._num_items = item, self._num_items + 1
+        return self._num_items - 1
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns what a later writer needs to continue."""
@@ -124,6 +137,8 @@ class SplitWriter:
         state["num_words"] = np.asarray(self.num_words)
         state["crc"] = np.asarray(self.crc, np.int64)
         state["open"] = self._open
+        state["item"] = np.asarray(self._item, np.int64)
+        state["num_items"] = np.asarray(self._num_items)
         return state
 
     def close(self) -> tuple[dict[str, int], dict[str, Any]]:

@@ -121,6 +121,28 @@ def test_the_stream_decodes_to_the_documents(text: Path) -> None:
         assert windows["weight"].sum() == stream.num_tokens - len(documents)
 
 
+def test_documents_cut_from_one_file_or_record_share_its_number(text: Path) -> None:
+    """Of each split apart: statistics draw files, not the documents that were cut from them."""
+    records = [{"text": "def one\ndef two\n"}, {"text": "def three\ndef four\ndef five\n"}] * 20
+    lines = [json.dumps({"text": one["text"].replace("\n", f" {n}\n")}) for n, one in
+             enumerate(records)]  # fmt: skip
+    (text / "text.jsonl").write_text("\n".join(lines))
+    more = [{"source": "jsonl", "paths": [f"{text}/text.jsonl"]}]
+    values = settings(text, corpus={"document_regex": "def", "more": more, "test_fraction": 0.4})
+    layout = make(values)
+    pieces = list(Corpus(Config(**values).corpus).pieces())
+    for split in SPLITS:
+        stream = TokenSplit.open(layout.tokens, split)
+        places = [piece.position for piece in pieces if piece.split == split]
+        items = [(place.part, place.file, place.item) for place in places]
+        numbers = {item: number for number, item in enumerate(dict.fromkeys(items))}
+        assert stream.document_file.tolist() == [numbers[item] for item in items]
+        assert stream.document_file.dtype == np.int64
+        assert any(item[0] == 1 for item in items)
+    train = TokenSplit.open(layout.tokens, "train")
+    assert train.document_file[-1] + 1 < train.num_documents
+
+
 def test_windows_are_the_same_from_disk(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = make(settings(text))
     starts = np.asarray([0, 5, 300, TokenSplit.open(layout.tokens, "train").num_tokens - 7])
@@ -200,7 +222,7 @@ def test_pieces_of_a_document_make_one_document(
     np.testing.assert_array_equal(
         whole.read(0, whole.num_tokens), pieces.read(0, pieces.num_tokens)
     )
-    for name in ("document_offset", "document_bytes", "document_words"):
+    for name in ("document_offset", "document_bytes", "document_words", "document_file"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(pieces, name))
 
 
