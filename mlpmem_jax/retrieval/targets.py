@@ -199,6 +199,8 @@ def _tuned(config: Config) -> Tuned:
         f"targets: temperature {tuned.temperature:g} ({how}); kNN-LM on validation "
         f"{tuned.nats:.4f} nats at weight {tuned.weight:.3f}, decoder {tuned.decoder_nats:.4f}"
     )
+    for note in tuned.notes:
+        say(f"targets: {note}")
     return tuned
 
 
