@@ -1,6 +1,6 @@
 """Decoder, + kNN-LM and + memory compared: choices on validation, numbers on test.
 
-Suffixes: N rows of a split, D documents, M systems and then tokens.
+Suffixes: N rows of a split, D documents, C clusters, R draws, M systems and then tokens.
 """
 
 import dataclasses
@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from mlpmem_jax.evaluation.bootstrap import Interval, bootstrap_sums, interval
+from mlpmem_jax.evaluation.bootstrap import Draws, Interval, interval
 from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes, score
 from mlpmem_jax.evaluation.mixing import mixture_logprob, solve
+from mlpmem_jax.evaluation.nested import choose, sum_nats
+from mlpmem_jax.retrieval.temperature import temperature_notes, weight_notes
 
 # The order of the table; the decoder is what the others are compared with.
 SYSTEMS = {"decoder": "decoder", "knn": "+ kNN-LM", "memory": "+ memory"}
@@ -66,6 +68,11 @@ class SplitScores:
         mixture_N = mixture_logprob(*self.parts(system), weight if own is None else own)
         return -self.counts.sum_by_document(mixture_N)
 
+    def scored_parts(self, system: str) -> np.ndarray:
+        """Returns the log-probabilities that a system mixes, of scored rows: [M, N], base first."""
+        parts = [self.decoder_N] if system == "decoder" else [*self.parts(system)[::-1]]
+        return np.stack(parts)[:, self.counts.scored_N]
+
 
 def chosen_weight(scores: SplitScores, system: str) -> float:
     """Returns the λ that minimises a system's nats on a split, or the mean of its own."""
@@ -82,6 +89,7 @@ def compare(
     test: SplitScores,
     *,
     temperature: float,
+    temperature_at_bound: str | None = None,
     bootstrap_samples: int,
     confidence: float,
     seed: int,
@@ -92,7 +100,8 @@ def compare(
         valid: Validation split, for the choices.
         test: Test split, for the report.
         temperature: τ of the kNN distribution, as chosen on validation.
-        bootstrap_samples: Draws of documents.
+        temperature_at_bound: Which end of its range it reached; None: neither.
+        bootstrap_samples: Draws of clusters, of validation for λ and of test.
         confidence: Level of the intervals.
         seed: Seed of the draws.
 
@@ -103,9 +112,20 @@ def compare(
     valid_D = {s: valid.nats_by_document(s, w) for s, w in weights.items()}
     test_D = {s: test.nats_by_document(s, w) for s, w in weights.items()}
     values_DM = np.stack([*test_D.values(), test.counts.tokens_D], axis=1)
-    sums_RM = bootstrap_sums(values_DM, bootstrap_samples, seed)
+    tokens_C = test.counts.tokens_C
+    drawn = [
+        *(drawn_nats(valid, test, s, test_D[s], bootstrap_samples, seed) for s in SYSTEMS),
+        Draws(len(tokens_C), bootstrap_samples, seed).sums(tokens_C[:, None])[:, 0],
+    ]
+    sums_RM = np.stack(drawn, axis=1)
     notes = document_notes(test.counts, valid.counts)
-    num_documents = int(np.count_nonzero(test.counts.tokens_D))
+    notes += temperature_notes(temperature, temperature_at_bound)
+    for name in ("knn", "memory"):
+        if valid.trained_weight(name) is None:
+            notes += weight_notes(weights[name], name)
+    if valid.counts.num_clusters > 1:
+        notes.append("intervals include the choice of λ on validation; τ is held fixed")
+    num_clusters = test.counts.num_clusters
 
     systems: dict[str, dict[str, Any]] = {}
     for place, (name, label) in enumerate(SYSTEMS.items()):
@@ -120,10 +140,10 @@ def compare(
             "interpolation": None if name == "decoder" else weights[name],
             "interpolation_source": _weight_source(valid, name),
             "temperature": temperature if name == "knn" else None,
-        } | _against_decoder(values_DM, sums_RM, place, confidence, num_documents)
+        } | _against_decoder(values_DM, sums_RM, place, confidence, num_clusters)
     if systems["memory"]["gain_recovered"] is None:
         notes.append("the kNN-LM gains nothing on test: a share of its gain is not defined")
-    elif systems["memory"]["gain_recovered_low"] is None and num_documents > 1:
+    elif systems["memory"]["gain_recovered_low"] is None and num_clusters > 1:
         notes.append("the kNN-LM's gain is too uncertain for an interval of the share recovered")
     return {
         "valid": valid.counts.summary,
@@ -136,6 +156,34 @@ def compare(
         "documents": _documents(test, test_D),
         "notes": notes,
     }
+
+
+def drawn_nats(
+    valid: SplitScores,
+    test: SplitScores,
+    system: str,
+    test_D: np.ndarray,
+    num_draws: int,
+    seed: int,
+) -> np.ndarray:
+    """Returns the nats of a system over the drawn test clusters, float64 [R].
+
+    Where λ is chosen on validation it is chosen anew in each draw, on drawn clusters.
+
+    Args:
+        valid: Validation split.
+        test: Test split.
+        system: Which.
+        test_D: Its nats of test documents.
+        num_draws: R.
+        seed: Seed of the draws; the same seed draws the same clusters for all systems.
+    """
+    draws = Draws(test.counts.num_clusters, num_draws, seed)
+    if valid.trained_weight(system) is not None:
+        return draws.sums(test.counts.by_cluster(test_D)[:, None])[:, 0]
+    valid_draws = Draws(valid.counts.num_clusters, num_draws, (seed, 1))
+    weight_RM = choose(valid.scored_parts(system), valid.counts.scored_cluster_N, valid_draws)
+    return sum_nats(test.scored_parts(system), test.counts.scored_cluster_N, weight_RM, draws)
 
 
 def _weight_source(scores: SplitScores, system: str) -> str | None:
@@ -153,7 +201,7 @@ def _against_decoder(
     sums_RM: np.ndarray,
     place: int,
     confidence: float,
-    num_documents: int,
+    num_clusters: int,
 ) -> dict[str, float | None]:
     """Returns difference to the decoder and share of the kNN-LM's gain, with intervals."""
     names = ("difference_nats", "gain_recovered")
@@ -177,7 +225,7 @@ def _against_decoder(
         defined = bool(np.isfinite(value))
         found[name] = value if defined else None
         # The kNN-LM's own share is 1 by definition.
-        wanted = defined and num_documents > 1 and (name, place) != ("gain_recovered", 1)
+        wanted = defined and num_clusters > 1 and (name, place) != ("gain_recovered", 1)
         found |= _bounds(name, interval(statistic, sums_RM, confidence) if wanted else None)
     return found
 

@@ -69,6 +69,7 @@ def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
         scores["valid"],
         scores["test"],
         temperature=tuned.temperature,
+        temperature_at_bound=tuned.at_bound,
         bootstrap_samples=config.evaluate.bootstrap_samples,
         confidence=config.evaluate.confidence,
         seed=config.seed,

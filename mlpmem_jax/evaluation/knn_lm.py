@@ -10,6 +10,7 @@ import numpy as np
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.evaluation.metrics import draw_rows
 from mlpmem_jax.retrieval.distributions import LabelEvidence
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
 from mlpmem_jax.retrieval.temperature import Tuned, tune
@@ -95,10 +96,6 @@ def tune_knn_lm(
         most_rows: Use so many scored rows, drawn at random; None: all.
         seed: Seed of that draw.
     """
-    chosen_N = scored_N
-    scored = np.flatnonzero(scored_N)
-    if most_rows is not None and most_rows < len(scored):
-        drawn = np.random.default_rng(seed).choice(scored, most_rows, replace=False)
-        chosen_N = np.zeros_like(scored_N)
-        chosen_N[drawn] = True
+    chosen_N = np.zeros_like(scored_N)
+    chosen_N[draw_rows(scored_N, most_rows, seed)] = True
     return tune(neighbors.evidence(chosen_N), decoder_N[chosen_N])

@@ -3,21 +3,22 @@
 Rows and labels: row n of a split predicts token n + 1. A document is a separator and its
 tokens; rows whose label is a separator are not scored, and separators are counted neither
 as tokens nor as words or bytes (the conventions of lm-evaluation-harness: words are
-separated by white space, bytes are UTF-8). Sums are float64 and kept by document, because
-documents are what the bootstrap draws.
+separated by white space, bytes are UTF-8). Sums are float64 and kept by document; the bootstrap
+draws clusters, which are the files or records that documents were cut from.
 
-Suffixes: N rows of a split, D documents.
+Suffixes: N rows of a split, D documents, C clusters.
 """
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
 
 from mlpmem_jax.errors import ArtifactError
 
-# Fewer documents than this say little about the spread between documents.
-FEW_DOCUMENTS = 20
+# An effective sample size below this says little about the spread between clusters.
+FEW_CLUSTERS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +30,15 @@ class DocumentCounts:
         tokens_D: int64, scored tokens.
         words_D: int64, words separated by white space.
         bytes_D: int64, UTF-8 bytes.
+        file_D: int64, the file or record that each document was cut from; None: each document
+            is one.
     """
 
     document_N: np.ndarray
     tokens_D: np.ndarray
     words_D: np.ndarray
     bytes_D: np.ndarray
+    file_D: np.ndarray | None = None
 
     @property
     def scored_N(self) -> np.ndarray:
@@ -51,24 +55,56 @@ class DocumentCounts:
             "bytes": int(self.bytes_D.sum()),
         }
 
+    @functools.cached_property
+    def cluster_D(self) -> np.ndarray:
+        """Cluster of each document, int64 from 0; -1 where it has no scored token."""
+        file_D = np.arange(len(self.tokens_D)) if self.file_D is None else self.file_D
+        cluster_D = np.full(len(file_D), -1, np.int64)
+        used_D = self.tokens_D > 0
+        cluster_D[used_D] = np.unique(file_D[used_D], return_inverse=True)[1]
+        return cluster_D
+
     @property
-    def effective_documents(self) -> float:
-        """Documents of equal size that are as uneven as these: (Σ tokens)² / Σ tokens²."""
-        tokens_D = self.tokens_D.astype(np.float64)
-        return _ratio(float(tokens_D.sum()) ** 2, float(tokens_D @ tokens_D))
+    def num_clusters(self) -> int:
+        """Clusters with scored tokens; of fewer than two there are no intervals."""
+        return int(self.cluster_D.max(initial=-1)) + 1
+
+    @property
+    def tokens_C(self) -> np.ndarray:
+        """Scored tokens of each cluster, float64."""
+        return self.by_cluster(self.tokens_D)
+
+    @property
+    def effective_sample_size(self) -> float:
+        """Clusters of equal size that are as uneven as these: (Σ tokens)² / Σ tokens²."""
+        tokens_C = self.tokens_C
+        return _ratio(float(tokens_C.sum()) ** 2, float(tokens_C @ tokens_C))
 
     @property
     def largest_share(self) -> float:
-        """Share of the scored tokens that the largest document holds."""
-        return _ratio(float(self.tokens_D.max(initial=0)), float(self.tokens_D.sum()))
+        """Share of the scored tokens that the largest cluster holds."""
+        return _ratio(float(self.tokens_C.max(initial=0)), float(self.tokens_C.sum()))
 
     @property
     def summary(self) -> dict[str, float]:
-        """Counts of the split, and how evenly documents share it."""
+        """Counts of the split, and how evenly clusters share it."""
         return self.totals | {
-            "effective_documents": self.effective_documents,
-            "largest_document_share": self.largest_share,
+            "files": len(self.tokens_D) if self.file_D is None else len(np.unique(self.file_D)),
+            "effective_sample_size": self.effective_sample_size,
+            "largest_cluster_share": self.largest_share,
         }
+
+    @property
+    def scored_cluster_N(self) -> np.ndarray:
+        """Cluster of each scored row, int64."""
+        return self.cluster_D[self.document_N[self.scored_N]]
+
+    def by_cluster(self, values_D: np.ndarray) -> np.ndarray:
+        """Sums values of documents, [D] or [D, M], over clusters: float64 [C] or [C, M]."""
+        used_D = self.cluster_D >= 0
+        sums = np.zeros((self.num_clusters, *values_D.shape[1:]))
+        np.add.at(sums, self.cluster_D[used_D], values_D[used_D].astype(np.float64))
+        return sums
 
     def sum_by_document(self, values_N: np.ndarray) -> np.ndarray:
         """Sums a value of each scored row by document, float64 [D]."""
@@ -86,6 +122,7 @@ def count_documents(
     offset_E: np.ndarray,
     words_D: np.ndarray,
     bytes_D: np.ndarray,
+    file_D: np.ndarray | None = None,
     *,
     name: str = "split",
 ) -> DocumentCounts:
@@ -97,6 +134,7 @@ def count_documents(
         offset_E: int64 [D + 1], the position of each document's separator, and T.
         words_D: Words of each document.
         bytes_D: Bytes of each document.
+        file_D: File or record of each document; None: each is one.
         name: What to call the split in an error.
 
     Raises:
@@ -120,36 +158,71 @@ def count_documents(
     document_N = np.where(label_N == separator, -1, document_N)
     tokens_D = np.bincount(document_N[document_N >= 0], minlength=len(words_D))
     return DocumentCounts(
-        document_N, tokens_D, np.asarray(words_D, np.int64), np.asarray(bytes_D, np.int64)
+        document_N,
+        tokens_D,
+        np.asarray(words_D, np.int64),
+        np.asarray(bytes_D, np.int64),
+        None if file_D is None else np.asarray(file_D, np.int64),
     )
 
 
+def draw_rows(scored_N: np.ndarray, count: int | None, seed: int) -> np.ndarray:
+    """Returns scored rows, ascending: `count` of them drawn without repetition, or all."""
+    scored = np.flatnonzero(scored_N).astype(np.int64)
+    if count is None or count >= len(scored):
+        return scored
+    return np.sort(np.random.default_rng(seed).choice(scored, count, replace=False))
+
+
 def document_notes(test: DocumentCounts, valid: DocumentCounts | None = None) -> list[str]:
-    """Says where too few documents, or too uneven ones, carry the numbers.
+    """Returns warnings where too few clusters, or too uneven ones, carry the numbers.
 
     Args:
         test: What intervals are drawn over.
         valid: What λ and τ are chosen on, where they are.
     """
-    effects = {"test": (test, "intervals over so few are too narrow")}
-    if valid is not None:
-        effects["validation"] = (valid, "λ and τ are chosen on little")
-    return [
-        f"{split} has {_documents_text(counts)}: {effect}"
-        for split, (counts, effect) in effects.items()
-        if counts.effective_documents < FEW_DOCUMENTS
-    ]
+    notes = []
+    few = test.effective_sample_size < FEW_CLUSTERS
+    if test.num_clusters < 2:
+        notes.append(f"warning: the test split has {documents_text(test)}: there are no intervals")
+    elif few and test.effective_sample_size > 0.9 * test.num_clusters:
+        notes.append(
+            f"warning: the test split has only {documents_text(test)}; the intervals are optimistic"
+        )
+    elif few:
+        notes.append(
+            f"warning: the test split has {documents_text(test)} but an effective sample size of "
+            f"{test.effective_sample_size:.1f} (the largest{_file_text(test)} holds "
+            f"{100 * test.largest_share:.0f} % of its tokens); the intervals are optimistic"
+        )
+    if valid is not None and valid.effective_sample_size < FEW_CLUSTERS:
+        notes.append(
+            f"warning: the effective sample size of validation is "
+            f"{valid.effective_sample_size:.1f}; λ and τ are poorly determined"
+        )
+    if valid is not None and valid.num_clusters < 2 <= test.num_clusters:
+        notes.append(
+            f"warning: validation has {documents_text(valid)}: λ is held fixed in the intervals"
+        )
+    return notes
 
 
-def _documents_text(counts: DocumentCounts) -> str:
+def documents_text(counts: DocumentCounts) -> str:
+    """Returns how many documents have scored tokens, and of how many files if it is fewer."""
     number = int(np.count_nonzero(counts.tokens_D))
-    text = f"{number} document{'' if number == 1 else 's'}"
-    if counts.effective_documents > 0.9 * number:
+    text = _counted(number, "document")
+    if counts.num_clusters == number:
         return text
-    return (
-        f"{text} that count as {counts.effective_documents:.1f} of equal size (the largest holds "
-        f"{100 * counts.largest_share:.0f} % of the tokens)"
-    )
+    return f"{text} from {_counted(counts.num_clusters, 'file')}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _file_text(counts: DocumentCounts) -> str:
+    """Returns what a cluster is called where documents share files."""
+    return " file" if counts.num_clusters < np.count_nonzero(counts.tokens_D) else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,7 +51,8 @@ def solve(
 
     Args:
         logp_a_N: Log-probabilities of the first model; -inf is allowed.
-        logp_b_N: Log-probabilities of the second; -inf is allowed where the first is not.
+        logp_b_N: Log-probabilities of the second, likewise. A row to which neither gives any
+            probability makes the mean infinite at every λ and does not decide it.
         weight_N: Weights of the rows, not negative; none: all equal.
 
     Returns:
@@ -62,9 +63,10 @@ def solve(
     share = np.full(len(logp_a), 1.0) if weight_N is None else np.asarray(weight_N, np.float64)
     assert len(logp_a) and share.sum() > 0, "no rows"
     share = share / share.sum()
-    used = share > 0
-    logp_a, logp_b, share = logp_a[used], logp_b[used], share[used]
     top = np.maximum(logp_a, logp_b)
+    impossible = bool(np.any(share[top == -np.inf] > 0))
+    used = (share > 0) & (top > -np.inf)
+    logp_a, logp_b, share, top = logp_a[used], logp_b[used], share[used], top[used]
     a, b = np.exp(logp_a - top), np.exp(logp_b - top)
     gain = a - b
 
@@ -75,7 +77,8 @@ def solve(
             return -float(share @ ratio), float(share @ (ratio * ratio))
 
     def solution(weight: float) -> Mixture:
-        return Mixture(weight, -float(share @ mixture_logprob(logp_a, logp_b, weight)))
+        nats = -float(share @ mixture_logprob(logp_a, logp_b, weight))
+        return Mixture(weight, np.inf if impossible else nats)
 
     if slopes(0.0)[0] >= 0:
         return solution(0.0)
@@ -117,17 +120,18 @@ def solve_weights(logp_MN: np.ndarray) -> np.ndarray:
     is halved until the objective falls. Weights at a border come out as exactly 0.
 
     Args:
-        logp_MN: Log-probabilities of each of M models, the base first; -inf is allowed
-            where another model is finite.
+        logp_MN: Log-probabilities of each of M models, the base first; -inf is allowed. Rows
+            to which no model gives any probability do not decide.
 
     Returns:
         float64 [M].
     """
     logp_MN = np.asarray(logp_MN, np.float64)
+    assert logp_MN.shape[1], "no rows"
+    logp_MN = logp_MN[:, logp_MN.max(axis=0) > -np.inf]
     num_models, num_rows = logp_MN.shape
-    assert num_rows, "no rows"
-    if num_models == 1:
-        return np.ones(1)
+    if num_models == 1 or not num_rows:
+        return np.eye(num_models)[0]
     if num_models == 2:
         weight = solve(logp_MN[1], logp_MN[0]).weight
         return np.array([1.0 - weight, weight])
@@ -143,7 +147,7 @@ def solve_weights(logp_MN: np.ndarray) -> np.ndarray:
         ratio_MN = p_MN / (weight_M @ p_MN)
         slope_M = -ratio_MN.mean(axis=1)
         curvature_MM = ratio_MN @ ratio_MN.T / num_rows
-        target_M = _minimum_on_simplex(slope_M, curvature_MM, weight_M)
+        target_M = minimum_on_simplex(slope_M, curvature_MM, weight_M)
         direction_M = target_M - weight_M
         # What is left to gain by this model of the objective, to first order.
         if -float(slope_M @ direction_M) < _TOLERANCE:
@@ -161,7 +165,7 @@ def solve_weights(logp_MN: np.ndarray) -> np.ndarray:
     return weight_M
 
 
-def _minimum_on_simplex(
+def minimum_on_simplex(
     slope_M: np.ndarray, curvature_MM: np.ndarray, weight_M: np.ndarray
 ) -> np.ndarray:
     """Minimises slope·d + d·curvature·d / 2, d = w − weight_M, over the simplex of w.

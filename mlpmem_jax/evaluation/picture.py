@@ -69,7 +69,7 @@ def _draw_scores(axes: Any, results: Mapping[str, Any]) -> None:
     axes.margins(x=0.08)
     axis_labels(axes, "nats per token (lower is better)")
     level = f"{100 * results['confidence']:g} %"
-    title(axes, "Test", f"bars: {level} interval of the paired difference, over documents")
+    title(axes, "Test", f"bars: {level} interval of the paired difference")
 
 
 def _draw_weights(axes: Any, results: Mapping[str, Any]) -> None:

@@ -66,6 +66,7 @@ def score_run(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         scores["valid"],
         scores["test"],
         temperature=tuned.temperature,
+        temperature_at_bound=tuned.at_bound,
         bootstrap_samples=config.evaluate.bootstrap_samples,
         confidence=config.evaluate.confidence,
         seed=config.seed,

@@ -92,6 +92,7 @@ def _scored_documents(tokens: TokenSplit, label_N: np.ndarray, name: str) -> Doc
         tokens.document_offset,
         tokens.document_words,
         tokens.document_bytes,
+        tokens.document_file,
         name=name,
     )
     if not counts.scored_N.any():

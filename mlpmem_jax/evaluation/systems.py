@@ -42,16 +42,17 @@ class SplitParts:
     counts: DocumentCounts
     logprob: Mapping[str, np.ndarray]
 
-    def _scored(self, system: System) -> np.ndarray:
+    def scored(self, system: System) -> np.ndarray:
+        """Returns the log-probabilities of a system's parts, of scored rows: [M, N]."""
         scored_N = self.counts.scored_N
         return np.stack([self.logprob[name][scored_N] for name in system.parts])
 
     def tuned_weights(self, system: System) -> np.ndarray:
         """Returns the weights [M] that minimise a system's nats on this split."""
-        return solve_weights(self._scored(system))
+        return solve_weights(self.scored(system))
 
     def nats_by_document(self, system: System, weight_M: np.ndarray) -> np.ndarray:
         """Returns negative log-probabilities of a system summed by document, float64 [D]."""
         nats_N = np.zeros(len(self.counts.document_N))
-        nats_N[self.counts.scored_N] = -mixture_of(self._scored(system), weight_M)
+        nats_N[self.counts.scored_N] = -mixture_of(self.scored(system), weight_M)
         return self.counts.sum_by_document(nats_N)

@@ -173,8 +173,7 @@ def as_text(results: Results, measured: Mapping[str, Any]) -> str:
     ]
     test = results["test"]
     blocks = [
-        f"test: {test['tokens']:,} tokens in {test['documents']:,} documents "
-        f"({test['words']:,} words, {test['bytes']:,} bytes)",
+        test_line(test),
         render(
             [
                 "",
@@ -207,6 +206,22 @@ def as_text(results: Results, measured: Mapping[str, Any]) -> str:
         *paragraph(sentence(results)),
     ]
     return "\n".join(blocks)
+
+
+def test_line(test: Mapping[str, Any]) -> str:
+    """Returns what the test split holds."""
+    return f"{tokens_text(test)} ({test['words']:,} words, {test['bytes']:,} bytes)"
+
+
+def tokens_text(test: Mapping[str, Any]) -> str:
+    """Returns tokens, documents, and files where several documents share them."""
+    files = f" from {test['files']:,} files" if cluster_word(test) == "file" else ""
+    return f"test: {test['tokens']:,} tokens in {test['documents']:,} documents{files}"
+
+
+def cluster_word(test: Mapping[str, Any]) -> str:
+    """Returns what intervals are drawn over: documents, or files where documents share them."""
+    return "file" if test["files"] < test["documents"] else "document"
 
 
 def _remarks(results: Results, measured: Mapping[str, Any]) -> list[str]:
@@ -243,7 +258,11 @@ def paragraph(text: str, width: int = 100) -> list[str]:
 
 def note_lines(notes: Iterable[str]) -> list[str]:
     """Returns notes as lines of a report."""
-    return [line for note in notes for line in paragraph(f"note: {note}")]
+    return [
+        line
+        for note in notes
+        for line in paragraph(note if note.startswith("warning: ") else f"note: {note}")
+    ]
 
 
 def sentence(results: Results) -> str:
@@ -258,14 +277,14 @@ def sentence(results: Results) -> str:
     better = f"better than the decoder by {number(gain, 3)} nats per token"
     worse = f"worse than the decoder by {number(-gain, 3)} nats per token"
     if low is None:
-        verdict = f"is {better if gain >= 0 else worse} (one document: no interval)"
+        verdict = f"is {better if gain >= 0 else worse} (no interval)"
     elif high < 0:
         verdict = f"is {better} ({level} interval {bracket_text(-high, -low, 3)})"
     elif low > 0:
         verdict = f"is {worse} ({level} interval {bracket_text(low, high, 3)})"
     else:
         verdict = (
-            "cannot be told from the decoder "
+            "is not significantly different from the decoder "
             f"({level} interval of the gain {bracket_text(-high, -low, 3)} nats per token)"
         )
     text = f"On test, decoder + memory {verdict}"

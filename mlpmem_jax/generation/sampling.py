@@ -14,6 +14,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+# Of temperatures: as float32 neither it nor its reciprocal, by which XLA multiplies, is 0 or inf.
+_HUGE = 1e37
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -40,12 +43,12 @@ def sorted_candidates(logprob_BV: jax.Array, sampling: Sampling) -> tuple[jax.Ar
         sampling: What to cut off.
 
     Returns:
-        Scaled log-probabilities in falling order, -inf where cut off, and their token ids;
-        both [B, C] with C = top_k, or V without one. Ties go to the lower id.
+        Scaled log-probabilities up to a constant in falling order, -inf where cut off, and
+        their token ids; both [B, C] with C = top_k, or V without one. Ties go to the lower id.
     """
     vocab = logprob_BV.shape[-1]
     num_kept = vocab if sampling.top_k is None else min(sampling.top_k, vocab)
-    scaled_BC, id_BC = jax.lax.top_k(logprob_BV / sampling.temperature, num_kept)
+    scaled_BC, id_BC = jax.lax.top_k(_scaled(logprob_BV, sampling.temperature), num_kept)
     if sampling.top_p is not None and sampling.top_p < 1:
         prob_BC = jax.nn.softmax(scaled_BC, axis=-1)
         before_BC = jnp.cumsum(prob_BC, axis=-1) - prob_BC
@@ -53,6 +56,18 @@ def sorted_candidates(logprob_BV: jax.Array, sampling: Sampling) -> tuple[jax.Ar
         keep_BC = (before_BC < sampling.top_p).at[:, 0].set(True)
         scaled_BC = jnp.where(keep_BC, scaled_BC, -jnp.inf)
     return scaled_BC, id_BC
+
+
+def _scaled(logprob_BV: jax.Array, temperature: float) -> jax.Array:
+    """Divides by the temperature; as that goes to 0 only the most probable tokens stay.
+
+    Returns float32 [B, V] with maximum 0, so that nothing but -inf overflows; any positive
+    temperature is allowed.
+    """
+    highest_B1 = jnp.max(logprob_BV, axis=-1, keepdims=True)
+    # Without a finite maximum there is nothing to hold the others against.
+    highest_B1 = jnp.where(jnp.isfinite(highest_B1), highest_B1, 0.0)
+    return (logprob_BV - highest_B1) / min(max(temperature, 1 / _HUGE), _HUGE)
 
 
 def sample(logprob_BV: jax.Array, key_B: jax.Array, sampling: Sampling) -> jax.Array:

@@ -155,7 +155,12 @@ def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
     from mlpmem_jax.evaluation.suite import sweeps
     from mlpmem_jax.evaluation.suite.assemble import table_costs, table_results
 
-    settings = interval_settings(config, CONFIGURED)
+    settings = interval_settings(
+        config,
+        CONFIGURED,
+        family=sweeps.against_configured,
+        tables=len(config.ablate.sweeps),
+    )
     found, costs, results = [], [], {}
     for place, sweep in enumerate(config.ablate.sweeps):
         rows = tables[str(place)]

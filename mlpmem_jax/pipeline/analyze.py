@@ -8,6 +8,7 @@ from mlpmem_jax.console import say
 from mlpmem_jax.datastore.files import read_json
 from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.evaluation.bootstrap import INTERVALS
 from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
 from mlpmem_jax.pipeline.evaluate import RESULTS as EVALUATED
 from mlpmem_jax.pipeline.evaluate import check_current
@@ -25,7 +26,7 @@ def recipe(config: Config) -> dict[str, Any]:
     evaluate = config.evaluate.recipe()
     return {
         "seed": config.seed,
-        "evaluate": {name: evaluate[name] for name in names},
+        "evaluate": {name: evaluate[name] for name in names} | {"intervals": INTERVALS},
         "analyze": config.analyze.recipe(),
     }
 

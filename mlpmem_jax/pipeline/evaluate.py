@@ -10,6 +10,7 @@ from mlpmem_jax.datastore.files import read_json, write_bytes, write_json
 from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.datastore.manifest import Artifact, differences
 from mlpmem_jax.errors import MadeOtherwise
+from mlpmem_jax.evaluation.bootstrap import INTERVALS
 from mlpmem_jax.pipeline import embed, train
 from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.execute import execute_and_report
@@ -28,7 +29,7 @@ def recipe(config: Config) -> dict[str, Any]:
     """Returns what decides the results, besides what they are about."""
     return {
         "seed": config.seed,
-        "evaluate": config.evaluate.recipe(),
+        "evaluate": config.evaluate.recipe() | {"intervals": INTERVALS},
         # Whose λ is used; what the networks are is said by what the results are made from.
         "train": {"mode": config.train.mode, "interpolation": config.trained_interpolation},
         "memory": {"gate": config.memory.gate},

@@ -114,7 +114,6 @@ def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
     from mlpmem_jax.evaluation.suite.report import documents_csv
 
     rows = tables["overfitting"]
-    found = table_results(config, rows, interval_settings(config, _REFERENCE))
     ends = {network: epoch_ends(config, network) for network in _SECTIONS}
     steps = {
         "decoder": ends["decoder"],
@@ -122,6 +121,8 @@ def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
         "memory_alone": ends["memory"],
     }
     assert list(steps) == list(LABELS)
+    settings = interval_settings(config, _REFERENCE, family=epochs.last_against_best(steps))
+    found = table_results(config, rows, settings)
     reference = next(row for row in found["rows"] if row["key"] == _REFERENCE)
     names = ("seeds", "confidence", "bootstrap_samples", "valid", "test", "notes")
     results = {name: found[name] for name in names} | {

@@ -9,6 +9,7 @@ from mlpmem_jax.console import say
 from mlpmem_jax.datastore.files import read_json
 from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.evaluation.bootstrap import INTERVALS
 from mlpmem_jax.pipeline import embed, index, pretrain, retrieve, tokenize, train
 from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
 from mlpmem_jax.pipeline.execute import execute_and_report
@@ -26,7 +27,7 @@ def recipe(config: Config) -> dict[str, Any]:
     return {
         "seed": config.seed,
         "num_neighbors": config.retrieval.num_neighbors,
-        "evaluate": {name: evaluate[name] for name in names},
+        "evaluate": {name: evaluate[name] for name in names} | {"intervals": INTERVALS},
         "search_quality": config.search_quality.recipe(),
     } | (
         {"interpolation": config.trained_interpolation, "gate": config.memory.gate}

@@ -13,8 +13,9 @@ from mlpmem_jax.console import say
 from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.datastore.manifest import Artifact, differences, fingerprint_of
 from mlpmem_jax.errors import ArtifactError, ConfigError
+from mlpmem_jax.evaluation.bootstrap import INTERVALS
+from mlpmem_jax.evaluation.suite.drawn import Family, Settings
 from mlpmem_jax.evaluation.suite.forecast import Expected, Forecast, Forecaster, duration
-from mlpmem_jax.evaluation.suite.statistics import Settings
 from mlpmem_jax.pipeline import tokenize
 from mlpmem_jax.pipeline.execute import write_config
 from mlpmem_jax.pipeline.options import Options
@@ -81,7 +82,7 @@ def rows_stage(
     }
     evaluate = config.evaluate.recipe()
     keys = ("bootstrap_samples", "confidence")
-    intervals = {key: evaluate[key] for key in keys}
+    intervals = {key: evaluate[key] for key in keys} | {"intervals": INTERVALS}
     return Stage(
         artifact=artifact,
         recipe={"seed": config.seed, "rows": named, "evaluate": intervals, **recipe},
@@ -90,14 +91,22 @@ def rows_stage(
     )
 
 
-def interval_settings(config: Config, reference: str, full_gain: str = "") -> Settings:
-    """Returns how intervals are made, as configured."""
+def interval_settings(
+    config: Config,
+    reference: str,
+    full_gain: str = "",
+    family: Family | None = None,
+    tables: int = 1,
+) -> Settings:
+    """Returns how intervals are made, as configured; the rest is as in `Settings`."""
     return Settings(
         bootstrap_samples=config.evaluate.bootstrap_samples,
         confidence=config.evaluate.confidence,
         seed=config.seed,
         reference=reference,
         full_gain=full_gain,
+        family=family,
+        tables=tables,
     )
 
 

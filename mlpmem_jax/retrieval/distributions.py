@@ -11,6 +11,7 @@ import numpy as np
 
 _HALF = np.uint64(32)
 _TILE_ROWS = 256  # What is sorted stays in the cache.
+_TINY, _HUGE = (float(bound) for bound in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +33,19 @@ class SparseDistributions:
 def neighbor_weights(distance_QK: np.ndarray, temperature: float) -> np.ndarray:
     """Returns float32 [Q, K] weights exp((d_min − d) / τ), 0 for missing neighbours.
 
+    As τ goes to 0 the nearest neighbours share the mass; as it grows, all have the same.
+
     Args:
         distance_QK: float32 squared distances; inf where a neighbour is missing.
-        temperature: τ.
+        temperature: τ, any positive number.
     """
     smallest_Q = distance_QK.min(axis=1, keepdims=True, initial=np.inf)
     smallest_Q = np.where(np.isfinite(smallest_Q), smallest_Q, 0)
     scaled_QK = smallest_Q - distance_QK
-    scaled_QK *= np.float32(1 / temperature)
-    return np.exp(scaled_QK, out=scaled_QK)
+    # 1 / τ must be neither 0 nor inf in float32: 0 · inf is not a number.
+    with np.errstate(over="ignore", under="ignore"):
+        scaled_QK *= np.float32(min(max(1 / max(temperature, _TINY), _TINY), _HUGE))
+        return np.exp(scaled_QK, out=scaled_QK)
 
 
 def sparse_distributions(
@@ -140,13 +145,17 @@ class LabelEvidence:
     def typical_spread(self) -> float:
         """Median over rows of how much farther the mean neighbour is than the nearest.
 
-        The scale of temperatures: exp(−d / τ) tells neighbours apart where τ is near it.
+        The scale of temperatures: exp(−d / τ) tells neighbours apart where τ is near it. Where
+        most rows have no spread (duplicates), it is the median of those that have one.
         """
         is_there_NK = np.isfinite(self._distance_NK)
         count_N = np.maximum(1, is_there_NK.sum(axis=1))
         sum_N = np.where(is_there_NK, self._distance_NK, 0).sum(axis=1, dtype=np.float64)
         nearest_N = np.where(is_there_NK[:, 0], self._distance_NK[:, 0], 0)
-        return float(np.median(sum_N / count_N - nearest_N))
+        spread_N = sum_N / count_N - nearest_N
+        if (spread_N > 0).any() and not np.median(spread_N) > 0:
+            spread_N = spread_N[spread_N > 0]
+        return float(np.median(spread_N))
 
     def logprob(self, temperature: float) -> np.ndarray:
         """Returns float64 [N] log p_kNN(label), -inf where no neighbour has the label."""
@@ -157,7 +166,8 @@ class LabelEvidence:
         for start in range(0, len(self), step):
             weight = neighbor_weights(self._distance_NK[start : start + step], temperature)
             total_N[start : start + step] = weight.sum(axis=1, dtype=np.float64)
-        hit_weight = np.exp((nearest_N[self._hit_row] - self._hit_distance) / temperature)
+        with np.errstate(over="ignore", under="ignore"):
+            hit_weight = np.exp((nearest_N[self._hit_row] - self._hit_distance) / temperature)
         hit_N = np.bincount(self._hit_row, weights=hit_weight, minlength=len(self))
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(total_N > 0, np.log(hit_N) - np.log(total_N), -np.inf)

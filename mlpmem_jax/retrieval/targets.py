@@ -14,7 +14,9 @@ from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.datastore.shards import ShardWriter
 from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.parallel.agreement import of_all
 from mlpmem_jax.parallel.multihost import first_alone, is_writer
+from mlpmem_jax.parallel.sharing import share_of
 from mlpmem_jax.retrieval import recall, temperature
 from mlpmem_jax.retrieval.building import MEASUREMENT_SEED, ExactCache, open_index
 from mlpmem_jax.retrieval.distributions import (
@@ -108,12 +110,13 @@ class _TargetSink:
         layout = Layout(config)
         tokens = layout.tokens.load().counts
         self._temperature = temperature_
+        self._split, self._artifact = split, layout.targets(split)
         self._num_tokens = config.targets.num_tokens
         self._separator_id = int(tokens["separator_id"])
         self._train_label_N = read_labels(layout, "train")
         self._label_N = self._train_label_N if split == "train" else read_labels(layout, split)
         self.writer = _writer(
-            layout.targets(split),
+            self._artifact,
             layout.targets_arrays(int(tokens["vocab_size"])),
             len(self._label_N),
         )
@@ -138,12 +141,30 @@ class _TargetSink:
         self.writer.close()
 
     def finish(self, measured: Mapping[str, Any]) -> Made:
-        """Returns what the manifest says; the mean mass is read back from what was written."""
-        is_scored_N = self._label_N != self._separator_id
+        """Returns what the manifest says; targets are counted in what was written.
+
+        Raises:
+            ArtifactError: No scored row has a target: there is nothing to train on.
+        """
         arrays = self.writer.describe()
+        scored = int((self._label_N != self._separator_id).sum())
+        mass = open_array(self._artifact.path / "mass")
+        own = map(self.writer.rows_of, share_of(range(self.writer.num_shards)))
+        counted = (np.count_nonzero(read_rows(mass, part.start, part.stop) > 0) for part in own)
+        with_target = sum(of_all(sum(map(int, counted))))
+        if scored and not with_target:
+            raise ArtifactError(
+                f"{self._artifact.path}: none of {scored:,} rows has a neighbour at a finite "
+                "distance, so there is no target; are the keys too large for float32?"
+            )
+        if with_target < scored:
+            say(
+                f"warning: {scored - with_target:,} of {scored:,} rows of {self._split} have no "
+                "neighbour and so no target; the memory learns their labels alone"
+            )
         counts = {
             "rows": len(self._label_N),
-            "rows_with_target": int(is_scored_N.sum()),
+            "rows_with_target": with_target,
             "temperature": self._temperature,
         }
         return Made(counts, arrays, measured)
@@ -178,6 +199,8 @@ def _tuned(config: Config) -> Tuned:
         f"targets: temperature {tuned.temperature:g} ({how}); kNN-LM on validation "
         f"{tuned.nats:.4f} nats at weight {tuned.weight:.3f}, decoder {tuned.decoder_nats:.4f}"
     )
+    for note in tuned.notes:
+        say(f"targets: {note}")
     return tuned
 
 

@@ -126,3 +126,47 @@ def test_equal_distances_leave_nothing_to_tune():
         LabelEvidence(np.ones((2, 3), np.float32), label, np.array([1, 1])), np.log([0.1, 0.1])
     )
     assert np.isclose(tuned.nats, -np.log(2 / 3)) and tuned.weight == 1.0
+
+
+@pytest.mark.parametrize("tau", [1e-40, 1e-300, 1e-45])
+def test_a_tiny_temperature_gives_all_mass_to_the_nearest(tau):
+    """Equally near neighbours share it; the loop in float64 does not reach so far."""
+    distance = np.float32([[7, 7.5, 9e4], [3, 3, 9], [2, np.inf, np.inf]])
+    label = np.array([[4, 5, 6], [4, 5, 6], [8, 0, 0]])
+    found = sparse_distributions(distance, label, tau, 2)
+    np.testing.assert_array_equal(found.prob_QS, np.float32([[1, 0], [0.5, 0.5], [1, 0]]))
+    np.testing.assert_array_equal(found.mass_Q, 1)
+    np.testing.assert_array_equal(found.id_QS[:, 0], [4, 4, 8])
+    logprob = knn_logprob(distance, label, np.array([4, 5, 0]), tau)
+    np.testing.assert_allclose(np.exp(logprob), [1, 0.5, 0])
+
+
+@pytest.mark.parametrize("tau", [1e12, 1e40, 1e300])
+def test_a_huge_temperature_weighs_all_neighbours_alike(tau):
+    distance = np.float32([[7, 7.5, 90], [3, 3, np.inf]])
+    label = np.array([[4, 5, 5], [4, 5, 0]])
+    found = sparse_distributions(distance, label, tau, 2)
+    np.testing.assert_allclose(found.prob_QS, [[2 / 3, 1 / 3], [0.5, 0.5]], rtol=1e-6)
+    logprob = knn_logprob(distance, label, np.array([5, 0]), tau)
+    np.testing.assert_allclose(np.exp(logprob), [2 / 3, 0], rtol=1e-6)
+
+
+def test_one_neighbour_is_the_whole_distribution_at_any_temperature():
+    distance, label = np.float32([[5.0], [1e30]]), np.array([[3], [4]])
+    for tau in (1e-40, 1.0, 1e40):
+        found = sparse_distributions(distance, label, tau, 8)
+        np.testing.assert_array_equal(found.mass_Q, 1)
+        np.testing.assert_array_equal(found.id_QS[:, 0], [3, 4])
+    tuned = tune(LabelEvidence(distance, label, np.array([3, 9])), np.log([0.1, 0.1]))
+    assert np.isfinite(tuned.nats) and 0 < tuned.weight < 1
+
+
+def test_probabilities_kept_in_half_precision_stay_a_distribution():
+    """The loss renormalises what is kept: the most probable of K tokens has at least 1 / K."""
+    distance = np.linspace(0, 1, 1024, dtype=np.float32)[None]
+    found = sparse_distributions(distance, np.arange(1024)[None], 1e40, 64)
+    kept = found.prob_QS.astype(np.float16).astype(np.float32)
+    np.testing.assert_allclose(kept / kept.sum(), 1 / 64, rtol=1e-3)
+    # Farther tokens may vanish in float16, the nearest cannot.
+    found = sparse_distributions(distance, np.arange(1024)[None], 1e-4, 64)
+    assert found.prob_QS.astype(np.float16)[0, 0] > 0.9

@@ -39,7 +39,7 @@ def test_labels_belong_to_the_document_that_holds_them():
 
 def test_uneven_documents_count_for_fewer():
     counts = _counts()
-    assert counts.effective_documents == pytest.approx(25 / 13)
+    assert counts.effective_sample_size == pytest.approx(25 / 13)
     assert counts.largest_share == pytest.approx(0.6)
     assert counts.summary["documents"] == 3
 
@@ -50,11 +50,16 @@ def test_uneven_documents_count_for_fewer():
     even = [50] * 40
     assert not notes(*even)
     few, chosen = notes(*even[:12])
-    assert few == "test has 12 documents: intervals over so few are too narrow"
-    assert chosen == "validation has 12 documents: λ and τ are chosen on little"
+    assert few == "warning: the test split has only 12 documents; the intervals are optimistic"
+    assert chosen == (
+        "warning: the effective sample size of validation is 12.0; λ and τ are poorly determined"
+    )
     # 2,000 and 1,000 tokens: 9e6 / (40 · 2,500 + 1e6).
     uneven, _ = notes(*even, 1000)
-    assert "41 documents that count as 8.2 of equal size (the largest holds 33 % of" in uneven
+    assert uneven == (
+        "warning: the test split has 41 documents but an effective sample size of 8.2 (the largest "
+        "holds 33 % of its tokens); the intervals are optimistic"
+    )
 
 
 def test_scores_of_a_worked_example():

@@ -162,3 +162,37 @@ def test_texts_are_shown_one_after_the_other():
         for index in finish:
             screen.finish(index)
         assert out.getvalue() == "0:ab\n\n1:xy\n\n2:q\n"
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300, 1e-9])
+def test_a_tiny_temperature_is_greedy(temperature: float):
+    logprob_BV = _random_logprobs() - 90  # Far from 0: division alone would overflow.
+    for rule in (Sampling(temperature=temperature), Sampling("random", temperature, 7, 0.9)):
+        keys = jax.random.split(jax.random.key(0), len(logprob_BV))
+        drawn = sampling.sample(jnp.asarray(logprob_BV), keys, rule)
+        np.testing.assert_array_equal(drawn, logprob_BV.argmax(-1))
+
+
+def test_equals_share_a_tiny_temperature_and_a_tiny_top_p_keeps_one_of_them():
+    logprob_V = np.log(np.float32([0.1, 0.3, 0.3, 0.2, 0.1]))
+    drawn = np.bincount(_draws(logprob_V, Sampling(temperature=1e-40), 2000), minlength=5)
+    assert drawn[[0, 3, 4]].sum() == 0 and 850 < drawn[1] < 1150
+    only = _draws(logprob_V, Sampling(temperature=1e-40, top_p=1e-40), 200)
+    np.testing.assert_array_equal(only, 1)
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e40, 1e300])
+def test_a_huge_temperature_is_uniform_and_draws_no_padding(temperature: float):
+    drawn = _draws(_random_logprobs()[0], Sampling(temperature=temperature), 8000)
+    counts = np.bincount(drawn, minlength=40)
+    assert counts[37:].sum() == 0 and counts[:37].min() > 120
+
+
+def test_a_row_without_any_probability_yields_a_token_of_the_vocabulary():
+    """Such a row is not part of any prompt; the others of its batch are drawn as ever."""
+    logprob_BV = np.array(_random_logprobs())
+    logprob_BV[1] = -np.inf
+    keys = jax.random.split(jax.random.key(0), len(logprob_BV))
+    for rule in (Sampling(temperature=1e-40), Sampling(temperature=0.7, top_p=0.5)):
+        drawn = np.asarray(sampling.sample(jnp.asarray(logprob_BV), keys, rule))
+        assert ((drawn >= 0) & (drawn < 40)).all()

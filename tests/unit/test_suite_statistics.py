@@ -9,7 +9,9 @@ import pytest
 from mlpmem_jax.evaluation.metrics import count_documents
 from mlpmem_jax.evaluation.mixing import solve
 from mlpmem_jax.evaluation.suite.report import _carried_by_one
-from mlpmem_jax.evaluation.suite.statistics import SeedScores, Settings, spread, summarise
+from mlpmem_jax.evaluation.suite.drawn import Settings
+from mlpmem_jax.evaluation.suite.pairs import spread
+from mlpmem_jax.evaluation.suite.statistics import SeedScores, summarise
 from mlpmem_jax.evaluation.systems import SplitParts, System
 
 SYSTEMS = (
@@ -109,12 +111,12 @@ def test_intervals_are_paired_and_over_documents(seeds, found):
     assert row["test_nats"]["high"] - row["test_nats"]["low"] > 1.5 * width
 
 
-def test_pairs_say_what_is_not_resolved(found):
+def test_pairs_say_what_is_not_significant(found):
     pairs = {(pair["row"], pair["against"]): pair for pair in found["pairs"]}
     assert len(pairs) == 10
-    assert pairs["memory", "decoder"]["resolved"]
-    assert pairs["memory", "decoder"]["seeds_resolved"] == 2
-    assert not pairs["twin", "decoder"]["resolved"]
+    assert pairs["memory", "decoder"]["significant"]
+    assert pairs["memory", "decoder"]["seeds_significant"] == 2
+    assert not pairs["twin", "decoder"]["significant"]
     assert pairs["twin", "decoder"]["low"] < 0 < pairs["twin", "decoder"]["high"]
     assert pairs["memory", "knn"]["value"] == pytest.approx(
         pairs["memory", "decoder"]["value"] - pairs["knn", "decoder"]["value"]
@@ -140,7 +142,7 @@ def test_what_one_document_carries_is_told_from_what_all_say():
         tokens_D=np.delete(one.counts.tokens_D, largest),
     )
     plain = (base - other)[without.scored_N].mean()
-    assert less["value"] == pytest.approx(plain) and less["low"] > 0 and less["resolved"]
+    assert less["value"] == pytest.approx(plain) and less["low"] > 0 and less["significant"]
     assert pair["value"] < 0
     lines = _carried_by_one(found)
     assert "the largest test document" in lines[0] and len(lines) == 2
@@ -164,8 +166,8 @@ def test_seeds_that_disagree_do_not_resolve():
         seeds[seed] = SeedScores(parts, parts)
     systems = (System("decoder", "", ("base",)), System("other", "", ("other",)))
     (pair,) = summarise(systems, seeds, SETTINGS)["pairs"]
-    assert pair["high"] < 0 and pair["seeds_resolved"] == 2
-    assert not pair["resolved"]
+    assert pair["high"] < 0 and pair["seeds_significant"] == 2
+    assert not pair["significant"]
     assert pair["spread"]["min"] < 0 < pair["spread"]["max"]
 
 
@@ -186,4 +188,4 @@ def test_a_row_without_probability_left_is_reported_as_such():
     json.dumps(found, allow_nan=False)
     assert found["rows"][1]["weights"] == [1.0]
     assert found["rows"][1]["test_nats"]["value"] is None
-    assert not found["pairs"][0]["resolved"]
+    assert not found["pairs"][0]["significant"]

@@ -15,7 +15,6 @@ from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.evaluation.analysis.distributions import (
     DISTRIBUTIONS,
     Sample,
-    draw_rows,
     measure_sample,
 )
 from mlpmem_jax.evaluation.analysis.frequency import Bins, count_tokens
@@ -23,7 +22,7 @@ from mlpmem_jax.evaluation.analysis.groups import gains_by_group
 from mlpmem_jax.evaluation.analysis.ngrams import counts_of_labels
 from mlpmem_jax.evaluation.bootstrap import bootstrap_sums, interval
 from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors
-from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
+from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes, draw_rows
 from mlpmem_jax.evaluation.mixing import mixture_logprob
 from mlpmem_jax.evaluation.remembered import remember
 from mlpmem_jax.evaluation.stored import StoredSplit
@@ -87,7 +86,11 @@ def analyze_run(
         "labels": COMPARED,
         **_groups(config, layout, stored, system_N),
         "sharpness": _sharpness(config, sample, stored),
-        "notes": document_notes(stored.counts),
+        "notes": [
+            *document_notes(stored.counts),
+            "λ and τ are those of evaluate, held fixed in the intervals; each interval is for one "
+            "comparison alone",
+        ],
     }
 
 
@@ -125,7 +128,7 @@ def _groups(
 
 
 def _sharpness(config: Config, sample: Sample, stored: StoredSplit) -> dict[str, Any]:
-    """Returns means and medians over the sample, with intervals over documents."""
+    """Returns means and medians over the sample, with intervals over clusters."""
     document_N = stored.counts.document_N[sample.row_N]
     knn_top_N = sample.of["knn"].top_C
     report: dict[str, Any] = {
@@ -160,20 +163,22 @@ def _means(
     document_N: np.ndarray,
     counts: DocumentCounts,
 ) -> dict[str, float | None]:
-    """Returns means over sampled rows, each with an interval over documents."""
+    """Returns means over sampled rows, each with an interval over clusters."""
     num_documents = len(counts.tokens_D)
     columns = [np.ones(len(document_N)), *values.values()]
     values_DM = np.stack(
         [np.bincount(document_N, column, minlength=num_documents) for column in columns], axis=1
     )
-    sums_RM = bootstrap_sums(values_DM, config.evaluate.bootstrap_samples, config.seed)
+    values_CM = counts.by_cluster(values_DM)
+    sums_RM = bootstrap_sums(values_CM, config.evaluate.bootstrap_samples, config.seed)
     means: dict[str, float | None] = {}
     for place, (name, value_N) in enumerate(values.items(), start=1):
 
         def mean(sums: np.ndarray, place: int = place) -> np.ndarray:
             return np.asarray(sums[..., place] / sums[..., 0])
 
-        found = interval(mean, sums_RM, config.evaluate.confidence)
+        several = np.count_nonzero(values_CM[:, 0]) > 1
+        found = interval(mean, sums_RM, config.evaluate.confidence) if several else None
         means[name] = _number(value_N.mean())
         means[f"{name}_low"] = found.low if found else None
         means[f"{name}_high"] = found.high if found else None

@@ -51,14 +51,6 @@ class Sample:
     decoder_label_N: np.ndarray
 
 
-def draw_rows(scored_N: np.ndarray, count: int | None, seed: int) -> np.ndarray:
-    """Returns scored rows, ascending: `count` of them drawn without repetition, or all."""
-    scored = np.flatnonzero(scored_N).astype(np.int64)
-    if count is None or count >= len(scored):
-        return scored
-    return np.sort(np.random.default_rng(seed).choice(scored, count, replace=False))
-
-
 def measure_sample(
     config: Config,
     decoder: Decoder,

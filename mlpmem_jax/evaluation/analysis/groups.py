@@ -1,6 +1,6 @@
-"""Gains over the decoder in groups of tokens, with intervals over documents.
+"""Gains over the decoder in groups of tokens, with intervals over clusters of documents.
 
-Suffixes: N rows of a split, D documents, G groups, M sums (tokens and gains by group).
+Suffixes: N rows of a split, D documents, C clusters, G groups, M sums (tokens and gains by group).
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def gains_by_group(
         labels: Names of the groups.
         decoder_N: log p of the label by the decoder.
         system_N: log p of the label by each other system.
-        bootstrap_samples: Draws of documents; the same in every group.
+        bootstrap_samples: Draws of clusters; the same in every group.
         confidence: Level of the intervals.
         seed: Seed of the draws.
 
@@ -53,7 +53,9 @@ def gains_by_group(
     token_DG, decoder_DG = by_group(None), -by_group(decoder_N)
     gain_DG = {name: by_group(value - decoder_N) for name, value in system_N.items()}
     values_DM = np.concatenate([token_DG, *gain_DG.values()], axis=1)
-    sums_RM = bootstrap_sums(values_DM, bootstrap_samples, seed)
+    values_CM = counts.by_cluster(values_DM)
+    sums_RM = bootstrap_sums(values_CM, bootstrap_samples, seed)
+    clusters_G = np.count_nonzero(values_CM[:, :num_groups], axis=0)
     all_tokens = int(counts.tokens_D.sum())
     groups = []
     for place, label in enumerate(labels):
@@ -71,7 +73,7 @@ def gains_by_group(
             def gain(sums: np.ndarray, column: int = column, place: int = place) -> np.ndarray:
                 return np.asarray(sums[..., column] / sums[..., place])
 
-            found = interval(gain, sums_RM, confidence) if group["documents"] > 1 else None
+            found = interval(gain, sums_RM, confidence) if clusters_G[place] > 1 else None
             total = float(values_DG[:, place].sum())
             group[name] = {
                 "gain": _ratio(total, tokens),

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mlpmem_jax.evaluation.cells import bracket, csv_text, percent
-from mlpmem_jax.evaluation.table import note_lines, number, render
+from mlpmem_jax.evaluation.table import note_lines, number, render, tokens_text
 
 Results = Mapping[str, Any]
 
@@ -73,8 +73,7 @@ def as_text(results: Results) -> str:
     test, sharp = results["test"], results["sharpness"]
     return "\n".join(
         [
-            f"test: {test['tokens']:,} tokens in {test['documents']:,} documents; gains over the "
-            "decoder in nats per token",
+            f"{tokens_text(test)}; gains over the decoder in nats per token",
             "label n ×: it occurs n times in the training text; n-gram seen: it occurs there",
             _gain_table(results),
             f"sharpness: {sharp['rows']:,} test tokens",

@@ -41,8 +41,12 @@ def measure_quality(
         mesh: Devices.
     """
     sizes = []
+    noted: dict[str, list[str]] = {}
     for rows, part in parts:
-        systems = score_run(part, mesh)["systems"]
+        scored = score_run(part, mesh)
+        systems = scored["systems"]
+        for note in scored["notes"]:
+            noted.setdefault(note, []).append(f"{rows:,}")
         sizes.append(
             {
                 "rows": rows,
@@ -55,4 +59,13 @@ def measure_quality(
                 "temperature": systems["knn"]["temperature"],
             }
         )
-    return {"labels": dict(SYSTEMS), "steps": config.train.num_steps, "sizes": sizes}
+    notes = [
+        note if len(of) == len(sizes) else f"{note} ({', '.join(of)} rows)"
+        for note, of in noted.items()
+    ]
+    return {
+        "labels": dict(SYSTEMS),
+        "steps": config.train.num_steps,
+        "sizes": sizes,
+        "notes": notes,
+    }

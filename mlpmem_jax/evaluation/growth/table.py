@@ -81,7 +81,7 @@ def as_text(results: Results) -> str:
         *_recall_line(results),
         _slope_table(results),
         *_quality_table(results),
-        *note_lines(results["notes"]),
+        *note_lines([*results["notes"], *results.get("quality", {}).get("notes", [])]),
         "",
         *textwrap.wrap(" ".join(_sentences(results)), 100),
     ]

@@ -1,6 +1,6 @@
 """Measures every setting, and holds all against the exact one.
 
-Suffixes: N rows of a split, D documents, M systems and then tokens.
+Suffixes: N rows of a split, D documents, R draws, M systems and then tokens.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.files import read_json, write_json
 from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.evaluation.bootstrap import bootstrap_sums, interval
-from mlpmem_jax.evaluation.compare import SplitScores, chosen_weight
+from mlpmem_jax.evaluation.bootstrap import Draws, interval
+from mlpmem_jax.evaluation.compare import SplitScores, chosen_weight, drawn_nats
 from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
 from mlpmem_jax.evaluation.scored import EVALUATED, remembered_splits
 from mlpmem_jax.evaluation.search_quality.divergence import compare_neighbors
@@ -29,10 +29,12 @@ from mlpmem_jax.retrieval.building import ExactCache, open_index
 from mlpmem_jax.retrieval.engine import Engine, StoredKeys
 from mlpmem_jax.retrieval.evidence import read_labels
 from mlpmem_jax.retrieval.merge import drop_own_row
+from mlpmem_jax.retrieval.temperature import temperature_notes, weight_notes
 from mlpmem_jax.training.networks import finished_decoder
 
 SCHEMA_VERSION = 1
 MEASURED = ("knn", "memory")
+BY_DRAW = "test_nats_by_draw"
 _SAMPLE_SEED = 3
 _CHOSEN: Mapping[Split, None] = {}  # λ is chosen on validation.
 
@@ -125,7 +127,10 @@ class _Study:
             split: searched.logprob(split, one, tuned.temperature)
             for split, one in self.stored.items()
         }
-        return self._scores("knn", part_N) | {"temperature": tuned.temperature}
+        return self._scores("knn", part_N) | {
+            "temperature": tuned.temperature,
+            "temperature_at_bound": tuned.at_bound,
+        }
 
     def _memory(self, config: Config) -> dict[str, Any]:
         decoder = finished_decoder(config, self.mesh)
@@ -139,7 +144,10 @@ class _Study:
         part_N: Mapping[Split, np.ndarray],
         trained: Mapping[Split, np.ndarray | float | None] = _CHOSEN,
     ) -> dict[str, Any]:
-        """Returns nats per token, and by test document; λ of training, or else of validation."""
+        """Returns nats per token, by test document and by draw of the bootstrap.
+
+        λ is that of training, or else chosen on validation, in each draw anew.
+        """
         scores = {
             split: SplitScores(
                 one.counts,
@@ -158,6 +166,14 @@ class _Study:
             "valid_nats": float(nats["valid"].sum()) / tokens["valid"],
             "test_nats": float(nats["test"].sum()) / tokens["test"],
             "test_nats_by_document": nats["test"].tolist(),
+            BY_DRAW: drawn_nats(
+                scores["valid"],
+                scores["test"],
+                name,
+                nats["test"],
+                self.config.evaluate.bootstrap_samples,
+                self.config.seed,
+            ).tolist(),
         }
 
 
@@ -178,14 +194,17 @@ def summarize(
     reference = reference_of(config)
     decoder_D = -counts.sum_by_document(decoder_N)
     column = {"decoder": 0}
+    draws = Draws(counts.num_clusters, config.evaluate.bootstrap_samples, config.seed)
     values = [decoder_D]
+    drawn = [draws.sums(counts.by_cluster(decoder_D)[:, None])[:, 0]]
     for one in found:
         for system in MEASURED:
             column[f"{one['name']} {system}"] = len(values)
             values.append(np.asarray(one[system]["test_nats_by_document"]))
+            drawn.append(np.asarray(one[system][BY_DRAW]))
     values_DM = np.stack([*values, counts.tokens_D.astype(np.float64)], axis=1)
-    sums_RM = bootstrap_sums(values_DM, config.evaluate.bootstrap_samples, config.seed)
-    documents = int(np.count_nonzero(counts.tokens_D))
+    drawn.append(draws.sums(counts.tokens_C[:, None])[:, 0])
+    sums_RM = np.stack(drawn, axis=1)
 
     def difference(first: str, second: str) -> dict[str, float | None]:
         a, b = column[first], column[second]
@@ -194,7 +213,7 @@ def summarize(
             return np.asarray((sums[..., a] - sums[..., b]) / sums[..., -1])
 
         value = float(statistic(values_DM.sum(axis=0)))
-        wanted = documents > 1 and a != b
+        wanted = counts.num_clusters > 1 and a != b
         bounds = interval(statistic, sums_RM, config.evaluate.confidence) if wanted else None
         return {
             "nats": value,
@@ -208,15 +227,23 @@ def summarize(
         for system in MEASURED:
             name = f"{one['name']} {system}"
             row[system] = {
-                **one[system],
+                **{key: value for key, value in one[system].items() if key != BY_DRAW},
                 "against_decoder": difference(name, "decoder"),
                 "against_exact": difference(name, f"{reference} {system}") if reference else None,
             }
         settings.append(row)
     notes = [
-        "one training of each memory: differences below the spread of seeds are not resolved",
+        "one training of each memory: differences smaller than the spread of seeds are not "
+        "significant; each interval is for one comparison alone and includes the choice of λ; τ is "
+        "held fixed",
         *document_notes(counts),
     ]
+    for one in found:
+        knn, name = one["knn"], one["name"]
+        said = temperature_notes(knn["temperature"], knn["temperature_at_bound"])
+        chosen = ("knn",) if config.brings_interpolation else MEASURED
+        said += [note for s in chosen for note in weight_notes(one[s]["interpolation"], s)]
+        notes += [f"{note} (setting {name})" for note in said]
     return {
         "schema_version": SCHEMA_VERSION,
         "test": counts.summary,

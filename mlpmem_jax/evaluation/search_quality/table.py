@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mlpmem_jax.evaluation.cells import bracket, csv_text
-from mlpmem_jax.evaluation.table import note_lines, number, render
+from mlpmem_jax.evaluation.table import note_lines, number, render, tokens_text
 
 Results = Mapping[str, Any]
 
@@ -45,7 +45,7 @@ def as_text(results: Results) -> str:
             f"search: K = {results['num_neighbors']}; recall and KL on "
             f"{results['sample_rows']:,} training rows",
             _search_table(results),
-            f"test: {test['tokens']:,} tokens in {test['documents']:,} documents; decoder "
+            f"{tokens_text(test)}; decoder "
             f"{number(results['decoder_test_nats'], 4)} nats per token",
             _nats_table(results),
             *note_lines(results["notes"]),

@@ -7,8 +7,9 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.evaluation.stored import SplitLabels
+from mlpmem_jax.evaluation.suite.drawn import Settings
 from mlpmem_jax.evaluation.suite.ledger import Ledger
-from mlpmem_jax.evaluation.suite.statistics import SeedScores, Settings, summarise
+from mlpmem_jax.evaluation.suite.statistics import SeedScores, summarise
 from mlpmem_jax.evaluation.systems import SplitParts, System
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
@@ -119,7 +120,7 @@ def table_costs(config: Config, rows: Rows, *, with_costs: bool = True) -> dict[
             made_of = row.made_of()
             found.setdefault(row.key, {})[str(seed)] = {
                 **_size(row, vocab_size),
-                "temperature": _temperature(row),
+                **_temperature(row),
                 "trained_weight": _trained_weight(row),
                 "recall": _recall(row),
                 "recall_of_targets": _recall_of_targets(row),
@@ -148,11 +149,14 @@ def _size(row: TableRow, vocab_size: int) -> dict[str, int]:
     return total
 
 
-def _temperature(row: TableRow) -> float | None:
+def _temperature(row: TableRow) -> dict[str, Any]:
+    """Returns τ, and which end of its range it reached."""
+    names = ("temperature", "temperature_at_bound")
     for part in row.parts:
         if part.kind.startswith("knn"):
-            return float(part.scores("valid").load().counts["temperature"])
-    return None
+            counts = part.scores("valid").load().counts
+            return {name: counts.get(name) for name in names}
+    return dict.fromkeys(names)
 
 
 def _trained_weight(row: TableRow) -> float | None:

@@ -1,9 +1,8 @@
 """Test nats by epoch: best epoch, what is lost after it; text, CSV and picture."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from mlpmem_jax.evaluation.cells import csv_text
 from mlpmem_jax.evaluation.style import (
@@ -17,7 +16,14 @@ from mlpmem_jax.evaluation.style import (
     wide_figure,
     wide_title,
 )
-from mlpmem_jax.evaluation.suite.lines import interval_columns, score_columns, weights_cell
+from mlpmem_jax.evaluation.suite.drawn import Family
+from mlpmem_jax.evaluation.suite.lines import (
+    VERDICT_COLUMNS,
+    correction_note,
+    interval_columns,
+    score_columns,
+    weights_cell,
+)
 from mlpmem_jax.evaluation.table import DASH, bracket_text, note_lines, number, paragraph, render
 
 Results = Mapping[str, Any]
@@ -53,18 +59,15 @@ def by_epoch(results: Results, steps: Mapping[str, Sequence[int]]) -> dict[str, 
     """
     rows = {row["key"]: row for row in results["rows"]}
     pairs = {(pair["row"], pair["against"]): pair for pair in results["pairs"]}
+    chosen_epochs = best_epochs(results["rows"], steps, "valid")
+    on_test = best_epochs(results["rows"], steps, "test")
     networks = {}
     for network, ends in steps.items():
         epochs = [
             {"epoch": epoch, "step": step, **_of_row(rows[row_key(network, epoch)])}
             for epoch, step in enumerate(ends, 1)
         ]
-        best = {
-            split: int(np.argmin([one[f"{split}_nats"]["value"] for one in epochs])) + 1
-            for split in ("test", "valid")
-        }
-        last = len(epochs)
-        chosen = best["valid"]
+        last, chosen = len(epochs), chosen_epochs[network]
         lost = pairs.get((row_key(network, last), row_key(network, chosen)))
         for one in epochs:
             one["after_best"] = _difference(pairs, network, one["epoch"], chosen)
@@ -72,10 +75,43 @@ def by_epoch(results: Results, steps: Mapping[str, Sequence[int]]) -> dict[str, 
             "label": LABELS[network],
             "epochs": epochs,
             "best_epoch": chosen,
-            "best_epoch_on_test": best["test"],
-            "lost_after_best": lost and {k: lost[k] for k in ("value", "low", "high", "resolved")},
+            "best_epoch_on_test": on_test[network],
+            "lost_after_best": lost
+            and {k: lost[k] for k in ("value", "low", "high", *VERDICT_COLUMNS)},
         }
     return networks
+
+
+def best_epochs(
+    rows: Sequence[Results], steps: Mapping[str, Sequence[int]], split: str
+) -> dict[str, int]:
+    """Returns the epoch, from 1, at which each network has the fewest nats on a split."""
+    nats = {row["key"]: row[f"{split}_nats"]["value"] for row in rows}
+    return {
+        network: min(
+            range(1, len(ends) + 1),
+            key=lambda epoch: (_or_inf(nats[row_key(network, epoch)]), epoch),
+        )
+        for network, ends in steps.items()
+    }
+
+
+def _or_inf(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def last_against_best(steps: Mapping[str, Sequence[int]]) -> Family:
+    """Returns the pairs that are compared: each network's last epoch and its best."""
+
+    def family(rows: Sequence[Results]) -> set[tuple[str, str]]:
+        best = best_epochs(rows, steps, "valid")
+        return {
+            (row_key(network, len(ends)), row_key(network, best[network]))
+            for network, ends in steps.items()
+            if best[network] < len(ends)
+        }
+
+    return family
 
 
 def _of_row(row: Results) -> dict[str, Any]:
@@ -121,7 +157,10 @@ def as_text(results: Results) -> str:
             f"{level}\ninterval", "valid\nnats", "weight\nλ*",
         ]  # fmt: skip
         blocks += [render(header, rows), *paragraph(sentence(network, level)), ""]
-    return "\n".join([*blocks, *note_lines(results["notes"])])
+    networks = results["networks"].values()
+    compared = sum(network["best_epoch"] < len(network["epochs"]) for network in networks)
+    said = [correction_note(compared, level)] if compared else []
+    return "\n".join([*blocks, *note_lines([*results["notes"], *said])])
 
 
 def sentence(network: Results, level: str) -> str:
@@ -135,7 +174,7 @@ def sentence(network: Results, level: str) -> str:
         )
     lost = network["lost_after_best"]
     interval = bracket_text(lost["low"], lost["high"], 3)
-    sure = "" if lost["resolved"] else ", not resolved"
+    sure = "" if lost["significant"] else ", not significant"
     return (
         f"{label}: best on validation after epoch {best} of {last} (test would choose "
         f"{network['best_epoch_on_test']}); {number(lost['value'], 3)} test nats are lost after it "
@@ -191,7 +230,7 @@ def draw(results: Results) -> bytes:
     axis_labels(right, epochs_label, "test nats above the epoch that validation chooses")
     about = "dashed: validation; rings: the epoch that validation chooses"
     wide_title(left, "Test and validation by epoch", about)
-    about = f"band: {level} interval of the paired difference, over documents"
+    about = f"band: {level} interval of the paired difference"
     wide_title(right, "What is lost", about)
     return as_png(figure)
 

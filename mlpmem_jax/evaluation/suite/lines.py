@@ -7,6 +7,27 @@ from mlpmem_jax.evaluation.table import DASH, number
 
 Results = Mapping[str, Any]
 
+# Of a pair: the verdict, the one without a correction, and what corrects it.
+VERDICT_COLUMNS = (
+    "significant", "significant_alone", "corrected_low", "corrected_high", "corrected_p",
+)  # fmt: skip
+
+
+def correction_note(compared: int, level: str) -> str:
+    """Returns the note that says when a difference is called significant.
+
+    Args:
+        compared: How many differences verdicts are given on.
+        level: Of the intervals, as text.
+    """
+    if compared == 1:
+        return f"significant: the {level} interval excludes 0 and all seeds agree in sign"
+    return (
+        f"significant: the {level} interval excludes 0, also corrected for {compared} comparisons "
+        "(largest |t| of the bootstrap), and all seeds agree in sign; intervals shown are not "
+        "corrected"
+    )
+
 
 def score_columns(seed: str, found: Results) -> dict[str, Any]:
     """Returns the CSV columns that say how good a row is.

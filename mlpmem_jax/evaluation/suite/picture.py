@@ -102,7 +102,7 @@ def _draw_rows(axes: Any, rows: Sequence[Results], results: Results) -> None:
     wide_title(
         axes,
         f"Test, {_seeds(results)}",
-        f"bars: {level} interval of the paired difference to the decoder, over documents{several}",
+        f"bars: {level} interval of the paired difference to the decoder{several}",
     )
 
 

@@ -8,6 +8,8 @@ from mlpmem_jax.evaluation.cells import csv_text
 from mlpmem_jax.evaluation.suite.forecast import duration
 from mlpmem_jax.evaluation.suite.ledger import TEACHER
 from mlpmem_jax.evaluation.suite.lines import (
+    VERDICT_COLUMNS,
+    correction_note,
     interval_columns,
     seeds_cell,
     weights_cell,
@@ -16,15 +18,19 @@ from mlpmem_jax.evaluation.suite.lines import (
 from mlpmem_jax.evaluation.table import (
     DASH,
     bracket_text,
+    cluster_word,
     count_text,
     note_lines,
     number,
     render,
     share_text,
+    test_line,
 )
+from mlpmem_jax.retrieval.temperature import temperature_notes
 
 Results = Mapping[str, Any]
 
+_OF_DOCUMENT = ("tokens", "words", "bytes", "cluster")
 _PURPOSES = ("pretrain", TEACHER, "embed", "index", "search", "train")
 ROW_COLUMNS = (
     "row", "label", "seed",
@@ -38,8 +44,9 @@ ROW_COLUMNS = (
     "seconds", "steps", "recall", "recall_of_targets",
 )  # fmt: skip
 PAIR_COLUMNS = (
-    "row", "against", "seed", "difference", "low", "high", "min", "max", "resolved",
-    "without_largest", "without_largest_low", "without_largest_high", "without_largest_resolved",
+    "row", "against", "seed", "difference", "low", "high", "min", "max", *VERDICT_COLUMNS,
+    "without_largest", "without_largest_low", "without_largest_high",
+    "without_largest_significant",
 )  # fmt: skip
 
 
@@ -86,9 +93,8 @@ def as_text(results: Results, measured: Results) -> str:
     ]  # fmt: skip
     return "\n".join(
         [
-            f"test: {test['tokens']:,} tokens in {test['documents']:,} documents that count as "
-            f"{test['effective_documents']:.1f} of equal size "
-            f"({test['words']:,} words, {test['bytes']:,} bytes), {several}",
+            f"{test_line(test)}, effective sample size {test['effective_sample_size']:.1f}, "
+            f"{several}",
             render(quality_header, [_quality(row) for row in rows]),
             render(cost_header, [_cost(row, mean_cost(measured, row["key"])) for row in rows]),
             *note_lines(_notes(results, measured)),
@@ -157,16 +163,29 @@ def _notes(results: Results, measured: Results) -> list[str]:
         f"search included; what is no network counts seconds × {peak:.0f} GFLOP/s, the measured "
         "peak of this CPU",
         *results["notes"],
+        *bound_notes(measured),
+        correction_note(len(results["pairs"]), f"{100 * results['confidence']:g} %"),
+    ]
+
+
+def bound_notes(measured: Results) -> list[str]:
+    """Returns warnings about rows whose τ reached an end of the range that was tried."""
+    return [
+        f"{note} (row {key}, seed {seed})"
+        for key, row in measured["rows"].items()
+        for seed, one in row.items()
+        if one["temperature"] is not None
+        for note in temperature_notes(one["temperature"], one["temperature_at_bound"])
     ]
 
 
 def _verdicts(results: Results) -> list[str]:
-    """Says of which rows the order is not resolved."""
+    """Says which differences between rows are not significant."""
     labels = {row["key"]: row["label"] for row in results["rows"]}
-    open_pairs = [pair for pair in results["pairs"] if not pair["resolved"]]
+    open_pairs = [pair for pair in results["pairs"] if not pair["significant"]]
     if not open_pairs:
-        return ["every difference between two rows is resolved (interval over documents)"]
-    lines = ["not resolved (interval over documents, then the range over seeds):"]
+        return ["every difference between two rows is significant"]
+    lines = ["not significant (interval, then the range over seeds):"]
     for pair in open_pairs:
         text = (
             f"  {labels[pair['row']]} against {labels[pair['against']]}: "
@@ -176,12 +195,14 @@ def _verdicts(results: Results) -> list[str]:
         if len(pair["by_seed"]) > 1 and spread["min"] is not None:
             low, high = (number(spread[end], 3, sign=True) for end in ("min", "max"))
             text += f", {low} … {high}"
+        if pair["significant_alone"]:
+            text += f", corrected p = {number(pair['corrected_p'], 3)}"
         lines.append(text)
     return lines
 
 
 def _carried_by_one(results: Results) -> list[str]:
-    """Says which verdicts would be others without the largest test document."""
+    """Says which verdicts would be others without the largest cluster of test documents."""
     labels = {row["key"]: row["label"] for row in results["rows"]}
     lines = []
     for pair in results["pairs"]:
@@ -195,13 +216,14 @@ def _carried_by_one(results: Results) -> list[str]:
         )
     if not lines:
         return []
-    share = share_text(results["test"]["largest_document_share"])
-    return [f"otherwise without the largest test document ({share} of the tokens):", *lines]
+    test = results["test"]
+    share, what = share_text(test["largest_cluster_share"]), cluster_word(test)
+    return [f"different without the largest test {what} ({share} of the tokens):", *lines]
 
 
 def _verdict(pair: Results) -> int:
-    """Returns the sign of a difference, 0 where it is not resolved."""
-    if not pair["resolved"]:
+    """Returns the sign of a difference, 0 where it is not significant."""
+    if not pair["significant"]:
         return 0
     return 1 if pair["value"] > 0 else -1
 
@@ -261,8 +283,9 @@ def pairs_csv(results: Results) -> str:
         ends = {end: pair["spread"][end] for end in ("min", "max")}
         less = pair["without_largest"]
         other = interval_columns("without_largest", less)
-        other["without_largest_resolved"] = less["resolved"]
-        lines.append(names | {"seed": "mean", "resolved": pair["resolved"]} | mean | ends | other)
+        other["without_largest_significant"] = less["significant"]
+        verdict = {name: pair[name] for name in VERDICT_COLUMNS}
+        lines.append(names | {"seed": "mean"} | verdict | mean | ends | other)
         for seed, one in pair["by_seed"].items():
             each = {"difference": one["value"], "low": one["low"], "high": one["high"]}
             lines.append(names | {"seed": seed} | each)
@@ -279,6 +302,6 @@ def documents_csv(documents: Results) -> str:
         for seed in seeds:
             for place in range(len(found["tokens"])):
                 line = {"split": split, "seed": seed, "document": place}
-                line |= {name: found[name][place] for name in ("tokens", "words", "bytes")}
+                line |= {name: found[name][place] for name in _OF_DOCUMENT}
                 lines.append(line | {row: found["nats"][row][seed][place] for row in rows})
-    return csv_text(("split", "seed", "document", "tokens", "words", "bytes", *rows), lines)
+    return csv_text(("split", "seed", "document", *_OF_DOCUMENT, *rows), lines)

@@ -139,14 +139,16 @@ def score_knn(
     neighbors = LabelledNeighbors(layout, split, label_N, train_label, artifact=found)
     separator_id = TokenSplit.open(layout.tokens, split).separator_id
     scored_N = label_N != separator_id
+    counts: dict[str, Any] = {}
     if temperature is None:
         decoder_N = whole_array(layout.datastore(split), "logprob")
         most = config.evaluate.knn_valid_rows
         tuned = tune_knn_lm(neighbors, scored_N, decoder_N, most, config.seed)
         temperature = tuned.temperature
+        counts["temperature_at_bound"] = tuned.at_bound
     # No neighbour of a row may hold its label: −inf, which is a score like any other.
     logprob_N = neighbors.logprob(scored_N, temperature)
-    counts = {"temperature": temperature}
+    counts["temperature"] = temperature
     return _written(layout, artifact, logprob_N, label_N, counts)
 
 

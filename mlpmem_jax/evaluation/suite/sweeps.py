@@ -16,6 +16,8 @@ from mlpmem_jax.evaluation.style import (
     wide_title,
 )
 from mlpmem_jax.evaluation.suite.lines import (
+    VERDICT_COLUMNS,
+    correction_note,
     interval_columns,
     score_columns,
     seeds_cell,
@@ -33,7 +35,8 @@ _LOG_RATIO = 8.0
 _COLUMNS = (
     "sweep", "key", "role", "row", "value", "seed", "test_nats", "test_low", "test_high",
     "test_min", "test_max", "test_std", "difference", "difference_low", "difference_high",
-    "resolved", "valid_nats", "weight", "parameters", "flops", "seconds",
+    "significant", "significant_alone", "corrected_low", "corrected_high", "corrected_p",
+    "valid_nats", "weight", "parameters", "flops", "seconds",
 )  # fmt: skip
 
 
@@ -59,8 +62,8 @@ def sweep_results(results: Results, points: Sequence[tuple[Any, str]]) -> dict[s
     def of(key: str) -> dict[str, Any]:
         row = rows[key]
         found = {name: row[name] for name in names if name in row}
-        pair = pairs.get((key, CONFIGURED))
-        return {"row": key, **found, "resolved": bool(pair and pair["resolved"])}
+        pair = pairs.get((key, CONFIGURED), {})
+        return {"row": key, **found, **{name: pair.get(name) for name in VERDICT_COLUMNS}}
 
     return {
         "points": [{"value": value, **of(key)} for value, key in points],
@@ -68,6 +71,12 @@ def sweep_results(results: Results, points: Sequence[tuple[Any, str]]) -> dict[s
         "decoder": of("decoder"),
         "notes": results["notes"],
     }
+
+
+def against_configured(rows: Sequence[Results]) -> set[tuple[str, str]]:
+    """Returns the pairs that are compared: each value against the configured one."""
+    others = {row["key"] for row in rows} - {CONFIGURED, "decoder"}
+    return {(key, CONFIGURED) for key in others}
 
 
 def as_text(results: Results, measured: Results) -> str:
@@ -85,17 +94,18 @@ def as_text(results: Results, measured: Results) -> str:
         configured, decoder = sweep["configured"]["test_nats"], sweep["decoder"]["test_nats"]
         blocks.append(
             f"as configured {number(configured['value'], 3)}, its decoder alone "
-            f"{number(decoder['value'], 3)}; * not resolved from the configured one"
+            f"{number(decoder['value'], 3)}; * not significant against the configured one"
         )
         blocks.append("")
     notes = dict.fromkeys(note for sweep in results["sweeps"] for note in sweep["notes"])
-    return "\n".join([*blocks, *note_lines(notes)])
+    compared = sum(len(sweep["points"]) for sweep in results["sweeps"])
+    return "\n".join([*blocks, *note_lines([*notes, correction_note(compared, level)])])
 
 
 def _cells(point: Results, costs: Results) -> list[str]:
     nats, difference = point["test_nats"], point["difference"]
     cost = mean_cost(costs, point["row"])
-    mark = "" if point["resolved"] or difference["value"] == 0 else " *"
+    mark = "" if point["significant"] or difference["value"] == 0 else " *"
     return [
         value_text(point["value"]),
         number(nats["value"], 3),
@@ -125,7 +135,7 @@ def _csv_lines(results: Results, measured: Results) -> Iterator[dict[str, Any]]:
             mean = {f"test_{end}": value for end, value in point["spread"]["test_nats"].items()}
             mean |= {name: cost[name] for name in ("parameters", "flops", "seconds")}
             if point["row"] != CONFIGURED:
-                mean["resolved"] = point["resolved"]
+                mean |= {name: point[name] for name in VERDICT_COLUMNS}
             yield start | _score_columns("mean", point) | mean
             for seed, found in point["by_seed"].items():
                 yield start | _score_columns(seed, found)
