@@ -96,7 +96,7 @@ def test_issue_example_exits_2_with_both_mistakes_and_writes_nothing(tmp_path):
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
         "error: decodr.num_layers=2: unknown key; did you mean decoder.num_layers?",
-        "error: train.batch_size=-1: must be a whole number of at least 1",
+        "error: train.batch_size=-1: must be a whole number from 1 to 1e6",
     ]
     assert list(tmp_path.iterdir()) == []
 
