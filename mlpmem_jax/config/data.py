@@ -11,6 +11,7 @@ from mlpmem_jax.config.types import (
     Bytes,
     Count,
     Fraction,
+    GlobText,
     Layer,
     Name,
     PathText,
@@ -27,14 +28,14 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 class SplitPaths(Section):
     """Files of one split, when the splits are given and not drawn by hash."""
 
-    paths: tuple[PathText, ...] = setting((), "files or globs of this split")
+    paths: tuple[GlobText, ...] = setting((), "files or globs of this split")
 
 
 class Source(Section):
     """One more place that text comes from."""
 
     source: Literal["stdlib", "text", "jsonl", "huggingface"] = setting("text", "kind of source")
-    paths: tuple[PathText, ...] = setting((), "files or globs (plain, .gz, .zst)")
+    paths: tuple[GlobText, ...] = setting((), "files or globs (plain, .gz, .zst)")
     field: Text = setting("text", "field of a JSONL record or dataset row that holds the text")
     dataset: Text | None = setting(None, "name of a Hugging Face dataset")
     dataset_config: Text | None = setting(None, "configuration of that dataset")
@@ -73,7 +74,8 @@ class CorpusConfig(Source):
         if value is not None:
             try:
                 re.compile(value)
-            except re.error as error:
+            # Deep nesting and huge repetitions are errors of their own kinds.
+            except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(f"is not a regular expression: {error}") from None
         return value
 

@@ -4,6 +4,8 @@ Bounds are those of the arithmetic behind a key (int32 on devices, float32), rou
 that people write. What is within them may still be too much for a machine.
 """
 
+import functools
+import glob
 import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -61,8 +63,12 @@ Layer = (
 )
 
 
-def checked_path(path: str) -> str:
+def checked_path(path: str, *, is_glob: bool = False) -> str:
     """Returns a path with the home directory (`~`, `~user`) in its place.
+
+    Args:
+        path: As typed.
+        is_glob: Whether it may hold wildcards; brackets in the name of the home are none.
 
     Raises:
         ValueError: It cannot be the path of a file; says why.
@@ -77,6 +83,8 @@ def checked_path(path: str) -> str:
         raise ValueError(
             f"{head}: no such user has a home directory (./{head} is a file of that name)"
         )
+    if is_glob and home != head:
+        home = glob.escape(home)
     expanded = home + slash + rest
     if len(os.fsencode(expanded)) > _LONGEST_PATH:
         raise ValueError(f"is longer than the {_LONGEST_PATH} bytes of a path")
@@ -86,3 +94,6 @@ def checked_path(path: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(checked_path), Mark(is_path=True)]
+GlobText = Annotated[
+    str, AfterValidator(functools.partial(checked_path, is_glob=True)), Mark(is_path=True)
+]
