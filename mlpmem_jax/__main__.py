@@ -5,13 +5,15 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from mlpmem_jax import __version__
 from mlpmem_jax.config.describe import describe
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.types import checked_path
+from mlpmem_jax.config.yaml_text import short
 from mlpmem_jax.errors import EXIT_USER_ERROR, PREEMPTED, UserError
 from mlpmem_jax.failures import explain, user_error_in
 from mlpmem_jax.parallel import multihost
@@ -96,14 +98,14 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, Options]:
     command, *rest = arguments
     if command not in COMMANDS:
         raise UserError(_unknown_command(command))
-    flags = _parser(command).parse_intermixed_args(rest)
+    flags = _parser(command).parse(rest)
     assigned: dict[str, Any] = {}
     if flags.workdir is not None:
         assigned["workdir"] = flags.workdir
-    if getattr(flags, "prompt", None):
+    if getattr(flags, "prompt", None) is not None:
         assigned["generate.prompts"] = flags.prompt
     for name in ("topology", "step"):
-        if getattr(flags, name, None):
+        if getattr(flags, name, None) is not None:
             assigned[f"compile.{name}"] = getattr(flags, name)
     config = load_config(flags.config, flags.overrides, assigned)
     options = Options(
@@ -111,13 +113,61 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, Options]:
         dry_run=flags.dry_run,
         rebuild=flags.rebuild,
         without_memory=getattr(flags, "without_memory", False),
-        output=getattr(flags, "output", None),
+        output=_output_path(getattr(flags, "output", None)),
     )
     return command, config, options
 
 
+def _output_path(output: str | None) -> str | None:
+    try:
+        return None if output is None else checked_path(output)
+    except ValueError as error:
+        raise UserError(f"--output {short(output)}: {error}") from None
+
+
 class _Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are user errors like any other."""
+    """A parser that takes values as typed, and whose mistakes are user errors like any other."""
+
+    def __init__(self, **about: Any) -> None:
+        super().__init__(**about)
+        self._taking: set[str] = set()
+        self._values: list[str] = []
+
+    def add_value(self, flag: str, **about: Any) -> None:
+        """Declares a flag that takes a value."""
+        self._taking.add(flag)
+        self.add_argument(flag, type=lambda place: self._values[int(place)], **about)
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Reads flags and overrides in any order.
+
+        Argparse refuses values that begin with a dash, which texts and paths may, and loses
+        `--`: it is given the places of values in their stead.
+        """
+        words, given = iter(arguments), []
+        for word in words:
+            if word == "--":
+                given += [word, *words]
+                break
+            flag, equals, value = word.partition("=")
+            if flag in self._taking:
+                if not equals:
+                    value = self._next_value(flag, words)
+                word = f"{flag}={len(self._values)}"
+                self._values.append(value)
+            given.append(word)
+        return self.parse_intermixed_args(given)
+
+    def _next_value(self, flag: str, words: Iterator[str]) -> str:
+        value = next(words, None)
+        if value is None:
+            self.error(f"argument {flag}: expected one argument")
+        if value.partition("=")[0] in self._option_string_actions:
+            self.error(
+                f"argument {flag}: expected one argument before {value}; where that is the value, "
+                f"write {flag}={value}"
+            )
+        return value
 
     def error(self, message: str) -> NoReturn:
         dashed = re.search(r"unrecognized arguments:.*?--([a-z_]+\.[\w.]+)(=\S*)?", message)
@@ -126,7 +176,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (`{self.prog} --help` lists what there is)")
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
+def _parser(command: str) -> _Parser:
     """Returns the parser of one command; its help lists the keys that the command reads."""
     entry = COMMANDS[command]
     parser = _Parser(
@@ -136,8 +186,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", required=True, help="YAML file")
-    parser.add_argument("--workdir", metavar="DIR", help="the run's directory (sets workdir)")
+    parser.add_value("--config", metavar="FILE", required=True, help="YAML file")
+    parser.add_value("--workdir", metavar="DIR", help="the run's directory (sets workdir)")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -150,7 +200,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         "otherwise (and the table); else this command's artifacts",
     )
     if command == "generate":
-        parser.add_argument(
+        parser.add_value(
             "--prompt",
             metavar="TEXT",
             action="append",
@@ -160,15 +210,18 @@ def _parser(command: str) -> argparse.ArgumentParser:
             "--without-memory", action="store_true", help="the decoder alone, to compare"
         )
     if command == "compile":
-        parser.add_argument(
+        parser.add_value(
             "--topology", metavar="NAME", help="local, or for example v5p:4x4x4 (compile.topology)"
         )
-        parser.add_argument(
+        parser.add_value(
             "--step", metavar="STEP", help="pretrain, train, embed or decode (compile.step)"
         )
-        parser.add_argument("--output", metavar="FILE", help="write the report as JSON too")
+        parser.add_value("--output", metavar="FILE", help="write the report as JSON too")
     parser.add_argument(
-        "overrides", metavar="section.key=value", nargs="*", help="overrides, values in YAML"
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="overrides; text is taken as typed, all else is YAML",
     )
     parser.epilog = f"keys that {command} reads:\n\n{describe(entry.sections)}"
     return parser

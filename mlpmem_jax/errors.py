@@ -6,11 +6,28 @@ The command line turns them into lines on standard error and an exit code
 """
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 
 EXIT_RUN_FAILED = 1
 EXIT_USER_ERROR = 2
 PREEMPTED = 75  # Saved, start me again: the launcher does. EX_TEMPFAIL of sysexits.h.
+_LONGEST, _MOST = 600, 20  # characters of a message, and messages
+
+
+def one_line(message: str) -> str:
+    """Returns a message that any terminal shows as one line of bounded length.
+
+    What is too long is cut in the middle: where it begins and how it ends says most.
+    """
+    line = re.sub(r"\s*\n\s*", " ", message.strip())
+    if len(line) > _LONGEST:
+        half = _LONGEST // 2
+        line = f"{line[:half]} … {line[-half:]}"
+    if line.isprintable():
+        return line
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return "".join(escaped)
 
 
 class UserError(ValueError):
@@ -23,9 +40,10 @@ class UserError(ValueError):
     exit_code = EXIT_USER_ERROR
 
     def __init__(self, messages: str | Sequence[str]):
-        self.messages: tuple[str, ...] = (
-            (messages,) if isinstance(messages, str) else tuple(messages)
-        )
+        lines = [one_line(line) for line in ([messages] if isinstance(messages, str) else messages)]
+        if len(lines) > _MOST:
+            lines[_MOST:] = [f"and {len(lines) - _MOST} more like these"]
+        self.messages: tuple[str, ...] = tuple(lines)
         super().__init__("\n".join(self.messages))
 
 

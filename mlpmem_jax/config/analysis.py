@@ -5,9 +5,18 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mlpmem_jax.config.base import Section, runtime, setting
-from mlpmem_jax.config.data import Auto, Fraction, PositiveInt
+from mlpmem_jax.config.types import (
+    Auto,
+    Count,
+    Fraction,
+    Name,
+    OpenFraction,
+    PositiveInt,
+    Rows,
+    Tokens,
+    Width,
+)
 
-OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 NgramOrder = Annotated[int, Field(ge=2, le=16)]
 
 
@@ -15,14 +24,12 @@ class AnalyzeConfig(Section):
     """Where the gains come from, and how sharp the distributions are."""
 
     frequency_base: int = setting(
-        4, "frequency bins begin at 0, 1 and the powers of this number", ge=2
+        4, "frequency bins begin at 0, 1 and the powers of this number", ge=2, le=10**6
     )
     ngram_orders: tuple[NgramOrder, ...] = setting(
         (2, 3, 4), "n: whether the n tokens that end with the label occur in the training text"
     )
-    sharpness_rows: PositiveInt | None = setting(
-        4096, "test tokens drawn to measure sharpness; none: all"
-    )
+    sharpness_rows: Rows | None = setting(4096, "test tokens drawn to measure sharpness; none: all")
     masses: tuple[OpenFraction, ...] = setting(
         (0.5, 0.75, 0.9, 0.95, 0.99), "probability masses whose number of tokens is counted"
     )
@@ -35,18 +42,20 @@ class AnalyzeConfig(Section):
 class CostConfig(Section):
     """Cost while the datastore grows by doublings."""
 
-    doublings: PositiveInt = setting(
-        6, "sizes: all rows, and the first half, quarter, … of them, so many times"
+    doublings: int = setting(
+        6, "sizes: all rows, and the first half, quarter, … of them, so many times", ge=1, le=40
     )
     engines: tuple[Literal["scann", "exact"], ...] = setting(
         ("scann", "exact"), "engines of the kNN-LM that are measured"
     )
-    rounds: int = setting(8, "times that each size is measured; intervals are over them", ge=3)
-    num_tokens: PositiveInt = setting(64, "tokens timed in a round, one text at a time")
-    num_prompts: PositiveInt = setting(8, "times to the first token taken in a round")
-    prompt_tokens: PositiveInt = setting(128, "tokens of a prompt, for the time to the first")
-    batch_size: PositiveInt = setting(16, "texts continued together, for tokens per second")
-    batch_steps: PositiveInt = setting(8, "tokens of each of these texts timed in a round")
+    rounds: int = setting(
+        8, "times that each size is measured; intervals are over them", ge=3, le=10**6
+    )
+    num_tokens: Count = setting(64, "tokens timed in a round, one text at a time")
+    num_prompts: Count = setting(8, "times to the first token taken in a round")
+    prompt_tokens: Tokens = setting(128, "tokens of a prompt, for the time to the first")
+    batch_size: Count = setting(16, "texts continued together, for tokens per second")
+    batch_steps: Count = setting(8, "tokens of each of these texts timed in a round")
     confidence: OpenFraction = setting(0.95, "level of the intervals")
     quality: Literal["none", "train"] = setting(
         "none", "train: a memory of the same size for each size of the datastore, and its nats"
@@ -56,13 +65,11 @@ class CostConfig(Section):
 class SearchSetting(Section):
     """One way to search."""
 
-    name: str = setting(
-        "setting", "ending of the names of index, targets and memory", pattern=r"^[A-Za-z0-9._-]+$"
-    )
+    name: Name = setting("setting", "ending of the names of index, targets and memory")
     engine: Literal["scann", "exact"] = setting("scann", "as retrieval.engine")
     num_leaves_to_search: PositiveInt | Auto = setting("auto", "as in retrieval")
     num_reorder: PositiveInt | Auto = setting("auto", "as in retrieval")
-    dims_per_block: PositiveInt = setting(2, "as in retrieval")
+    dims_per_block: Width = setting(2, "as in retrieval")
     min_recall: Fraction = setting(
         0.0, "as in retrieval: what is auto is raised until this recall; 0 raises nothing"
     )
@@ -81,6 +88,6 @@ class SearchQualityConfig(Section):
         ),
         "settings to compare; the last one that is exact is what the others are held against",
     )
-    sample_rows: PositiveInt = setting(
+    sample_rows: Rows = setting(
         2048, "training rows on which recall and KL to the exact distribution are measured"
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def cross_section_mistakes(config: Config) -> list[str]:
     """Returns one line for each rule that is broken."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
-        _sources, _heads, _layers, _windows, _storage, _batches, _arrays, _mesh,
+        _sources, _separator, _heads, _layers, _windows, _storage, _batches, _arrays, _mesh,
         _names, _candidates, training_mistakes, table_mistakes,
     )  # fmt: skip
     return [mistake for rule in rules for mistake in rule(config)]
@@ -53,10 +53,25 @@ def _sources(config: Config) -> Iterator[str]:
             f"corpus.source={corpus.source} has no explicit splits: set corpus.source=text or "
             "jsonl, or drop corpus.train/valid/test"
         )
+    for split in ("valid", "test"):
+        if not explicit and getattr(corpus, f"{split}_fraction") == 0:
+            yield (
+                f"corpus.{split}_fraction=0 leaves no text for {split}, which every run needs: set "
+                "it above 0, or name the files of each split in corpus.train/valid/test.paths"
+            )
     if not explicit and corpus.valid_fraction + corpus.test_fraction >= 1:
         yield (
             f"corpus.valid_fraction={corpus.valid_fraction} and corpus.test_fraction="
             f"{corpus.test_fraction} leave nothing to train on (their sum must be below 1)"
+        )
+
+
+def _separator(config: Config) -> Iterator[str]:
+    tokenizer = config.tokenizer
+    if tokenizer.path is None and len(tokenizer.separator) == 1:
+        yield (
+            f"tokenizer.separator={tokenizer.separator!r} is one character, which a trained "
+            "tokenizer has as a token of text too: take a longer one, such as <|endoftext|>"
         )
 
 
@@ -135,10 +150,22 @@ def _arrays(config: Config) -> Iterator[str]:
     if missing:
         yield f"datastore.arrays must hold label and logprob: {sorted(missing)} missing"
     store = config.datastore
+    if config.targets.workdir is None:
+        yield from without_keys(config)
     if "input" not in store.arrays and ("key" not in store.arrays or store.key != store.input):
         yield (
             f"datastore.arrays={list(store.arrays)} lacks input, which the memory reads (key "
             "serves only where datastore.key and datastore.input are the same state)"
+        )
+
+
+def without_keys(config: Config) -> Iterator[str]:
+    """Yields a line where nothing is stored that could be searched."""
+    arrays = list(config.datastore.arrays)
+    if "key" not in arrays:
+        yield (
+            f"datastore.arrays={arrays} lacks key, which index, retrieve and evaluate search; only "
+            "training on a teacher's targets (targets.workdir) does without"
         )
 
 

@@ -6,31 +6,43 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from mlpmem_jax.config.base import Section, runtime, setting
+from mlpmem_jax.config.types import (
+    Auto,
+    Bytes,
+    Count,
+    Fraction,
+    GlobText,
+    Layer,
+    Name,
+    PathText,
+    PositiveInt,
+    Rows,
+    Text,
+    Tokens,
+    Width,
+)
 
-Auto = Literal["auto"]
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-# A whole number counts blocks from 1; a number with a point is a share of the depth.
-Layer = Annotated[int, Field(ge=1, strict=True)] | Annotated[float, Field(gt=0, le=1, strict=True)]
 Dtype = Literal["float16", "bfloat16", "float32"]
 
 
 class SplitPaths(Section):
     """Files of one split, when the splits are given and not drawn by hash."""
 
-    paths: tuple[str, ...] = setting((), "files or globs of this split")
+    paths: tuple[GlobText, ...] = setting((), "files or globs of this split")
 
 
 class Source(Section):
     """One more place that text comes from."""
 
     source: Literal["stdlib", "text", "jsonl", "huggingface"] = setting("text", "kind of source")
-    paths: tuple[str, ...] = setting((), "files or globs (plain, .gz, .zst)")
-    field: str = setting("text", "field of a JSONL record or dataset row that holds the text")
-    dataset: str | None = setting(None, "name of a Hugging Face dataset")
-    dataset_config: str | None = setting(None, "configuration of that dataset")
-    dataset_split: str = setting("train", "split of that dataset to stream")
-    weight: float = setting(1.0, "share of its documents that is kept, by content hash", gt=0, le=1)
+    paths: tuple[GlobText, ...] = setting((), "files or globs (plain, .gz, .zst)")
+    field: Text = setting("text", "field of a JSONL record or dataset row that holds the text")
+    dataset: Text | None = setting(None, "name of a Hugging Face dataset")
+    dataset_config: Text | None = setting(None, "configuration of that dataset")
+    dataset_split: Text = setting("train", "split of that dataset to stream")
+    weight: float = setting(
+        1.0, "share of its documents that is kept, by content hash", ge=1e-9, le=1
+    )
 
 
 class CorpusConfig(Source):
@@ -40,7 +52,7 @@ class CorpusConfig(Source):
         "stdlib", "stdlib: source code of the running Python's standard library"
     )
     more: tuple[Source, ...] = setting((), "further sources; all together make one row space")
-    document_regex: str | None = setting(
+    document_regex: Text | None = setting(
         None, "a document begins wherever this regular expression matches a line's start"
     )
     train: SplitPaths = setting(SplitPaths(), "explicit training files")
@@ -48,7 +60,7 @@ class CorpusConfig(Source):
     test: SplitPaths = setting(SplitPaths(), "explicit test files")
     valid_fraction: Fraction = setting(0.05, "share of documents drawn for validation")
     test_fraction: Fraction = setting(0.05, "share of documents drawn for test")
-    max_bytes: PositiveInt | None = setting(None, "stop after this many bytes of text")
+    max_bytes: Bytes | None = setting(None, "stop after this many bytes of text")
     on_error: Literal["error", "skip"] = setting(
         "error", "what to do with a file that is not UTF-8 text"
     )
@@ -62,7 +74,8 @@ class CorpusConfig(Source):
         if value is not None:
             try:
                 re.compile(value)
-            except re.error as error:
+            # Deep nesting and huge repetitions are errors of their own kinds.
+            except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(f"is not a regular expression: {error}") from None
         return value
 
@@ -70,10 +83,14 @@ class CorpusConfig(Source):
 class TokenizerConfig(Section):
     """Byte-level BPE, trained on the corpus or given."""
 
-    path: str | None = setting(None, "an existing tokenizer.json; none trains one on the corpus")
-    vocab_size: int = setting(4096, "entries of a trained tokenizer, separator included", ge=257)
-    separator: str = setting("<|endoftext|>", "token that starts each document", min_length=1)
-    train_bytes: PositiveInt = setting(32_000_000, "bytes of training text that BPE is trained on")
+    path: PathText | None = setting(
+        None, "an existing tokenizer.json; none trains one on the corpus"
+    )
+    vocab_size: int = setting(
+        4096, "entries of a trained tokenizer, separator included", ge=257, le=10**7
+    )
+    separator: Text = setting("<|endoftext|>", "token that starts each document")
+    train_bytes: Bytes = setting(32_000_000, "bytes of training text that BPE is trained on")
 
 
 class StateSite(Section):
@@ -98,20 +115,20 @@ class StateSite(Section):
 class DatastoreConfig(Section):
     """Which states of which tokens are stored, and how."""
 
-    name: str = setting("base", "name of the datastore", pattern=r"^[A-Za-z0-9._-]+$")
+    name: Name = setting("base", "name of the datastore")
     key: StateSite = setting(StateSite(), "the state that is searched (kNN-LM's key)")
     input: StateSite = setting(StateSite(layer=0.7), "the state that the memory reads")
     arrays: tuple[Literal["key", "input", "label", "logprob"], ...] = setting(
         ("key", "input", "label", "logprob"), "what is stored of each row"
     )
     dtype: Dtype = setting("float16", "storage type of keys and inputs")
-    window_tokens: PositiveInt | Auto = setting(
+    window_tokens: Tokens | Auto = setting(
         "auto", "tokens that the decoder reads at once; auto: decoder.context_tokens"
     )
-    stride_tokens: PositiveInt | Auto = setting(
+    stride_tokens: Tokens | Auto = setting(
         "auto", "rows scored by each window; auto: half a window"
     )
-    batch_size: PositiveInt = runtime(32, "windows embedded at once, over all devices")
+    batch_size: Count = runtime(32, "windows embedded at once, over all devices")
     shard_rows: PositiveInt = setting(32768, "rows in a storage shard (one file an array)")
     chunk_rows: PositiveInt = setting(256, "rows in the smallest readable piece of a shard")
 
@@ -119,20 +136,17 @@ class DatastoreConfig(Section):
 class RetrievalConfig(Section):
     """How neighbours are found (paper, section 2)."""
 
-    name: str = setting(
-        "auto", "name of index and neighbours; auto: datastore.name", pattern=r"^[A-Za-z0-9._-]+$"
-    )
-    exact_name: str = setting(
+    name: Name = setting("auto", "name of index and neighbours; auto: datastore.name")
+    exact_name: Name = setting(
         "auto",
         "name of the exact neighbours of valid and test, which depend on K alone; auto: name",
-        pattern=r"^[A-Za-z0-9._-]+$",
     )
     engine: Literal["auto", "scann", "exact"] = setting(
         "auto", "scann: approximate, re-ranked exactly; exact: brute force on the mesh"
     )
-    num_neighbors: PositiveInt = setting(256, "neighbours of each row, K; own row excluded")
+    num_neighbors: Width = setting(256, "neighbours of each row, K; own row excluded")
     min_recall: Fraction = setting(0.95, "a measured recall@K below this is an error")
-    recall_queries: int = setting(1024, "rows sampled to measure recall", ge=1000)
+    recall_queries: int = setting(1024, "rows sampled to measure recall", ge=1000, le=10**7)
     shard_rows: PositiveInt = setting(4_000_000, "rows in an index shard")
     num_leaves: PositiveInt | Auto = setting(
         "auto", "leaves of the tree; auto: square root of rows"
@@ -143,8 +157,8 @@ class RetrievalConfig(Section):
     num_reorder: PositiveInt | Auto = setting(
         "auto", "candidates whose distance is computed exactly; auto: 2 (K + 1), raised if needed"
     )
-    dims_per_block: PositiveInt = setting(2, "dimensions quantised together")
-    training_rows: PositiveInt = setting(100_000, "most rows on which the index is trained")
+    dims_per_block: Width = setting(2, "dimensions quantised together")
+    training_rows: Rows = setting(100_000, "most rows on which the index is trained")
     query_batch: PositiveInt = runtime(8192, "queries searched at once")
     key_chunk_rows: PositiveInt = runtime(
         65536, "keys that one device of the exact engine scores at once"
@@ -157,12 +171,12 @@ class RetrievalConfig(Section):
 class TargetsConfig(Section):
     """kNN next-token distributions (paper, Eq. 3)."""
 
-    name: str = setting("base", "name of the targets", pattern=r"^[A-Za-z0-9._-]+$")
-    workdir: str | None = setting(
+    name: Name = setting("base", "name of the targets")
+    workdir: PathText | None = setting(
         None, "run directory of the teacher whose targets are read; none: this run makes them"
     )
-    temperature: Annotated[float, Field(gt=0)] | Auto = setting(
+    temperature: Annotated[float, Field(ge=1e-6, le=1e9)] | Auto = setting(
         "auto", "τ of the distance softmax; auto: chosen on validation for the kNN-LM"
     )
-    num_tokens: PositiveInt = setting(32, "most probable tokens kept of each distribution, S")
+    num_tokens: Width = setting(32, "most probable tokens kept of each distribution, S")
     dtype: Literal["float16", "bfloat16"] = setting("float16", "storage type of probabilities")

@@ -14,11 +14,13 @@ from mlpmem_jax.config.keys import (
     nearest,
     section_of,
 )
+from mlpmem_jax.config.overrides import KeyPath, key_path, override_value
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.config.yaml_text import YamlError, parse_yaml, short
+from mlpmem_jax.config.yaml_text import YamlError, flow, short
 from mlpmem_jax.errors import ConfigError
 
-KeyPath = tuple[str | int, ...]
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_REFUSED = object()  # stands for an entry that a list does not have
 
 
 class Draft:
@@ -35,23 +37,11 @@ class Draft:
         if not equals or not dotted.strip():
             self.mistakes.append(f"{text}: not an override; write section.key=value")
             return
-        keys: KeyPath = tuple(
-            int(part) if part.isdecimal() else part for part in dotted.strip().split(".")
-        )
-        kinds = {alternative.kind for alternative in _alternatives_at(keys) or ()}
+        keys = key_path(dotted)
         try:
-            value, repeated = parse_yaml(raw)
+            self.put(keys, override_value(_alternatives_at(keys) or (), raw))
         except YamlError as error:
-            if "str" not in kinds:
-                self._refuse(keys, raw, f"the value is not YAML: {error}")
-                return
-            value, repeated = raw, []
-        if repeated:
-            self._refuse(keys, raw, f"key {repeated[0][0]} is given twice")
-            return
-        if "str" in kinds and not (isinstance(value, str) or (value is None and "null" in kinds)):
-            value = raw  # `decoder.name=7` and `workdir=1e3` are text
-        self.put(keys, value)
+            self._refuse(keys, raw, f"the value is not YAML: {error}")
 
     def put(self, keys: KeyPath, value: Any) -> None:
         """Sets a key or, key by key, a section; notes what is wrong."""
@@ -103,13 +93,13 @@ class Draft:
             self._refuse(keys, value, f"unknown key; {_dotted(keys[: position + 1])} is a value")
             return
         if index == len(entries):
-            entries.append(_plain(section().model_dump()) if section else None)
+            entries.append(_plain(section().model_dump()) if section else _REFUSED)
         if not last:
             assert section is not None
             self._descend(entries[index], section, keys, position + 1, value)
             return
         self._put_value(entries, keys, alternatives[0].items, value)
-        if entries[index] is None:  # refused, and there was nothing before
+        if entries[index] is _REFUSED:
             entries.pop()
 
     def _put_section(
@@ -132,8 +122,11 @@ class Draft:
         if entry_section:
             self._put_entries(container, keys, alternatives, entry_section, value)
             return
-        if not any(_matches(alternative, value) for alternative in alternatives):
+        if not any(alternative.allows(value) for alternative in alternatives):
             self._refuse(keys, value, f"must be {allowed_text(alternatives)}")
+            return
+        if not _is_writable(value):
+            self._refuse(keys, value, "holds what is no UTF-8 text")
             return
         whole = any(a.kind == "int" and a.has_type_of(value) for a in alternatives)
         if whole and not any(a.kind == "float" for a in alternatives):
@@ -164,19 +157,26 @@ class Draft:
     def _unknown(self, wrong: KeyPath, keys: KeyPath, section: type[Section], value: Any) -> None:
         dotted = _dotted(wrong if isinstance(value, dict) else keys)
         meant = nearest(dotted, sections=isinstance(value, dict))
-        self.doubtful.update(meant)
-        if meant:
-            hint = f"did you mean {' or '.join(meant)}?"
-        else:
+        if "." in str(wrong[-1]):  # A file's `train.alpha: 0.3`: dots are for overrides.
+            dotted = _dotted(keys)
+            known = _alternatives_at(key_path(dotted)) is not None
+            meant = [dotted] if known else nearest(dotted, sections=False)
+            if known:
+                reason = f"write it nested: {_nested(keys, value)}"
+            elif meant:
+                reason = f"unknown key; did you mean {_nested((meant[0],), value)}?"
+        elif meant:
+            reason = f"unknown key; did you mean {' or '.join(meant)}?"
+        if not meant:
             parent = _dotted(wrong[:-1])
-            hint = f"{parent or 'the sections are'}{' has' if parent else ''}: " + ", ".join(
-                section.model_fields
-            )
-        self.mistakes.append(f"{dotted}={short(value)}: unknown key; {hint}")
+            fields = short(", ".join(section.model_fields), 240)
+            reason = f"unknown key; {f'{parent} has' if parent else 'the sections are'}: {fields}"
+        self.doubtful.update(meant)
+        self.mistakes.append(f"{short(dotted)}={short(value)}: {reason}")
 
     def _refuse(self, keys: KeyPath, value: Any, reason: str) -> None:
         self.doubtful.add(_dotted(keys))
-        self.mistakes.append(f"{_dotted(keys)}={short(value)}: {reason}")
+        self.mistakes.append(f"{short(_dotted(keys))}={short(value)}: {reason}")
 
     def finish(self) -> Config:
         """Validates; what is wrong falls back to its default so that the rest is checked."""
@@ -196,7 +196,7 @@ class Draft:
         """Notes pydantic's findings; returns whether another round can find more."""
         defaults = _plain(Config().model_dump())
         found = _by_key(error)
-        for message in found.pop((), "").splitlines():  # rules that span sections
+        for message in filter(None, found.pop((), "").split("\n")):  # rules that span sections
             if not self._is_doubtful(message):
                 self.mistakes.append(message)
         for keys, message in found.items():
@@ -230,14 +230,17 @@ def _by_key(error: ValidationError) -> dict[KeyPath, str]:
     return found
 
 
-def _matches(alternative: Alternative, value: Any) -> bool:
-    if not alternative.has_type_of(value):
-        return False
-    if alternative.kind == "choice":
-        return value in alternative.choices
-    if alternative.kind == "list":
-        return all(any(_matches(item, part) for item in alternative.items) for part in value)
-    return True
+def _is_writable(value: Any) -> bool:
+    """Returns whether texts can be written as UTF-8; bytes that are none come as surrogates."""
+    texts = value if isinstance(value, list) else [value]
+    return not any(isinstance(text, str) and _SURROGATE.search(text) for text in texts)
+
+
+def _nested(keys: KeyPath, value: Any) -> str:
+    """Returns a key, dotted or not, and its value as a file has them, in one line."""
+    for key in reversed(key_path(_dotted(keys))):
+        value = [value] if isinstance(key, int) else {key: value}
+    return short(flow(value).removeprefix("{").removesuffix("}"), 160)
 
 
 def _alternatives_at(keys: KeyPath) -> tuple[Alternative, ...] | None:

@@ -18,6 +18,8 @@ from pydantic.fields import FieldInfo
 from mlpmem_jax.config.base import RUNTIME, Section
 
 INDEX = "N"  # stands for a number in the path of a list's entry
+_LONGEST_PATH = 100  # what is longer is no misspelt key
+_LIMITS = ("ge", "gt", "le", "lt", "pattern", "min_length", "max_length", "is_path", "hint")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Alternative:
     lt: float | None = None
     pattern: str | None = None
     min_length: int | None = None
+    max_length: int | None = None
+    is_path: bool = False
+    hint: str | None = None
     items: tuple["Alternative", ...] = ()
     section: type[Section] | None = None
 
@@ -47,7 +52,27 @@ class Alternative:
             return isinstance(value, list)
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False
-        return math.isfinite(value) and (self.kind == "float" or float(value).is_integer())
+        # Not asked of whole numbers: one of 400 digits is no float.
+        if isinstance(value, int):
+            return True
+        return math.isfinite(value) and (self.kind == "float" or value.is_integer())
+
+    def allows(self, value: Any) -> bool:
+        """Returns whether a value read from YAML is of this kind and within its bounds."""
+        if not self.has_type_of(value):
+            return False
+        if self.kind == "choice":
+            return value in self.choices
+        if self.kind == "list":
+            return all(any(item.allows(part) for item in self.items) for part in value)
+        if self.kind not in ("int", "float"):
+            return True
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
 
 
 @dataclass(frozen=True)
@@ -108,18 +133,29 @@ def all_keys() -> dict[str, Key]:
     return {key.path: key for key in keys_of(Config())}
 
 
+def holds_path(dotted: str) -> bool:
+    """Returns whether a key, or each entry of its list, is a path."""
+    key = all_keys().get(re.sub(r"(?<=\.)\d+(?=\.|$)", INDEX, dotted))
+    kinds = [] if key is None else [*key.alternatives, *key.alternatives[0].items]
+    return any(alternative.is_path for alternative in kinds)
+
+
 def type_text(alternatives: tuple[Alternative, ...]) -> str:
     """Returns a type in the short form of tables: `int ≥ 1 | auto`."""
     return " | ".join(_short(alternative) for alternative in alternatives)
 
 
 def allowed_text(alternatives: tuple[Alternative, ...]) -> str:
-    """Returns a type in the words of messages: "a whole number of at least 1, or auto"."""
-    return ", or ".join(_words(alternative) for alternative in alternatives)
+    """Returns a type in the words of messages: "a whole number from 1 to 1e9, or auto"."""
+    hints = [alternative.hint for alternative in alternatives if alternative.hint]
+    words = ", or ".join(_words(alternative) for alternative in alternatives)
+    return "; ".join([words, *hints])
 
 
 def nearest(dotted: str, sections: bool) -> list[str]:
     """Returns the keys (or sections) that a misspelt path most likely meant."""
+    if len(dotted) > _LONGEST_PATH:
+        return []
     numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", dotted)
     wanted = re.sub(r"(?<=\.)\d+(?=\.|$)", INDEX, dotted)
     paths = list(all_keys())
@@ -166,7 +202,7 @@ def _limits(metadata: tuple[Any, ...]) -> dict[str, Any]:
     limits: dict[str, Any] = {}
     for item in metadata:
         for constraint in (*getattr(item, "metadata", ()), item):
-            for name in ("ge", "gt", "le", "lt", "pattern", "min_length"):
+            for name in _LIMITS:
                 if getattr(constraint, name, None) is not None:
                     limits[name] = getattr(constraint, name)
     return limits
@@ -182,14 +218,24 @@ def _short(alternative: Alternative) -> str:
         return f"list of {items}" if len(alternative.items) == 1 else f"list of ({items})"
     if alternative.kind == "section":
         return "sections"
-    name = {"int": "int", "float": "float", "str": "text"}[alternative.kind]
+    if alternative.kind == "str":
+        return "path" if alternative.is_path else "text"
+    if alternative.ge is not None and alternative.le is not None:
+        return f"{alternative.kind} {_number(alternative.ge)} to {_number(alternative.le)}"
     symbols = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     limits = [
-        f"{symbol} {getattr(alternative, limit):g}"
+        f"{symbol} {_number(getattr(alternative, limit))}"
         for limit, symbol in symbols.items()
         if getattr(alternative, limit) is not None
     ]
-    return " ".join([name, ", ".join(limits)]).strip()
+    return " ".join([alternative.kind, ", ".join(limits)]).strip()
+
+
+def _number(value: float) -> str:
+    """Returns a bound as people write it: 256, 1e9, 1e-6, 4294967295."""
+    if isinstance(value, int) and (abs(value) < 10**4 or value % 10**3):
+        return str(value)
+    return re.sub(r"e([+-])0*(\d+)", lambda e: f"e{e[1].strip('+')}{e[2]}", f"{value:g}")
 
 
 def _words(alternative: Alternative) -> str:
@@ -200,13 +246,19 @@ def _words(alternative: Alternative) -> str:
         return "null"
     if alternative.kind == "list":
         nested = alternative.items[0].kind
-        items = {"str": "texts", "section": "sections"}.get(nested, _words(alternative.items[0]))
-        return f"a list of {items}"
+        words = re.sub("^a (whole )?number", r"\1numbers", _words(alternative.items[0]))
+        items = {"str": "texts", "section": "sections"}.get(nested, words)
+        return f"a list of {items}" + ", at least one" * bool(alternative.min_length)
     if alternative.kind == "section":
         return "a section (keys and values)"
     if alternative.kind == "str":
         if alternative.pattern:
-            return f"text that matches {alternative.pattern}"
+            longest = f" and has at most {alternative.max_length} characters"
+            return f"text that matches {alternative.pattern}" + longest * bool(
+                alternative.max_length
+            )
+        if alternative.is_path:
+            return "a path"
         return "text that is not empty" if alternative.min_length else "text"
     name = "a whole number" if alternative.kind == "int" else "a number"
     return name + _range_words(alternative)
@@ -215,13 +267,13 @@ def _words(alternative: Alternative) -> str:
 def _range_words(alternative: Alternative) -> str:
     low = high = ""
     if alternative.ge is not None:
-        low = f" of at least {alternative.ge:g}"
+        low = f" of at least {_number(alternative.ge)}"
     elif alternative.gt is not None:
-        low = f" above {alternative.gt:g}"
+        low = f" above {_number(alternative.gt)}"
     if alternative.le is not None:
-        high = f" at most {alternative.le:g}"
+        high = f" at most {_number(alternative.le)}"
     elif alternative.lt is not None:
-        high = f" below {alternative.lt:g}"
+        high = f" below {_number(alternative.lt)}"
     if alternative.ge is not None and alternative.le is not None:
-        return f" from {alternative.ge:g} to {alternative.le:g}"
+        return f" from {_number(alternative.ge)} to {_number(alternative.le)}"
     return f"{low},{high}" if low and high else low + high

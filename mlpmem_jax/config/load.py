@@ -8,10 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlpmem_jax.config.draft import Draft, KeyPath
+from mlpmem_jax.config.draft import Draft
+from mlpmem_jax.config.overrides import KeyPath, key_path
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.types import checked_path
 from mlpmem_jax.config.yaml_text import YamlError, parse_yaml, short, write_yaml
 from mlpmem_jax.errors import ConfigError
+
+_MOST_BYTES = 1 << 22  # of a file, so that /dev/zero ends
 
 
 def load_config(
@@ -23,7 +27,7 @@ def load_config(
 
     Args:
         path: YAML file; what it leaves out keeps its default.
-        overrides: `section.key=value` each, the value in YAML; later ones win.
+        overrides: `section.key=value` each, read by `config/overrides.py`; later ones win.
         assigned: Values by dotted path that win over everything, already parsed.
 
     Returns:
@@ -33,12 +37,12 @@ def load_config(
         ConfigError: With one line for each mistake.
     """
     draft = Draft()
-    for keys, value in _read_file(Path(path), draft.mistakes):
+    for keys, value in _read_file(config_path(path), draft.mistakes):
         draft.put(keys, value)
     for override in overrides:
         draft.override(override)
     for dotted, value in (assigned or {}).items():
-        draft.put(tuple(dotted.split(".")), value)
+        draft.put(key_path(dotted), value)
     return draft.finish()
 
 
@@ -59,8 +63,12 @@ def changed_config(
     for override in overrides:
         draft.override(override)
     for dotted, value in assigned.items():
-        draft.put(tuple(dotted.split(".")), value)
+        draft.put(key_path(dotted), value)
     return draft.finish()
+
+
+def _sets_something(part: Any) -> bool:
+    return part is not None and part != {}
 
 
 def dump_config(config: Config) -> str:
@@ -68,9 +76,23 @@ def dump_config(config: Config) -> str:
     return write_yaml(config.model_dump(mode="json"))
 
 
+def config_path(path: str | Path) -> Path:
+    """Returns the path of a configuration, the home directory in its place.
+
+    Raises:
+        ConfigError: No file can have such a path.
+    """
+    try:
+        return Path(checked_path(str(path)))
+    except ValueError as error:
+        raise ConfigError(f"--config {short(str(path))}: {error}") from None
+
+
 def _read_file(path: Path, mistakes: list[str]) -> Iterator[tuple[KeyPath, Any]]:
     try:
-        text = path.read_bytes().decode("utf-8")
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file (--config wants a YAML file)") from None
     except IsADirectoryError:
@@ -79,13 +101,16 @@ def _read_file(path: Path, mistakes: list[str]) -> Iterator[tuple[KeyPath, Any]]
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(f"{path}: larger than {_MOST_BYTES >> 20} MiB, so no configuration")
     try:
         value, repeated = parse_yaml(text)
     except YamlError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
     mistakes += [f"{path}: line {line}: key {key} is given twice" for key, line in repeated]
-    if value is None:
-        return
+    if value is None or (isinstance(value, dict) and not any(map(_sets_something, value.values()))):
+        # Its defaults would begin a run that nobody asked for: such a file was cut off.
+        raise ConfigError(f"{path}: sets no key; configs/quickstart.yaml is one to start from")
     if not isinstance(value, dict):
         raise ConfigError(
             f"{path}: holds {short(value)!r} and must hold sections (`decoder:` and so on)"

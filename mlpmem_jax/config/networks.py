@@ -1,11 +1,9 @@
 """Sections about networks and the devices they run on: decoder, memory, mesh."""
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from mlpmem_jax.config.base import Section, runtime, setting
-from mlpmem_jax.config.data import Auto, PositiveInt
+from mlpmem_jax.config.types import Auto, Blocks, Count, Epsilon, Name, Scale, Tokens, Width
 
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -13,24 +11,24 @@ ComputeDtype = Literal["auto", "float32", "bfloat16"]
 class DecoderConfig(Section):
     """A decoder-only Transformer of the GPT-2 or the Llama family, by these keys."""
 
-    name: str = setting("base", "name of the decoder", pattern=r"^[A-Za-z0-9._-]+$")
-    width: PositiveInt = setting(128, "width of the residual stream, D")
-    num_layers: PositiveInt = setting(6, "blocks")
-    num_heads: PositiveInt = setting(4, "attention heads, H")
-    num_kv_heads: PositiveInt | Auto = setting("auto", "key/value heads, G; auto: num_heads")
-    head_width: PositiveInt | Auto = setting("auto", "width of a head, A; auto: width / num_heads")
-    ffn_width: PositiveInt | Auto = setting(
+    name: Name = setting("base", "name of the decoder")
+    width: Width = setting(128, "width of the residual stream, D")
+    num_layers: Blocks = setting(6, "blocks")
+    num_heads: Width = setting(4, "attention heads, H")
+    num_kv_heads: Width | Auto = setting("auto", "key/value heads, G; auto: num_heads")
+    head_width: Width | Auto = setting("auto", "width of a head, A; auto: width / num_heads")
+    ffn_width: Width | Auto = setting(
         "auto", "feed-forward width, F; auto: 4 D for gelu, 8/3 D rounded up to 64 for swiglu"
     )
-    context_tokens: PositiveInt = setting(256, "longest window that the decoder reads")
+    context_tokens: Tokens = setting(256, "longest window that the decoder reads")
     norm: Literal["rms", "layer"] = setting("rms", "rms: Llama; layer: GPT-2")
     positions: Literal["rope", "learned"] = setting("rope", "rope: Llama; learned: GPT-2")
     activation: Literal["swiglu", "gelu"] = setting("swiglu", "swiglu: Llama; gelu: GPT-2")
     biases: Literal["none", "all"] = setting("none", "none: Llama; all: GPT-2")
     head: Literal["tied", "untied"] = setting("untied", "untied: Llama; tied to embeddings: GPT-2")
-    rope_theta: float = setting(10000.0, "base wavelength of rotary positions", gt=0)
-    norm_epsilon: float = setting(1e-5, "added to the variance in norms", gt=0)
-    init_scale: float = setting(0.02, "standard deviation of initial weights", gt=0)
+    rope_theta: float = setting(10000.0, "base wavelength of rotary positions", ge=1, le=1e12)
+    norm_epsilon: Epsilon = setting(1e-5, "added to the variance in norms")
+    init_scale: Scale = setting(0.02, "standard deviation of initial weights")
     compute_dtype: ComputeDtype = setting("auto", "auto: float32 on CPU, bfloat16 elsewhere")
     remat: Literal["none", "full", "dots"] = runtime(
         "none", "what the backward pass recomputes: nothing, blocks, all but matrix products"
@@ -48,10 +46,10 @@ class DecoderConfig(Section):
 class MemoryConfig(Section):
     """The MLP Memory (paper, section 3.1): no token mixing."""
 
-    name: str = setting("base", "name of the memory", pattern=r"^[A-Za-z0-9._-]+$")
-    width: PositiveInt = setting(128, "width of the residual stream, E")
-    num_layers: PositiveInt = setting(4, "feed-forward blocks")
-    ffn_width: PositiveInt | Auto = setting("auto", "feed-forward width, F; as in decoder")
+    name: Name = setting("base", "name of the memory")
+    width: Width = setting(128, "width of the residual stream, E")
+    num_layers: Blocks = setting(4, "feed-forward blocks")
+    ffn_width: Width | Auto = setting("auto", "feed-forward width, F; as in decoder")
     block: Literal["swiglu", "gelu"] = setting(
         "swiglu", "swiglu with RMSNorm (Llama), gelu with LayerNorm and biases (GPT-2)"
     )
@@ -62,15 +60,15 @@ class MemoryConfig(Section):
     gate: Literal["none", "learned"] = setting(
         "none", "learned: λ is a sigmoid of a linear map of the input, for each token"
     )
-    gate_floor: float = setting(0.0, "the gate stays this far from 0 and from 1", ge=0, lt=0.5)
-    norm_epsilon: float = setting(1e-5, "added to the variance in norms", gt=0)
-    init_scale: float = setting(0.02, "standard deviation of initial weights", gt=0)
+    gate_floor: float = setting(0.0, "the gate stays this far from 0 and from 1", ge=0, le=0.49)
+    norm_epsilon: Epsilon = setting(1e-5, "added to the variance in norms")
+    init_scale: Scale = setting(0.02, "standard deviation of initial weights")
     compute_dtype: ComputeDtype = setting("auto", "auto: float32 on CPU, bfloat16 elsewhere")
     remat: Literal["none", "full", "dots"] = runtime("none", "as in decoder")
     layer_loop: Literal["auto", "scan", "unroll"] = runtime("auto", "as in decoder")
 
 
-MeshSize = Annotated[int, Field(ge=1)] | Auto
+MeshSize = Count | Auto
 
 
 class MeshConfig(Section):
@@ -79,4 +77,4 @@ class MeshConfig(Section):
     data: MeshSize = runtime("auto", "copies of the model; auto: all devices that are left")
     fsdp: MeshSize = runtime(1, "parts into which parameters are cut, gathered for use")
     tensor: MeshSize = runtime(1, "parts into which widths and the vocabulary are cut")
-    dcn_data: PositiveInt = runtime(1, "slices joined by the data-centre network, part of data")
+    dcn_data: Count = runtime(1, "slices joined by the data-centre network, part of data")

@@ -4,9 +4,9 @@ Defaults live here and in the section modules, nowhere else. Nothing in this pac
 imports JAX: a mistake is reported before a device is touched.
 """
 
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import ValidationInfo, model_validator
 
 from mlpmem_jax.config.analysis import AnalyzeConfig, CostConfig, SearchQualityConfig
 from mlpmem_jax.config.base import Section, runtime, setting
@@ -26,6 +26,8 @@ from mlpmem_jax.config.stages import (
     TrainConfig,
 )
 from mlpmem_jax.config.suite import AblateConfig, CompareConfig, OverfittingConfig
+from mlpmem_jax.config.types import PathText, Seed
+from mlpmem_jax.errors import one_line
 
 __all__ = ["Config", "LossWeights"]
 
@@ -41,8 +43,8 @@ class LossWeights(NamedTuple):
 class Config(Section):
     """Everything that can be set."""
 
-    workdir: str = runtime("runs/quickstart", "the run's directory, local or gs://")
-    seed: Annotated[int, Field(ge=0)] = setting(0, "seed of initial weights and of the data order")
+    workdir: PathText = runtime("runs/quickstart", "the run's directory, local or gs://")
+    seed: Seed = setting(0, "seed of initial weights and of the data order")
     corpus: CorpusConfig = setting(CorpusConfig(), CorpusConfig.__doc__ or "")
     tokenizer: TokenizerConfig = setting(TokenizerConfig(), TokenizerConfig.__doc__ or "")
     decoder: DecoderConfig = setting(DecoderConfig(), DecoderConfig.__doc__ or "")
@@ -140,5 +142,5 @@ class Config(Section):
 
         mistakes = cross_section_mistakes(self)
         if mistakes:
-            raise ValueError("\n".join(mistakes))
+            raise ValueError("\n".join(map(one_line, mistakes)))
         return self

@@ -5,53 +5,67 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mlpmem_jax.config.base import Section, runtime, setting
-from mlpmem_jax.config.data import Auto, Fraction, PositiveInt
-
-NonNegativeInt = Annotated[int, Field(ge=0)]
+from mlpmem_jax.config.types import (
+    Auto,
+    Count,
+    Decay,
+    Epsilon,
+    Fraction,
+    Mark,
+    Name,
+    NonNegativeInt,
+    OpenFraction,
+    PositiveInt,
+    Rows,
+    Scale,
+    Seed,
+    Tokens,
+    Weight,
+)
 
 
 class OptimizerConfig(Section):
     """AdamW with warm-up, decay and clipping."""
 
-    learning_rate: float = setting(2e-3, "peak learning rate", gt=0)
+    learning_rate: float = setting(2e-3, "peak learning rate", ge=1e-12, le=1e3)
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "decay after the warm-up")
     warmup_steps: NonNegativeInt = setting(50, "steps of linear warm-up")
     final_fraction: Fraction = setting(0.1, "learning rate at the end, as a share of the peak")
-    weight_decay: float = setting(0.1, "decoupled weight decay of matrices", ge=0)
-    beta1: float = setting(0.9, "decay of the first moment", ge=0, lt=1)
-    beta2: float = setting(0.95, "decay of the second moment", ge=0, lt=1)
-    epsilon: float = setting(1e-8, "added to the root of the second moment", gt=0)
-    clip_norm: Annotated[float, Field(gt=0)] | None = setting(1.0, "largest gradient norm")
+    weight_decay: Weight = setting(0.1, "decoupled weight decay of matrices")
+    beta1: Decay = setting(0.9, "decay of the first moment")
+    beta2: Decay = setting(0.95, "decay of the second moment")
+    epsilon: Epsilon = setting(1e-8, "added to the root of the second moment")
+    clip_norm: Scale | None = setting(1.0, "largest gradient norm")
 
 
 class TrainingConfig(Section):
     """What both training commands share."""
 
     num_steps: PositiveInt = setting(600, "optimiser steps")
-    batch_size: PositiveInt = setting(16, "windows in a step, over all devices")
-    window_tokens: PositiveInt | Auto = setting("auto", "tokens in a window")
+    batch_size: Count = setting(16, "windows in a step, over all devices")
+    window_tokens: Tokens | Auto = setting("auto", "tokens in a window")
     optimizer: OptimizerConfig = setting(OptimizerConfig(), "optimiser")
-    accumulation_steps: PositiveInt = setting(1, "parts of a batch whose gradients are summed")
+    accumulation_steps: Count = setting(1, "parts of a batch whose gradients are summed")
     loss_chunk_tokens: PositiveInt = runtime(
         1024, "tokens on a device whose logits exist at the same time"
     )
     log_interval_steps: PositiveInt = runtime(10, "steps between two lines of metrics")
     eval_interval_steps: PositiveInt = runtime(200, "steps between two validations")
-    eval_batches: PositiveInt = runtime(8, "batches of a validation during training")
+    eval_batches: Count = runtime(8, "batches of a validation during training")
     checkpoint_interval_steps: PositiveInt = runtime(200, "steps between two checkpoints")
-    keep_checkpoints: PositiveInt = runtime(2, "newest checkpoints that are kept")
-    prefetch_batches: PositiveInt = runtime(4, "batches read ahead")
+    keep_checkpoints: Count = runtime(2, "newest checkpoints that are kept")
+    prefetch_batches: Count = runtime(4, "batches read ahead")
 
 
 class PretrainConfig(TrainingConfig):
     """Training of the decoder on the corpus."""
 
-    window_tokens: PositiveInt | Auto = setting(
+    window_tokens: Tokens | Auto = setting(
         "auto", "tokens in a window; auto: decoder.context_tokens"
     )
 
 
-LossWeight = Annotated[float, Field(ge=0)] | Auto
+LossWeight = Weight | Auto
 Start = Literal["checkpoint", "fresh"]
 
 
@@ -61,9 +75,7 @@ class TrainConfig(TrainingConfig):
     mode: Literal["memory", "joint"] = setting(
         "memory", "memory: the decoder is frozen (the paper); joint: both are trained"
     )
-    name: str = setting(
-        "auto", "name of a joint model; auto: memory.name", pattern=r"^[A-Za-z0-9._-]+$"
-    )
+    name: Name = setting("auto", "name of a joint model; auto: memory.name")
     inputs: Literal["stored", "online"] = setting(
         "stored",
         "stored: rows of the datastore; online: the frozen decoder runs in the step (mode=memory)",
@@ -81,13 +93,13 @@ class TrainConfig(TrainingConfig):
     interpolation_final: Fraction | None = setting(
         None, "λ at the last step, reached linearly; none: it stays (not with a gate)"
     )
-    gate_prior: float = setting(
-        0.0, "weight of KL(train.interpolation ‖ gate), which keeps the gate from collapsing", ge=0
+    gate_prior: Weight = setting(
+        0.0, "weight of KL(train.interpolation ‖ gate), which keeps the gate from collapsing"
     )
     decoder_start: Start = setting("checkpoint", "mode=joint: the run's decoder, or a fresh one")
     memory_start: Start = setting("fresh", "mode=joint: a fresh memory, or the run's memory")
-    decoder_gradient: float = setting(
-        1.0, "factor of the gradient from the memory into the decoder; 0: none (mode=joint)", ge=0
+    decoder_gradient: Weight = setting(
+        1.0, "factor of the gradient from the memory into the decoder; 0: none (mode=joint)"
     )
     decoder_freeze_steps: NonNegativeInt = setting(
         0, "steps before the decoder moves (mode=joint); its schedule begins then"
@@ -105,13 +117,13 @@ class TrainConfig(TrainingConfig):
         OptimizerConfig(learning_rate=5e-4), "optimiser of the decoder (mode=joint)"
     )
     num_steps: PositiveInt = setting(1000, "optimiser steps")
-    batch_size: PositiveInt = setting(32, "windows in a step, over all devices")
-    window_tokens: PositiveInt | Auto = setting(
+    batch_size: Count = setting(32, "windows in a step, over all devices")
+    window_tokens: Tokens | Auto = setting(
         "auto", "rows in a window; auto: datastore.chunk_rows stored, context_tokens online"
     )
     optimizer: OptimizerConfig = setting(OptimizerConfig(weight_decay=0.0), "optimiser")
     alpha: Fraction = setting(0.4, "weight of KL(p_kNN ‖ p_MEM) against cross-entropy (Eq. 6)")
-    normalizer_batches: PositiveInt = setting(
+    normalizer_batches: Count = setting(
         4, "batches that memory.input_norm=standardize is measured on"
     )
 
@@ -119,25 +131,31 @@ class TrainConfig(TrainingConfig):
 class EvaluateConfig(Section):
     """The table."""
 
-    batch_size: PositiveInt = runtime(32, "windows evaluated at once, over all devices")
-    bootstrap_samples: int = setting(2000, "draws of the paired bootstrap over documents", ge=100)
-    confidence: float = setting(0.95, "level of the intervals", gt=0, lt=1)
-    knn_valid_rows: PositiveInt | None = setting(
+    batch_size: Count = runtime(32, "windows evaluated at once, over all devices")
+    bootstrap_samples: int = setting(
+        2000, "draws of the paired bootstrap over documents", ge=100, le=10**6
+    )
+    confidence: OpenFraction = setting(0.95, "level of the intervals")
+    knn_valid_rows: Rows | None = setting(
         None, "validation rows used to tune the kNN-LM; none: all"
     )
-    latency_tokens: PositiveInt = runtime(64, "tokens decoded to measure milliseconds per token")
+    latency_tokens: Count = runtime(64, "tokens decoded to measure milliseconds per token")
 
 
 class GenerateConfig(Section):
     """Sampling."""
 
-    prompts: tuple[str, ...] = runtime(("def ",), "texts to continue")
+    prompts: tuple[str, ...] = runtime(("def ",), "texts to continue", min_length=1)
     max_new_tokens: PositiveInt = runtime(64, "tokens to generate")
     sampling: Literal["greedy", "random"] = runtime("random", "greedy takes the most probable")
-    temperature: float = runtime(0.8, "divides the log-probabilities", gt=0)
+    temperature: Annotated[
+        float, Field(ge=1e-6, le=1e6), Mark(hint="generate.sampling=greedy takes no temperature")
+    ] = runtime(0.8, "divides the log-probabilities")
     top_k: PositiveInt | None = runtime(None, "keep so many most probable tokens")
-    top_p: float | None = runtime(0.95, "keep the fewest tokens with this mass", gt=0, le=1)
+    top_p: Annotated[float, Field(ge=1e-6, le=1)] | None = runtime(
+        0.95, "keep the fewest tokens with this mass"
+    )
     interpolation: Fraction | Auto = runtime(
         "auto", "λ, the memory's weight; auto: as trained, else as evaluate chose it on validation"
     )
-    seed: NonNegativeInt | None = runtime(None, "seed of the sampler; none: the run's seed")
+    seed: Seed | None = runtime(None, "seed of the sampler; none: the run's seed")

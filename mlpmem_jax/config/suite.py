@@ -1,13 +1,18 @@
 """Sections about tables of several runs: compare, overfitting, ablate."""
 
-from typing import Annotated, Literal, get_args
-
-from pydantic import Field
+from typing import Literal, get_args
 
 from mlpmem_jax.config.base import Section, setting
-from mlpmem_jax.config.data import PositiveInt
+from mlpmem_jax.config.types import (
+    Count,
+    Name,
+    OpenFraction,
+    Seed,
+    SweptFloat,
+    SweptInt,
+    Text,
+)
 
-Seed = Annotated[int, Field(ge=0)]
 # A row of the main table; what each is stands in `pipeline/rows.py`.
 RowName = Literal[
     "decoder",
@@ -29,7 +34,7 @@ ALL_ROWS: tuple[RowName, ...] = get_args(RowName)
 class TeacherConfig(Section):
     """Another decoder whose states make targets: the configuration's with some keys changed."""
 
-    name: str = setting("teacher", "what rows call it", pattern=r"^[A-Za-z0-9._-]+$")
+    name: Name = setting("teacher", "what rows call it")
     overrides: tuple[str, ...] = setting(
         (), "what is different about it, section.key=value each, as on the command line"
     )
@@ -38,8 +43,8 @@ class TeacherConfig(Section):
 class RecipeConfig(Section):
     """A row of one's own: the configuration with some keys changed."""
 
-    name: str = setting("recipe", "name of the row", pattern=r"^[A-Za-z0-9._-]+$")
-    label: str | None = setting(None, "what tables and pictures call it; none: its name")
+    name: Name = setting("recipe", "name of the row")
+    label: Text | None = setting(None, "what tables and pictures call it; none: its name")
     overrides: tuple[str, ...] = setting(
         (), "what is different, section.key=value each, as on the command line"
     )
@@ -48,7 +53,7 @@ class RecipeConfig(Section):
         "all: decoder with memory, or joint; decoder: the decoder alone; beside: the decoder mixed "
         "with that of the configuration",
     )
-    teacher: str | None = setting(
+    teacher: Text | None = setting(
         None, "which of compare.teachers makes the targets; none: the row's own decoder"
     )
 
@@ -56,7 +61,7 @@ class RecipeConfig(Section):
 class CompareConfig(Section):
     """The main table: the memory beside its baselines and controls, several seeds."""
 
-    name: str = setting("compare", "name of the table in results/", pattern=r"^[A-Za-z0-9._-]+$")
+    name: Name = setting("compare", "name of the table in results/")
     seeds: tuple[Seed, ...] = setting((0, 1, 2), "seeds; each trains every row anew", min_length=1)
     rows: tuple[RowName, ...] = setting(
         ALL_ROWS, "rows of the table, in its order; the decoder is always one", min_length=1
@@ -70,27 +75,25 @@ class CompareConfig(Section):
         "what the controls of equal cost are given: all that the memory cost beyond the decoder "
         "(search and index count seconds × peak), or only what networks computed",
     )
-    parameter_tolerance: float = setting(
-        0.01, "how far the parameters of controls of equal size may be off, as a share", gt=0, lt=1
+    parameter_tolerance: OpenFraction = setting(
+        0.01, "how far the parameters of controls of equal size may be off, as a share"
     )
 
 
 class OverfittingConfig(Section):
     """Test nats by epoch, for a decoder and a memory that are trained for long."""
 
-    name: str = setting(
-        "overfitting", "name of the table in results/", pattern=r"^[A-Za-z0-9._-]+$"
-    )
+    name: Name = setting("overfitting", "name of the table in results/")
     seeds: tuple[Seed, ...] = setting((0,), "seeds", min_length=1)
-    decoder_epochs: PositiveInt = setting(6, "epochs that the decoder is trained for")
-    memory_epochs: PositiveInt = setting(8, "epochs that the memory is trained for")
+    decoder_epochs: Count = setting(6, "epochs that the decoder is trained for")
+    memory_epochs: Count = setting(8, "epochs that the memory is trained for")
 
 
 class SweepConfig(Section):
     """One key of the configuration, and the values that it takes."""
 
-    key: str = setting("train.alpha", "dotted key of the configuration", min_length=1)
-    values: tuple[int | float | str | None, ...] = setting((), "its values")
+    key: Text = setting("train.alpha", "dotted key of the configuration")
+    values: tuple[SweptInt | SweptFloat | str | None, ...] = setting((), "its values")
     overrides: tuple[str, ...] = setting(
         (), "what else is different for all of its values, section.key=value each"
     )
@@ -109,6 +112,6 @@ class SweepConfig(Section):
 class AblateConfig(Section):
     """Sweeps of one key each, around the configuration."""
 
-    name: str = setting("ablate", "name of the table in results/", pattern=r"^[A-Za-z0-9._-]+$")
+    name: Name = setting("ablate", "name of the table in results/")
     seeds: tuple[Seed, ...] = setting((0,), "seeds", min_length=1)
     sweeps: tuple[SweepConfig, ...] = setting((), "the sweeps, in order")

@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from mlpmem_jax.config.schema import Config
 
 
+_LEAST_WEIGHT = 1e-6  # of a loss; float32 gradients of smaller ones vanish
+_MOST_PHASES = 1000
+
+
 def training_mistakes(config: Config) -> Iterator[str]:
     """Yields one line for each rule that is broken."""
     for rule in (_schedules, _losses, _starts):
@@ -48,6 +52,9 @@ def _losses(config: Config) -> Iterator[str]:
             "train.joint_weight, train.lm_weight and train.memory_weight are all 0: "
             "nothing would be trained"
         )
+    for name, weight in zip(weights._fields, weights, strict=True):
+        if 0 < weight < _LEAST_WEIGHT:
+            yield f"train.{name}_weight={weight} must be 0 or at least {_LEAST_WEIGHT}"
     if train.mode == "memory" and weights.lm > 0:
         yield (
             f"train.lm_weight={weights.lm} needs train.mode=joint: the decoder is frozen in "
@@ -91,6 +98,13 @@ def _starts(config: Config) -> Iterator[str]:
         yield (
             f"train.refresh_interval_steps={train.refresh_interval_steps} needs "
             "train.mode=joint: a frozen decoder's targets do not age"
+        )
+    phases = -(-train.num_steps // train.refresh_interval_steps)
+    if phases > _MOST_PHASES:
+        yield (
+            f"train.refresh_interval_steps={train.refresh_interval_steps} cuts train.num_steps="
+            f"{train.num_steps} into {phases} phases, each with files of its own: at most "
+            f"{_MOST_PHASES}"
         )
     if config.targets.workdir is not None:
         yield (

@@ -16,6 +16,7 @@ _FLOAT = re.compile(
     r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
     r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
 )
+_MOST_DIGITS = 1000  # Python itself refuses 4,300
 _NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 
 
@@ -36,18 +37,29 @@ class _Reader(yaml.SafeLoader):
         if isinstance(node, yaml.MappingNode):
             seen = set()
             for key_node, _ in node.value:
-                if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
+                if not isinstance(key_node, yaml.ScalarNode):
+                    continue  # refused by the reader itself
+                if key_node.value in seen:
                     self.repeated.append((key_node.value, key_node.start_mark.line + 1))
-                if isinstance(key_node, yaml.ScalarNode):
-                    seen.add(key_node.value)
+                seen.add(key_node.value)
         return super().construct_mapping(node, deep=deep)
 
 
 def _read_int(reader: _Reader, node: yaml.ScalarNode) -> int:
-    return int(reader.construct_scalar(node).replace("_", ""))
+    digits = reader.construct_scalar(node).replace("_", "")
+    if len(digits) > _MOST_DIGITS:
+        raise YamlError(f"line {node.start_mark.line + 1}: a number of {len(digits)} digits")
+    return int(digits)
 
 
-_Reader.add_constructor("tag:yaml.org,2002:int", _read_int)
+# Tags of the core schema alone: no timestamps, binary data or sets.
+_CORE = ("null", "bool", "float", "seq", "map", "str")
+_TAG = "tag:yaml.org,2002:"
+_Reader.yaml_constructors = {
+    None: yaml.SafeLoader.yaml_constructors[None],
+    **{f"{_TAG}{name}": yaml.SafeLoader.yaml_constructors[f"{_TAG}{name}"] for name in _CORE},
+    f"{_TAG}int": _read_int,
+}
 
 
 class _Writer(yaml.SafeDumper):
@@ -94,8 +106,10 @@ def parse_yaml(text: str) -> tuple[Any, list[tuple[str, int]]]:
         raise YamlError(f"{where}{error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise YamlError(" ".join(str(error).split())) from None
-    except (ValueError, TypeError) as error:
-        raise YamlError(str(error)) from None
+    except YamlError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:  # `!!int x`, `!!bool x`
+        raise YamlError(f"a value does not fit its tag: {error}") from None
     except RecursionError:
         raise YamlError("it is nested too deeply") from None
     return value, reader.repeated
@@ -108,26 +122,30 @@ def write_yaml(value: Any) -> str:
     )
 
 
-def short(value: Any) -> str:
+def short(value: Any, longest: int = 80) -> str:
     """Returns a value as one line of a message, cut where it is long."""
-    if value is None:
-        return "null"
+    if value is None or value == "":
+        return "null" if value is None else '""'
     if isinstance(value, bool):
         return "true" if value else "false"
-    text = value if isinstance(value, str) else _flow(value)
+    text = value if isinstance(value, str) else flow(value)
     text = " ".join(text.split()) if "\n" in text else text
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
+    """Returns a value as one line of YAML."""
     if isinstance(value, dict | list | tuple):
         plain = list(value) if isinstance(value, tuple) else value
-        return yaml.dump(
-            plain,
-            Dumper=_Writer,
-            default_flow_style=True,
-            sort_keys=False,
-            allow_unicode=True,
-            width=10**6,
-        ).strip()
+        try:
+            return yaml.dump(
+                plain,
+                Dumper=_Writer,
+                default_flow_style=True,
+                sort_keys=False,
+                allow_unicode=True,
+                width=10**6,
+            ).strip()
+        except RecursionError:
+            return "(nested too deeply)"
     return str(value)

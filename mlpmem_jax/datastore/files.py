@@ -12,12 +12,12 @@ from typing import Any
 
 from etils import epath
 
+from mlpmem_jax.config.keys import holds_path
 from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 
 _BLOCK_BYTES = 1 << 20
 _BUCKETS = ("gs://", "s3://")
 _CHECKPOINT_BUCKETS = ("gs://",)  # Orbax 0.12 refuses s3:// ("path should be absolute").
-_PATH_KEYS = ("workdir", "path", "paths")
 
 
 def is_local(path: str | epath.Path) -> bool:
@@ -60,7 +60,7 @@ def _named_paths(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tupl
     """Yields the keys that name files or directories, dotted, with each of their values."""
     for name, value in settings.items():
         key = f"{prefix}{name}"
-        if name in _PATH_KEYS:
+        if holds_path(key):
             paths = [value] if isinstance(value, str) else value or ()
             yield from ((key, path) for path in paths)
         elif isinstance(value, Mapping):

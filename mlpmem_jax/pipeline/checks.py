@@ -1,5 +1,6 @@
 """What stages refuse before they make anything."""
 
+from mlpmem_jax.config.checks import without_keys
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.errors import ArtifactError, ConfigError, Mistakes
@@ -47,7 +48,9 @@ def check_trained_apart(config: Config, command: str, instead: str) -> None:
 
 
 def check_retrieval(config: Config) -> None:
-    """Refuses an engine that is not installed, and, once there are tokens, too large a K.
+    """Refuses to search what is not stored, an engine that is not installed, too large a K.
+
+    How large K may be is known once there are tokens.
 
     Raises:
         ConfigError: Names the key, its value and what is allowed.
@@ -57,6 +60,9 @@ def check_retrieval(config: Config) -> None:
     from mlpmem_jax.retrieval.neighbors import check_enough_rows
 
     layout, mistakes, num_rows = Layout(config), Mistakes(), 0
+    with mistakes.gather():
+        for mistake in without_keys(config):
+            raise ConfigError(mistake)
     if layout.tokens.is_complete():
         num_rows = int(layout.tokens.load().counts["train_tokens"]) - 1
         name = str(layout.datastore("train").path)

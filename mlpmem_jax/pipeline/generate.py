@@ -6,7 +6,7 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.datastore.files import read_json
 from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.errors import ArtifactError, ConfigError
+from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.pipeline.evaluate import RESULTS
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
@@ -16,29 +16,10 @@ def main(config: Config, options: Options) -> int:
     """Runs the command."""
     if options.dry_run:
         return execute(lambda _: [], config, options)
-    _check_prompts(config)
     # Artifacts are checked before a device is touched.
     weight = 0.0 if options.without_memory else interpolation(config)
     generate(config, weight, with_memory=not options.without_memory)
     return 0
-
-
-def _check_prompts(config: Config) -> None:
-    """Refuses prompts that are no text.
-
-    Raises:
-        ConfigError: A prompt holds bytes that are not UTF-8.
-    """
-    broken = []
-    for number, prompt in enumerate(config.generate.prompts):
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            broken.append(f"generate.prompts.{number}={prompt!r} is not UTF-8 text")
-    if not config.generate.prompts:
-        broken.append('generate.prompts=[] has no prompt (an empty text "" is one)')
-    if broken:
-        raise ConfigError(broken)
 
 
 def interpolation(config: Config) -> float | None:

@@ -9,7 +9,7 @@ import pytest
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.errors import ArtifactError, ConfigError
+from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.pipeline import generate
 from mlpmem_jax.pipeline.options import Options
 
@@ -58,12 +58,12 @@ def test_without_memory_needs_none(
         generate.main(config, Options(workdir=config.workdir))
 
 
-def test_prompts_that_are_no_text(tiny_run: Config):
-    config = _with(tiny_run, prompts=("fine", "\udcff"))
-    with pytest.raises(ConfigError, match=r"generate\.prompts\.1=.*not UTF-8"):
-        generate.main(config, Options(workdir=config.workdir))
-    with pytest.raises(ConfigError, match="no prompt"):
-        generate.main(_with(tiny_run, prompts=()), Options(workdir=tiny_run.workdir))
+@pytest.mark.parametrize("prompt", ["---", "-x", "x" * 20_000, "null", " # "])
+def test_a_prompt_is_taken_as_typed(tiny_run: Config, capsys, prompt: str):
+    """One that is longer than the context keeps its last tokens."""
+    arguments = ["generate", "--config", str(TINY), "--workdir", tiny_run.workdir]
+    assert main([*arguments, "generate.max_new_tokens=1", "--prompt", prompt]) == 0
+    assert f"\n{prompt}" in capsys.readouterr().out
 
 
 def test_interpolation_without_results(tiny_run: Config, tmp_path: Path):

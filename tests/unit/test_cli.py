@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 
@@ -60,6 +61,65 @@ def test_generate_takes_prompts(calls):
     assert options.without_memory
 
 
+@pytest.mark.parametrize(
+    "text", ["---", "--", "-x", "--x y", "-1", "", " # ", "null", '"quoted"', "a=b", "--dry-runs"]
+)
+def test_values_of_flags_are_taken_as_typed(calls, text):
+    assert cli.main(["generate", "--config", CONFIG, "--prompt", text, f"--prompt={text}"]) == 0
+    assert calls[0][1].generate.prompts == (text, text)
+    if text.strip():
+        assert cli.main(["compile", "--workdir", text, "--output", text, "--config", CONFIG]) == 0
+        assert (calls[1][1].workdir, calls[1][2].output) == (text, text)
+
+
+@pytest.mark.parametrize("words", [["--rebuild"], ["--config", CONFIG], ["-h"], ["--workdir=x"]])
+def test_a_forgotten_value_is_no_flag(calls, capsys, words):
+    assert cli.main(["train", "--config", CONFIG, "--workdir", *words]) == 2
+    err = capsys.readouterr().err
+    assert f"argument --workdir: expected one argument before {words[0]}" in err
+    assert not calls
+
+
+def test_what_follows_two_dashes_are_overrides(calls):
+    assert cli.main(["train", "--config", CONFIG, "--", "seed=3"]) == 0
+    assert calls[0][1].seed == 3
+
+
+def test_flags_find_the_home_directory(calls, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(CONFIG, tmp_path / "tiny.yaml")
+    flags = ["--config", "~/tiny.yaml", "--workdir=~/run", "--output", "~/a.json"]
+    assert cli.main(["compile", *flags]) == 0
+    ((_, config, options),) = calls
+    assert config.workdir == options.workdir == str(tmp_path / "run")
+    assert options.output == str(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--workdir", ""], 'workdir="": must be a path, and this one is empty'),
+        (["--workdir", " \t"], "workdir= \\t: must be a path, and this one is empty"),
+        (["--workdir", "runs/x\n"], "workdir=runs/x: holds a line break"),
+        (["--output", ""], '--output "": must be a path, and this one is empty'),
+        (["--output", "~nobody-here/x"], "--output ~nobody-here/x: ~nobody-here: no such user"),
+        (["--config", ""], '--config "": must be a path, and this one is empty'),
+        (["--config", "~nobody-here/x"], "--config ~nobody-here/x: ~nobody-here: no such user"),
+        (["--topology", ""], 'compile.topology="": must be local or'),
+        (["--step", ""], 'compile.step="": must be pretrain, train, embed or decode'),
+        (["--workdir", "\udcff"], "workdir=\\udcff: holds what is no UTF-8 text"),
+        (["compile.nowhere=1", "x" * 20_000], "x: not an override; write section.key=value"),
+        (["--" + "x" * 20_000], "unrecognized arguments: --xxx"),
+    ],
+)
+def test_values_that_cannot_be(calls, capsys, flags, expected):
+    assert cli.main(["compile", "--config", CONFIG, *flags]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert any(expected in line for line in lines)
+    assert all(line.startswith("error: ") and len(line) < 620 for line in lines)
+    assert not calls
+
+
 def test_prompt_belongs_to_generate_alone(calls, capsys):
     assert cli.main(["train", "--config", CONFIG, "--prompt", "x"]) == 2
     assert "error: unrecognized arguments: --prompt" in capsys.readouterr().err
@@ -96,7 +156,7 @@ def test_issue_example_exits_2_with_both_mistakes_and_writes_nothing(tmp_path):
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
         "error: decodr.num_layers=2: unknown key; did you mean decoder.num_layers?",
-        "error: train.batch_size=-1: must be a whole number of at least 1",
+        "error: train.batch_size=-1: must be a whole number from 1 to 1e6",
     ]
     assert list(tmp_path.iterdir()) == []
 

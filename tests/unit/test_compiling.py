@@ -16,9 +16,8 @@ from mlpmem_jax.compiling import memory as fitting
 from mlpmem_jax.compiling.collectives import Fabric, group_of
 from mlpmem_jax.compiling.hlo import Instruction, Program
 from mlpmem_jax.compiling.schedule import COMPUTE, INTERCONNECT, MEMORY, Simulator
-from mlpmem_jax.compiling.topology import check_name
+from mlpmem_jax.config.compiling import CompileConfig
 from mlpmem_jax.config.networks import DecoderConfig
-from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.parallel.chips import CHIPS, Chip
 from mlpmem_jax.parallel.mesh import single_device_mesh
@@ -369,14 +368,18 @@ def test_every_step_compiles_here(capsys, step):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("v9:2x2", "must be local, or FAMILY:SIZES"),
-        ("v5p", "must be local, or FAMILY:SIZES"),
+        ("v9:2x2", "must be local or FAMILY:SIZES"),
+        ("V5E:2x2", "must be local or FAMILY:SIZES"),
+        ("v5p", "must be local or FAMILY:SIZES"),
+        ("", "must be local or FAMILY:SIZES"),
+        ("v5e:0x4", "must be local or FAMILY:SIZES"),
         ("v5p:4x4", "v5p slices have 3 dimensions"),
         ("v5e:2x2x2", "v5e slices have 2 dimensions"),
     ],
 )
-def test_unknown_topologies_end_with_2(capsys, name, expected):
-    assert main(["compile", "--config", TINY, "--topology", name]) == 2
+@pytest.mark.parametrize("command", ["compile", "train"])  # found before any work
+def test_unknown_topologies_end_with_2(capsys, command, name, expected):
+    assert main([command, "--config", TINY, f"compile.topology={name}"]) == 2
     err = capsys.readouterr().err
     assert expected in err
     assert "v5p:4x4x4" in err
@@ -401,9 +404,7 @@ def test_output_is_checked_first(tmp_path, capsys):
 
 def test_known_topologies_pass():
     for name in ("local", "v5p:8x8x8", "v5e:16x16", "v6e:2x4"):
-        check_name(name)
-    with pytest.raises(ConfigError):
-        check_name("V5E:2x2")
+        assert CompileConfig(topology=name).topology == name
 
 
 @pytest.mark.skipif(

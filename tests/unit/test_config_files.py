@@ -53,7 +53,7 @@ def test_help_lists_each_key_with_type_default_and_meaning(name):
     for key in select(COMMANDS[name].sections):
         assert f" {key.path} " in f" {text} "
         assert " ".join(key.description.split()) in text
-    assert "seed int ≥ 0, default 0" in text
+    assert "seed int 0 to 4294967295, default 0" in text
 
 
 def test_help_names_what_commands_read_of_other_sections():
