@@ -98,8 +98,15 @@ def free_port() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="launch/run.sh", allow_abbrev=False)
-    parser.add_argument("--processes", type=int, required=True)
-    parser.add_argument("--devices-per-process", type=int)
+    parser.add_argument("--processes", type=_count, required=True)
+    parser.add_argument("--devices-per-process", type=_count)
     parser.add_argument("--logs")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return number
