@@ -229,7 +229,7 @@ def test_what_else_lies_beside_the_code_stays(tpus, tmp_path):
     for home in homes:
         (home / "out" / "one").mkdir(parents=True)
         (home / "out" / "one" / "manifest.json").write_text("results")
-    tpus.git("rm", "--quiet", "own")
+    tpus.git("rm", "--quiet", "--force", "own")
     done = tpus.start("--target", "tpu-vm", *FLAGS, "--keep", *COMMAND)
     assert done.returncode == 0, done.stderr
     for home in homes:
