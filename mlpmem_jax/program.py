@@ -22,6 +22,7 @@ def run(module: str = "mlpmem_jax.__main__", arguments: Sequence[str] | None = N
     for stream in (sys.stdout, sys.stderr):
         # A table must not be lost because a terminal cannot show λ; one character stays one.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    code: int | str | None
     try:
         code = _imported_and_run(module, arguments)
     except SystemExit as end:  # --help
