@@ -5,8 +5,9 @@
 #   MLPMEM_PYTHON   the interpreter to make it with; otherwise the first of python3.12,
 #                   python3.11, python3 that is 3.11 or newer
 #
-# A copy of each requirements file is kept in the environment once it is installed, so a
-# second start compares files and starts no Python.
+# A copy of each requirements file is kept in the environment, in `installed`, once it is
+# installed, so a second start compares files and starts no Python. That folder also says that the
+# launcher made the environment: no other is cleared or installed into.
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${MLPMEM_VENV:-$root/.venv}"
@@ -62,20 +63,35 @@ venv_fits() {
   grep -Eq "^version(_info)? = ${wanted//./\\.}(\.|$)" "$venv/pyvenv.cfg" 2>/dev/null
 }
 
-make_venv() {
-  local python
-  if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv")" ]; then
+# check_own_venv: refuses a directory that is there and was not made by make_venv.
+check_own_venv() {
+  if [ -d "$venv/installed" ] || [ ! -e "$venv" ]; then return; fi
+  if [ ! -d "$venv" ]; then fail "$venv exists and is no directory: set MLPMEM_VENV"; fi
+  if [ -z "$(ls -A "$venv")" ]; then return; fi
+  if [ ! -e "$venv/pyvenv.cfg" ]; then
     fail "$venv exists and is no virtual environment: move it away, or set MLPMEM_VENV"
   fi
+  fail "$venv was not made by the launcher, which would change it: set MLPMEM_VENV to a new" \
+    "directory, or start $venv/bin/python -m mlpmem_jax yourself"
+}
+
+# make_venv: makes the environment, in place of one that was made here before.
+make_venv() {
+  local python
   python="$(find_python)" || exit $?
   say "making $venv with $python"
-  "$python" -m venv --clear "$venv" >&2 || fail "$python could not make $venv"
+  # By hand and not with --clear: after an interrupt it must still be known to be ours.
+  mkdir -p "$venv/installed"
+  find -H "$venv" -mindepth 1 -maxdepth 1 ! -name installed -exec rm -rf {} +
+  rm -f "$venv"/installed/*
+  "$python" -m venv "$venv" >&2 || fail "$python could not make $venv"
 }
 
 # ensure_environment FILE...: installs the requirements files (of the project's root) that
 # are not installed yet or have changed.
 ensure_environment() {
   local file stale=()
+  check_own_venv
   venv_fits || make_venv
   for file in "$@"; do
     cmp -s "$root/$file" "$venv/installed/$file" || stale+=("$file")

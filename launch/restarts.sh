@@ -15,11 +15,16 @@ restarts="${MLPMEM_RESTARTS:-100}"
 backoff_secs="${MLPMEM_BACKOFF_SECS:-10}"
 run_id="${MLPMEM_RUN_ID:-$(date +%Y%m%d-%H%M%S)-${HOSTNAME:-host}-$$}"
 
-# need_number NAME VALUE: refuses what is not a whole number of at least 0.
+# need_number NAME VALUE [LEAST]: refuses what is not a whole number of at least LEAST (0).
 need_number() {
+  local least="${3:-0}"
   case "$2" in
-    '' | *[!0-9]*) fail "$1=$2: must be a whole number of at least 0" ;;
+    # Bash takes a leading 0 for octal, and cannot compare more than 64 bits.
+    '' | *[!0-9]* | 0?* | ??????????*) ;;
+    *) [ "$2" -lt "$least" ] || return 0 ;;
   esac
+  fail "$1=$2: must be a whole number of at least $least" \
+    "and at most 999999999"
 }
 
 # check_restarts: refuses settings that make no sense, before anything runs.

@@ -101,32 +101,75 @@ need_checkout() {
 # project_arguments WORD…: sets `arguments` to the words, paths inside the project relative to
 # it, because they will be used where only the project is.
 project_arguments() {
-  local word file wants_file=no
-  arguments=()
-  for word in "$@"; do
-    if [ "$wants_file" = yes ]; then
-      word="$(project_file "$word")" || exit $?
-      wants_file=no
-    fi
-    case "$word" in
-      --config) wants_file=yes ;;
-      --config=*)
-        file="$(project_file "${word#--config=}")" || exit $?
-        word="--config=$file"
-        ;;
-      "$root"/*) word="${word#"$root"/}" ;;
-    esac
-    arguments+=("$word")
+  local i
+  with_config project_file "$@"
+  for ((i = 0; i < ${#arguments[@]}; i++)); do
+    arguments[i]="${arguments[i]#"$root"/}"
   done
 }
 
 # project_file PATH: prints a tracked file's path in the project; refuses any other file.
 project_file() {
   local directory path
+  ! is_read_once "$1" || fail "--config $1: a pipe cannot be copied; write it to a file" \
+    "that git tracks"
   directory="$(cd -- "$(dirname -- "$1")" 2>/dev/null && pwd -P)" || fail "--config $1: no such file"
   path="$directory/$(basename -- "$1")"
   path="${path#"$(cd -- "$root" && pwd -P)"/}"
   git -C "$root" ls-files --error-unmatch -- "$path" >/dev/null 2>&1 ||
     fail "--config $1: only files that git tracks are copied; \`git add\` it first"
   printf '%s\n' "$path"
+}
+
+# is_read_once PATH: succeeds for what cannot be read again, or not by another process: <(…), a
+# pipe, standard input.
+is_read_once() {
+  case "$1" in
+    /dev/stdin | /dev/fd/* | /proc/*/fd/*) return 0 ;;
+  esac
+  [ -e "$1" ] && [ ! -f "$1" ] && [ ! -d "$1" ]
+}
+
+# with_config COMMAND WORD…: sets `arguments` to the words, each path of --config replaced by what
+# COMMAND PATH prints.
+with_config() {
+  local replace="$1" word wants_file=no
+  shift
+  arguments=()
+  for word in "$@"; do
+    if [ "$wants_file" = yes ]; then
+      word="$("$replace" "$word")" || exit $?
+      wants_file=no
+    else
+      case "$word" in
+        --config) wants_file=yes ;;
+        --config=*)
+          word="$("$replace" "${word#--config=}")" || exit $?
+          word="--config=$word"
+          ;;
+        *=/dev/stdin | *=/dev/fd/* | *=/proc/*/fd/*)
+          fail "$word: cannot be read again after a restart; write it to a file" ;;
+      esac
+    fi
+    arguments+=("$word")
+  done
+}
+
+# keep_config WORD…: sets `arguments` to the words; a configuration that can be read only once is
+# copied, for restarts and for all processes.
+keep_config() {
+  kept="${TMPDIR:-/tmp}/mlpmem-config-$$-$RANDOM"
+  trap 'rm -f "$kept/config.yaml"; rmdir "$kept" 2>/dev/null || true' EXIT
+  with_config kept_config "$@"
+}
+
+# kept_config PATH: prints the path itself, or of its copy.
+kept_config() {
+  if ! is_read_once "$1"; then
+    printf '%s\n' "$1"
+  elif mkdir -m 700 "$kept" && cat -- "$1" >"$kept/config.yaml"; then
+    printf '%s\n' "$kept/config.yaml"
+  else
+    fail "--config $1: cannot be copied to $kept"
+  fi
 }

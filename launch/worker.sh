@@ -13,12 +13,19 @@
 #   worker.sh failure HOST          prints the end of the log, on that host alone
 #   worker.sh stop                  asks the run to save and end; kills it after a while
 #
-# Beside the code: .run/log, .run/log.before, .run/pid, .run/exit_code, .run/run_id.
+# Beside the code: .run/log, .run/log.before, .run/pid, .run/exit_code, .run/run_id, .run/code (its
+# files, so that the next copy removes those alone).
 set -euo pipefail
 
 here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 state="$here/.run"
 stop_secs="${MLPMEM_STOP_SECS:-120}"
+case "$stop_secs" in
+  *[!0-9]*)
+    echo "error: MLPMEM_STOP_SECS=$stop_secs: must be a whole number" >&2
+    exit 2
+    ;;
+esac
 mkdir -p "$state"
 
 running() {

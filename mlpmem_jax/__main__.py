@@ -1,5 +1,10 @@
 """`python -m mlpmem_jax COMMAND --config FILE [section.key=value …]`."""
 
+if __name__ == "__main__":  # Before the imports below, which take a second.
+    from mlpmem_jax.program import run
+
+    run()
+
 import argparse
 import difflib
 import os
@@ -14,13 +19,12 @@ from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.types import checked_path
 from mlpmem_jax.config.yaml_text import short
-from mlpmem_jax.errors import EXIT_USER_ERROR, PREEMPTED, UserError
+from mlpmem_jax.console import complain, discard_output, say
+from mlpmem_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, PREEMPTED, UserError
 from mlpmem_jax.failures import explain, user_error_in
 from mlpmem_jax.parallel import multihost
 from mlpmem_jax.parallel.preemption import Preempted
 from mlpmem_jax.pipeline import COMMANDS, Options, run_command
-
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(arguments)
     except KeyboardInterrupt:
-        _complain("interrupted; the same command continues where this one stopped")
+        complain("interrupted; the same command continues where this one stopped")
         return multihost.leave(EXIT_INTERRUPTED)
     except Preempted as notice:
-        _complain(f"{notice}; the same command continues", kind="preempted")
+        complain(f"{notice}; the same command continues", kind="preempted")
         return multihost.leave_together(PREEMPTED)
     except BrokenPipeError:
         # The reader of our output left (`| head`): nothing to say, nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return multihost.leave(1)
     except Exception as error:
         code = _explained(error)
@@ -64,21 +68,21 @@ def _explained(error: Exception) -> int | None:
         return None
     if mistake:
         for message in mistake.messages:
-            _complain(message)
+            complain(message)
         return mistake.exit_code
     reason = explain(error)
     if reason is None:
         return None
-    _complain(f"{reason} (MLPMEM_TRACEBACK=1 shows where)")
+    complain(f"{reason} (MLPMEM_TRACEBACK=1 shows where)")
     return EXIT_USER_ERROR
 
 
 def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
+        say(_overview())
         return 0 if arguments else EXIT_USER_ERROR
     if arguments[0] == "--version":
-        print(f"mlpmem_jax {__version__}")
+        say(f"mlpmem_jax {__version__}")
         return 0
     return run_command(*parse(arguments))
 
@@ -243,11 +247,3 @@ def _unknown_command(command: str) -> str:
     near = difflib.get_close_matches(command, COMMANDS, n=1)
     hint = f"did you mean {near[0]}?" if near else "commands: " + ", ".join(COMMANDS)
     return f"{command}: unknown command; {hint}"
-
-
-def _complain(message: str, kind: str = "error") -> None:
-    print(f"{kind}: {message}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

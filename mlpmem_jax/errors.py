@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 EXIT_RUN_FAILED = 1
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it.
 PREEMPTED = 75  # Saved, start me again: the launcher does. EX_TEMPFAIL of sysexits.h.
 _LONGEST, _MOST = 600, 20  # characters of a message, and messages
 

@@ -4,41 +4,114 @@ The operating system raises `OSError`; TensorStore, Orbax and XLA put the same f
 the messages of other exceptions. Either way the user gets one line that names the file.
 """
 
+import contextlib
 import errno
+import os
 import re
+from collections.abc import Iterator
 
 from mlpmem_jax.errors import UserError
 
+_KEPT = "what is finished is kept: free space and start the same command again"
 _BY_NUMBER = {
-    errno.ENOSPC: "no space left on the disk; what is finished is kept: free space and start the "
-    "same command again",
-    errno.EDQUOT: "the disk quota is used up; what is finished is kept: free space and start the "
-    "same command again",
+    errno.ENOSPC: f"no space left on the disk; {_KEPT}",
+    errno.EDQUOT: f"the disk quota is used up; {_KEPT}",
     errno.EACCES: "permission denied",
     errno.EPERM: "not permitted",
     errno.EROFS: "the file system is read-only",
     errno.ENOENT: "no such file or directory",
     errno.ENOTDIR: "a part of this path is a file, not a directory",
     errno.EISDIR: "is a directory",
+    errno.ELOOP: "symbolic links lead in a circle",
     errno.ENAMETOOLONG: "the path is too long",
-    errno.EMFILE: "too many open files (raise `ulimit -n`)",
+    errno.EMFILE: "too many open files in this process (raise `ulimit -n`)",
+    errno.ENFILE: "too many open files on this machine (close programs, or raise fs.file-max)",
     errno.EFBIG: "the file would be larger than the file system or `ulimit -f` allows",
+    errno.ENOMEM: "the machine has no memory left, or `ulimit -v` allows no more",
+    errno.EIO: "input/output error: look at the disk, or at the connection to it",
+    errno.ESTALE: "stale NFS handle: the server has lost the file; start the same command again",
+    errno.ETIMEDOUT: "timed out; start the same command again once the server answers",
+    errno.ENOTCONN: "the file system is no longer mounted",
+    errno.EHOSTDOWN: "the server does not answer",
+    errno.ENOLCK: "the file system gives no locks; use a workdir on another one",
 }
 _ORDINARY = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
-_BY_WORDS = (
-    ("no space left on device", _BY_NUMBER[errno.ENOSPC]),
-    ("disk quota exceeded", _BY_NUMBER[errno.EDQUOT]),
-    ("read-only file system", _BY_NUMBER[errno.EROFS]),
-    ("permission denied", _BY_NUMBER[errno.EACCES]),
-    ("permission_denied", _BY_NUMBER[errno.EACCES]),
-    ("too many open files", _BY_NUMBER[errno.EMFILE]),
-    ("file too large", _BY_NUMBER[errno.EFBIG]),
+# Where a library passes on what the system said without its number.
+_BY_WORDS = {
+    "permission_denied": _BY_NUMBER[errno.EACCES],
+    "can't start new thread": "no further thread can be started (raise `ulimit -u`, or the "
+    "container's limit of processes)",
+    "std::bad_alloc": _BY_NUMBER[errno.ENOMEM],
+}
+# TensorStore: "[os_error_code='27']", "[OS error 28: ENOSPC No space left on device]".
+_NUMBER = re.compile(r"os_error_code='(\d+)'|\[OS error (\d+)")
+_QUOTED_PATH = re.compile(r"""["'](?:file://)?(/[^"'\\]+)["'\\]""")
+
+_STAGE_NOTE = "while making "
+# What takes the memory of a stage, by the first part of the artifact's path.
+_MEMORY_KEYS = {
+    "decoder": "pretrain.batch_size or pretrain.loss_chunk_tokens",
+    "memory": "train.batch_size or train.loss_chunk_tokens",
+    "joint": "train.batch_size or train.loss_chunk_tokens",
+    "datastore": "datastore.batch_size",
+    "index": "retrieval.key_chunk_rows",
+    "neighbors": "retrieval.query_batch or retrieval.key_chunk_rows",
+    "targets": "retrieval.query_batch or retrieval.key_chunk_rows",
+    "results": "evaluate.batch_size or evaluate.bootstrap_samples",
+}
+_ANY_MEMORY_KEY = (
+    "the batch size of this stage (or its loss_chunk_tokens, query_batch, key_chunk_rows)"
 )
-_OUT_OF_MEMORY = (
-    "out of memory; lower the batch size of this stage (or its loss_chunk_tokens, "
-    "query_batch, key_chunk_rows)"
-)
-_QUOTED_PATH = re.compile(r"""["'](?:file://)?(/[^"']+)["']""")
+
+
+@contextlib.contextmanager
+def of_stage(name: str) -> Iterator[None]:
+    """Notes with failures which artifact was being made."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(_STAGE_NOTE + name)
+        raise
+
+
+@contextlib.contextmanager
+def of_file(path: object) -> Iterator[None]:
+    """Names the file in failures of reading and writing, which the system leaves out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def os_error_in(error: BaseException, path: object) -> OSError | None:
+    """Returns what the system said, if a library's error passes it on and it is no missing file.
+
+    Args:
+        error: What was raised.
+        path: The file or array, where the message names none.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    number = number or _number_in(str(error))
+    if number is None or number in _ORDINARY:
+        return None
+    return OSError(number, os.strerror(number), _path_in(str(error)) or str(path))
+
+
+def _number_in(message: str) -> int | None:
+    """Returns the number of an error of the system that a library's message passes on."""
+    found = _NUMBER.search(message)
+    if found:
+        return int(found[1] or found[2])
+    lowered = message.lower()
+    words = ((n, os.strerror(n).lower()) for n in _BY_NUMBER if n not in {*_ORDINARY, errno.EPERM})
+    return next((number for number, word in words if word in lowered), None)
+
+
+def _path_in(message: str) -> str | None:
+    found = _QUOTED_PATH.search(message)
+    return found[1] if found else None
 
 
 def explain(error: BaseException) -> str | None:
@@ -76,24 +149,35 @@ def user_error_in(error: BaseException) -> UserError | None:
 
 
 def _explain_one(error: BaseException) -> str | None:
+    message = str(error)
     if isinstance(error, MemoryError):
-        return _OUT_OF_MEMORY
+        return _out_of_memory(error, message)
     if isinstance(error, OSError) and error.errno in _BY_NUMBER:
         # Sockets and the like have no file; their own words are then the best there is.
-        path = error.filename2 or error.filename
-        reason = _BY_NUMBER[error.errno]
-        return f"{_text(path)}: {reason}" if path is not None else reason
-    if not isinstance(error, ValueError | RuntimeError | OSError):
+        file = error.filename2 or error.filename
+        return f"{_text(file)}: {_BY_NUMBER[error.errno]}" if file else _BY_NUMBER[error.errno]
+    if not isinstance(error, ValueError | RuntimeError | OSError | ImportError):
         return None
-    message = str(error)
     lowered = message.lower()
-    for words, reason in _BY_WORDS:
-        if words in lowered:
-            path = _QUOTED_PATH.search(message)
-            return f"{path[1]}: {reason}" if path else f"{reason} ({_first_line(message)})"
+    number = _number_in(message)
+    reason = _BY_NUMBER.get(number) if number and number not in _ORDINARY else None
+    reason = reason or next((text for words, text in _BY_WORDS.items() if words in lowered), None)
+    if reason is not None:
+        path = _path_in(message)
+        return f"{path}: {reason}" if path else f"{reason} ({_first_line(message)})"
     if "resource_exhausted" in lowered and "memory" in lowered:
-        return f"{_OUT_OF_MEMORY} ({_first_line(message)})"
+        return _out_of_memory(error, message)
     return None
+
+
+def _out_of_memory(error: BaseException, message: str) -> str:
+    """Says where memory ran out, how much was asked for, and which keys to lower."""
+    notes = (note for note in getattr(error, "__notes__", ()) if note.startswith(_STAGE_NOTE))
+    note = next(notes, "")
+    keys = _MEMORY_KEYS.get(note.removeprefix(_STAGE_NOTE).split("/")[0], _ANY_MEMORY_KEY)
+    where = f" {note}" if note else ""
+    asked = f" ({_first_line(message)})" if message.strip() else ""
+    return f"out of memory{where}{asked}; lower {keys}"
 
 
 def _text(path: object) -> str:

@@ -4,6 +4,11 @@ They are joined by jax.distributed over a free port of localhost, with Gloo's co
 CPU. Started by `launch/run.sh --processes N`; does not start JAX itself.
 """
 
+if __name__ == "__main__":  # Before the imports below, which take a second.
+    from mlpmem_jax.program import run
+
+    run("mlpmem_jax.launching")
+
 import argparse
 import os
 import socket
@@ -12,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlpmem_jax import __main__ as command_line
+from mlpmem_jax.console import complain, note
 from mlpmem_jax.datastore.files import is_local
 from mlpmem_jax.errors import EXIT_USER_ERROR, UserError
 from mlpmem_jax.failures import explain
@@ -49,13 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"error: {explain(error) or error}", file=sys.stderr)
+        complain(explain(error) or str(error))
         return EXIT_USER_ERROR
-    print(
-        f"launch: {flags.processes} processes; logs of all but the first: {logs}/process-*.log",
-        file=sys.stderr,
-        flush=True,
-    )
+    note(f"launch: {flags.processes} processes; logs of all but the first: {logs}/process-*.log")
     command = [sys.executable, "-P", "-m", "mlpmem_jax", *arguments]
     environments = environments_of(flags.processes, flags.devices_per_process, os.environ)
     return run_processes(command, environments, logs)
@@ -96,12 +98,15 @@ def free_port() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="launch/run.sh", allow_abbrev=False)
-    parser.add_argument("--processes", type=int, required=True)
-    parser.add_argument("--devices-per-process", type=int)
+    parser.add_argument("--processes", type=_count, required=True)
+    parser.add_argument("--devices-per-process", type=_count)
     parser.add_argument("--logs")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     return parser
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return number

@@ -49,11 +49,11 @@ run_target() {
   name="$(flag --name)" image="$(flag --image)"
   if [ -n "$(flag --tpu-type)" ] && [ -z "$(flag --device-type)" ]; then
     file=Dockerfile.tpu
-    need_number --num-slices "$(flag --num-slices 1)"
+    need_number --num-slices "$(flag --num-slices 1)" 1
     device=(--tpu-type "$(flag --tpu-type)" --num-slices "$(flag --num-slices 1)")
   elif [ -z "$(flag --tpu-type)" ] && [ -n "$(flag --device-type)" ]; then
     file=Dockerfile.gpu
-    need_number --num-nodes "$(flag --num-nodes 1)"
+    need_number --num-nodes "$(flag --num-nodes 1)" 1
     device=(--device-type "$(flag --device-type)" --num-nodes "$(flag --num-nodes 1)")
   else
     fail "--target gke needs one of --tpu-type and --device-type"

@@ -40,12 +40,8 @@ run_target() {
   devices="$(flag --devices-per-process)"
   logs="$(flag --logs)"
   with="$(flag --with)"
-  need_number --processes "$processes"
-  [ "$processes" -gt 0 ] || fail "--processes=0: must be at least 1"
-  if [ -n "$devices" ]; then
-    need_number --devices-per-process "$devices"
-    [ "$devices" -gt 0 ] || fail "--devices-per-process=0: must be at least 1"
-  fi
+  need_number --processes "$processes" 1
+  [ -z "$devices" ] || need_number --devices-per-process "$devices" 1
   check_restarts
   if [ -n "$with" ]; then
     [ -e "$root/requirements-$with.txt" ] ||
@@ -72,7 +68,8 @@ run_target() {
       print_processes "${logs:-WORKDIR/logs}" "$devices" "${python[@]}" mlpmem_jax "$@"
     return
   fi
+  keep_config "$@"
   ensure_environment "${requirements[@]}"
   export "${variables[@]}"
-  with_restarts "${launching[@]}" "$@"
+  with_restarts "${launching[@]}" "${arguments[@]}"
 }

@@ -17,10 +17,74 @@ flags of slurm:
   --gpus-per-node G     GPUs on each, and processes; 8
   --name NAME           of the job; mlpmem
   --partition P, --account A, --time T    as sbatch's
-  --sbatch "FLAGS"      further flags for sbatch, for example "--qos=long --exclusive"
+  --sbatch "FLAGS"      further flags for sbatch, quoted as in a shell, for example
+                        '--qos long --comment="two words"'
   --wait                wait for the job and exit as it does
   --dry-run             print the script and the commands, write and run nothing
 USAGE
+}
+
+# directive WORD…: prints the words as one #SBATCH line, as sbatch reads it.
+directive() {
+  local word line="#SBATCH" name
+  for word in "$@"; do
+    name=""
+    case "$word" in
+      --*=*) name="${word%%=*}=" word="${word#*=}" ;;
+    esac
+    case "$word" in
+      *[!A-Za-z0-9_@%+=:,./-]*) word="${word//\\/\\\\}" word="\"${word//\"/\\\"}\"" ;;
+      '') [ -n "$name" ] || word='""' ;;
+    esac
+    line+=" $name$word"
+  done
+  printf '%s\n' "$line"
+}
+
+# further_directives FLAGS: prints a line for each flag, with its value if that is a word of its
+# own. The words are those of a shell, but nothing in them is replaced.
+further_directives() {
+  local word words=() flag_and_value=()
+  [ -n "${1//[[:space:]]/}" ] || return 0
+  printf '%s\n' "$1" | xargs printf '%s\n' >/dev/null 2>&1 ||
+    fail "--sbatch=$1: quotes are not closed"
+  while IFS= read -r -d '' word; do words+=("$word"); done \
+    < <(printf '%s\n' "$1" | xargs printf '%s\0')
+  for word in "${words[@]}"; do
+    case "$word" in
+      -[!0-9]*)
+        [ "${#flag_and_value[@]}" -eq 0 ] || directive "${flag_and_value[@]}"
+        flag_and_value=("$word")
+        ;;
+      *)
+        [ "${#flag_and_value[@]}" -eq 1 ] || fail "--sbatch=$1: $word belongs to no flag"
+        flag_and_value+=("$word")
+        ;;
+    esac
+  done
+  directive "${flag_and_value[@]}"
+}
+
+# readable_config PATH: prints the path; refuses one that cannot be read.
+readable_config() {
+  { [ -r "$1" ] && [ ! -d "$1" ]; } || fail "--config $1: cannot be read"
+  printf '%s\n' "$1"
+}
+
+# frozen_config PATH: prints where the job reads a configuration: a copy, so that it runs what was
+# submitted, however long it waits and however often it is queued again.
+frozen_config() {
+  if [ "$dry_run" = yes ]; then
+    quoted cp -- "$1" "$frozen" >&3
+  else
+    cat -- "$1" >"$frozen.new"
+    if [ -e "$frozen" ] && ! cmp -s "$frozen.new" "$frozen"; then
+      rm -f "$frozen.new"
+      fail "MLPMEM_RUN_ID=$run_id: was submitted with another configuration ($frozen)"
+    fi
+    mv "$frozen.new" "$frozen"
+  fi
+  printf '%s\n' "$frozen"
 }
 
 # job_script COMMAND…: prints the batch script.
@@ -39,10 +103,9 @@ job_script() {
 #SBATCH --signal=TERM@180
 SCRIPT
   for extra in partition account time; do
-    [ -z "$(flag "--$extra")" ] || printf '#SBATCH --%s=%s\n' "$extra" "$(flag "--$extra")"
+    [ -z "$(flag "--$extra")" ] || directive "--$extra=$(flag "--$extra")"
   done
-  # shellcheck disable=SC2046  # words are meant
-  for extra in $(flag --sbatch); do printf '#SBATCH %s\n' "$extra"; done
+  [ -z "$further" ] || printf '%s\n' "$further"
   cat <<SCRIPT
 set -euo pipefail
 cd $(quoted "$PWD")
@@ -67,11 +130,17 @@ SCRIPT
 }
 
 run_target() {
-  local name folder script
+  local name folder script further extra frozen
   need_flags --nodes
   check_restarts
-  need_number --nodes "$(flag --nodes)"
-  need_number --gpus-per-node "$(flag --gpus-per-node 8)"
+  need_number --nodes "$(flag --nodes)" 1
+  need_number --gpus-per-node "$(flag --gpus-per-node 8)" 1
+  for extra in partition account time; do
+    case "$(flag "--$extra")" in
+      *[[:cntrl:]]*) fail "--$extra: must be one line" ;;
+    esac
+  done
+  further="$(further_directives "$(flag --sbatch)")" || exit $?
   name="$(flag --name mlpmem)"
   case "$name" in
     *[!A-Za-z0-9_.-]*) fail "--name=$name: letters, digits, dots, dashes and underscores only" ;;
@@ -82,16 +151,23 @@ run_target() {
     *[[:space:]%]*) fail "$PWD: sbatch cannot write logs to a path with spaces or %" ;;
   esac
   script="$folder/$name.sbatch"
+  if [ -e "$script" ] && ! grep -qF launch/task.sh "$script"; then
+    fail "$script: is not the launcher's, which would replace it; use another --name"
+  fi
+  frozen="$folder/$name-${run_id//[!A-Za-z0-9_.-]/_}.yaml"
+  with_config readable_config "$@"
+  exec 3>&1
+  step mkdir -p "$folder"
+  with_config frozen_config "$@"
   # Here and not in the job: nodes often have no network.
   step bash "$root/launch/install.sh" requirements.txt requirements-gpu.txt \
     requirements-remote.txt
   if [ "$dry_run" = yes ]; then
-    printf 'mkdir -p %s\ncat >%s <<'\''END'\''\n' "$(quoted "$folder")" "$(quoted "$script")"
-    job_script "$@"
+    printf 'cat >%s <<'\''END'\''\n' "$(quoted "$script")"
+    job_script "${arguments[@]}"
     printf 'END\n'
   else
-    mkdir -p "$folder"
-    job_script "$@" >"$script"
+    job_script "${arguments[@]}" >"$script"
     say "wrote $script; logs: $folder/$name-JOB.log and $folder/$name-JOB/process-*.log"
   fi
   if [ "$(flag --wait)" = yes ]; then

@@ -144,11 +144,11 @@ copy_code() {
   step bash "$root/launch/pack.sh" "$archive" || return
   gcloud_tpu tpu-vm scp "$archive" "$name:$remote.tar.gz" --worker all
   step "${words[@]}" || return
-  # What is no code (results, the environment) stays where it is, and a run that is going on
-  # keeps its code.
+  # Only files of the code that was copied before go: whatever else lies there is not ours. A run
+  # that is going on keeps its code.
   on_workers all bash -c "if bash $remote/launch/worker.sh running 2>/dev/null; then exit; fi; \
-mkdir -p $remote && find $remote -mindepth 1 -maxdepth 1 \
-! -name runs ! -name .venv ! -name .run -exec rm -rf {} + && tar -xzf $remote.tar.gz -C $remote"
+mkdir -p $remote/.run && cd $remote && { [ ! -e .run/code ] || xargs -d '\\n' rm -f -- <.run/code; } \
+&& tar -xzf ../$remote.tar.gz && tar -tzf ../$remote.tar.gz >.run/code"
 }
 
 # follow: prints the log of worker 0 until the run ends; returns its exit code. A connection
@@ -236,8 +236,9 @@ run_target() {
   accelerator="$(flag --accelerator-type)"
   runtime="$(flag --runtime-version)"
   [ -n "$runtime" ] || runtime="$(runtime_of "$accelerator")" || exit $?
-  need_number --timeout "$(flag --timeout 86400)"
+  need_number --timeout "$(flag --timeout 86400)" 1
   poll_secs="${MLPMEM_POLL_SECS:-30}"
+  need_number MLPMEM_POLL_SECS "$poll_secs" 1
   need_program gcloud "install the Google Cloud CLI"
   need_checkout
   project_arguments "$@"

@@ -298,8 +298,9 @@ def _batch_bytes() -> int:
 def _read_progress(path: epath.Path) -> dict[str, np.ndarray] | None:
     if not path.exists():
         return None
+    content = path.read_bytes()
     try:
-        with np.load(io.BytesIO(path.read_bytes())) as archive:
+        with np.load(io.BytesIO(content)) as archive:
             return dict(archive)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{path}: damaged ({error}); make it again with --rebuild") from None

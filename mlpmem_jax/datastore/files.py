@@ -14,6 +14,7 @@ from etils import epath
 
 from mlpmem_jax.config.keys import holds_path
 from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
+from mlpmem_jax.failures import of_file
 
 _BLOCK_BYTES = 1 << 20
 _BUCKETS = ("gs://", "s3://")
@@ -147,7 +148,7 @@ def write_bytes(path: str | epath.Path, data: bytes) -> None:
     # One name a target: what a kill left is overwritten by the next start.
     temporary = f"{os.fspath(path)}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with of_file(path), open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -180,7 +181,8 @@ def read_json(path: str | epath.Path) -> Any:
         ArtifactError: The file is no JSON, for example because it was truncated.
     """
     try:
-        return json.loads(epath.Path(path).read_bytes())
+        with of_file(path):
+            return json.loads(epath.Path(path).read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path}: damaged, no JSON ({error})") from None
 
@@ -188,7 +190,7 @@ def read_json(path: str | epath.Path) -> Any:
 def crc32_of(path: str | epath.Path) -> tuple[int, int]:
     """Returns the size in bytes and the CRC-32 of a file, read in blocks."""
     size, crc = 0, 0
-    with epath.Path(path).open("rb") as file:
+    with of_file(path), epath.Path(path).open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             size += len(block)
             crc = zlib.crc32(block, crc)

@@ -4,6 +4,8 @@ A shard is one file and has one writer; it is written whole, so a kill leaves it
 complete. A missing shard is an error on reading, never a fill value.
 """
 
+import errno
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,13 +16,19 @@ import tensorstore as ts
 from etils import epath
 
 from mlpmem_jax.datastore.files import is_local
-from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.failures import os_error_in
 
 DTYPES: Mapping[str, Any] = {
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
     "float32": np.float32,
 }
+# Of a bucket whose server does not do what it is asked now.
+_UNREACHABLE = (
+    "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "RESOURCE_EXHAUSTED",
+    "UNAUTHENTICATED",
+)  # fmt: skip
 _DRIVERS = {"gs": "gcs"}  # TensorStore's names, where they are not the scheme of URLs.
 
 
@@ -107,15 +115,19 @@ def _opened(path: str | epath.Path, spec: dict[str, Any], **mode: Any) -> ts.Ten
     try:
         return ts.open(spec, **mode).result()
     except (ValueError, RuntimeError, OSError) as error:
-        raise _storage_error(path, error) from None
+        raise storage_error(path, error) from None
 
 
-def _storage_error(path: str | epath.Path, error: Exception) -> Exception:
+def storage_error(path: str | epath.Path, error: Exception) -> Exception:
+    """Returns what TensorStore's error means: the machine's, the server's, or damage."""
+    of_system = os_error_in(error, path)
+    if of_system is not None:
+        return of_system
     text = re.split(r" \[(?:source locations|\w*spec)=", str(error))[0]
-    if "No space left" in text or "RESOURCE_EXHAUSTED" in text:
-        return OSError(28, "No space left on device", str(path))
-    if "ermission denied" in text or "PERMISSION_DENIED" in text:
-        return PermissionError(13, "Permission denied", str(path))
+    if text.startswith(_UNREACHABLE):
+        return UserError(f"{path}: cannot be reached ({text}); start the same command again")
+    if "PERMISSION_DENIED" in text:
+        return PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     if "NOT_FOUND" in text:
         return ArtifactError(f"{path}: a part is missing ({text})")
     return ArtifactError(f"{path}: damaged or unreadable ({text})")
@@ -130,7 +142,7 @@ def read_rows(store: ts.TensorStore, start: int, stop: int) -> np.ndarray:
     try:
         return np.asarray(store[start:stop].read().result())
     except (ValueError, RuntimeError, OSError) as error:
-        raise _storage_error(array_path(store), error) from None
+        raise storage_error(array_path(store), error) from None
 
 
 def array_path(store: ts.TensorStore) -> str:
@@ -165,7 +177,7 @@ class PendingWrite:
         try:
             self._futures.result()
         except (ValueError, RuntimeError, OSError) as error:
-            raise _storage_error(array_path(self._store), error) from None
+            raise storage_error(array_path(self._store), error) from None
 
 
 def finished_shards(store: ts.TensorStore) -> frozenset[int]:

@@ -7,7 +7,7 @@ import tensorstore as ts
 
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.datastore.store import array_path, open_array
+from mlpmem_jax.datastore.store import array_path, open_array, storage_error
 from mlpmem_jax.errors import ArtifactError
 
 
@@ -63,9 +63,7 @@ class PendingRows:
             try:
                 rows = future.result()
             except (ValueError, RuntimeError, OSError) as error:
-                raise ArtifactError(
-                    f"{array_path(store)}: damaged or incomplete ({error})"
-                ) from None
+                raise storage_error(array_path(store), error) from None
             place[: len(rows)] = rows
         return out
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mlpmem_jax import signals
 from mlpmem_jax.errors import PREEMPTED
 
 POLL_SECS = 0.05
@@ -117,6 +118,7 @@ class _Group:
                     continue  # Nothing new: the first failure, or a signal, ended the rest.
                 code = status
                 if status == PREEMPTED:
+                    self.send(signal.SIGTERM)  # Before they have joined, none tells the others.
                     self._kill_within(SAVE_SECS)
                 else:
                     self._stop_rest(index, status)
@@ -209,6 +211,7 @@ def _collected(received: list[int]) -> Iterator[None]:
     # What is ignored stays ignored: nohup.
     heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in heard}
+    signals.pass_on()
     try:
         yield
     finally:

@@ -18,7 +18,6 @@ from mlpmem_jax.parallel import multihost
 from mlpmem_jax.parallel.agreement import refuse_different
 from mlpmem_jax.parallel.coordinator import told_by_all
 from mlpmem_jax.parallel.host import keep_freed_memory
-from mlpmem_jax.parallel.preemption import listening
 from mlpmem_jax.pipeline.options import Options
 
 __all__ = ["COMMANDS", "Command", "Options", "run_command"]
@@ -169,7 +168,7 @@ def run_command(name: str, config: Config, options: Options) -> int:
     """
     quiet_libraries()
     keep_freed_memory()
-    with contextlib.nullcontext() if options.dry_run else multihost.joined(), listening():
+    with contextlib.nullcontext() if options.dry_run else multihost.joined():
         _check_reachable_by_all(config, COMMANDS[name].sections)
         started_with = {"command": name, "flags": options.flags(), "software": software_versions()}
         refuse_different(started_with | config.model_dump(mode="json"))

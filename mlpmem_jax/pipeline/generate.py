@@ -3,7 +3,7 @@
 import sys
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.console import is_speaker, say
+from mlpmem_jax.console import is_speaker, note, say
 from mlpmem_jax.datastore.files import read_json
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.errors import ArtifactError
@@ -119,4 +119,4 @@ def generate(config: Config, weight: float | None, *, with_memory: bool) -> None
         else:
             screen.show(place, streams[place].push(token))
     if is_speaker():
-        print(f"generated {generator.timing}", file=sys.stderr, flush=True)
+        note(f"generated {generator.timing}")

@@ -12,6 +12,7 @@ from mlpmem_jax.console import say
 from mlpmem_jax.datastore.lock import only_maker
 from mlpmem_jax.datastore.manifest import Artifact, Manifest, Status
 from mlpmem_jax.errors import ArtifactError, Mistakes, RunFailed
+from mlpmem_jax.failures import of_stage
 from mlpmem_jax.parallel.agreement import of_first, refuse_different
 from mlpmem_jax.parallel.multihost import barrier, is_active, is_writer
 from mlpmem_jax.parallel.preemption import Preempted, preempted, run_id
@@ -250,7 +251,7 @@ def _make(
         stage.artifact.begin(stage.recipe, made_from, run_id())
     barrier(f"{stage.name}: begun")
     builds = stage.builders is Builders.ALL or is_writer()
-    with Stopwatch(stage.artifact) as stopwatch:
+    with Stopwatch(stage.artifact) as stopwatch, of_stage(stage.name):
         completion = stage.build() if builds else Completion()
         barrier(f"{stage.name}: built")
     seconds = stopwatch.seconds

@@ -197,7 +197,7 @@ def _check_written(path: epath.Path, files: Sequence[str], rows: range) -> None:
             for name in files
             if name.endswith(".npy")
         }
-    except (ValueError, OSError, EOFError):
+    except (ValueError, FileNotFoundError, EOFError):
         lengths = {}
     if lengths.get("dataset.npy") != len(rows):
         raise UserError(

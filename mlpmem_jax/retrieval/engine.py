@@ -9,7 +9,7 @@ import numpy as np
 
 from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.datastore.store import array_path, open_array, read_rows
+from mlpmem_jax.datastore.store import array_path, open_array, read_rows, storage_error
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.retrieval.merge import Neighbors
 
@@ -116,8 +116,7 @@ class StoredKeys:
         try:
             taken = np.asarray(self._store[row_Q].read().result())
         except (ValueError, RuntimeError, OSError) as error:
-            path = array_path(self._store)
-            raise ArtifactError(f"{path}: damaged or incomplete ({error})") from None
+            raise storage_error(array_path(self._store), error) from None
         return taken.astype(np.float32, copy=False)
 
 

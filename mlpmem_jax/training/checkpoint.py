@@ -23,6 +23,7 @@ from mlpmem_jax.datastore.files import check_free_space
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.datastore.verification import verify_together
 from mlpmem_jax.errors import ArtifactError, RunFailed
+from mlpmem_jax.failures import os_error_in
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.multihost import barrier, is_writer
 from mlpmem_jax.training.checksums import read_checksums, write_checksums
@@ -275,6 +276,9 @@ def _restored(
     try:
         restored = manager.restore(step, args=ocp.args.Composite(**arguments))
     except (ValueError, KeyError, TypeError) as error:
+        of_system = os_error_in(error, directory)
+        if of_system is not None:
+            raise of_system from None
         first_line = str(error).strip().splitlines()[0]
         raise ArtifactError(
             f"{directory}/{CHECKPOINTS}/{step}: does not fit the configured network ({first_line})"

@@ -1,5 +1,6 @@
 """The training loop, one for all networks. A task says what is trained and on what."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -118,7 +119,7 @@ def fit(
     state, start = _begin(task, blueprint, checkpoints)
     monitor = Monitor(task, config, start, stop, metrics_directory, checkpoints)
     waiting = waiting_groups(config, start)
-    with jax.set_mesh(mesh), stopping_where_asked():
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         feed = task.feed(range(start, stop))
         for step in range(start, stop):
             batch = next(feed)
@@ -126,6 +127,8 @@ def fit(
                 waiting = waiting_groups(config, step)
                 monitor.compiles()
             state, metrics = train_step(state, task.frozen, batch, waiting=waiting)
+            if step == start:  # While it was compiled there was nothing to save.
+                stack.enter_context(stopping_where_asked())
             monitor.dispatched(step + 1, metrics, feed.wait_secs)
             if _due(step + 1, config.eval_interval_steps, stop):
                 monitor.pause()

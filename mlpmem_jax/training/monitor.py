@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -87,6 +87,16 @@ class _Clock:
         return lap
 
 
+def _advice(optimizer: str, bad: Collection[str]) -> str:
+    """Returns which keys to look at, by which of the numbers are not finite."""
+    if "loss" not in bad and "grad_norm" not in bad:
+        return (
+            f"the gradient is finite, what the optimiser makes of it is not: look at {optimizer}."
+            "epsilon, learning_rate and weight_decay"
+        )
+    return f"likely causes: {optimizer}.learning_rate or clip_norm too high, warmup_steps too low"
+
+
 class Monitor:
     """Reads the metrics of step n−1 while step n runs, so that nothing waits for them."""
 
@@ -159,8 +169,8 @@ class Monitor:
         kept = "no checkpoint was saved before" if good is None else f"last good checkpoint: {good}"
         name, value = next(iter(bad.items()))
         raise RunFailed(
-            f"{self._task.name}: {name} is {value} at step {step} ({kept}); lower "
-            f"{self._task.name}.optimizer.learning_rate or clip_norm and start again"
+            f"{self._task.name}: {name} is {value} at step {step} ({kept}); "
+            + _advice(f"{self._task.name}.optimizer", bad)
         )
 
     def _speed(self, step: int) -> dict[str, float]:

@@ -94,6 +94,8 @@ def test_exit_code_is_that_of_the_workload(cluster):
         ([], "--target gke needs one of --tpu-type and --device-type"),
         (["--tpu-type", "a", "--device-type", "b"], "needs one of --tpu-type"),
         (["--tpu-type", "a", "--num-slices", "two"], "--num-slices=two: must be a whole number"),
+        (["--tpu-type", "a", "--num-slices=0"], "--num-slices=0: must be a whole number of at"),
+        (["--device-type", "a", "--num-nodes=0"], "--num-nodes=0: must be a whole number of at"),
         (["--tpu-type", "a", "--restarts=x"], "--restarts=x: must be a whole number"),
     ],
 )

@@ -23,7 +23,6 @@ case "$1 ${2:-}" in
   "-c "*) exit "${STAND_IN_OLD:-0}" ;;
   "-m venv")
     for directory in "$@"; do :; done
-    rm -rf "$directory"
     mkdir -p "$directory/bin"
     cp "$0" "$directory/bin/python"
     echo "version = ${STAND_IN_VERSION:-3.11}.7" >"$directory/pyvenv.cfg"
@@ -147,6 +146,34 @@ def test_what_is_no_environment_is_left_alone(project, tmp_path):
     done = project.start("run.sh", MLPMEM_VENV=str(precious.parent))
     assert done.returncode == 2 and "is no virtual environment" in done.stderr
     assert precious.read_text() == "mine"
+
+
+def test_an_environment_that_the_launcher_did_not_make_is_left_alone(project, tmp_path):
+    """One of another Python was cleared, one that fits was installed into."""
+    theirs = tmp_path / "theirs"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(theirs)], check=True)
+    (theirs / "mine.txt").write_text("mine")
+    before = sorted(str(path) for path in theirs.rglob("*"))
+    for version in ("3.11", "3.12"):  # one of them is not the environment's
+        done = project.start(
+            "run.sh", MLPMEM_VENV=str(theirs), MLPMEM_PYTHON="python3.12", STAND_IN_VERSION=version
+        )
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "was not made by the launcher" in done.stderr and "MLPMEM_VENV" in done.stderr
+    assert (theirs / "mine.txt").read_text() == "mine"
+    assert sorted(str(path) for path in theirs.rglob("*")) == before
+    assert project.asked("pip install") == 0
+
+
+def test_an_environment_that_was_interrupted_is_made_again(project):
+    project.start("run.sh", STAND_IN_PIP="1")
+    own = project.root / ".venv"
+    assert (own / "installed").is_dir()
+    (own / "pyvenv.cfg").unlink()
+    (own / "bin" / "python").unlink()
+    (own / "left-over").write_text("")
+    assert project.start("run.sh").returncode == 0
+    assert not (own / "left-over").exists()
 
 
 def test_environment_of_another_place_and_version(project, tmp_path):

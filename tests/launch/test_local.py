@@ -120,9 +120,9 @@ def test_further_requirements(words, checkout):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--processes", "0"], "--processes=0: must be at least 1"),
+        (["--processes", "0"], "--processes=0: must be a whole number of at least 1 "),
         (["--processes=two"], "--processes=two: must be a whole number"),
-        (["--devices-per-process", "0"], "--devices-per-process=0: must be at least 1"),
+        (["--devices-per-process", "0"], "--devices-per-process=0: must be a whole number"),
         (["--with", "sun"], "--with=sun: there is no requirements-sun.txt"),
         (["--processes"], "--processes needs a value"),
     ],

@@ -26,6 +26,11 @@ if [ "$code" = wait ]; then
   echo started
   while :; do sleep 0.1; done
 fi
+before=""
+for word in "$@"; do
+  [ "$before" != --config ] || [ -z "${READ:-}" ] || cat "$word" >>"$READ"
+  before="$word"
+done
 echo "run $*"
 [ -z "${STARTS:-}" ] || echo "${MLPMEM_RUN_ID:-}" >>"$STARTS"
 exit "${code:-0}"
@@ -87,6 +92,30 @@ def test_restarts_have_the_name_of_the_run(run, tmp_path):
     names = starts.read_text().split("\n")[:-1]
     assert len(names) == 6 and len(set(names[:3])) == len(set(names[3:])) == 1
     assert names[0] != names[3] and "" not in names
+
+
+@pytest.mark.parametrize("how", ["--config <(cat given)", "--config /dev/stdin <given"])
+def test_a_configuration_that_can_be_read_once_is_there_after_a_restart(run, tmp_path, how):
+    run(["0"])
+    run.codes.write_text("75\n75\n0\n")
+    read, temporary = tmp_path / "read", tmp_path / "temporary"
+    temporary.mkdir()
+    (tmp_path / "given").write_text("seed: 5\n")
+    script = run.checkout.root / "launch" / "run.sh"
+    done = subprocess.run(
+        ["bash", "-c", f'bash "$0" train {how}', str(script)],
+        cwd=tmp_path, capture_output=True, text=True,
+        env={**run.checkout.environment, "CODES": str(run.codes), "READ": str(read),
+             "TMPDIR": str(temporary)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert read.read_text() == "seed: 5\n" * 3
+    assert list(temporary.iterdir()) == []
+
+
+def test_other_files_that_can_be_read_once_are_refused(run):
+    code, starts, said = run(["0"], "train", "corpus.paths=/dev/fd/63")
+    assert (code, starts) == (2, 0) and "cannot be read again after a restart" in said
 
 
 @pytest.mark.parametrize("arguments", [["--restarts", "-1"], ["--restarts", "x"], ["--restarts"]])

@@ -1,6 +1,10 @@
 """run.sh --target slurm, with stand-ins for sbatch, srun and scontrol."""
 
+import os
 import re
+import shlex
+import shutil
+import subprocess
 
 import pytest
 
@@ -48,7 +52,8 @@ def cluster(checkout, tmp_path):
     (checkout.bin / "python3.12").chmod(0o755)
     checkout.environment["WORDS"] = str(tmp_path / "words")
     checkout.elsewhere = tmp_path / "elsewhere"
-    checkout.elsewhere.mkdir()
+    (checkout.elsewhere / "configs").mkdir(parents=True)
+    shutil.copy(ROOT / "configs" / "tiny.yaml", checkout.elsewhere / "configs")
     return checkout
 
 
@@ -70,7 +75,7 @@ def test_dry_run(cluster, hard_words, check_golden, name, flags):
         "--target", "slurm", *flags, "--dry-run", *COMMAND, *hard_words, cwd=cluster.elsewhere
     )
     assert done.returncode == 0, done.stderr
-    assert cluster.calls() == [] and list(cluster.elsewhere.iterdir()) == []
+    assert cluster.calls() == [] and os.listdir(cluster.elsewhere) == ["configs"]
     text = done.stdout.replace(str(cluster.root), "PROJECT")
     check_golden(GOLDEN / name, text.replace(str(cluster.elsewhere), "HERE"))
 
@@ -83,7 +88,9 @@ def test_words_and_logs(cluster, hard_words, tmp_path):
     calls = cluster.calls()
     assert [call[0] for call in calls] == ["sbatch", "srun"]
     assert calls[0][1:] == ["--wait", str(cluster.elsewhere / "slurm" / "mlpmem.sbatch")]
-    expected = [str(cluster.elsewhere), "-P", "-m", "mlpmem_jax", *COMMAND, *hard_words]
+    frozen = str(cluster.elsewhere / "slurm" / "mlpmem-a-run.yaml")
+    words = [*COMMAND[:2], frozen, *hard_words]
+    expected = [str(cluster.elsewhere), "-P", "-m", "mlpmem_jax", *words]
     for task in range(4):
         assert (tmp_path / f"words-{task}").read_text().split("\0")[:-1] == expected
     folder = cluster.elsewhere / "slurm"
@@ -144,16 +151,82 @@ def test_a_failure_is_shown(cluster):
     ("flags", "message"),
     [
         ([], "--target slurm needs --nodes"),
-        (["--nodes", "two"], "--nodes=two: must be a whole number"),
+        (["--nodes", "two"], "--nodes=two: must be a whole number of at least 1"),
+        (["--nodes", "0"], "--nodes=0: must be a whole number of at least 1"),
+        (["--nodes", "-1"], "--nodes=-1: must be a whole number of at least 1"),
+        (["--nodes", "99999999999999999999"], "must be a whole number of at least 1"),
+        (["--nodes", "1", "--gpus-per-node=0"], "--gpus-per-node=0: must be a whole number"),
+        ([*FLAGS, "--restarts", "08"], "--restarts=08: must be a whole number"),
+        ([*FLAGS, "--time", "1\n2"], "--time: must be one line"),
+        ([*FLAGS, "--sbatch", "--comment='two"], "quotes are not closed"),
+        ([*FLAGS, "--sbatch", "long"], "--sbatch=long: long belongs to no flag"),
+        ([*FLAGS, "--sbatch", "--qos long more"], "more belongs to no flag"),
         ([*FLAGS, "--name", "a b"], "--name=a b: letters, digits"),
     ],
 )
 def test_mistakes_submit_nothing(cluster, flags, message):
     done = cluster.start("--target", "slurm", *flags, *COMMAND, cwd=cluster.elsewhere)
     assert done.returncode == 2 and message in done.stderr
-    assert cluster.calls() == [] and list(cluster.elsewhere.iterdir()) == []
+    assert cluster.calls() == [] and os.listdir(cluster.elsewhere) == ["configs"]
 
 
 def test_a_folder_with_a_space_is_refused(cluster):
     done = cluster.start("--target", "slurm", *FLAGS, *COMMAND)
     assert done.returncode == 2 and "sbatch cannot write logs to a path with spaces" in done.stderr
+
+
+def test_flags_for_sbatch_are_shell_words(cluster):
+    """One directive a flag, its value with it; no file name takes the place of a word."""
+    (cluster.elsewhere / "--exclusive").touch()
+    flags = """--qos long --comment="two words" --constraint 'a&b*' -* --nice=-5 --x "" -C 'q"\\'"""
+    done = cluster.start(
+        "--target", "slurm", *FLAGS, "--sbatch", flags, "--wait", *COMMAND, cwd=cluster.elsewhere
+    )
+    assert done.returncode == 0, done.stderr
+    script = (cluster.elsewhere / "slurm" / "mlpmem.sbatch").read_text()
+    lines = [line for line in script.splitlines() if line.startswith("#SBATCH ")]
+    # sbatch reads a line as a shell would, but for what a shell replaces.
+    given = [shlex.split(line.removeprefix("#SBATCH ")) for line in lines[8:]]
+    assert given == [
+        ["--qos", "long"], ["--comment=two words"], ["--constraint", "a&b*"], ["-*"],
+        ["--nice=-5"], ["--x", ""], ["-C", 'q"\\'],
+    ]  # fmt: skip
+
+
+def test_a_job_reads_the_configuration_that_was_submitted(cluster, tmp_path):
+    given = cluster.elsewhere / "configs" / "tiny.yaml"
+    submitted = given.read_text()
+    # It changes the file before the job starts.
+    cluster.program("sbatch", "echo 'seed: 7' >configs/tiny.yaml\n" + SBATCH)
+    done = cluster.start("--target", "slurm", *FLAGS, "--wait", *COMMAND, cwd=cluster.elsewhere)
+    assert done.returncode == 0, done.stderr
+    words = (tmp_path / "words-0").read_text().split("\0")
+    frozen = words[words.index("--config") + 1]
+    with open(frozen, encoding="utf-8") as file:
+        assert file.read() == submitted
+    assert given.read_text() == "seed: 7\n"
+    # The same run cannot mean another configuration.
+    done = cluster.start("--target", "slurm", *FLAGS, *COMMAND, cwd=cluster.elsewhere)
+    assert done.returncode == 2 and "was submitted with another configuration" in done.stderr
+
+
+def test_a_configuration_from_a_pipe_reaches_the_job(cluster, tmp_path):
+    script = cluster.root / "launch" / "run.sh"
+    done = subprocess.run(
+        ["bash", "-c", 'bash "$0" "$@" --config <(echo seed: 5)', str(script), "--target", "slurm",
+         *FLAGS, "--wait", "pretrain"],
+        cwd=cluster.elsewhere, env=cluster.environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    words = (tmp_path / "words-3").read_text().split("\0")
+    with open(words[words.index("--config") + 1], encoding="utf-8") as file:
+        assert file.read() == "seed: 5\n"
+
+
+def test_a_script_of_the_users_own_is_not_replaced(cluster):
+    own = cluster.elsewhere / "slurm" / "mlpmem.sbatch"
+    own.parent.mkdir()
+    own.write_text("mine")
+    done = cluster.start("--target", "slurm", *FLAGS, *COMMAND, cwd=cluster.elsewhere)
+    assert done.returncode == 2 and "use another --name" in done.stderr
+    assert own.read_text() == "mine" and cluster.calls() == []

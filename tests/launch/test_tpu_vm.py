@@ -223,6 +223,32 @@ def test_uses_a_machine_that_exists(tpus, tmp_path):
     assert verbs(tpus.calls()) == ["scp", "ssh", "ssh", "ssh", "delete"]
 
 
+def test_what_else_lies_beside_the_code_stays(tpus, tmp_path):
+    assert tpus.start("--target", "tpu-vm", *FLAGS, "--keep", *COMMAND).returncode == 0
+    homes = [tmp_path / "tpus" / f"worker-{worker}" / "mlpmem" for worker in range(NUM_WORKERS)]
+    for home in homes:
+        (home / "out" / "one").mkdir(parents=True)
+        (home / "out" / "one" / "manifest.json").write_text("results")
+    tpus.git("rm", "--quiet", "--force", "own")
+    done = tpus.start("--target", "tpu-vm", *FLAGS, "--keep", *COMMAND)
+    assert done.returncode == 0, done.stderr
+    for home in homes:
+        assert (home / "out" / "one" / "manifest.json").read_text() == "results"
+        # Of the code, what is no more in the project is no more on the worker.
+        assert (home / "launch" / "run.sh").exists() and not (home / "own").exists()
+
+
+def test_a_configuration_from_a_pipe_is_refused(tpus):
+    script = tpus.root / "launch" / "run.sh"
+    done = subprocess.run(
+        ["bash", "-c", 'bash "$0" "$@" --config <(echo seed: 5)', str(script), "--target",
+         "tpu-vm", *FLAGS, "pretrain"],
+        env=tpus.environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "a pipe cannot be copied" in done.stderr
+    assert done.stderr.count("\n") == 1 and tpus.calls() == []
+
+
 def test_a_request_that_was_used_up_is_made_again(tpus, tmp_path):
     (tmp_path / "tpus" / "pod.request").write_text("SUSPENDED\n")
     done = tpus.start("--target", "tpu-vm", *FLAGS, "--queued", *COMMAND)

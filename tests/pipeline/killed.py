@@ -81,6 +81,6 @@ if __name__ == "__main__":
     if "KILLED_STEPS" in os.environ:
         _record_steps(os.environ["KILLED_STEPS"])
     _die_at_call(dotted, int(number), when)
-    from mlpmem_jax.__main__ import main
+    from mlpmem_jax.program import run
 
-    sys.exit(main(arguments))
+    run(arguments=arguments)

@@ -6,11 +6,14 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from mlpmem_jax import __main__ as cli
+from mlpmem_jax.datastore.files import write_bytes
+from mlpmem_jax.datastore.store import storage_error
 from mlpmem_jax.errors import ArtifactError, RunFailed, UserError
-from mlpmem_jax.failures import explain
+from mlpmem_jax.failures import explain, of_stage
 from mlpmem_jax.pipeline import COMMANDS, Options
 from tests.conftest import ROOT
 
@@ -242,15 +245,99 @@ def test_traceback_on_request(monkeypatch):
         ),
         (
             RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
-            "out of memory; lower",
+            "out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes); lower",
         ),
         (MemoryError(), "out of memory; lower"),
+        (
+            MemoryError("Unable to allocate 7.28 TiB for an array with shape (10,)"),
+            "out of memory (Unable to allocate 7.28 TiB for an array with shape (10,)); lower",
+        ),
+        (
+            ValueError(
+                'OUT_OF_RANGE: Error writing local file "/w/c/0": Failed writing: "/w/c/0.__lock": '
+                "Failed to write 399000 bytes to file 3: File too large [os_error_code='27']"
+            ),
+            "/w/c/0: the file would be larger than the file system or `ulimit -f` allows",
+        ),
+        (
+            ValueError(
+                'RESOURCE_EXHAUSTED: Error opening "zarr3" driver: Error writing local file '
+                '"/w/zarr.json": Failed to open directory: "/w\\x00zarr.json": Too many open files '
+                "[os_error_code='24']"
+            ),
+            "/w/zarr.json: too many open files in this process (raise `ulimit -n`)",
+        ),
+        (
+            ImportError("libx.so: cannot open shared object file: Too many open files"),
+            "too many open files",
+        ),
+        (RuntimeError("can't start new thread"), "no further thread can be started"),
         (OSError(errno.ENOSPC, "x"), "no space left on the disk"),
         (OSError("Disk quota exceeded"), "the disk quota is used up"),
     ],
 )
 def test_words_of_libraries_are_translated(error, expected):
     assert (explain(error) or "").startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.EMFILE, "too many open files in this process (raise `ulimit -n`)"),
+        (errno.ENFILE, "too many open files on this machine"),
+        (errno.ENOMEM, "the machine has no memory left"),
+        (errno.EDQUOT, "the disk quota is used up"),
+        (errno.ENOSPC, "no space left on the disk"),
+        (errno.EROFS, "the file system is read-only"),
+        (errno.EACCES, "permission denied"),
+        (errno.EIO, "input/output error"),
+        (errno.EFBIG, "the file would be larger than"),
+        (errno.ESTALE, "stale NFS handle"),
+        (errno.ETIMEDOUT, "timed out"),
+        (errno.ELOOP, "symbolic links"),
+        (errno.ENOLCK, "the file system gives no locks"),
+    ],
+)
+def test_each_failure_of_the_machine_has_its_own_name(number, expected):
+    assert (explain(OSError(number, "x", "/w/a")) or "").startswith(f"/w/a: {expected}")
+    # What TensorStore makes of it: neither damage nor a full disk.
+    words = os.strerror(number)
+    for code in ("FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNKNOWN"):
+        library = ValueError(
+            f'{code}: Error reading local file "/w/c/0": Failed to open: "/w/c/0": {words} '
+            f"[os_error_code='{number}'] [source locations='x']"
+        )
+        assert (explain(library) or "").startswith(f"/w/c/0: {expected}")
+        raised = storage_error("/w", library)
+        assert isinstance(raised, OSError) and (raised.errno, raised.filename) == (number, "/w/c/0")
+
+
+def test_what_a_bucket_does_not_do_now_is_no_damage():
+    found = storage_error("gs://b/x", ValueError("UNAVAILABLE: 503 [source locations='x']"))
+    assert type(found) is UserError and "gs://b/x: cannot be reached (UNAVAILABLE: 503)" in str(
+        found
+    )
+    damage = storage_error("/w", ValueError("FAILED_PRECONDITION: Not enough data"))
+    assert isinstance(damage, ArtifactError)
+
+
+def test_out_of_memory_names_the_stage_and_its_keys():
+    with pytest.raises(MemoryError) as caught, of_stage("results/base"):
+        np.empty(10**15)
+    line = explain(caught.value) or ""
+    assert line.startswith("out of memory while making results/base (Unable to allocate 7.11 PiB")
+    assert line.endswith("lower evaluate.batch_size or evaluate.bootstrap_samples")
+
+
+def test_a_file_without_a_name_in_the_error_is_named(monkeypatch, tmp_path):
+    def refuse(_):
+        raise OSError(errno.EIO, "x")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError) as caught:
+        write_bytes(tmp_path / "a.json", b"x")
+    assert (explain(caught.value) or "").startswith(f"{tmp_path}/a.json: input/output error")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_causes_are_looked_at():

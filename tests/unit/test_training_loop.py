@@ -1,5 +1,6 @@
 """The loop on a small regression: resumed equals uninterrupted, damage is survived."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,12 +14,13 @@ import pytest
 from flax import nnx
 from tensorboardX.proto.event_pb2 import Event
 
+from mlpmem_jax import signals
 from mlpmem_jax.config.stages import OptimizerConfig, TrainingConfig
 from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.input.feed import Feed
 from mlpmem_jax.models.layers import parameter
 from mlpmem_jax.parallel.mesh import single_device_mesh
-from mlpmem_jax.parallel.preemption import Preempted, listening, stopping_where_asked
+from mlpmem_jax.parallel.preemption import Preempted, stopping_where_asked
 from mlpmem_jax.training import loop, monitor
 from mlpmem_jax.training.loop import assemble, fit
 from mlpmem_jax.training.optimizer import learning_rate_schedule
@@ -183,6 +185,17 @@ def test_resumed_equals_uninterrupted(tmp_path, uninterrupted, die_at, expected)
     for a, b in zip(_leaves(whole), _leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
     assert _losses(tmp_path) == losses
+
+
+@contextlib.contextmanager
+def listening():
+    """Lets notices reach loops of this process, as in a program of its own."""
+    before = signal.signal(signal.SIGTERM, signals.answer)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signals._state.came = False
 
 
 def test_a_notice_saves_at_once_and_the_rest_follows(tmp_path, uninterrupted):
