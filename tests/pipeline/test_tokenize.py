@@ -81,7 +81,7 @@ def contents(workdir: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(workdir)): path.read_bytes()
         for path in sorted(workdir.rglob("*"))
-        if path.is_file() and path.name != "manifest.json" and path.suffix != ".tmp"
+        if path.is_file() and path.name != "manifest.json" and path.suffix != ".mlpmem-tmp"
     }
 
 
