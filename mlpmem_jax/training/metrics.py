@@ -162,8 +162,13 @@ class _Bucket:
 
 
 def _event_writer(directory: str | os.PathLike[str], start_step: int) -> SummaryWriter:
-    # purge_step hides events of steps that are about to be repeated.
-    return SummaryWriter(os.fspath(directory), purge_step=start_step + 1 if start_step else None)
+    # purge_step hides events of steps that are about to be repeated. The suffix keeps attempts
+    # apart that begin in the same second.
+    return SummaryWriter(
+        os.fspath(directory),
+        purge_step=start_step + 1 if start_step else None,
+        filename_suffix=f".{start_step}",
+    )
 
 
 def _remove_abandoned_events(directory: epath.Path, start_step: int) -> None:
