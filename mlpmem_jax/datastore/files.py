@@ -1,11 +1,14 @@
 """Small files written whole or not at all, checksums, and free space."""
 
 import contextlib
+import errno
+import fcntl
 import glob
 import itertools
 import json
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -16,7 +19,12 @@ from mlpmem_jax.config.keys import holds_path
 from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.failures import of_file
 
+# Of what is written before it gets its name: no name that a user gives a file.
+TEMPORARY = ".mlpmem-tmp"
 _BLOCK_BYTES = 1 << 20
+# What file systems answer that do not lock files.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_has_locks: dict[int, bool] = {}  # By device.
 _BUCKETS = ("gs://", "s3://")
 _CHECKPOINT_BUCKETS = ("gs://",)  # Orbax 0.12 refuses s3:// ("path should be absolute").
 
@@ -146,7 +154,7 @@ def write_bytes(path: str | epath.Path, data: bytes) -> None:
         _put(path, data)
         return
     # One name a target: what a kill left is overwritten by the next start.
-    temporary = f"{os.fspath(path)}.tmp"
+    temporary = f"{os.fspath(path)}{TEMPORARY}"
     try:
         with of_file(path), open(temporary, "wb") as file:
             file.write(data)
@@ -183,7 +191,7 @@ def read_json(path: str | epath.Path) -> Any:
     try:
         with of_file(path):
             return json.loads(epath.Path(path).read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # Also numbers of thousands of digits.
         raise ArtifactError(f"{path}: damaged, no JSON ({error})") from None
 
 
@@ -197,6 +205,38 @@ def crc32_of(path: str | epath.Path) -> tuple[int, int]:
     return size, crc
 
 
+def has_locks(path: str | epath.Path) -> bool:
+    """Returns whether the file system of a path locks files; each is asked once.
+
+    Buckets do not; where a local directory cannot be written to, nothing is locked either.
+    """
+    if not is_local(path):
+        return False
+    directory = _existing(path)
+    device = os.stat(directory).st_dev
+    if device not in _has_locks:
+        _has_locks[device] = _locks_in(directory)
+    return _has_locks[device]
+
+
+def _locks_in(directory: str) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=directory, prefix=TEMPORARY) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # What we use ourselves,
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # and what TensorStore does.
+    except OSError as error:
+        return error.errno not in _NO_LOCKS
+    return True
+
+
+def _existing(path: str | epath.Path) -> str:
+    """Returns the nearest directory above a path that exists, or the path."""
+    existing = os.path.abspath(path)
+    while not os.path.isdir(existing):
+        existing = os.path.dirname(existing)
+    return existing
+
+
 def check_free_space(path: str | epath.Path, needed_bytes: int, what: str) -> None:
     """Refuses to begin what will not fit on the local disk.
 
@@ -205,10 +245,7 @@ def check_free_space(path: str | epath.Path, needed_bytes: int, what: str) -> No
     """
     if not is_local(path):
         return
-    existing = os.path.abspath(path)
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing(path)).free
     if needed_bytes > free:
         raise UserError(
             f"workdir={path}: {what} needs {human_bytes(needed_bytes)} and {human_bytes(free)} "

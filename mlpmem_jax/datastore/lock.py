@@ -7,24 +7,33 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlpmem_jax.datastore.files import is_local
+from etils import epath
+
+from mlpmem_jax.console import warn
+from mlpmem_jax.datastore.files import has_locks, is_local
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.multihost import is_writer
 
 LOCKS = ".locks"
+_HOLDER = "process "
+_warned: set[epath.Path] = set()
 
 
 @contextlib.contextmanager
 def only_maker(artifact: Artifact) -> Iterator[None]:
     """Holds an artifact while it is made. The kernel lets go when the process dies.
 
-    Buckets, and file systems without locks, are not protected.
+    Buckets, and file systems without locks, are not protected; of the latter a warning says so.
 
     Raises:
         ArtifactError: Another run is making it; its process and machine are named.
     """
     if not is_writer() or not is_local(artifact.workdir):
+        yield
+        return
+    if not has_locks(artifact.workdir):
+        _warn_of_no_locks(artifact)
         yield
         return
     file = Path(os.fspath(artifact.workdir)) / LOCKS / artifact.relative.replace("/", ".")
@@ -33,15 +42,23 @@ def only_maker(artifact: Artifact) -> Iterator[None]:
     try:
         yield
     finally:
-        if descriptor is not None:
-            file.unlink(missing_ok=True)
-            os.close(descriptor)
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
         with contextlib.suppress(OSError):  # Not empty: another artifact is being made.
             file.parent.rmdir()
 
 
-def _locked(file: Path, artifact: Artifact) -> int | None:
-    """Returns the descriptor that holds the lock; None where there are no locks."""
+def _warn_of_no_locks(artifact: Artifact) -> None:
+    if artifact.workdir not in _warned:
+        _warned.add(artifact.workdir)
+        warn(
+            f"{artifact.workdir}: this file system does not lock files: two runs in it at the same "
+            "time are not kept apart"
+        )
+
+
+def _locked(file: Path, artifact: Artifact) -> int:
+    """Returns the descriptor that holds the lock."""
     while True:
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -59,12 +76,19 @@ def _locked(file: Path, artifact: Artifact) -> int | None:
             ) from None
         except OSError:
             os.close(descriptor)
-            return None
+            raise
+        found = os.pread(descriptor, 256, 0)
+        if found and not found.startswith(_HOLDER.encode()):
+            os.close(descriptor)
+            raise ArtifactError(
+                f"{file}: not written by this program, and locks go there; move it away, or use "
+                "another workdir"
+            )
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == os.stat(file).st_ino:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(
-                    descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0
+                    descriptor, f"{_HOLDER}{os.getpid()} on {socket.gethostname()}".encode(), 0
                 )
                 return descriptor
         os.close(descriptor)  # Its holder has just removed it: this one is nobody's.

@@ -17,12 +17,33 @@ from typing import Any
 
 from etils import epath
 
+from mlpmem_jax.datastore import replacing
+from mlpmem_jax.datastore.contents import BUILDING, MANIFEST, holds_files
 from mlpmem_jax.datastore.files import absolute, crc32_of, read_json, write_json
 from mlpmem_jax.errors import ArtifactError
 
 SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
-BUILDING = "building.json"
+_NUMBER = (int, float)
+# What the records of an artifact hold; what is not listed may be anything.
+_MANIFEST_TYPES: Mapping[str, Any] = {
+    "kind": str,
+    "recipe": dict,
+    "made_from": dict,
+    "counts": dict,
+    "arrays": dict,
+    "files": dict,
+    "measured": dict,
+    "fingerprint": str,
+    "software": dict,
+    "created": _NUMBER,
+    "run": (str, type(None)),
+}
+_BUILDING_TYPES: Mapping[str, Any] = {
+    "recipe": dict,
+    "made_from": dict,
+    "run": (str, type(None)),
+}
+_CHECKSUM = "checksum"
 _SOFTWARE = ("mlpmem_jax", "jax", "flax", "orbax-checkpoint", "tensorstore", "scann", "tokenizers")
 
 
@@ -133,23 +154,60 @@ class Artifact:
         if not file.exists():
             state = "is not finished" if (self.path / BUILDING).exists() else "does not exist"
             raise ArtifactError(f"{self.path}: {state}; make it with the command `{self.command}`")
-        raw = read_json(file)
+        raw = self._record(MANIFEST, _MANIFEST_TYPES)
         try:
             manifest = Manifest(**raw)
             intact = manifest.fingerprint == _content_fingerprint(raw)
         except (TypeError, KeyError):
             intact = False
         if not intact:
-            raise ArtifactError(
-                f"{file}: damaged (it does not match its own fingerprint); "
-                f"make {self.relative} again with --rebuild"
-            )
+            raise self._damaged(MANIFEST, "it does not match its own fingerprint")
         if manifest.schema_version != SCHEMA_VERSION:
             raise ArtifactError(
                 f"{file}: schema version {manifest.schema_version}, this software reads "
                 f"{SCHEMA_VERSION}; make {self.relative} again with --rebuild"
             )
         return manifest
+
+    def _record(self, name: str, types: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads the manifest, or what was recorded when the artifact was begun.
+
+        Raises:
+            ArtifactError: The file is damaged; names it and the way out.
+        """
+        try:
+            raw = read_json(self.path / name)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error}; make {self.relative} again with --rebuild") from None
+        problem = _mistyped(raw, types)
+        if problem is not None:
+            raise self._damaged(name, problem)
+        return dict(raw)
+
+    def _damaged(self, name: str, problem: str) -> ArtifactError:
+        return ArtifactError(
+            f"{self.path / name}: damaged ({problem}); make {self.relative} again with --rebuild"
+        )
+
+    def _begun(self) -> dict[str, Any]:
+        """Reads what was recorded when the artifact was begun.
+
+        Raises:
+            ArtifactError: The file is damaged; names it and the way out.
+        """
+        begun = self._record(BUILDING, {})
+        if begun == replacing.REMOVING:
+            return begun
+        problem = _mistyped(begun, _BUILDING_TYPES)
+        checksum = begun.pop(_CHECKSUM, None)
+        if problem is None and checksum not in (None, fingerprint_of(begun)):
+            problem = "it does not match its own checksum"
+        if problem is not None:
+            raise self._damaged(BUILDING, problem)
+        return begun
+
+    def _write_begun(self, begun: Mapping[str, Any]) -> None:
+        write_json(self.path / BUILDING, {**begun, _CHECKSUM: fingerprint_of(begun)})
 
     @property
     def command(self) -> str:
@@ -197,22 +255,12 @@ class Artifact:
             self._refuse_if_other("made", manifest.recipe, manifest.made_from, recipe, made_from)
             return Status.COMPLETE
         if (self.path / BUILDING).exists():
-            if not self._holds_files():
-                return Status.MISSING  # Begun and refused at once: nothing to continue.
-            begun = read_json(self.path / BUILDING)
+            begun = self._begun()
+            if begun == replacing.REMOVING or not holds_files(self.path):
+                return Status.MISSING  # Nothing to continue: removed, or refused at once.
             self._refuse_if_other("begun", begun["recipe"], begun["made_from"], recipe, made_from)
             return Status.PARTIAL
         return Status.MISSING
-
-    def _holds_files(self) -> bool:
-        folders = [self.path]
-        while folders:
-            for entry in folders.pop().iterdir():
-                if entry.is_dir():
-                    folders.append(entry)
-                elif entry != self.path / BUILDING:
-                    return True
-        return False
 
     def _refuse_if_other(
         self,
@@ -239,34 +287,40 @@ class Artifact:
     def begin(
         self, recipe: Mapping[str, Any], made_from: Mapping[str, str], run: str | None = None
     ) -> None:
-        """Records what is about to be made, and by which run, so that it can be continued."""
+        """Records what is about to be made, and by which run, so that it can be continued.
+
+        Raises:
+            ArtifactError: The directory is not ours.
+        """
+        replacing.refuse_foreign(self, removes=False)
         self.path.mkdir(parents=True, exist_ok=True)
         begun = _as_json({"recipe": recipe, "made_from": made_from})
         seconds = 0.0
         if (self.path / BUILDING).exists():
-            before = read_json(self.path / BUILDING)
+            before = self._begun()
+            if before == replacing.REMOVING:
+                replacing.finish_removal(self.path)
             # What was tried otherwise, and left nothing, is no part of this.
             if {name: before.get(name) for name in begun} == begun:
                 seconds = self.spent()
-        write_json(self.path / BUILDING, begun | {"run": run, "seconds": seconds})
+        self._write_begun(begun | {"run": run, "seconds": seconds})
 
     def spent(self) -> float:
         """Returns the seconds that earlier starts have spent on it, as far as they recorded it."""
         if not (self.path / BUILDING).exists():
             return 0.0
-        return float(read_json(self.path / BUILDING).get("seconds", 0.0))
+        return float(self._begun().get("seconds", 0.0))
 
     def record_spent(self, seconds: float) -> None:
         """Records the seconds spent so far, for the start after a kill."""
-        begun = read_json(self.path / BUILDING)
-        write_json(self.path / BUILDING, begun | {"seconds": seconds})
+        self._write_begun(self._begun() | {"seconds": seconds})
 
     def is_of(self, run: str | None) -> bool:
         """Returns whether this run made or began it; a run without a name made nothing."""
         for name in (MANIFEST, BUILDING):
             if run is not None and (self.path / name).exists():
                 try:
-                    return bool(read_json(self.path / name).get("run") == run)
+                    return bool(self._record(name, {}).get("run") == run)
                 except ArtifactError:
                     return False  # Damaged, so not to be kept.
         return False
@@ -288,7 +342,7 @@ class Artifact:
                 known: those files are not read again.
             measured: See `Manifest`.
         """
-        begun = read_json(self.path / BUILDING)
+        begun = self._begun()
         content: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "kind": self.kind,
@@ -313,11 +367,29 @@ class Artifact:
         return Manifest(**content)
 
     def remove(self) -> None:
-        """Removes the artifact, its manifest first, so that a kill leaves it partial."""
-        if not self.path.exists():
-            return
-        (self.path / MANIFEST).unlink(missing_ok=True)
-        self.path.rmtree()
+        """Removes the artifact; a kill leaves nothing that looks like one.
+
+        Raises:
+            ArtifactError: It holds what is not ours.
+        """
+        replacing.remove(self)
+
+
+def _mistyped(raw: Any, types: Mapping[str, Any]) -> str | None:
+    """Says which entry of a record is missing or of another type; None: all are as they must be."""
+    if not isinstance(raw, dict):
+        return "no JSON object"
+    for name, wanted in types.items():
+        if not isinstance(raw.get(name), wanted):
+            return f"{name} is missing or of another type"
+    if "made_from" in types and not all(isinstance(v, str) for v in raw["made_from"].values()):
+        return "made_from holds values of another type"
+    for about in raw["files"].values() if "files" in types else ():
+        entries = about if isinstance(about, dict) else {}
+        if not isinstance(entries.get("bytes"), int) or not isinstance(entries.get("crc32"), str):
+            return "files holds values of another type"
+    timed = raw["measured"] if "measured" in types else raw
+    return None if isinstance(timed.get("seconds", 0), _NUMBER) else "seconds is no number"
 
 
 def describe_file(path: epath.Path) -> dict[str, Any]:

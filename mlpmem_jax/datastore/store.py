@@ -15,7 +15,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from mlpmem_jax.datastore.files import is_local
+from mlpmem_jax.datastore.files import has_locks, is_local
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.failures import os_error_in
 
@@ -32,10 +32,12 @@ _UNREACHABLE = (
 _DRIVERS = {"gs": "gcs"}  # TensorStore's names, where they are not the scheme of URLs.
 
 
-def _kvstore(path: str | epath.Path) -> dict[str, str]:
+def _kvstore(path: str | epath.Path) -> dict[str, Any]:
     text = str(path).rstrip("/") + "/"
     if is_local(text):
-        return {"driver": "file", "path": text}
+        spec: dict[str, Any] = {"driver": "file", "path": text}
+        # TensorStore locks what it writes, and would call a file system without locks damaged.
+        return spec if has_locks(path) else spec | {"file_io_locking": {"mode": "none"}}
     # In its parts: TensorStore would read %, ? and # of a URL otherwise than etils does.
     scheme, _, rest = text.partition("://")
     bucket, _, inside = rest.partition("/")

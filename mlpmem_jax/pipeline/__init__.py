@@ -18,6 +18,7 @@ from mlpmem_jax.parallel import multihost
 from mlpmem_jax.parallel.agreement import refuse_different
 from mlpmem_jax.parallel.coordinator import told_by_all
 from mlpmem_jax.parallel.host import keep_freed_memory
+from mlpmem_jax.pipeline import resolve
 from mlpmem_jax.pipeline.options import Options
 
 __all__ = ["COMMANDS", "Command", "Options", "run_command"]
@@ -175,6 +176,9 @@ def run_command(name: str, config: Config, options: Options) -> int:
         if COMMANDS[name].alone and multihost.is_active():
             raise ConfigError(f"{name}: is for one process, without --processes")
         module = importlib.import_module(f"{__name__}.{COMMANDS[name].module}")
+        # `compile` is about the devices of its topology, not of this machine.
+        if "mesh" in COMMANDS[name].sections and name != "compile":
+            config = resolve.resolved(config)
         return int(module.main(config, options))
 
 

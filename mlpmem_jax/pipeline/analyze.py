@@ -15,6 +15,7 @@ from mlpmem_jax.pipeline.evaluate import check_current
 from mlpmem_jax.pipeline.execute import execute_and_report
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.reports import print_files, write_report
+from mlpmem_jax.pipeline.resolve import compute_dtypes
 from mlpmem_jax.pipeline.stage import Completion, Stage
 
 NAME = "analyze"
@@ -28,6 +29,7 @@ def recipe(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "evaluate": {name: evaluate[name] for name in names} | {"intervals": INTERVALS},
         "analyze": config.analyze.recipe(),
+        **compute_dtypes(config, "decoder", "memory"),
     }
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
-from mlpmem_jax.errors import UserError
+from mlpmem_jax.datastore.files import read_json, write_json
+from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
 
@@ -19,7 +20,6 @@ def main(config: Config, options: Options) -> int:
     output = _checked(options.output)
     from mlpmem_jax.compiling.analysis import analyse
     from mlpmem_jax.compiling.report import as_text, verdict
-    from mlpmem_jax.datastore.files import write_json
 
     report = analyse(config)
     say(as_text(report))
@@ -33,11 +33,21 @@ def _checked(output: str | None) -> Path | None:
     """Refuses a place for the report that cannot be written, before minutes of compiling.
 
     Raises:
-        UserError: There is no such directory, or it cannot be written to.
+        UserError: There is no such directory, it cannot be written to, or another file is there.
     """
     if output is None:
         return None
     directory = Path(output).absolute().parent
     if not directory.is_dir() or not os.access(directory, os.W_OK):
         raise UserError(f"--output {output}: {directory} is no directory that can be written to")
+    if os.path.lexists(output) and not _is_report(Path(output)):
+        raise UserError(f"--output {output}: is there, and no report of compile; name another file")
     return Path(output)
+
+
+def _is_report(file: Path) -> bool:
+    try:
+        found = read_json(file)
+    except (OSError, ArtifactError):
+        return False
+    return isinstance(found, dict) and {"schema", "topology", "memory"} <= found.keys()

@@ -16,6 +16,7 @@ from mlpmem_jax.pipeline.evaluate import check_current
 from mlpmem_jax.pipeline.execute import execute_and_report
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.reports import print_files, write_report
+from mlpmem_jax.pipeline.resolve import compute_dtypes
 from mlpmem_jax.pipeline.stage import Completion, Stage
 
 NAME = "cost"
@@ -28,6 +29,7 @@ def recipe(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "retrieval": {name: retrieval[name] for name in index.KEYS},
         "cost": config.cost.recipe(),
+        **compute_dtypes(config, "decoder", "memory"),
     }
 
 

@@ -9,6 +9,7 @@ from mlpmem_jax.datastore.layout import SPLITS, Layout, Split
 from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.resolve import compute_dtypes
 from mlpmem_jax.pipeline.stage import Completion, Stage
 
 
@@ -17,6 +18,7 @@ def recipe(config: Config) -> dict[str, Any]:
     return {
         "datastore": config.datastore.recipe(),
         "corpus": {"attention": config.corpus.attention},
+        **compute_dtypes(config, "decoder"),
     }
 
 

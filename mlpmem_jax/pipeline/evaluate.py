@@ -32,7 +32,7 @@ def recipe(config: Config) -> dict[str, Any]:
         "evaluate": config.evaluate.recipe() | {"intervals": INTERVALS},
         # Whose λ is used; what the networks are is said by what the results are made from.
         "train": {"mode": config.train.mode, "interpolation": config.trained_interpolation},
-        "memory": {"gate": config.memory.gate},
+        "memory": {"gate": config.memory.gate, "compute_dtype": config.memory.compute_dtype},
         # What the run must have been made with; see `_refuse_other_settings`.
         **_asked(config),
     }

@@ -6,10 +6,18 @@ from etils import epath
 
 from mlpmem_jax.config.load import dump_config
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore.files import write_bytes
+from mlpmem_jax.config.yaml_text import YamlError, parse_yaml, write_yaml
+from mlpmem_jax.datastore.files import absolute, write_bytes
+from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.parallel.multihost import is_writer
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.plan import print_plan
 from mlpmem_jax.pipeline.stage import Rebuild, Stage, run_stages
+
+CONFIG = "config.yaml"
+# Configurations that were written before they began with this line hold all of these sections.
+_MARK = "# Written by mlpmem_jax and replaced by it: what the run here was made with.\n"
+_SECTIONS = {"workdir", "seed", "corpus", "decoder", "memory", "train", "evaluate"}
 
 
 def execute(
@@ -21,6 +29,7 @@ def execute(
     """Plans or runs the stages of a command; returns the exit code."""
     rebuild = when_rebuilding if options.rebuild else Rebuild.REFUSE
     stages = stages_of(config)
+    check_config_file(config)
     if options.dry_run:
         print_plan(config, stages, rebuild)
         return 0
@@ -30,9 +39,38 @@ def execute(
 
 def write_config(config: Config) -> None:
     """Writes what a run is made with; a command that was refused leaves no trace."""
+    check_config_file(config)
     workdir = epath.Path(config.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    write_bytes(workdir / "config.yaml", dump_config(config).encode())
+    write_bytes(workdir / CONFIG, (_MARK + dump_config(config)).encode())
+
+
+def check_config_file(config: Config) -> None:
+    """Refuses to replace a file of the user's by the resolved configuration.
+
+    Raises:
+        ConfigError: `config.yaml` in the work directory holds what this program does not write.
+    """
+    file = absolute(config.workdir) / CONFIG
+    if is_writer() and file.exists() and not _is_ours(file):
+        raise ConfigError(
+            f"{file}: not as this program writes it, and the resolved configuration goes there; "
+            "rename it, or use another workdir"
+        )
+
+
+def _is_ours(file: epath.Path) -> bool:
+    """Returns whether a file is as `write_config` leaves it: comments and edits would be lost."""
+    if not file.is_file():
+        return False
+    try:
+        text = file.read_bytes().decode()
+        body = text.removeprefix(_MARK)
+        value, _ = parse_yaml(body)
+    except (UnicodeDecodeError, YamlError):
+        return False
+    is_whole = body != text or (isinstance(value, dict) and value.keys() >= _SECTIONS)
+    return is_whole and write_yaml(value) == body
 
 
 def execute_and_report(

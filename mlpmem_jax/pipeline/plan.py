@@ -9,7 +9,7 @@ from mlpmem_jax.console import say
 from mlpmem_jax.datastore.files import human_bytes
 from mlpmem_jax.datastore.manifest import Status
 from mlpmem_jax.errors import ArtifactError, MadeOtherwise, UserError
-from mlpmem_jax.pipeline.stage import Rebuild, Stage
+from mlpmem_jax.pipeline.stage import Rebuild, Stage, check_stage
 
 
 def print_plan(config: Config, stages: Sequence[Stage], rebuild: Rebuild) -> None:
@@ -34,11 +34,10 @@ def skipped(stage: Stage) -> str | None:
 
 def intention(stage: Stage, rebuild: Rebuild) -> str:
     """Returns what would happen to an artifact, in words."""
-    if not stage.artifact.is_complete():
-        try:
-            stage.check()
-        except UserError as error:
-            return f"REFUSED: {'; '.join(error.messages)}"
+    try:
+        check_stage(stage, rebuild)
+    except UserError as error:
+        return f"REFUSED: {'; '.join(error.messages)}"
     reason = skipped(stage)
     if reason is not None:
         return f"not needed ({reason})"

@@ -9,6 +9,7 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.pipeline.checks import check_devices
+from mlpmem_jax.pipeline.resolve import Network, compute_dtypes
 from mlpmem_jax.pipeline.stage import Completion, Stage
 from mlpmem_jax.pipeline.variants import Variant
 
@@ -141,6 +142,10 @@ def _score_stage(part: Part, split: Split) -> Stage:
         recipe["step"] = part.step
         if part.kind == "mixture" and config.train.interpolation_final is not None:
             recipe["interpolation"] = "of the step"
+    run: tuple[Network, ...] = () if part.kind.startswith("knn") else ("decoder", "memory")
+    if part.kind == "decoder":
+        run = ("decoder",)
+    recipe |= compute_dtypes(config, *run)
     upstream: list[Artifact]
     if part.kind in ("decoder", "joint"):
         recipe["datastore"] |= {

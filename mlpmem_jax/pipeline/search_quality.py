@@ -15,6 +15,7 @@ from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
 from mlpmem_jax.pipeline.execute import execute_and_report
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.reports import print_files, write_report
+from mlpmem_jax.pipeline.resolve import compute_dtypes
 from mlpmem_jax.pipeline.stage import Completion, Rebuild, Stage
 
 NAME = "search-quality"
@@ -29,6 +30,7 @@ def recipe(config: Config) -> dict[str, Any]:
         "num_neighbors": config.retrieval.num_neighbors,
         "evaluate": {name: evaluate[name] for name in names} | {"intervals": INTERVALS},
         "search_quality": config.search_quality.recipe(),
+        **compute_dtypes(config, "decoder", "memory"),
     } | (
         {"interpolation": config.trained_interpolation, "gate": config.memory.gate}
         if config.brings_interpolation

@@ -5,12 +5,14 @@ import dataclasses
 import enum
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.console import say
+from mlpmem_jax.console import say, warn
+from mlpmem_jax.datastore import replacing
 from mlpmem_jax.datastore.lock import only_maker
 from mlpmem_jax.datastore.manifest import Artifact, Manifest, Status
+from mlpmem_jax.datastore.verification import verify_together
 from mlpmem_jax.errors import ArtifactError, Mistakes, RunFailed
 from mlpmem_jax.failures import of_stage
 from mlpmem_jax.parallel.agreement import of_first, refuse_different
@@ -164,30 +166,94 @@ def run_stages(
     Raises:
         ArtifactError: An upstream artifact is missing, or an artifact was made otherwise.
     """
-    check_stages(stages)
+    check_stages(stages, rebuild)
+    verified: set[str] = set()
+    _verify_upstream(stages, rebuild, verified)
     for place, stage in enumerate(stages):
         reason = stage.skip()
         if reason is not None:
             say(f"{stage.name}: not needed ({reason})")
-        elif run_stage(stage, rebuild, before_building):
-            check_stages(stages[place + 1 :])
+            continue
+        _verify_upstream([stage], rebuild, verified)
+        if run_stage(stage, rebuild, before_building):
+            verified.add(str(stage.artifact.path))
+            check_stages(stages[place + 1 :], rebuild)
             # Alone, a process that has nothing to stop tidily has ended already.
             if stages[place + 1 :] and is_active() and preempted():
                 raise Preempted(f"{stage.name}: is made, what follows is not")
 
 
-def check_stages(stages: Sequence[Stage]) -> None:
-    """Asks every stage whose artifact is not there what it refuses.
+def check_stages(stages: Sequence[Stage], rebuild: Rebuild = Rebuild.REFUSE) -> None:
+    """Asks every stage whose artifact is not there, or is made again, what it refuses.
 
     Raises:
         UserError: With the mistakes of all.
     """
     mistakes = Mistakes()
     for stage in stages:
-        if not stage.artifact.is_complete():
-            with mistakes.gather():
-                stage.check()
+        with mistakes.gather():
+            check_stage(stage, rebuild)
     mistakes.refuse()
+
+
+def check_stage(stage: Stage, rebuild: Rebuild) -> None:
+    """Asks a stage what it refuses, unless its artifact is kept.
+
+    Raises:
+        UserError: Something is wrong, or what is not ours would be removed or overwritten.
+    """
+    if not stage.artifact.is_complete():
+        stage.check()
+    if is_writer():  # Others may see an older listing.
+        removes = _is_replaced(stage, rebuild)
+        if removes or not stage.artifact.is_complete():
+            replacing.refuse_foreign(stage.artifact, removes=removes)
+
+
+def _is_replaced(stage: Stage, rebuild: Rebuild) -> bool:
+    """Returns whether a rebuild removes what is there, as far as that is known by now."""
+    if rebuild is Rebuild.REFUSE or not stage.artifact.path.exists():
+        return False
+    if rebuild is Rebuild.ALWAYS:
+        return not stage.artifact.is_of(run_id())
+    try:
+        stage.status(stage.made_from(), rebuild)
+    except ArtifactError:
+        return True
+    return False
+
+
+def _verify_upstream(stages: Sequence[Stage], rebuild: Rebuild, verified: set[str]) -> None:
+    """Verifies what a rebuild reads and does not make itself, before it removes anything.
+
+    Args:
+        stages: Those that may be rebuilt.
+        rebuild: What happens to artifacts that are there already.
+        verified: Paths of what is known to be good; what is verified is added.
+
+    Raises:
+        ArtifactError: On every process: a file of it is damaged; it is named.
+    """
+    if rebuild is Rebuild.REFUSE:
+        return
+    replaced: list[str] = of_first(
+        [stage.name for stage in stages if _is_replaced(stage, rebuild)] if is_writer() else None
+    )
+    rebuilt = {str(stage.artifact.path) for stage in stages if stage.name in replaced}
+    for stage in stages:
+        for one in _known_origins(stage) if stage.name in replaced else ():
+            if str(one.path) not in verified | rebuilt:
+                verify_together(one.path, one.load().files)
+                verified.add(str(one.path))
+
+
+def _known_origins(stage: Stage) -> list[Artifact]:
+    """Returns the upstream artifacts that are there; the others are made first."""
+    try:
+        origins = stage.origins()
+    except ArtifactError:
+        return []
+    return [one for one in origins if one.is_complete()]
 
 
 def run_stage(
@@ -206,15 +272,18 @@ def run_stage(
         # What it depends on beside the configuration, for example the files of the corpus.
         refuse_different({stage.name: stage.recipe}, "would make it otherwise")
         barrier(f"{stage.name}: checked")
-        with only_maker(stage.artifact):
+        with only_maker(stage.artifact), _telling_what_is_kept(stage.artifact):
             if status is None:
-                _remove(stage)
+                _set_aside(stage)
             # Asked again: another run may have finished it just now.
             status = _status(stage, made_from, Rebuild.REFUSE)
             assert status is not None
             if status is not Status.COMPLETE:
                 _make(stage, made_from, status, before_building)
                 return True
+    if is_writer() and replacing.is_left(stage.artifact):
+        with only_maker(stage.artifact):  # A kill came just after the new one was finished.
+            _drop_replaced(stage.artifact)
     say(f"{stage.name}: complete ({stage.artifact.load().fingerprint})")
     return False
 
@@ -262,6 +331,7 @@ def _make(
             files=completion.files,
             measured={"seconds": round(seconds, 3), **completion.measured},
         )
+        _drop_replaced(stage.artifact)
     barrier(f"{stage.name}: finished")
     manifest = _load_soon(stage.artifact)
     say(f"{stage.name}: made in {seconds:.1f} s ({manifest.fingerprint})")
@@ -280,7 +350,30 @@ def _load_soon(artifact: Artifact) -> Manifest:
     return artifact.load()
 
 
-def _remove(stage: Stage) -> None:
+def _set_aside(stage: Stage) -> None:
     if is_writer():
-        stage.artifact.remove()
-    barrier(f"{stage.name}: removed")
+        replacing.set_aside(stage.artifact)
+    barrier(f"{stage.name}: set aside")
+
+
+@contextlib.contextmanager
+def _telling_what_is_kept(artifact: Artifact) -> Iterator[None]:
+    """Says, when a rebuild ends before its time, where what it replaces lies."""
+    try:
+        yield
+    except BaseException:
+        kept = replacing.replaced(artifact) if is_writer() else None
+        if kept is not None:
+            warn(
+                f"{artifact.path}: not rebuilt; the old one is kept in {kept} until it is; to have "
+                f"it again, remove the new directory and move it back"
+            )
+        raise
+
+
+def _drop_replaced(artifact: Artifact) -> None:
+    """Removes what a finished artifact has replaced; where it cannot, the new one is no worse."""
+    try:
+        replacing.drop_replaced(artifact)
+    except (ArtifactError, OSError) as error:
+        warn(f"{artifact.path}: the artifact that it replaced was not removed: {error}")

@@ -17,7 +17,7 @@ from mlpmem_jax.evaluation.bootstrap import INTERVALS
 from mlpmem_jax.evaluation.suite.drawn import Family, Settings
 from mlpmem_jax.evaluation.suite.forecast import Expected, Forecast, Forecaster, duration
 from mlpmem_jax.pipeline import tokenize
-from mlpmem_jax.pipeline.execute import write_config
+from mlpmem_jax.pipeline.execute import check_config_file, write_config
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.plan import intention, skipped
 from mlpmem_jax.pipeline.rows import Row
@@ -146,6 +146,7 @@ def run_suite(
         table: Returns the last stage.
     """
     rebuild = Rebuild.STALE if options.rebuild else Rebuild.REFUSE
+    check_config_file(config)
     tokens = tokenize.stages(config)
     # Planned once before anything is made, so that a mistake costs a second, not an hour.
     planned = [work.stages() for work in works]

@@ -11,6 +11,7 @@ from mlpmem_jax.pipeline.checks import check_devices, check_teacher
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.refresh import Phases, phase_build, refresh_stages
+from mlpmem_jax.pipeline.resolve import compute_dtypes
 from mlpmem_jax.pipeline.stage import Completion, Stage
 
 
@@ -23,6 +24,8 @@ def recipe(config: Config) -> dict[str, Any]:
     }
     if config.train.mode == "joint":
         decided["decoder"] = config.decoder.recipe()
+    elif config.decoder_runs:
+        decided |= compute_dtypes(config, "decoder")
     if config.decoder_runs:
         decided["corpus"] = {"attention": config.corpus.attention}
         decided["datastore"] = {"input": config.datastore.input.recipe()}

@@ -16,6 +16,7 @@ from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.datastore.manifest import fingerprint_of
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline import embed, index, pretrain, retrieve, train
+from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.pipeline.stage import Stage
 
 # The sections whose names tell artifacts apart, in the order of the data flow, and the
@@ -103,7 +104,7 @@ def base_variant(config: Config, seed: int) -> Variant:
     name = f"seed-{seed}"
     names = {f"{section}.name": name for section in _NAMED}
     names |= {"retrieval.exact_name": "auto", "train.name": "auto"}
-    return Variant.of(changed_config(config, {"seed": seed, **names}))
+    return Variant.of(resolved(changed_config(config, {"seed": seed, **names})))
 
 
 def without_memory(base: Variant) -> Variant:
@@ -137,7 +138,7 @@ def changed_variant(
         ConfigError: A key or value is wrong, or a key is none that variants can change.
     """
     _check_keys([*overrides, *(text.partition("=")[0].strip() for text in texts)])
-    changed = changed_config(base.config, overrides, texts)
+    changed = resolved(changed_config(base.config, overrides, texts))
     _refuse_without_interpolation(changed)
     kinds = _changed_kinds(base.config, changed) | set(always)
     if changed.train.mode == "joint" and changed.train.memory_start == "checkpoint":

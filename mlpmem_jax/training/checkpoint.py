@@ -19,10 +19,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mlpmem_jax.console import warn
-from mlpmem_jax.datastore.files import check_free_space
+from mlpmem_jax.datastore.files import check_free_space, has_locks, is_local
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.datastore.verification import verify_together
-from mlpmem_jax.errors import ArtifactError, RunFailed
+from mlpmem_jax.errors import ArtifactError, RunFailed, UserError
 from mlpmem_jax.failures import os_error_in
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.multihost import barrier, is_writer
@@ -87,6 +87,8 @@ class Checkpoints:
             is_scheduled: Whether a step is one of the run's own; others, saved on a notice
                 of preemption, are kept until the next one is there.
         """
+        if is_local(directory) and not has_locks(directory):
+            _keep_orbax_from_locking(directory)
         self._directory = directory
         self._sums = directory / CHECKSUMS
         self._sums.mkdir(parents=True, exist_ok=True)
@@ -240,6 +242,27 @@ class Checkpoints:
         self._background.shutdown()
         barrier(f"{self._directory}: checksums")  # Process 0 writes them, all may read them next.
         self._manager.close()
+
+
+def _keep_orbax_from_locking(directory: epath.Path) -> None:
+    """Lets Orbax write to a file system that does not lock files, as our own arrays are written.
+
+    There is no setting for it: the TensorStore contexts that Orbax makes are copies of these.
+
+    Raises:
+        UserError: This version of Orbax has no such place.
+    """
+    try:
+        from orbax.checkpoint._src.serialization import tensorstore_utils
+
+        contexts = tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT
+    except (ImportError, AttributeError):
+        raise UserError(
+            f"{directory}: this file system does not lock files, and this version of "
+            "orbax-checkpoint cannot write checkpoints without; use another workdir"
+        ) from None
+    for context in contexts:
+        context["file_io_locking"] = {"mode": "none"}
 
 
 def _estimated_bytes(items: Mapping[str, Any]) -> int:

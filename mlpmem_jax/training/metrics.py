@@ -16,6 +16,7 @@ from mlpmem_jax.datastore.files import is_local, write_bytes
 from mlpmem_jax.training.uploads import GrowingObject, Uploads, pieces_of
 
 METRICS = "metrics.jsonl"
+_EVENTS = "events.out.tfevents.*"
 
 
 class _Sink(Protocol):
@@ -79,6 +80,7 @@ class _Folder:
     def __init__(self, directory: epath.Path, start_step: int):
         self._file = directory / METRICS
         _shorten(self._file, start_step)
+        _remove_abandoned_events(directory, start_step)
         self._writer = _event_writer(directory, start_step)
 
     def write(self, line: bytes, step: int, values: Mapping[str, float]) -> None:
@@ -106,6 +108,7 @@ class _Bucket:
         self._uploads = Uploads()
         file = directory / METRICS
         self._lines = GrowingObject(file, _shorten(file, start_step))
+        _remove_abandoned_events(directory, start_step)
         self._events = self._event_object(start_step)
         self._new_lines = b""
         self._writer: SummaryWriter | None = None
@@ -159,8 +162,22 @@ class _Bucket:
 
 
 def _event_writer(directory: str | os.PathLike[str], start_step: int) -> SummaryWriter:
-    # purge_step hides events of steps that are about to be repeated.
-    return SummaryWriter(os.fspath(directory), purge_step=start_step + 1 if start_step else None)
+    # purge_step hides events of steps that are about to be repeated. The suffix keeps attempts
+    # apart that begin in the same second.
+    return SummaryWriter(
+        os.fspath(directory),
+        purge_step=start_step + 1 if start_step else None,
+        filename_suffix=f".{start_step}",
+    )
+
+
+def _remove_abandoned_events(directory: epath.Path, start_step: int) -> None:
+    """Removes the events of earlier attempts where a run begins from step 0 again.
+
+    TensorBoard would show both as one curve that goes back and forth.
+    """
+    for file in directory.glob(_EVENTS) if start_step == 0 else ():
+        file.unlink(missing_ok=True)
 
 
 def _shorten(file: epath.Path, step: int) -> bytes:

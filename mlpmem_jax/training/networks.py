@@ -18,6 +18,8 @@ from mlpmem_jax.training.checkpoint import Checkpoints, restore_finished
 from mlpmem_jax.training.state import flatten, split_module, structure, unflatten
 
 Network = TypeVar("Network", bound=nnx.Module)
+# What may differ between training and use: weights are float32 whatever they are computed in.
+_NO_SHAPE = ("name", "compute_dtype")
 # What decides the λ of training (`Config.trained_interpolation`).
 _INTERPOLATION = ("mode", "joint_weight", "interpolation", "interpolation_final")
 
@@ -156,7 +158,7 @@ def check_shape(
     for section in sections:
         trained = recipe.get(section, {})
         for key, value in getattr(config, section).recipe().items():
-            if key != "name" and key in trained and trained[key] != value:
+            if key not in _NO_SHAPE and key in trained and trained[key] != value:
                 differing.append(f"{section}.{key}={value} (trained with {trained[key]})")
     if differing:
         raise ArtifactError(

@@ -86,7 +86,7 @@ def contents(workdir: Path) -> dict[str, bytes]:
         for path in sorted(workdir.rglob("*"))
         if path.is_file()
         and path.name not in ("manifest.json", "text-digests.json")
-        and path.suffix != ".tmp"
+        and path.suffix != ".mlpmem-tmp"
     }
 
 

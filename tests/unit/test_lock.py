@@ -1,15 +1,21 @@
 """Two runs do not make the same artifact at the same time."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from etils import epath
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
+from mlpmem_jax.datastore import files, store
 from mlpmem_jax.datastore.lock import LOCKS, only_maker
 from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.training import checkpoint
 
 
 def test_the_second_maker_is_refused_and_the_first_named(tmp_path):
@@ -56,3 +62,59 @@ def test_a_second_run_of_the_same_command_is_refused(tmp_path, root):
         first.send_signal(signal.SIGCONT)
     assert first.wait() == 0
     assert (tmp_path / "run" / "decoder" / "base" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("call", ["flock", "lockf"])
+def test_where_there_are_no_locks_arrays_are_written_without(
+    tmp_path, monkeypatch, capsys, number, call
+):
+    """As on some network file systems; two runs are not kept apart then, and that is said once."""
+
+    def no_locks(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files, "_has_locks", {})
+    monkeypatch.setattr(files.fcntl, call, no_locks)
+    for name in ("memory/base", "memory/other"):
+        with only_maker(Artifact(tmp_path / "run", name, "memory")):
+            pass
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path}/run: this file system does not lock files")
+    assert not (tmp_path / "run").exists()
+    path = tmp_path / "array"
+    assert store._kvstore(path)["file_io_locking"] == {"mode": "none"}
+    array = store.create_array(path, shape=(4,), dtype=np.int32, shard_rows=4, chunk_rows=4)
+    store.write_rows(array, 0, np.arange(4, dtype=np.int32)).result()
+    assert store.read_rows(store.open_array(path), 0, 4).tolist() == [0, 1, 2, 3]
+
+
+def test_where_there_are_locks_tensorstore_uses_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_has_locks", {})
+    assert "file_io_locking" not in store._kvstore(tmp_path / "array")
+
+
+def test_checkpoints_are_written_without_locks_too(tmp_path, monkeypatch):
+    contexts = tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT
+    for context in contexts:
+        monkeypatch.setitem(context, "file_io_locking", {})
+    monkeypatch.setattr(checkpoint, "has_locks", lambda path: False)
+    made = checkpoint.Checkpoints(epath.Path(tmp_path), 1, ("params",))
+    made.save(1, {"params": {"x": np.arange(3.0)}})
+    made.close()
+    for ocdbt in (True, False):
+        spec = tensorstore_utils.get_ts_context(use_ocdbt=ocdbt).spec.to_json()
+        assert spec["file_io_locking"] == {"mode": "none"}
+    monkeypatch.delattr(tensorstore_utils, "_BASE_TS_CONTEXT")
+    with pytest.raises(UserError, match="does not lock files.*use another workdir"):
+        checkpoint.Checkpoints(epath.Path(tmp_path), 1, ("params",))
+
+
+def test_a_file_of_the_users_in_the_place_of_a_lock(tmp_path):
+    artifact = Artifact(tmp_path, "memory/base", "memory")
+    (tmp_path / LOCKS).mkdir()
+    mine = tmp_path / LOCKS / "memory.base"
+    mine.write_text("mine")
+    with pytest.raises(ArtifactError, match=f"{mine}: not written"), only_maker(artifact):
+        raise AssertionError("held")
+    assert mine.read_text() == "mine"

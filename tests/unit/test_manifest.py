@@ -31,7 +31,7 @@ def test_life_of_an_artifact(artifact):
     with pytest.raises(ArtifactError, match="does not exist.*`tokenize`"):
         artifact.load()
     artifact.begin(RECIPE, {"tokenizer": "1234"})
-    (artifact.path / "shard").write_bytes(b"half")
+    (artifact.path / "progress.npz").write_bytes(b"half")
     assert artifact.status(RECIPE, {"tokenizer": "1234"}) is Status.PARTIAL
     with pytest.raises(ArtifactError, match="is not finished"):
         artifact.load()
@@ -111,6 +111,68 @@ def test_a_damaged_manifest_is_named(artifact, edit):
     file.write_text(edit(file.read_text()))
     with pytest.raises(ArtifactError, match="manifest.json: damaged"):
         artifact.load()
+
+
+def _damages(nested):
+    """Yields what may have become of a record: cut, flipped, renamed, of another type."""
+    yield lambda text: text[: len(text) // 2]
+    yield lambda text: ""
+    yield lambda text: "[1, 2]"
+    yield lambda text: "9" * 5000
+    yield lambda text: "[" * 100_000
+    yield lambda text: text.replace('"vocab_size": 4096', '"vocab_size": 4097')
+    for key in ("recipe", "made_from", "run"):
+        yield lambda text, key=key: text.replace(f'"{key}"', f'"{key[:-1]}_"')
+    for value in nested:
+        yield lambda text, value=value: json.dumps(json.loads(text) | value)
+
+
+BUILDING = [
+    *_damages([{"recipe": 1}, {"made_from": []}, {"made_from": {"a": 1}}]),
+    lambda text: json.dumps(json.loads(text) | {"seconds": "9", "checksum": None}),
+]
+MANIFEST = list(
+    _damages(
+        [
+            {"counts": 3},
+            {"files": {"part.bin": 3}},
+            {"measured": []},
+            {"measured": {"seconds": ""}},
+        ],
+    )
+)
+
+
+@pytest.mark.parametrize("damage", BUILDING, ids=range(len(BUILDING)))
+def test_a_damaged_record_of_the_beginning_is_one_line_with_a_way_out(artifact, damage):
+    made_from = {"tokenizer": "1234"}
+    artifact.begin(RECIPE, made_from, "run-1")
+    (artifact.path / "progress.npz").write_bytes(b"half")
+    file = artifact.path / "building.json"
+    file.write_text(damage(file.read_text()))
+    for ask in (
+        lambda: artifact.status(RECIPE, made_from),
+        lambda: artifact.begin(RECIPE, made_from),
+        artifact.spent,
+        artifact.finish,
+    ):
+        with pytest.raises(ArtifactError, match="building.json: damaged.*with --rebuild") as caught:
+            ask()
+        assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+    artifact.is_of("run-1")  # Whether it is kept, `status` says.
+    artifact.remove()
+    assert artifact.status(RECIPE, made_from) is Status.MISSING
+
+
+@pytest.mark.parametrize("damage", MANIFEST, ids=range(len(MANIFEST)))
+def test_a_damaged_manifest_is_one_line_with_a_way_out(artifact, damage):
+    _finished(artifact)
+    file = artifact.path / "manifest.json"
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(ArtifactError, match="manifest.json: damaged.*with --rebuild") as caught:
+        artifact.load()
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+    artifact.is_of("run-1")
 
 
 def test_a_manifest_of_another_schema_is_refused(artifact):

@@ -255,3 +255,24 @@ def test_a_local_log_is_there_at_once(tmp_path):
     assert _scalars(epath.Path(tmp_path)) == [("loss", 1), ("loss", 2), ("loss", 3)]
     MetricsLog(epath.Path(tmp_path), 2).close()
     assert _steps(epath.Path(tmp_path)) == [1, 2]
+
+
+@pytest.mark.parametrize("place", ["bucket", "folder"])
+def test_an_attempt_from_the_beginning_removes_what_the_one_before_logged(bucket, tmp_path, place):
+    """TensorBoard would join both to one curve; one that is continued keeps what it has."""
+    directory = bucket[0] if place == "bucket" else epath.Path(tmp_path / "metrics")
+
+    def attempt(start, steps):
+        log = MetricsLog(directory, start)
+        for step in steps:
+            log.write(step, {"loss": 1.0})
+        log.close()
+
+    attempt(0, range(1, 5))
+    (directory / "notes.txt").write_text("mine")
+    attempt(0, range(1, 3))
+    assert _steps(directory) == [1, 2] and _scalars(directory) == [("loss", 1), ("loss", 2)]
+    attempt(2, range(3, 5))
+    assert _steps(directory) == [1, 2, 3, 4]
+    assert sorted(_scalars(directory)) == [("loss", step) for step in (1, 2, 3, 4)]
+    assert (directory / "notes.txt").read_text() == "mine"

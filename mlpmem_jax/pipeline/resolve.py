@@ -1,0 +1,34 @@
+"""Values of `auto` that depend on the machine, written out before recipes are built."""
+
+from typing import Any, Literal
+
+from mlpmem_jax.config.schema import Config
+
+Network = Literal["decoder", "memory"]
+_NETWORKS: tuple[Network, ...] = ("decoder", "memory")
+
+
+def resolved(config: Config) -> Config:
+    """Returns the configuration with the compute dtypes of the devices in place of `auto`.
+
+    Recipes then hold what is computed: what one platform has begun, another with another dtype
+    does not continue, nor call current.
+    """
+    changed = {
+        name: getattr(config, name).model_copy(update={"compute_dtype": default_compute_dtype()})
+        for name in _NETWORKS
+        if getattr(config, name).compute_dtype == "auto"
+    }
+    return config.model_copy(update=changed) if changed else config
+
+
+def compute_dtypes(config: Config, *networks: Network) -> dict[str, dict[str, Any]]:
+    """Returns the part of a recipe that says in which dtype networks are run."""
+    return {name: {"compute_dtype": getattr(config, name).compute_dtype} for name in networks}
+
+
+def default_compute_dtype() -> str:
+    """Returns the compute dtype of the devices of this run; starts JAX."""
+    from mlpmem_jax.models.layers import resolve_dtype
+
+    return str(resolve_dtype("auto").name)
