@@ -16,9 +16,9 @@ from mlpmem_jax.corpus.encoding import encoded
 from mlpmem_jax.corpus.stream import Corpus, Piece, Position
 from mlpmem_jax.corpus.tokenizer import TextTokenizer
 from mlpmem_jax.corpus.tokens import tokens_arrays
+from mlpmem_jax.datastore.appending import Appender
 from mlpmem_jax.datastore.files import write_bytes
 from mlpmem_jax.datastore.layout import SPLITS, Split
-from mlpmem_jax.datastore.store import Appender
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.parallel.agreement import of_first
 
@@ -49,7 +49,7 @@ class SplitWriter:
                 spec.chunk_rows,
                 state=None
                 if state is None
-                else {key: state[f"{name}.{key}"] for key in ("rows", "remainder")},
+                else {key: state[f"{name}.{key}"] for key in ("rows", "remainder", "digests")},
             )
             for name, spec in specs.items()
         }

@@ -7,7 +7,6 @@ made with other settings, or from other artifacts, is refused with both fingerpr
 
 import dataclasses
 import enum
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -17,10 +16,13 @@ from typing import Any
 
 from etils import epath
 
+from mlpmem_jax.datastore.checked import as_json as _as_json
+from mlpmem_jax.datastore.checked import fingerprint_of, without_checksum, write_checked_json
 from mlpmem_jax.datastore.files import absolute, crc32_of, read_json, write_json
+from mlpmem_jax.datastore.written import forget_written, with_digests
 from mlpmem_jax.errors import ArtifactError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 BUILDING = "building.json"
 _SOFTWARE = ("mlpmem_jax", "jax", "flax", "orbax-checkpoint", "tensorstore", "scann", "tokenizers")
@@ -43,7 +45,8 @@ class Manifest:
         recipe: The settings that decide its content.
         made_from: Fingerprint of each upstream artifact, by its path in the run directory.
         counts: Numbers of rows, tokens, steps and the like.
-        arrays: Shape and dtype of each array, by path in the artifact.
+        arrays: Shape, dtype, chunking and the digests of the shards of each array, by path in the
+            artifact.
         files: Bytes and CRC-32 of files whose format has no checksum, by path.
         measured: What was observed while making it (seconds, recall); not fingerprinted.
         fingerprint: Identifies kind, recipe, origin, counts, arrays and files.
@@ -66,19 +69,9 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
 
-def fingerprint_of(value: Any) -> str:
-    """Returns 16 hexadecimal digits that identify a JSON-ready value."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
 def _content_fingerprint(manifest: Mapping[str, Any]) -> str:
     names = ("schema_version", "kind", "recipe", "made_from", "counts", "arrays", "files")
     return fingerprint_of({name: manifest[name] for name in names})
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value))
 
 
 def software_versions() -> dict[str, str]:
@@ -134,22 +127,13 @@ class Artifact:
             state = "is not finished" if (self.path / BUILDING).exists() else "does not exist"
             raise ArtifactError(f"{self.path}: {state}; make it with the command `{self.command}`")
         raw = read_json(file)
-        try:
-            manifest = Manifest(**raw)
-            intact = manifest.fingerprint == _content_fingerprint(raw)
-        except (TypeError, KeyError):
-            intact = False
-        if not intact:
+        way_out = f"make {self.relative} again with --rebuild"
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if version != SCHEMA_VERSION and isinstance(version, int):
             raise ArtifactError(
-                f"{file}: damaged (it does not match its own fingerprint); "
-                f"make {self.relative} again with --rebuild"
+                f"{file}: schema version {version}, this software reads {SCHEMA_VERSION}; {way_out}"
             )
-        if manifest.schema_version != SCHEMA_VERSION:
-            raise ArtifactError(
-                f"{file}: schema version {manifest.schema_version}, this software reads "
-                f"{SCHEMA_VERSION}; make {self.relative} again with --rebuild"
-            )
-        return manifest
+        return Manifest(**without_checksum(file, raw, way_out))
 
     @property
     def command(self) -> str:
@@ -283,7 +267,7 @@ class Artifact:
 
         Args:
             counts: See `Manifest`.
-            arrays: See `Manifest`.
+            arrays: See `Manifest`; digests of shards are added from what their writers recorded.
             files: Paths in the artifact, or a mapping of them to bytes and CRC-32, where these are
                 known: those files are not read again.
             measured: See `Manifest`.
@@ -295,7 +279,7 @@ class Artifact:
             "recipe": begun["recipe"],
             "made_from": begun["made_from"],
             "counts": dict(counts or {}),
-            "arrays": dict(arrays or {}),
+            "arrays": with_digests(self.path, arrays or {}),
             "files": dict(files)
             if isinstance(files, Mapping)
             else {name: describe_file(self.path / name) for name in files},
@@ -308,7 +292,8 @@ class Artifact:
             "created": time.time(),
             "run": begun.get("run"),
         }
-        write_json(self.path / MANIFEST, content)
+        write_checked_json(self.path / MANIFEST, content)
+        forget_written(self.path)
         (self.path / BUILDING).unlink(missing_ok=True)
         return Manifest(**content)
 

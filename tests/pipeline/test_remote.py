@@ -18,12 +18,12 @@ from mlpmem_jax.config.data import CorpusConfig, RetrievalConfig
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.corpus.sources import find_parts
 from mlpmem_jax.corpus.stream import Corpus
+from mlpmem_jax.datastore.appending import Appender
 from mlpmem_jax.datastore.files import check_reachable
 from mlpmem_jax.datastore.layout import SPLITS, ArraySpec, Layout
 from mlpmem_jax.datastore.manifest import Artifact, Status
 from mlpmem_jax.datastore.shards import ShardWriter
 from mlpmem_jax.datastore.store import (
-    Appender,
     array_path,
     create_array,
     finished_shards,
