@@ -4,7 +4,6 @@ import io
 import json
 import os
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -27,6 +26,7 @@ PROGRESS_FILE = "progress.npz"
 _BATCH_BYTES_PER_CORE = 1 << 20
 _MAX_BATCH_BYTES = 16 << 20
 _SAVE_SECS = 2.0
+_CHECKSUM_BYTES = 4  # at the end of the progress file
 
 
 class SplitWriter:
@@ -206,7 +206,8 @@ class TokenWriter:
         }
         buffer = io.BytesIO()
         np.savez(buffer, about=np.asarray(json.dumps(about)), **arrays)  # type: ignore[arg-type]
-        write_bytes(self._path / PROGRESS_FILE, buffer.getvalue())
+        content = buffer.getvalue()
+        write_bytes(self._path / PROGRESS_FILE, content + _checksum(content))
 
     def close(self) -> tuple[dict[str, int], dict[str, Any]]:
         """Ends all splits; returns counts and arrays for the manifest."""
@@ -249,8 +250,14 @@ def _batch_bytes() -> int:
 def _read_progress(path: epath.Path) -> dict[str, np.ndarray] | None:
     if not path.exists():
         return None
-    try:
-        with np.load(io.BytesIO(path.read_bytes())) as archive:
-            return dict(archive)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ArtifactError(f"{path}: damaged ({error}); make it again with --rebuild") from None
+    content, checksum = (data := path.read_bytes())[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
+    if checksum != _checksum(content):
+        raise ArtifactError(
+            f"{path}: damaged (it does not match its own checksum); make it again with --rebuild"
+        )
+    with np.load(io.BytesIO(content)) as archive:
+        return dict(archive)
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(_CHECKSUM_BYTES, "little")

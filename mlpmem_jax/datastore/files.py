@@ -33,7 +33,7 @@ def read_own_paths_literally() -> None:
     It joins path and pattern, so that in a folder named `a[1]` nothing is found; Orbax finds the
     parts of a checkpoint that way, and without them saves one that cannot be read.
     """
-    paths = next(cls for cls in type(epath.Path("/")).__mro__ if "glob" in vars(cls))
+    paths: Any = next(cls for cls in type(epath.Path("/")).__mro__ if "glob" in vars(cls))
     original = vars(paths)["glob"]
     if getattr(original, "is_literal", False):
         return

@@ -133,7 +133,10 @@ class Artifact:
             raise ArtifactError(
                 f"{file}: schema version {version}, this software reads {SCHEMA_VERSION}; {way_out}"
             )
-        return Manifest(**without_checksum(file, raw, way_out))
+        manifest = Manifest(**without_checksum(file, raw, way_out))
+        if manifest.kind != self.kind:
+            raise ArtifactError(f"{file}: is of kind {manifest.kind}, not {self.kind}; {way_out}")
+        return manifest
 
     @property
     def command(self) -> str:

@@ -88,8 +88,8 @@ class StoredArray:
         expected = self._digests[shard] if shard < len(self._digests) else "none"
         if found != expected:
             raise ArtifactError(
-                f"{self.path}/{shard_key(self._store, shard)}: not the shard that was written (digest {found}, the "
-                f"manifest has {expected}): changed, or from elsewhere"
+                f"{self.path}/{shard_key(self._store, shard)}: not the shard that was written "
+                f"(digest {found}, its manifest has {expected}): changed, or from elsewhere"
             )
 
 

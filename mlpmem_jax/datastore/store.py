@@ -198,8 +198,9 @@ def finished_shards(store: ts.TensorStore) -> frozenset[int]:
 
 def chunking(store: ts.TensorStore) -> tuple[int, int]:
     """Returns the rows of a shard and those of a chunk."""
-    layout = store.chunk_layout
-    return int(layout.write_chunk.shape[0]), int(layout.read_chunk.shape[0])
+    shapes = store.chunk_layout.write_chunk.shape, store.chunk_layout.read_chunk.shape
+    shard_rows, chunk_rows = (int((shape or (0,))[0] or 0) for shape in shapes)
+    return shard_rows, chunk_rows
 
 
 def describe(store: ts.TensorStore) -> dict[str, Any]:

@@ -250,3 +250,17 @@ def test_a_local_log_is_there_at_once(tmp_path):
     assert _scalars(epath.Path(tmp_path)) == [("loss", 1), ("loss", 2), ("loss", 3)]
     MetricsLog(epath.Path(tmp_path), 2).close()
     assert _steps(epath.Path(tmp_path)) == [1, 2]
+
+
+@pytest.mark.parametrize("damaged", [b"\xff\x00{", b'{"loss": 1.0}', b"[2]", b'{"step": "2"}'])
+def test_a_damaged_line_is_left_out_and_named_and_those_after_it_stay(tmp_path, damaged, capsys):
+    log = MetricsLog(epath.Path(tmp_path), 0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1.0})
+    log.close()
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_bytes().splitlines()
+    file.write_bytes(b"\n".join([lines[0], damaged, lines[2], b'{"step": 3, "lo']))
+    MetricsLog(epath.Path(tmp_path), 3).close()
+    assert _steps(epath.Path(tmp_path)) == [1, 3]
+    assert capsys.readouterr().err == f"warning: {file}: line 2 is damaged; it is left out\n"
