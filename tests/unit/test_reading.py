@@ -98,7 +98,8 @@ def test_a_shard_that_is_not_whole_is_named(tmp_path, damage):
     artifact = _made(tmp_path)
     file = _file(artifact, "key", 1)
     content = file.read_bytes()
-    file.write_bytes({"cut": content[:-7], "emptied": b"", "longer": content + b"x"}.get(damage, b""))
+    changed = {"cut": content[:-7], "emptied": b"", "longer": content + b"x"}
+    file.write_bytes(changed.get(damage, b""))
     if damage == "missing":
         file.unlink()
     with pytest.raises(ArtifactError, match="key/c/1/0"):
