@@ -13,7 +13,7 @@ import numpy as np
 from mlpmem_jax.datastore import layout
 from mlpmem_jax.datastore.layout import ArraySpec, Split, token_dtype
 from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.datastore.store import array_path, open_array, read_rows
+from mlpmem_jax.datastore.reading import StoredArray
 from mlpmem_jax.errors import ArtifactError
 
 # A smaller split is read once and kept: windows of it cost no further reads.
@@ -83,14 +83,14 @@ class TokenSplit:
         self.separator_id = int(manifest.counts["separator_id"])
         self.vocab_size = int(manifest.counts["vocab_size"])
         self.padded_vocab = int(manifest.counts["padded_vocab"])
-        self._store = open_array(artifact.path / split / "token")
-        if self._store.shape[0] != self.num_tokens:
+        self._tokens = StoredArray(artifact, f"{split}/token")
+        if self._tokens.num_rows != self.num_tokens:
             raise ArtifactError(
-                f"{array_path(self._store)}: {self._store.shape[0]} tokens, the manifest says "
+                f"{self._tokens.path}: {self._tokens.num_rows} tokens, the manifest says "
                 f"{self.num_tokens}"
             )
-        small = self.num_tokens * self._store.dtype.numpy_dtype.itemsize <= _RESIDENT_BYTES
-        self._resident = read_rows(self._store, 0, self.num_tokens) if small else None
+        small = self.num_tokens * self._tokens.dtype.itemsize <= _RESIDENT_BYTES
+        self._resident = self._tokens.read_all() if small else None
         self._documents: dict[str, np.ndarray] = {}
 
     @classmethod
@@ -107,7 +107,7 @@ class TokenSplit:
         """Reads tokens [start, stop) as int32."""
         if self._resident is not None:
             return self._resident[start:stop].astype(np.int32)
-        return read_rows(self._store, start, stop).astype(np.int32)
+        return self._tokens.read(start, stop).astype(np.int32)
 
     def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Reads windows of tokens.
@@ -131,14 +131,11 @@ class TokenSplit:
         out = np.full((len(starts), length), self.separator_id, np.int32)
         stops = np.minimum(starts + length, self.num_tokens)
         reads = [
-            self._store[int(start) : int(stop)].read()
+            self._tokens.start(int(start), int(stop))
             for start, stop in zip(starts, stops, strict=True)
         ]
-        for place, read, start, stop in zip(out, reads, starts, stops, strict=True):
-            try:
-                tokens = read.result()
-            except (ValueError, RuntimeError, OSError):
-                tokens = read_rows(self._store, int(start), int(stop))  # Its error is clear.
+        for place, read in zip(out, reads, strict=True):
+            tokens = read.result()
             place[: len(tokens)] = tokens
         return out
 
@@ -179,10 +176,8 @@ class TokenSplit:
 
     def _document_array(self, name: str, length: int) -> np.ndarray:
         if name not in self._documents:
-            store = open_array(self.artifact.path / self.split / name)
-            if store.shape[0] != length:
-                raise ArtifactError(
-                    f"{array_path(store)}: {store.shape[0]} entries and not {length}"
-                )
-            self._documents[name] = read_rows(store, 0, length)
+            stored = StoredArray(self.artifact, f"{self.split}/{name}")
+            if stored.num_rows != length:
+                raise ArtifactError(f"{stored.path}: {stored.num_rows} entries and not {length}")
+            self._documents[name] = stored.read_all()
         return self._documents[name]

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,9 +16,10 @@ from mlpmem_jax.corpus.encoding import encoded
 from mlpmem_jax.corpus.stream import LEFT_OUT, Corpus, Piece, Position, Seen
 from mlpmem_jax.corpus.tokenizer import TextTokenizer
 from mlpmem_jax.corpus.tokens import tokens_arrays
+from mlpmem_jax.datastore.appending import Appender
 from mlpmem_jax.datastore.files import write_bytes
 from mlpmem_jax.datastore.layout import SPLITS, Split
-from mlpmem_jax.datastore.store import Appender, open_array, read_rows
+from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.parallel.agreement import array_of_first, of_first
 
@@ -28,6 +28,7 @@ PROGRESS_FILE = "progress.npz"
 _BATCH_BYTES_PER_CORE = 1 << 20
 _MAX_BATCH_BYTES = 16 << 20
 _SAVE_SECS = 2.0
+_CHECKSUM_BYTES = 4  # at the end of the progress file
 
 
 class SplitWriter:
@@ -50,7 +51,7 @@ class SplitWriter:
                 spec.chunk_rows,
                 state=None
                 if state is None
-                else {key: state[f"{name}.{key}"] for key in ("rows", "remainder")},
+                else {key: state[f"{name}.{key}"] for key in ("rows", "remainder", "digests")},
             )
             for name, spec in specs.items()
         }
@@ -241,7 +242,8 @@ class TokenWriter:
         }
         buffer = io.BytesIO()
         np.savez(buffer, about=np.asarray(json.dumps(about)), **arrays)  # type: ignore[arg-type]
-        write_bytes(self._path / PROGRESS_FILE, buffer.getvalue())
+        content = buffer.getvalue()
+        write_bytes(self._path / PROGRESS_FILE, content + _checksum(content))
 
     def close(self) -> tuple[dict[str, int], dict[str, Any]]:
         """Ends all splits; returns counts and arrays for the manifest."""
@@ -298,9 +300,14 @@ def _batch_bytes() -> int:
 def _read_progress(path: epath.Path) -> dict[str, np.ndarray] | None:
     if not path.exists():
         return None
-    content = path.read_bytes()
-    try:
-        with np.load(io.BytesIO(content)) as archive:
-            return dict(archive)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ArtifactError(f"{path}: damaged ({error}); make it again with --rebuild") from None
+    content, checksum = (data := path.read_bytes())[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
+    if checksum != _checksum(content):
+        raise ArtifactError(
+            f"{path}: damaged (it does not match its own checksum); make it again with --rebuild"
+        )
+    with np.load(io.BytesIO(content)) as archive:
+        return dict(archive)
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(_CHECKSUM_BYTES, "little")

@@ -17,6 +17,7 @@ MANIFEST = "manifest.json"
 BUILDING = "building.json"
 
 _ARRAY = r"\w+/(zarr\.json|c(/\d+)+)(\.__lock)?"  # The suffix: what a killed write left.
+_WRITTEN = r"written/\d{6}\.json"
 _NETWORK = (r"checkpoints/\d+(\.orbax-checkpoint-tmp[^/]*)?/.+", r"checksums/\d+\.json")
 _SHARD = r"(shard-\d{5}|building-[^/]+)/.+"
 
@@ -32,10 +33,10 @@ _FILES: dict[str, tuple[str, ...]] = {
     "decoder": _NETWORK,
     "memory": _NETWORK,
     "joint": _NETWORK,
-    "datastore": (_ARRAY,),
-    "neighbors": (_ARRAY,),
-    "scores": (_ARRAY,),
-    "targets": (_ARRAY, r"temperature\.json"),
+    "datastore": (_ARRAY, _WRITTEN),
+    "neighbors": (_ARRAY, _WRITTEN),
+    "scores": (_ARRAY, _WRITTEN),
+    "targets": (_ARRAY, _WRITTEN, r"temperature\.json"),
     "index": (_SHARD, r"search\.json"),
     "results": _report("evaluate", "measured"),
     "analysis": _report("analyze"),

@@ -5,8 +5,8 @@ from typing import Any
 
 from mlpmem_jax.datastore.layout import ArraySpec
 from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.datastore.reading import StoredArray
 from mlpmem_jax.datastore.shards import ShardWriter
-from mlpmem_jax.datastore.store import open_array, read_rows
 
 
 def copy_rows(
@@ -26,9 +26,9 @@ def copy_rows(
     Raises:
         ArtifactError: A shard of the source is missing or damaged.
     """
-    stores = {name: open_array(source.path / name) for name in specs}
+    stored = {name: StoredArray(source, name) for name in specs}
     writer = ShardWriter(target.path, specs, num_rows)
     for part in writer.own_rows():
-        rows = {name: read_rows(store, part.start, part.stop) for name, store in stores.items()}
+        rows = {name: one.read(part.start, part.stop) for name, one in stored.items()}
         writer.put(part.start, rows)
     return writer.close()

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import glob
 import itertools
 import json
@@ -27,6 +28,31 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _has_locks: dict[int, bool] = {}  # By device.
 _BUCKETS = ("gs://", "s3://")
 _CHECKPOINT_BUCKETS = ("gs://",)  # Orbax 0.12 refuses s3:// ("path should be absolute").
+
+
+def is_foreign(name: str) -> bool:
+    """Returns whether a file is one that systems and editors leave in any folder."""
+    hidden = name.startswith(".")  # .DS_Store, ._name, .nfs0123, .name.swp
+    return hidden or name.endswith("~") or name.lower() in ("thumbs.db", "desktop.ini")
+
+
+def read_own_paths_literally() -> None:
+    """Makes `glob` of etils' paths take the path itself as it is, as pathlib does.
+
+    It joins path and pattern, so that in a folder named `a[1]` nothing is found; Orbax finds the
+    parts of a checkpoint that way, and without them saves one that cannot be read.
+    """
+    paths: Any = next(cls for cls in type(epath.Path("/")).__mro__ if "glob" in vars(cls))
+    original = vars(paths)["glob"]
+    if getattr(original, "is_literal", False):
+        return
+
+    @functools.wraps(original)
+    def literal(self: epath.Path, pattern: str) -> Iterator[epath.Path]:
+        return original(type(self)(glob.escape(os.fspath(self))), pattern)
+
+    literal.is_literal = True  # type: ignore[attr-defined]
+    paths.glob = literal
 
 
 def is_local(path: str | epath.Path) -> bool:

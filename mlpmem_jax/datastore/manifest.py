@@ -7,7 +7,6 @@ made with other settings, or from other artifacts, is refused with both fingerpr
 
 import dataclasses
 import enum
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -18,32 +17,14 @@ from typing import Any
 from etils import epath
 
 from mlpmem_jax.datastore import replacing
+from mlpmem_jax.datastore.checked import as_json as _as_json
+from mlpmem_jax.datastore.checked import fingerprint_of, without_checksum, write_checked_json
 from mlpmem_jax.datastore.contents import BUILDING, MANIFEST, holds_files
-from mlpmem_jax.datastore.files import absolute, crc32_of, read_json, write_json
+from mlpmem_jax.datastore.files import absolute, crc32_of, read_json
+from mlpmem_jax.datastore.written import forget_written, with_digests
 from mlpmem_jax.errors import ArtifactError
 
-SCHEMA_VERSION = 1
-_NUMBER = (int, float)
-# What the records of an artifact hold; what is not listed may be anything.
-_MANIFEST_TYPES: Mapping[str, Any] = {
-    "kind": str,
-    "recipe": dict,
-    "made_from": dict,
-    "counts": dict,
-    "arrays": dict,
-    "files": dict,
-    "measured": dict,
-    "fingerprint": str,
-    "software": dict,
-    "created": _NUMBER,
-    "run": (str, type(None)),
-}
-_BUILDING_TYPES: Mapping[str, Any] = {
-    "recipe": dict,
-    "made_from": dict,
-    "run": (str, type(None)),
-}
-_CHECKSUM = "checksum"
+SCHEMA_VERSION = 2
 _SOFTWARE = ("mlpmem_jax", "jax", "flax", "orbax-checkpoint", "tensorstore", "scann", "tokenizers")
 
 
@@ -64,7 +45,8 @@ class Manifest:
         recipe: The settings that decide its content.
         made_from: Fingerprint of each upstream artifact, by its path in the run directory.
         counts: Numbers of rows, tokens, steps and the like.
-        arrays: Shape and dtype of each array, by path in the artifact.
+        arrays: Shape, dtype, chunking and the digests of the shards of each array, by path in the
+            artifact.
         files: Bytes and CRC-32 of files whose format has no checksum, by path.
         measured: What was observed while making it (seconds, recall); not fingerprinted.
         fingerprint: Identifies kind, recipe, origin, counts, arrays and files.
@@ -87,19 +69,9 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
 
-def fingerprint_of(value: Any) -> str:
-    """Returns 16 hexadecimal digits that identify a JSON-ready value."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
 def _content_fingerprint(manifest: Mapping[str, Any]) -> str:
     names = ("schema_version", "kind", "recipe", "made_from", "counts", "arrays", "files")
     return fingerprint_of({name: manifest[name] for name in names})
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value))
 
 
 def software_versions() -> dict[str, str]:
@@ -154,40 +126,37 @@ class Artifact:
         if not file.exists():
             state = "is not finished" if (self.path / BUILDING).exists() else "does not exist"
             raise ArtifactError(f"{self.path}: {state}; make it with the command `{self.command}`")
-        raw = self._record(MANIFEST, _MANIFEST_TYPES)
-        try:
-            manifest = Manifest(**raw)
-            intact = manifest.fingerprint == _content_fingerprint(raw)
-        except (TypeError, KeyError):
-            intact = False
-        if not intact:
-            raise self._damaged(MANIFEST, "it does not match its own fingerprint")
-        if manifest.schema_version != SCHEMA_VERSION:
+        raw = self._record(MANIFEST)
+        version = raw.get("schema_version")
+        if version != SCHEMA_VERSION and isinstance(version, int):
             raise ArtifactError(
-                f"{file}: schema version {manifest.schema_version}, this software reads "
-                f"{SCHEMA_VERSION}; make {self.relative} again with --rebuild"
+                f"{file}: schema version {version}, this software reads {SCHEMA_VERSION}; "
+                f"{self._way_out}"
+            )
+        manifest = Manifest(**without_checksum(file, raw, self._way_out))
+        if manifest.kind != self.kind:
+            raise ArtifactError(
+                f"{file}: is of kind {manifest.kind}, not {self.kind}; {self._way_out}"
             )
         return manifest
 
-    def _record(self, name: str, types: Mapping[str, Any]) -> dict[str, Any]:
-        """Reads the manifest, or what was recorded when the artifact was begun.
+    @property
+    def _way_out(self) -> str:
+        return f"make {self.relative} again with --rebuild"
+
+    def _record(self, name: str) -> dict[str, Any]:
+        """Reads the manifest, or what was recorded when the artifact was begun, unchecked.
 
         Raises:
-            ArtifactError: The file is damaged; names it and the way out.
+            ArtifactError: The file is no JSON object; names it and the way out.
         """
         try:
             raw = read_json(self.path / name)
         except ArtifactError as error:
-            raise ArtifactError(f"{error}; make {self.relative} again with --rebuild") from None
-        problem = _mistyped(raw, types)
-        if problem is not None:
-            raise self._damaged(name, problem)
-        return dict(raw)
-
-    def _damaged(self, name: str, problem: str) -> ArtifactError:
-        return ArtifactError(
-            f"{self.path / name}: damaged ({problem}); make {self.relative} again with --rebuild"
-        )
+            raise ArtifactError(f"{error}; {self._way_out}") from None
+        if not isinstance(raw, dict):
+            raise ArtifactError(f"{self.path / name}: damaged, no JSON object; {self._way_out}")
+        return raw
 
     def _begun(self) -> dict[str, Any]:
         """Reads what was recorded when the artifact was begun.
@@ -195,19 +164,10 @@ class Artifact:
         Raises:
             ArtifactError: The file is damaged; names it and the way out.
         """
-        begun = self._record(BUILDING, {})
-        if begun == replacing.REMOVING:
-            return begun
-        problem = _mistyped(begun, _BUILDING_TYPES)
-        checksum = begun.pop(_CHECKSUM, None)
-        if problem is None and checksum not in (None, fingerprint_of(begun)):
-            problem = "it does not match its own checksum"
-        if problem is not None:
-            raise self._damaged(BUILDING, problem)
-        return begun
+        return without_checksum(self.path / BUILDING, self._record(BUILDING), self._way_out)
 
     def _write_begun(self, begun: Mapping[str, Any]) -> None:
-        write_json(self.path / BUILDING, {**begun, _CHECKSUM: fingerprint_of(begun)})
+        write_checked_json(self.path / BUILDING, begun)
 
     @property
     def command(self) -> str:
@@ -320,7 +280,7 @@ class Artifact:
         for name in (MANIFEST, BUILDING):
             if run is not None and (self.path / name).exists():
                 try:
-                    return bool(self._record(name, {}).get("run") == run)
+                    return bool(self._record(name).get("run") == run)
                 except ArtifactError:
                     return False  # Damaged, so not to be kept.
         return False
@@ -337,7 +297,7 @@ class Artifact:
 
         Args:
             counts: See `Manifest`.
-            arrays: See `Manifest`.
+            arrays: See `Manifest`; digests of shards are added from what their writers recorded.
             files: Paths in the artifact, or a mapping of them to bytes and CRC-32, where these are
                 known: those files are not read again.
             measured: See `Manifest`.
@@ -349,7 +309,7 @@ class Artifact:
             "recipe": begun["recipe"],
             "made_from": begun["made_from"],
             "counts": dict(counts or {}),
-            "arrays": dict(arrays or {}),
+            "arrays": with_digests(self.path, arrays or {}),
             "files": dict(files)
             if isinstance(files, Mapping)
             else {name: describe_file(self.path / name) for name in files},
@@ -362,7 +322,8 @@ class Artifact:
             "created": time.time(),
             "run": begun.get("run"),
         }
-        write_json(self.path / MANIFEST, content)
+        write_checked_json(self.path / MANIFEST, content)
+        forget_written(self.path)
         (self.path / BUILDING).unlink(missing_ok=True)
         return Manifest(**content)
 
@@ -373,23 +334,6 @@ class Artifact:
             ArtifactError: It holds what is not ours.
         """
         replacing.remove(self)
-
-
-def _mistyped(raw: Any, types: Mapping[str, Any]) -> str | None:
-    """Says which entry of a record is missing or of another type; None: all are as they must be."""
-    if not isinstance(raw, dict):
-        return "no JSON object"
-    for name, wanted in types.items():
-        if not isinstance(raw.get(name), wanted):
-            return f"{name} is missing or of another type"
-    if "made_from" in types and not all(isinstance(v, str) for v in raw["made_from"].values()):
-        return "made_from holds values of another type"
-    for about in raw["files"].values() if "files" in types else ():
-        entries = about if isinstance(about, dict) else {}
-        if not isinstance(entries.get("bytes"), int) or not isinstance(entries.get("crc32"), str):
-            return "files holds values of another type"
-    timed = raw["measured"] if "measured" in types else raw
-    return None if isinstance(timed.get("seconds", 0), _NUMBER) else "seconds is no number"
 
 
 def describe_file(path: epath.Path) -> dict[str, Any]:

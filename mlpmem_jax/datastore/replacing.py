@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
+from mlpmem_jax.datastore.checked import write_checked_json
 from mlpmem_jax.datastore.contents import BUILDING, MANIFEST, foreign_file
-from mlpmem_jax.datastore.files import is_local, write_json
+from mlpmem_jax.datastore.files import is_local
 from mlpmem_jax.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _discard(path: epath.Path) -> None:
         _rename(path, target, replace=True)
         _remove_tree(target)
     else:
-        write_json(path / BUILDING, REMOVING)
+        write_checked_json(path / BUILDING, REMOVING)
         (path / MANIFEST).unlink(missing_ok=True)
         finish_removal(path)
 

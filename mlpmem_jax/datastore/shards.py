@@ -1,4 +1,9 @@
-"""Rows that arrive in pieces, written as whole shards in the background."""
+"""Rows that arrive in pieces, written as whole shards in the background.
+
+Once a shard of all arrays is on disk its writer puts a small file with their digests beside
+(`written/NUMBER.json`): only then it counts. The manifest takes the digests from there, whichever
+process and start wrote them, and the folder goes.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,6 +12,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from mlpmem_jax.datastore.digests import shard_digest
 from mlpmem_jax.datastore.files import check_free_space
 from mlpmem_jax.datastore.layout import ArraySpec
 from mlpmem_jax.datastore.store import (
@@ -16,6 +22,7 @@ from mlpmem_jax.datastore.store import (
     finished_shards,
     write_rows,
 )
+from mlpmem_jax.datastore.written import record_written, recorded_shards
 from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.multihost import first_alone, is_writer
@@ -59,7 +66,7 @@ class ShardWriter:
         # Listed once, by one process, before any writes: all must know the same.
         self._missing: list[int] = of_first(self._listed() if is_writer() else None)
         self._open: dict[int, tuple[dict[str, np.ndarray], int]] = {}
-        self._pending: list[list[PendingWrite]] = []
+        self._pending: list[tuple[int, list[PendingWrite]]] = []
 
     def _opened(self) -> dict[str, ts.TensorStore]:
         return {
@@ -74,7 +81,9 @@ class ShardWriter:
         }
 
     def _listed(self) -> list[int]:
-        done = frozenset.intersection(*(finished_shards(one) for one in self._stores.values()))
+        done = frozenset.intersection(
+            recorded_shards(self._path), *(finished_shards(one) for one in self._stores.values())
+        )
         return [shard for shard in range(self.num_shards) if shard not in done]
 
     @property
@@ -144,9 +153,8 @@ class ShardWriter:
             for name, buffer in buffers.items():
                 self._refuse_non_finite(name, shard, buffer)
         start = shard * self.shard_rows
-        self._pending.append(
-            [write_rows(self._stores[name], start, buffer) for name, buffer in buffers.items()]
-        )
+        writes = [write_rows(self._stores[name], start, buffer) for name, buffer in buffers.items()]
+        self._pending.append((shard, writes))
         if len(self._pending) > _MAX_PENDING_SHARDS:
             self._finish_oldest()
 
@@ -161,8 +169,11 @@ class ShardWriter:
                 )
 
     def _finish_oldest(self) -> None:
-        for write in self._pending.pop(0):
+        shard, writes = self._pending.pop(0)
+        for write in writes:
             write.result()
+        digests = {name: shard_digest(store, shard) for name, store in self._stores.items()}
+        record_written(self._path, shard, digests)
 
     def close(self) -> dict[str, Any]:
         """Waits for all writes; returns the arrays as the manifest describes them."""
@@ -176,5 +187,5 @@ class ShardWriter:
             self._finish_oldest()
 
     def describe(self) -> dict[str, Any]:
-        """Returns shapes and dtypes for the manifest."""
+        """Returns shapes, dtypes and chunking for the manifest, which adds the digests."""
         return {name: describe(store) for name, store in self._stores.items()}

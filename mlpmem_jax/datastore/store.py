@@ -29,6 +29,7 @@ _UNREACHABLE = (
     "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "RESOURCE_EXHAUSTED",
     "UNAUTHENTICATED",
 )  # fmt: skip
+SHARDS = "shards"  # The digests, in what manifests record of an array.
 _DRIVERS = {"gs": "gcs"}  # TensorStore's names, where they are not the scheme of URLs.
 
 
@@ -99,6 +100,20 @@ def create_array(
     return _opened(path, spec, create=True, open=True)
 
 
+def continue_array(path: str | epath.Path) -> ts.TensorStore:
+    """Opens an array that is there already for reading and writing.
+
+    Raises:
+        ArtifactError: There is none, or its metadata is damaged.
+    """
+    spec = {
+        "driver": "zarr3",
+        "kvstore": _kvstore(path),
+        "store_data_equal_to_fill_value": True,
+    }
+    return _opened(path, spec, open=True)
+
+
 def open_array(path: str | epath.Path) -> ts.TensorStore:
     """Opens an array for reading.
 
@@ -135,6 +150,11 @@ def storage_error(path: str | epath.Path, error: Exception) -> Exception:
     return ArtifactError(f"{path}: damaged or unreadable ({text})")
 
 
+def read_failure(store: ts.TensorStore, error: Exception, part: str = "") -> Exception:
+    """Returns what a failed read of an array, or of a part of it, is to its user."""
+    return storage_error(array_path(store) + part, error)
+
+
 def read_rows(store: ts.TensorStore, start: int, stop: int) -> np.ndarray:
     """Reads rows [start, stop).
 
@@ -144,7 +164,7 @@ def read_rows(store: ts.TensorStore, start: int, stop: int) -> np.ndarray:
     try:
         return np.asarray(store[start:stop].read().result())
     except (ValueError, RuntimeError, OSError) as error:
-        raise storage_error(array_path(store), error) from None
+        raise read_failure(store, error) from None
 
 
 def array_path(store: ts.TensorStore) -> str:
@@ -183,103 +203,26 @@ class PendingWrite:
 
 
 def finished_shards(store: ts.TensorStore) -> frozenset[int]:
-    """Returns the numbers of the shards that are on disk."""
+    """Returns the numbers of the shards that are on disk; other files are no shards."""
     assert store.kvstore is not None
-    keys = (key.decode() for key in store.kvstore.list().result())
-    return frozenset(int(key.split("/")[1]) for key in keys if key.startswith("c/"))
+    keys = (key.decode(errors="replace") for key in store.kvstore.list().result())
+    shard = re.compile(r"c/([0-9]+)" + "/0" * (len(store.shape) - 1))
+    return frozenset(int(found[1]) for key in keys if (found := shard.fullmatch(key)))
+
+
+def chunking(store: ts.TensorStore) -> tuple[int, int]:
+    """Returns the rows of a shard and those of a chunk."""
+    shapes = store.chunk_layout.write_chunk.shape, store.chunk_layout.read_chunk.shape
+    shard_rows, chunk_rows = (int((shape or (0,))[0] or 0) for shape in shapes)
+    return shard_rows, chunk_rows
 
 
 def describe(store: ts.TensorStore) -> dict[str, Any]:
-    """Returns shape and dtype, as manifests record them."""
-    return {"shape": list(store.shape), "dtype": store.dtype.name}
-
-
-class Appender:
-    """Writes an array of unknown length, a whole shard at a time.
-
-    Between two appends `state` is everything needed to continue after a kill: rows on disk
-    and the rows of the unfinished shard.
-    """
-
-    def __init__(
-        self,
-        path: str | epath.Path,
-        dtype: Any,
-        shard_rows: int,
-        chunk_rows: int,
-        width: int | None = None,
-        state: Mapping[str, np.ndarray] | None = None,
-    ):
-        self._dtype = np.dtype(dtype)
-        self._tail = () if width is None else (width,)
-        self._shard_rows = shard_rows
-        rows = 0 if state is None else int(state["rows"])
-        if state is None:
-            epath.Path(path).rmtree(missing_ok=True)
-            shape = (0, *self._tail)
-            self._store = create_array(
-                path, shape=shape, dtype=dtype, shard_rows=shard_rows, chunk_rows=chunk_rows
-            )
-        else:
-            spec = {
-                "driver": "zarr3",
-                "kvstore": _kvstore(path),
-                "store_data_equal_to_fill_value": True,
-            }
-            self._store = _opened(path, spec, open=True)
-        self._rows = rows
-        self._pending: list[np.ndarray] = []
-        self._num_pending = 0
-        if state is not None:
-            self._add(np.asarray(state["remainder"], self._dtype))
-
-    def _add(self, rows: np.ndarray) -> None:
-        if len(rows):
-            self._pending.append(rows)
-            self._num_pending += len(rows)
-
-    @property
-    def rows(self) -> int:
-        """Rows appended so far."""
-        return self._rows + self._num_pending
-
-    def append(self, rows: np.ndarray) -> bool:
-        """Adds rows; returns whether a shard was written, so that `state` is worth saving."""
-        self._add(np.asarray(rows, self._dtype))
-        if self._num_pending < self._shard_rows:
-            return False
-        self._flush(self._num_pending - self._num_pending % self._shard_rows)
-        return True
-
-    def _flush(self, count: int) -> None:
-        rows = np.concatenate(self._pending) if self._pending else np.empty((0, *self._tail))
-        stop = self._rows + count
-        if stop > self._store.shape[0]:
-            bound = [stop, *self._tail]
-            self._store = self._store.resize(exclusive_max=bound, expand_only=True).result()
-        if count:
-            write_rows(self._store, self._rows, rows[:count].astype(self._dtype)).result()
-        self._rows = stop
-        # A copy: a slice would keep the whole concatenation alive.
-        self._pending = [rows[count:].copy()] if len(rows) > count else []
-        self._num_pending -= count
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Returns what a later Appender needs to continue."""
-        remainder = (
-            np.concatenate(self._pending)
-            if self._pending
-            else np.empty((0, *self._tail), self._dtype)
-        )
-        return {"rows": np.array(self._rows, np.int64), "remainder": remainder}
-
-    def close(self) -> int:
-        """Writes the last, short shard and returns the number of rows."""
-        self._flush(self._num_pending)
-        if self._rows < self._store.shape[0]:  # A longer array of an earlier, killed start.
-            self._store = self._store.resize(exclusive_max=[self._rows, *self._tail]).result()
-        return self._rows
-
-    def describe(self) -> dict[str, Any]:
-        """Returns shape and dtype, as manifests record them."""
-        return describe(self._store)
+    """Returns shape, dtype and chunking, as manifests record them."""
+    shard_rows, chunk_rows = chunking(store)
+    return {
+        "shape": list(store.shape),
+        "dtype": store.dtype.name,
+        "shard_rows": shard_rows,
+        "chunk_rows": chunk_rows,
+    }

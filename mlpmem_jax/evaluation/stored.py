@@ -10,7 +10,7 @@ import numpy as np
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.datastore.store import open_array, read_rows
+from mlpmem_jax.datastore.reading import StoredArray
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.evaluation.metrics import DocumentCounts, count_documents
 
@@ -44,7 +44,6 @@ class SplitLabels:
         Raises:
             ArtifactError: They are missing, damaged, or of other tokens.
         """
-        artifact.load()
         label_N, logprob_N = whole_array(artifact, "label"), whole_array(artifact, "logprob")
         if len(label_N) != len(self.label_N) or np.any(label_N != self.label_N):
             raise ArtifactError(
@@ -80,8 +79,7 @@ class StoredSplit(SplitLabels):
 
 def whole_array(artifact: Artifact, name: str) -> np.ndarray:
     """Reads a whole array of an artifact."""
-    store = open_array(artifact.path / name)
-    return read_rows(store, 0, store.shape[0])
+    return StoredArray(artifact, name).read_all()
 
 
 def _scored_documents(tokens: TokenSplit, label_N: np.ndarray, name: str) -> DocumentCounts:

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 
 import numpy as np
-import tensorstore as ts
 
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.datastore.store import array_path, open_array, storage_error
+from mlpmem_jax.datastore.reading import PendingRead, StoredArray
 from mlpmem_jax.errors import ArtifactError
 
 
@@ -20,11 +19,8 @@ class RowReader:
     """
 
     def __init__(self, artifact: Artifact, arrays: Mapping[str, str]):
-        self._artifact = artifact
-        self._stores: dict[str, ts.TensorStore] = {
-            name: open_array(artifact.path / array) for name, array in arrays.items()
-        }
-        self.num_rows = int(next(iter(self._stores.values())).shape[0])
+        self._stored = {name: StoredArray(artifact, array) for name, array in arrays.items()}
+        self.num_rows = next(iter(self._stored.values())).num_rows
 
     def start(self, starts: np.ndarray, length: int) -> "PendingRows":
         """Begins to read rows [start, start + length) for each start (int64 [B])."""
@@ -32,10 +28,10 @@ class RowReader:
         return PendingRows(
             {
                 name: (
-                    store,
-                    [store[int(a) : int(b)].read() for a, b in zip(starts, stops, strict=True)],
+                    stored,
+                    [stored.start(int(a), int(b)) for a, b in zip(starts, stops, strict=True)],
                 )
-                for name, store in self._stores.items()
+                for name, stored in self._stored.items()
             },
             length,
         )
@@ -44,8 +40,8 @@ class RowReader:
 class PendingRows:
     """Reads under way."""
 
-    def __init__(self, futures: Mapping[str, tuple[ts.TensorStore, list[ts.Future]]], length: int):
-        self._futures = futures
+    def __init__(self, reads: Mapping[str, tuple[StoredArray, list[PendingRead]]], length: int):
+        self._reads = reads
         self._length = length
 
     def result(self) -> dict[str, np.ndarray]:
@@ -54,16 +50,13 @@ class PendingRows:
         Raises:
             ArtifactError: A shard is missing or damaged.
         """
-        return {name: self._stacked(*item) for name, item in self._futures.items()}
+        return {name: self._stacked(*item) for name, item in self._reads.items()}
 
-    def _stacked(self, store: ts.TensorStore, futures: list[ts.Future]) -> np.ndarray:
-        shape = (len(futures), self._length, *store.shape[1:])
-        out = np.zeros(shape, store.dtype.numpy_dtype)
-        for place, future in zip(out, futures, strict=True):
-            try:
-                rows = future.result()
-            except (ValueError, RuntimeError, OSError) as error:
-                raise storage_error(array_path(store), error) from None
+    def _stacked(self, stored: StoredArray, reads: list[PendingRead]) -> np.ndarray:
+        shape = (len(reads), self._length, *stored.shape[1:])
+        out = np.zeros(shape, stored.dtype)
+        for place, read in zip(out, reads, strict=True):
+            rows = read.result()
             place[: len(rows)] = rows
         return out
 

@@ -7,9 +7,9 @@ from typing import Any
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.suite import SweepConfig
 from mlpmem_jax.console import is_speaker, say
+from mlpmem_jax.datastore.checked import fingerprint_of
 from mlpmem_jax.datastore.files import read_json, write_bytes, write_json
 from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.manifest import fingerprint_of
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.evaluation.suite.sweeps import CONFIGURED, value_text
 from mlpmem_jax.pipeline.options import Options
@@ -187,7 +187,7 @@ def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
         write_bytes(path / TABLE, sweeps.as_csv(table, measured).encode())
         for place, sweep in enumerate(config.ablate.sweeps):
             write_bytes(path / picture_name(place, sweep), sweeps.draw(table, found[place]))
-    return Completion(counts={"sweeps": len(found)}, files=[RESULTS])
+    return Completion(counts={"sweeps": len(found)}, files=[RESULTS], measured=measured)
 
 
 def main(config: Config, options: Options) -> int:
@@ -200,9 +200,9 @@ def main(config: Config, options: Options) -> int:
         from mlpmem_jax.evaluation.suite.sweeps import as_text
 
         artifact = Layout(config).table("ablate", config.ablate.name)
-        artifact.verify()
+        measured = artifact.verify().measured
         say()
-        say(as_text(read_json(artifact.path / RESULTS), read_json(artifact.path / MEASURED)))
+        say(as_text(read_json(artifact.path / RESULTS), measured))
         pictures = [picture_name(*each) for each in enumerate(config.ablate.sweeps)]
         for name in (RESULTS, TABLE, *pictures):
             say(f"  {artifact.path / name}")

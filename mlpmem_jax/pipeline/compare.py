@@ -106,7 +106,7 @@ def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
         write_bytes(path / DOCUMENTS, report.documents_csv(documents).encode())
         write_bytes(path / PICTURE, draw(results, measured))
     counts = {"test_tokens": results["test"]["tokens"], "rows": len(results["rows"])}
-    return Completion(counts=counts, files=[RESULTS, PAIRS, DOCUMENTS])
+    return Completion(counts, files=[RESULTS, PAIRS, DOCUMENTS], measured=measured)
 
 
 def print_report(config: Config) -> None:
@@ -114,9 +114,9 @@ def print_report(config: Config) -> None:
     from mlpmem_jax.evaluation.suite.report import as_text
 
     artifact = Layout(config).table("compare", config.compare.name)
-    artifact.verify()
+    measured = artifact.verify().measured
     say()
-    say(as_text(read_json(artifact.path / RESULTS), read_json(artifact.path / MEASURED)))
+    say(as_text(read_json(artifact.path / RESULTS), measured))
     say()
     for name in (RESULTS, TABLE, PAIRS, DOCUMENTS, PICTURE):
         say(f"  {artifact.path / name}")

@@ -185,8 +185,7 @@ def print_report(config: Config) -> None:
 
     layout = Layout(config)
     path = layout.results.path
-    layout.results.verify()
-    measured = read_json(path / MEASURED) | {"seconds": stage_seconds(config)}
+    measured = {**layout.results.verify().measured, "seconds": stage_seconds(config)}
     say()
     say(as_text(read_json(path / RESULTS), measured))
     say()

@@ -48,7 +48,7 @@ def interpolation(config: Config) -> float | None:
             "`evaluate`, and there are none; run `evaluate`, or set generate.interpolation "
             "to a number from 0 to 1"
         )
-    made_from = results.load().made_from
+    made_from = results.verify().made_from
     if made_from.get(trained.relative) != trained.load().fingerprint:
         raise ArtifactError(
             f"{results.path}: λ was chosen for another memory than {trained.path}; run "

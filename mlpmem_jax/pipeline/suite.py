@@ -10,8 +10,9 @@ from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
+from mlpmem_jax.datastore.checked import fingerprint_of
 from mlpmem_jax.datastore.layout import SPLITS, Layout
-from mlpmem_jax.datastore.manifest import Artifact, differences, fingerprint_of
+from mlpmem_jax.datastore.manifest import Artifact, differences
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.evaluation.bootstrap import INTERVALS
 from mlpmem_jax.evaluation.suite.drawn import Family, Settings

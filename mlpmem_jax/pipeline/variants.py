@@ -12,8 +12,8 @@ from typing import Any
 
 from mlpmem_jax.config.load import changed_config
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.checked import fingerprint_of
 from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.manifest import fingerprint_of
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline import embed, index, pretrain, retrieve, train
 from mlpmem_jax.pipeline.resolve import resolved

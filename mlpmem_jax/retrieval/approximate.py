@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -20,8 +21,10 @@ import numpy as np
 from etils import epath
 
 from mlpmem_jax.config.data import RetrievalConfig
-from mlpmem_jax.datastore.files import is_local, read_json, write_json
-from mlpmem_jax.datastore.manifest import describe_file
+from mlpmem_jax.console import warn
+from mlpmem_jax.datastore.checked import read_checked_json, write_checked_json
+from mlpmem_jax.datastore.files import is_foreign, is_local
+from mlpmem_jax.datastore.manifest import describe_file, verify_file
 from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.sharing import is_mine, process_count, share_of
@@ -119,18 +122,31 @@ def build_shards(
     shards = shard_ranges(keys.num_rows, config.shard_rows)
     for number in share_of(range(len(shards))):
         rows, target = shards[number], _shard_path(path, number)
-        if not (target / SHARD).exists():
+        if not _is_whole(target):
             _build_shard(SomeKeys(keys, rows.start, len(rows)), rows, target, config)
         yield number, len(shards)
 
 
-def shard_files(path: epath.Path, num_shards: int) -> list[str]:
-    """Returns the files of finished shards, relative to the index."""
-    files: list[str] = []
+def _is_whole(shard: epath.Path) -> bool:
+    """Returns whether an earlier start has built a shard, and nothing has happened to it since."""
+    if not (shard / SHARD).exists():
+        return False
+    try:
+        for name, expected in read_checked_json(shard / SHARD)["files"].items():
+            verify_file(shard / name, expected)
+    except ArtifactError as error:
+        warn(f"{error}; the shard is built again")
+        return False
+    return True
+
+
+def shard_files(path: epath.Path, num_shards: int) -> dict[str, Any]:
+    """Returns bytes and CRC-32 of the files of finished shards, by path in the index."""
+    files: dict[str, Any] = {}
     for number in range(num_shards):
         shard = _shard_path(path, number)
-        names = [*read_json(shard / SHARD)["files"], SHARD]
-        files += [f"{shard.name}/{name}" for name in names]
+        about = {**read_checked_json(shard / SHARD)["files"], SHARD: describe_file(shard / SHARD)}
+        files |= {f"{shard.name}/{name}": each for name, each in about.items()}
     return files
 
 
@@ -169,14 +185,14 @@ def _build_shard(keys: Keys, rows: range, target: epath.Path, config: RetrievalC
         whole = epath.Path(temporary) / "shard"
         whole.mkdir()
         searcher.serialize(os.fspath(whole), relative_path=True)
-        files = sorted(file.name for file in whole.iterdir())
+        files = sorted(file.name for file in whole.iterdir() if not is_foreign(file.name))
         _check_written(whole, files, rows)
         about = {
             "first_row": rows.start,
             "num_rows": len(rows),
             "files": {name: describe_file(whole / name) for name in files},
         }
-        write_json(whole / SHARD, about)
+        write_checked_json(whole / SHARD, about)
         if is_local(target):
             if target.exists():
                 target.rmtree()
@@ -226,12 +242,13 @@ class ApproximateEngine:
         self._shards: list[tuple[Any, int]] = []
         leaves: list[np.ndarray] = []
         scann = _import()
-        names = sorted(shard.name for shard in path.glob("shard-*"))
+        entries = (entry.name for entry in path.iterdir())
+        names = sorted(name for name in entries if re.fullmatch(r"shard-[0-9]{5,}", name))
         # Whose a shard is must not depend on what a file system shows of a new directory.
         for number, name in enumerate(of_first(names) if self.spans_processes else names):
             shard = path / name
-            about: Mapping[str, Any] = read_json(shard / SHARD)
-            files: Mapping[str, Any] = _described(shard, about)
+            about = read_checked_json(shard / SHARD)
+            files: Mapping[str, Any] = about["files"]
             is_held = is_mine(number) or not self.spans_processes
             # The order of queries needs the leaves of all rows: four bytes a row.
             needed = {n: of for n, of in files.items() if is_held or n == _LEAF_OF_ROW}
@@ -298,21 +315,6 @@ def _in_order(distance_QK: np.ndarray, id_QK: np.ndarray, first_row: int) -> Nei
     return Neighbors(distance_QK, np.where(np.isinf(distance_QK), MISSING_ROW, row_QK + first_row))
 
 
-def _described(shard: epath.Path, about: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the files of a shard with their checksums.
-
-    Raises:
-        ArtifactError: There are none: an earlier version wrote it.
-    """
-    files = about.get("files")
-    if not isinstance(files, Mapping):
-        raise ArtifactError(
-            f"{shard / SHARD}: files={files!r} has no checksums, an earlier version wrote it; make "
-            "the index again with `index --rebuild`"
-        )
-    return files
-
-
 @contextlib.contextmanager
 def _on_local_disk(
     shard: epath.Path, files: Mapping[str, Mapping[str, Any]]
@@ -347,8 +349,9 @@ def _on_local_disk(
 def remove_unfinished(path: epath.Path) -> None:
     """Removes what a killed build left."""
     if is_local(path):
-        for left in path.glob("building-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for left in path.iterdir() if path.exists() else ():
+            if left.name.startswith("building-"):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager

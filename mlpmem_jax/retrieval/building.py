@@ -13,6 +13,7 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.files import check_free_space, human_bytes, read_json, write_json
 from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.manifest import describe_file
 from mlpmem_jax.datastore.verification import verify_together
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.parallel.multihost import barrier, first_alone, is_writer
@@ -35,7 +36,7 @@ class BuiltIndex:
     """What the index's manifest says."""
 
     counts: Mapping[str, Any]
-    files: list[str]
+    files: Mapping[str, Any]
     measured: Mapping[str, Any]
 
 
@@ -62,7 +63,7 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
     counts: dict[str, Any] = {"engine": choice.engine, "rows": keys.num_rows}
     measured: dict[str, Any] = {"why": choice.why}
     if choice.engine == "exact":  # Nothing to build: it reads the datastore's keys.
-        return BuiltIndex(counts, [], measured)
+        return BuiltIndex(counts, {}, measured)
     path = layout.index.path
     with first_alone("index: directory"):
         if is_writer():
@@ -88,6 +89,7 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
         measured["calibration_recall"] = calibrated
     if is_writer():
         write_json(path / SEARCH, dataclasses.asdict(settings))
+        files[SEARCH] = describe_file(path / SEARCH)
     shard_rows = max(len(rows) for rows in approximate.shard_ranges(keys.num_rows, largest))
     counts |= {
         "shards": num_shards,
@@ -99,7 +101,7 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
         f"index: {settings.num_leaves_to_search} of {counts['num_leaves']} leaves are searched, "
         f"{settings.num_reorder} candidates scored exactly"
     )
-    return BuiltIndex(counts, [*files, SEARCH], measured)
+    return BuiltIndex(counts, files, measured)
 
 
 def choose_settings(

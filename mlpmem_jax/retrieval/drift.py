@@ -16,7 +16,7 @@ from mlpmem_jax.datastore.embedding import (
     make_embed_step,
 )
 from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.store import open_array, read_rows
+from mlpmem_jax.datastore.reading import StoredArray
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.parallel.sharing import whole
 
@@ -51,7 +51,7 @@ def neighbor_agreement(config: Config, decoder: Decoder, mesh: jax.sharding.Mesh
         batch_size=config.datastore.batch_size,
     )
     step = make_embed_step(decoder, settings, specs)
-    stored = open_array(layout.datastore("train").path / "key")
+    stored = StoredArray(layout.datastore("train"), "key")
     old: list[np.ndarray] = []
     new: list[np.ndarray] = []
     with jax.set_mesh(mesh):
@@ -60,7 +60,7 @@ def neighbor_agreement(config: Config, decoder: Decoder, mesh: jax.sharding.Mesh
             part = plan.blocks(number_B[number_B >= 0])
             key_BRD = whole(rows["key"])
             for place, (row, count) in enumerate(zip(part.row, part.count, strict=True)):
-                old.append(read_rows(stored, int(row), int(row + count)))
+                old.append(stored.read(int(row), int(row + count)))
                 new.append(key_BRD[place, :count])
     return overlap(np.concatenate(old), np.concatenate(new), NEIGHBORS)
 

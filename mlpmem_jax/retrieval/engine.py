@@ -9,7 +9,7 @@ import numpy as np
 
 from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.datastore.store import array_path, open_array, read_rows, storage_error
+from mlpmem_jax.datastore.reading import StoredArray
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.retrieval.merge import Neighbors
 
@@ -93,12 +93,12 @@ class StoredKeys:
 
     def __init__(self, artifact: Artifact):
         self._artifact = artifact
-        self._store = open_array(artifact.path / "key")
-        self.num_rows, self.width = (int(n) for n in self._store.shape)
+        self._keys = StoredArray(artifact, "key")
+        self.num_rows, self.width = self._keys.shape
         expected = artifact.load().counts["rows"]
         if self.num_rows != expected:
             raise ArtifactError(
-                f"{array_path(self._store)}: {self.num_rows} rows, the manifest says {expected}"
+                f"{self._keys.path}: {self.num_rows} rows, the manifest says {expected}"
             )
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -107,17 +107,13 @@ class StoredKeys:
         Raises:
             ArtifactError: A shard is missing or damaged, or a key is not finite.
         """
-        key_ND = read_rows(self._store, start, stop).astype(np.float32, copy=False)
+        key_ND = self._keys.read(start, stop).astype(np.float32, copy=False)
         check_finite(key_ND, start, str(self._artifact.path / "key"))
         return key_ND
 
     def take(self, row_Q: np.ndarray) -> np.ndarray:
         """Returns float32 keys of single rows (int64)."""
-        try:
-            taken = np.asarray(self._store[row_Q].read().result())
-        except (ValueError, RuntimeError, OSError) as error:
-            raise storage_error(array_path(self._store), error) from None
-        return taken.astype(np.float32, copy=False)
+        return self._keys.take(row_Q).astype(np.float32, copy=False)
 
 
 class ArrayKeys:

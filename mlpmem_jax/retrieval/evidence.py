@@ -3,7 +3,7 @@
 import numpy as np
 
 from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.datastore.store import open_array, read_rows
+from mlpmem_jax.datastore.reading import StoredArray
 from mlpmem_jax.retrieval.distributions import LabelEvidence
 from mlpmem_jax.retrieval.engine import row_ranges
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
@@ -13,8 +13,7 @@ _READ_ROWS = 1 << 14
 
 def read_labels(layout: Layout, split: Split) -> np.ndarray:
     """Returns the int32 labels of a split."""
-    store = open_array(layout.datastore(split).path / "label")
-    return read_rows(store, 0, int(store.shape[0]))
+    return StoredArray(layout.datastore(split), "label").read_all()
 
 
 def label_evidence(

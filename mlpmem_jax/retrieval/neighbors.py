@@ -13,8 +13,8 @@ import numpy as np
 
 from mlpmem_jax.console import progress
 from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.datastore.reading import StoredArray
 from mlpmem_jax.datastore.shards import ShardWriter
-from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel.preemption import (
     Preempted,
@@ -156,11 +156,9 @@ class StoredNeighbors:
     """Reads the neighbours of a split."""
 
     def __init__(self, artifact: Artifact):
-        artifact.load()
-        self._row = open_array(artifact.path / "row")
-        self._distance = open_array(artifact.path / "distance")
-        self.num_rows = int(self._row.shape[0])
-        self.num_neighbors = int(self._row.shape[1])
+        self._row = StoredArray(artifact, "row")
+        self._distance = StoredArray(artifact, "distance")
+        self.num_rows, self.num_neighbors = self._row.shape
 
     def read(self, start: int, stop: int) -> Neighbors:
         """Returns the neighbours of rows [start, stop).
@@ -168,7 +166,7 @@ class StoredNeighbors:
         Raises:
             ArtifactError: A shard is missing or damaged.
         """
-        return Neighbors(read_rows(self._distance, start, stop), read_rows(self._row, start, stop))
+        return Neighbors(self._distance.read(start, stop), self._row.read(start, stop))
 
     def recall(self, truth: "StoredNeighbors") -> float:
         """Returns recall@K over all rows of a split, against its true neighbours."""

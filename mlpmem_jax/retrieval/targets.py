@@ -8,9 +8,10 @@ import numpy as np
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
-from mlpmem_jax.datastore.files import read_json, write_json
+from mlpmem_jax.datastore.checked import read_checked_json, write_checked_json
 from mlpmem_jax.datastore.layout import ArraySpec, Layout, Split
 from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.datastore.reading import StoredArray
 from mlpmem_jax.datastore.shards import ShardWriter
 from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ArtifactError, UserError
@@ -175,8 +176,8 @@ def _temperature(config: Config) -> Tuned:
     file = Layout(config).targets("train").path / TEMPERATURE
     with first_alone("targets: temperature"):
         if is_writer() and not file.exists():
-            write_json(file, dataclasses.asdict(_tuned(config)))
-    return Tuned(**read_json(file))
+            write_checked_json(file, dataclasses.asdict(_tuned(config)))
+    return Tuned(**read_checked_json(file))
 
 
 def _tuned(config: Config) -> Tuned:
@@ -186,8 +187,7 @@ def _tuned(config: Config) -> Tuned:
     evidence, row_N = label_evidence(layout, "valid", separator_id, _TUNING_ROWS)
     if not len(evidence):
         raise UserError(f"{layout.datastore('valid').path}: no row to choose τ and λ on")
-    store = open_array(layout.datastore("valid").path / "logprob")
-    logprob_N = read_rows(store, 0, int(store.shape[0]))[row_N]
+    logprob_N = StoredArray(layout.datastore("valid"), "logprob").read_all()[row_N]
     asked = config.targets.temperature
     if asked == "auto":
         tuned = temperature.tune(evidence, logprob_N)

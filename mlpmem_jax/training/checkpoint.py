@@ -9,6 +9,7 @@ between two, for the one before.
 import contextlib
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mlpmem_jax.console import warn
-from mlpmem_jax.datastore.files import check_free_space, has_locks, is_local
+from mlpmem_jax.datastore.files import (
+    check_free_space,
+    has_locks,
+    is_local,
+    read_own_paths_literally,
+)
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.datastore.verification import verify_together
 from mlpmem_jax.errors import ArtifactError, RunFailed, UserError
@@ -36,6 +42,7 @@ LISTING_SECS = 90.0
 _LISTING_PAUSE_SECS = 0.5
 # Orbax's own limit is twenty minutes, which a large state on a slow disk may take.
 SAVE_SECS = 6 * 3600
+read_own_paths_literally()
 
 
 @dataclasses.dataclass
@@ -155,7 +162,8 @@ class Checkpoints:
         write_checksums(self._sums_file(step), self._directory / CHECKPOINTS / str(step))
         self._policy.last_good = step
         if is_writer():
-            steps = [int(sums.stem) for sums in self._sums.glob("*.json")]
+            names = (re.fullmatch(r"([0-9]+)\.json", sums.name) for sums in self._sums.iterdir())
+            steps = [int(name[1]) for name in names if name]
             # Of what is older alone: after an interrupt, another start may write newer ones.
             for stale in [old for old in steps if old < step and old not in kept]:
                 self._sums_file(stale).unlink(missing_ok=True)

@@ -8,7 +8,8 @@ from typing import Any
 
 from etils import epath
 
-from mlpmem_jax.datastore.files import read_json, write_json
+from mlpmem_jax.datastore.checked import read_checked_json, write_checked_json
+from mlpmem_jax.datastore.files import is_foreign
 from mlpmem_jax.datastore.manifest import describe_file
 from mlpmem_jax.datastore.verification import share_of_files
 from mlpmem_jax.errors import ArtifactError
@@ -33,7 +34,7 @@ def write_checksums(file: epath.Path, root: epath.Path) -> None:
     )
     if shares is not None:
         described = {name: about for share in shares for name, about in share.items()}
-        write_json(file, {name: described[name] for name in names})
+        write_checked_json(file, {name: described[name] for name in names})
 
 
 def read_checksums(file: epath.Path) -> dict[str, Any]:
@@ -46,8 +47,7 @@ def read_checksums(file: epath.Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{file.parent.parent}: there is no finished checkpoint of step {file.stem}"
         )
-    checksums: dict[str, Any] = read_json(file)
-    return checksums
+    return read_checked_json(file)
 
 
 def _files_below(root: epath.Path) -> list[str]:
@@ -55,6 +55,8 @@ def _files_below(root: epath.Path) -> list[str]:
     stack = [root]
     while stack:
         for entry in stack.pop().iterdir():
+            if is_foreign(entry.name):
+                continue
             if entry.is_dir():
                 stack.append(entry)
             else:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from mlpmem_jax.console import is_speaker, progress
+from mlpmem_jax.console import is_speaker, progress, warn
 from mlpmem_jax.datastore.files import is_local, write_bytes
 from mlpmem_jax.training.uploads import GrowingObject, Uploads, pieces_of
 
@@ -192,16 +192,26 @@ def _shorten(file: epath.Path, step: int) -> bytes:
 def _lines_up_to(file: epath.Path, step: int) -> bytes:
     if step == 0:
         return b""
-    kept: dict[str, None] = {}  # Without the lines that stand in two pieces.
+    kept: dict[bytes, None] = {}  # Without the lines that stand in two pieces.
     for piece in pieces_of(file):
-        for line in piece.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break  # The line that a kill cut off; nothing follows it.
-            if record["step"] <= step:
-                kept[line + "\n"] = None
-    return "".join(kept).encode()
+        lines = piece.read_bytes().splitlines()
+        for number, line in enumerate(lines, 1):
+            written_at = _step_of(line)
+            if written_at is None and number < len(lines):  # The last one a kill may have cut off.
+                warn(f"{piece}: line {number} is damaged; it is left out")
+            elif written_at is not None and written_at <= step:
+                kept[line + b"\n"] = None
+    return b"".join(kept)
+
+
+def _step_of(line: bytes) -> int | None:
+    """Returns the step of a record, or None where the line is none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else None
 
 
 class TrainingBar:

@@ -20,12 +20,12 @@ from mlpmem_jax.config.load import load_config
 from mlpmem_jax.corpus import files, retries
 from mlpmem_jax.corpus.sources import find_parts
 from mlpmem_jax.corpus.stream import Corpus
+from mlpmem_jax.datastore.appending import Appender
 from mlpmem_jax.datastore.files import check_reachable
 from mlpmem_jax.datastore.layout import SPLITS, ArraySpec, Layout
 from mlpmem_jax.datastore.manifest import Artifact, Status
 from mlpmem_jax.datastore.shards import ShardWriter
 from mlpmem_jax.datastore.store import (
-    Appender,
     array_path,
     create_array,
     finished_shards,
@@ -117,7 +117,8 @@ def test_a_writer_of_shards_goes_on_and_writes_none_twice(bucket, objects):
     assert not [name for name in objects.written if re.search(r"/c/0", name)]
     for name in specs:
         np.testing.assert_array_equal(read_rows(open_array(path / name), 0, 250), rows[name])
-    assert arrays["key"] == {"shape": [250, 2], "dtype": "float16"}
+    chunking = {"shard_rows": 100, "chunk_rows": 20}
+    assert arrays["key"] == {"shape": [250, 2], "dtype": "float16", **chunking}
 
 
 def test_an_appender_goes_on_and_a_fresh_one_forgets(bucket):

@@ -8,7 +8,7 @@ import pytest
 
 from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.datastore.shards import ShardWriter
-from mlpmem_jax.datastore.store import create_array, open_array, read_rows, write_rows
+from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline import index, retrieve
 from mlpmem_jax.pipeline.stage import run_stages
@@ -64,19 +64,11 @@ def make_run(make_config):
             }
             artifact = layout.datastore(split)
             artifact.begin({}, origin)
-            for name, values in arrays.items():
-                spec = layout.datastore_arrays()[name]
-                store = create_array(
-                    artifact.path / name,
-                    shape=values.shape,
-                    dtype=spec.dtype,
-                    shard_rows=spec.shard_rows,
-                    chunk_rows=spec.chunk_rows,
-                )
-                for start in range(0, len(values), 1024):
-                    part = values[start : start + 1024].astype(spec.dtype)
-                    write_rows(store, start, part).result()
-            artifact.finish(counts={"rows": ROWS[split]})
+            specs = {name: layout.datastore_arrays()[name] for name in arrays}
+            writer = ShardWriter(artifact.path, specs, ROWS[split], refuse_non_finite=False)
+            for rows in writer.own_rows():
+                writer.put(rows.start, {name: values[rows] for name, values in arrays.items()})
+            artifact.finish(counts={"rows": ROWS[split]}, arrays=writer.close())
         return config
 
     return make
@@ -304,7 +296,7 @@ def test_splits_of_different_decoders_are_refused(make_run):
     (layout.datastore("valid").path / "manifest.json").unlink()
     origin = {**manifest.made_from, "decoder/base": "0" * 16}
     layout.datastore("valid").begin({}, origin)
-    layout.datastore("valid").finish(counts=manifest.counts)
+    layout.datastore("valid").finish(counts=manifest.counts, arrays=manifest.arrays)
     with pytest.raises(ArtifactError, match="made from another decoder/base"):
         _run(config)
 

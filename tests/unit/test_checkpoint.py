@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import shutil
 import threading
 import time
@@ -109,7 +110,7 @@ def test_an_error_of_the_background_comes_up(tmp_path, monkeypatch, noticed_by):
     def full(file, value):
         raise OSError(errno.ENOSPC, "No space left on device", str(file))
 
-    monkeypatch.setattr(checksums, "write_json", full)
+    monkeypatch.setattr(checksums, "write_checked_json", full)
     checkpoints = _open(tmp_path)
     checkpoints.save(8, _items(8))
 
@@ -277,3 +278,66 @@ def test_a_work_directory_of_its_own_is_an_error(tmp_path, monkeypatch):
         pytest.raises(RunFailed, match=expected),
     ):
         checkpoints.last_good_step()
+
+
+@pytest.mark.parametrize("folder", ["a[1] b*?", "[!x]", "run"])
+def test_any_folder_keeps_checkpoints(tmp_path, folder):
+    """Orbax looks for the parts of a checkpoint with a glob that holds the folder."""
+    directory = tmp_path / folder / "decoder"
+    _save(directory, 4, 8)
+    with contextlib.closing(_open(directory, keep=1)) as checkpoints:
+        assert checkpoints.last_good_step() == 8
+        restored = checkpoints.restore(8, {"params": _items(0)["params"]})
+        assert float(restored["params"]["kernel"][0, 0]) == 8
+        checkpoints.save(12, _items(12))
+        checkpoints.wait()
+        assert set(checkpoints.files(12)) == {
+            str(file.relative_to(directory))
+            for file in (directory / "checkpoints" / "12").rglob("*")
+            if file.is_file()
+        }
+    assert _sums(directory) == [12]  # Those of checkpoints that are gone are gone too.
+
+
+def test_foreign_files_among_checkpoints_are_nothing(tmp_path):
+    _save(tmp_path, 4)
+    folders = [tmp_path / name for name in ("checksums", "checkpoints", "checkpoints/4")]
+    for folder in folders:
+        for name in (".DS_Store", "._4.json", "Thumbs.db", ".nfs01", "4.json~", "notes.json"):
+            (folder / name).write_bytes(b"x")
+    with contextlib.closing(_open(tmp_path, keep=1)) as checkpoints:
+        assert checkpoints.last_good_step() == 4
+        checkpoints.save(8, _items(8))
+        checkpoints.wait()
+        assert checkpoints.last_good_step() == 8
+        assert not [name for name in checkpoints.files(8) if "DS_Store" in name]
+    assert (tmp_path / "checksums" / "notes.json").exists()
+
+
+def test_foreign_files_in_a_checkpoint_are_not_of_it(tmp_path):
+    (tmp_path / "4" / "params").mkdir(parents=True)
+    for name in ("params/data", "params/.DS_Store", "._data", "Thumbs.db"):
+        (tmp_path / "4" / name).write_bytes(b"x")
+    checksums.write_checksums(epath.Path(tmp_path) / "4.json", epath.Path(tmp_path) / "4")
+    assert list(read_checksums(epath.Path(tmp_path) / "4.json")) == ["params/data"]
+
+
+@pytest.mark.parametrize("damage", ["renamed", "left out", "flipped", "cut"])
+def test_damaged_checksums_are_no_proof(tmp_path, damage, capsys):
+    """A checkpoint whose list of files is not what was written is skipped, and named."""
+    _save(tmp_path, 4, 8)
+    file = tmp_path / "checksums" / "8.json"
+    text = file.read_text()
+    listed = json.loads(text)
+    listed.pop(next(iter(listed)))
+    file.write_text(
+        {
+            "renamed": text.replace('"bytes"', '"byte"', 1),
+            "left out": json.dumps(listed),
+            "flipped": text.replace('"crc32": "', '"crc32": "0', 1),
+            "cut": text[:-40],
+        }[damage]
+    )
+    with contextlib.closing(_open(tmp_path)) as checkpoints:
+        assert checkpoints.last_good_step() == 4
+    assert f"{file}: damaged" in capsys.readouterr().err

@@ -276,3 +276,17 @@ def test_an_attempt_from_the_beginning_removes_what_the_one_before_logged(bucket
     assert _steps(directory) == [1, 2, 3, 4]
     assert sorted(_scalars(directory)) == [("loss", step) for step in (1, 2, 3, 4)]
     assert (directory / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damaged", [b"\xff\x00{", b'{"loss": 1.0}', b"[2]", b'{"step": "2"}'])
+def test_a_damaged_line_is_left_out_and_named_and_those_after_it_stay(tmp_path, damaged, capsys):
+    log = MetricsLog(epath.Path(tmp_path), 0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1.0})
+    log.close()
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_bytes().splitlines()
+    file.write_bytes(b"\n".join([lines[0], damaged, lines[2], b'{"step": 3, "lo']))
+    MetricsLog(epath.Path(tmp_path), 3).close()
+    assert _steps(epath.Path(tmp_path)) == [1, 3]
+    assert capsys.readouterr().err == f"warning: {file}: line 2 is damaged; it is left out\n"

@@ -4,8 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from mlpmem_jax.datastore.appending import Appender
 from mlpmem_jax.datastore.store import (
-    Appender,
     create_array,
     finished_shards,
     open_array,

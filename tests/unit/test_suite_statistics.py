@@ -8,9 +8,9 @@ import pytest
 
 from mlpmem_jax.evaluation.metrics import count_documents
 from mlpmem_jax.evaluation.mixing import solve
-from mlpmem_jax.evaluation.suite.report import _carried_by_one
 from mlpmem_jax.evaluation.suite.drawn import Settings
 from mlpmem_jax.evaluation.suite.pairs import spread
+from mlpmem_jax.evaluation.suite.report import _carried_by_one
 from mlpmem_jax.evaluation.suite.statistics import SeedScores, summarise
 from mlpmem_jax.evaluation.systems import SplitParts, System
 

@@ -97,7 +97,12 @@ def test_ascii_in_numbers_becomes_a_true_minus():
     [
         (-0.26, -0.285, -0.24, "better than the decoder by 0.260 nats per token (95 % interval"),
         (0.05, 0.01, 0.09, "worse than the decoder by 0.050 nats"),
-        (-0.01, -0.05, 0.03, "is not significantly different from the decoder (95 % interval of the gain [−0.030"),
+        (
+            -0.01,
+            -0.05,
+            0.03,
+            "is not significantly different from the decoder (95 % interval of the gain [−0.030",
+        ),
     ],
 )
 def test_the_sentence(difference: float, low: float, high: float, said: str):

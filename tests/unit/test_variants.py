@@ -7,8 +7,9 @@ import pytest
 
 from mlpmem_jax.config.load import changed_config
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.checked import fingerprint_of
 from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.manifest import Artifact, fingerprint_of
+from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.evaluation.suite.forecast import Expected, Forecaster, duration
 from mlpmem_jax.evaluation.suite.ledger import Ledger

@@ -16,7 +16,7 @@ from flax import nnx
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.datastore.store import open_array, read_rows
+from mlpmem_jax.datastore.reading import StoredArray
 from mlpmem_jax.evaluation.analysis import sharpness
 from mlpmem_jax.evaluation.analysis.sharpness import Sharpness
 from mlpmem_jax.evaluation.analysis.states import final_states
@@ -157,20 +157,20 @@ class _Reader:
     """Reads what was stored of single rows."""
 
     def __init__(self, layout: Layout, split: Split):
-        neighbors, datastore = layout.neighbors(split).path, layout.datastore(split).path
-        self._row = open_array(neighbors / "row")
-        self._distance = open_array(neighbors / "distance")
-        self._input = open_array(datastore / layout.input_array())
-        self._label = open_array(datastore / "label")
+        neighbors, datastore = layout.neighbors(split), layout.datastore(split)
+        self._row = StoredArray(neighbors, "row")
+        self._distance = StoredArray(neighbors, "distance")
+        self._input = StoredArray(datastore, layout.input_array())
+        self._label = StoredArray(datastore, "label")
         self._train_label = read_labels(layout, "train")
         self.num_neighbors = int(self._row.shape[1])
 
-    def _take(self, store: Any, row_C: np.ndarray) -> np.ndarray:
+    def _take(self, stored: StoredArray, row_C: np.ndarray) -> np.ndarray:
         """Reads the range that holds ascending rows; they are dense in small splits."""
         first, last = int(row_C[0]), int(row_C[-1]) + 1
         if last - first <= 8 * len(row_C):
-            return read_rows(store, first, last)[row_C - first]
-        return np.concatenate([read_rows(store, int(row), int(row) + 1) for row in row_C])
+            return stored.read(first, last)[row_C - first]
+        return stored.take(row_C)
 
     def labels(self, row_C: np.ndarray) -> np.ndarray:
         return self._take(self._label, row_C)

@@ -5,6 +5,7 @@ round. What was prepared or timed lies in small files, so that a start after a k
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from etils import epath
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
-from mlpmem_jax.datastore.files import check_free_space, read_json, write_json
+from mlpmem_jax.datastore.checked import read_checked_json, write_checked_json
+from mlpmem_jax.datastore.files import check_free_space
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.evaluation.growth.writers import (
@@ -78,14 +80,14 @@ class Timer:
         """Builds the index over the first rows and measures its recall, once."""
         file = self.path / f"prepared-{num_rows}.json"
         if file.exists():
-            return dict(read_json(file))
+            return read_checked_json(file)
         about: dict[str, Any] = {"rows": num_rows}
         key_bytes = 4 * num_rows * (self._keys(num_rows).width + 1)
         # Both engines are open while they are timed; building an index needs as much.
         check_memory(3 * key_bytes, f"timing {num_rows} rows", "cost.engines")
         if "scann" in self.config.cost.engines:
             about |= self._prepare_index(num_rows)
-        write_json(file, about)
+        write_checked_json(file, about)
         return about
 
     def _prepare_index(self, num_rows: int) -> dict[str, Any]:
@@ -133,7 +135,7 @@ class Timer:
         """
         file = self.path / f"round-{round_number}-{num_rows}.json"
         if file.exists():
-            return dict(read_json(file))
+            return read_checked_json(file)
         systems = self._systems(num_rows, prepared)
         times = {name: _Times() for name in systems}
         seed = (self.config.seed, round_number, num_rows)
@@ -141,7 +143,7 @@ class Timer:
         self._time_prompts(systems, times, seed)
         self._time_steps(systems, times, seed)
         found = {name: dataclasses.asdict(one) for name, one in times.items()}
-        write_json(file, found)
+        write_checked_json(file, found)
         return found
 
     def _systems(self, num_rows: int, prepared: Mapping[str, Any]) -> dict[str, System]:
@@ -197,8 +199,9 @@ class Timer:
 
     def remove_indices(self) -> None:
         """Removes what was built only to be measured."""
-        for left in self.path.glob("index-*"):
-            left.rmtree()
+        for left in self.path.iterdir():
+            if re.fullmatch(r"index-[0-9]+", left.name):
+                left.rmtree()
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ from etils import epath
 from mlpmem_jax.config.analysis import SearchSetting
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
-from mlpmem_jax.datastore.files import read_json, write_json
+from mlpmem_jax.datastore.checked import read_checked_json, write_checked_json
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.evaluation.bootstrap import Draws, interval
 from mlpmem_jax.evaluation.compare import SplitScores, chosen_weight, drawn_nats
@@ -57,8 +57,8 @@ def measure_settings(config: Config, mesh: jax.sharding.Mesh, path: epath.Path) 
     for setting in config.search_quality.settings:
         file = path / f"setting-{setting.name}.json"
         if not file.exists():
-            write_json(file, study.measure(setting))
-        found.append(read_json(file))
+            write_checked_json(file, study.measure(setting))
+        found.append(read_checked_json(file))
     return summarize(config, stored["test"].counts, stored["test"].logprob_N, found)
 
 

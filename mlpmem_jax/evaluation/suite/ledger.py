@@ -11,8 +11,9 @@ from typing import Any
 
 from etils import epath
 
+from mlpmem_jax.datastore.checked import fingerprint_of
 from mlpmem_jax.datastore.layout import REFRESHED
-from mlpmem_jax.datastore.manifest import Artifact, Manifest, fingerprint_of
+from mlpmem_jax.datastore.manifest import Artifact, Manifest
 
 _FREE = ("tokenizer", "tokens")
 _NETWORKS = ("decoder", "memory", "joint")

@@ -1,0 +1,235 @@
+"""Every file of a finished run, damaged: its reader names it, or gets what it got before."""
+
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from mlpmem_jax.__main__ import main
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.corpus.tokenizer import load_tokenizer
+from mlpmem_jax.corpus.tokens import TokenSplit
+from mlpmem_jax.datastore.layout import SPLITS, Layout
+from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.evaluation.stored import StoredSplit
+from mlpmem_jax.input.rows import RowReader, TargetReader
+from mlpmem_jax.parallel.mesh import make_mesh
+from mlpmem_jax.pipeline.generate import interpolation
+from mlpmem_jax.retrieval.building import ExactCache, open_index
+from mlpmem_jax.retrieval.engine import StoredKeys, read_all
+from mlpmem_jax.retrieval.neighbors import StoredNeighbors
+from mlpmem_jax.training.networks import finished_decoder, finished_memory
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
+# What is there for people, or only for a start after a kill: no finished run reads it.
+UNREAD = re.compile(
+    r"config\.yaml|results/metrics/.*|results/base/(evaluate\.csv|evaluate\.png|measured\.json)|"
+    r"(decoder|memory)/base/(checksums/.*|checkpoints/4/.*)|targets/base/train/temperature\.json"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run, tmp_path_factory):
+    """A copy of a finished run, as its directory and configuration."""
+    workdir = tmp_path_factory.mktemp("damaged") / "run"
+    shutil.copytree(tiny_run.workdir, workdir)
+    return workdir, load_config(TINY, (), {"workdir": str(workdir)})
+
+
+def _readers(config):
+    """Returns, by path in the run, functions that return all that is read there."""
+    layout, mesh = Layout(config), make_mesh(config.mesh)
+
+    def tokens(split):
+        stream = TokenSplit.open(layout.tokens, split)
+        return [
+            stream.read(0, stream.num_tokens),
+            stream.document_offset,
+            stream.document_bytes,
+            stream.document_words,
+        ]
+
+    def rows(split):
+        stored, store = StoredSplit.open(layout, split), layout.datastore(split)
+        keys = read_all(StoredKeys(store))
+        reader = RowReader(store, {"input": layout.input_array()})
+        inputs = reader.start(np.array([0]), reader.num_rows).result()["input"]
+        return [stored.label_N, stored.logprob_N, keys, inputs.astype(np.float32)]
+
+    def neighbors(split):
+        stored = StoredNeighbors(layout.neighbors(split))
+        found = stored.read(0, stored.num_rows)
+        return [found.row_QK, found.distance_QK]
+
+    def targets(split):
+        reader = TargetReader(layout, split)
+        return list(reader.start(np.array([0]), reader.num_rows).result().values())
+
+    def weights(finish):
+        return jax.tree.leaves(nnx.to_pure_dict(nnx.state(finish(config, mesh))))
+
+    def index():
+        return [np.array(open_index(config, ExactCache(config))[0].num_rows)]
+
+    readers = {
+        "tokenizer": lambda: [np.frombuffer(load_tokenizer(layout.tokenizer).to_json(), np.uint8)],
+        "decoder/base": lambda: weights(finished_decoder),
+        "memory/base": lambda: weights(finished_memory),
+        "index/base": index,
+        "results/base": lambda: [np.array(interpolation(config))],
+        "tokens/manifest.json": lambda: tokens("train"),
+    }
+    for split in SPLITS:
+        readers[f"tokens/{split}"] = lambda split=split: tokens(split)
+        readers[f"datastore/base/{split}"] = lambda split=split: rows(split)
+        if split != "train":
+            readers[f"neighbors/base/{split}"] = lambda split=split: neighbors(split)
+        if split != "test":
+            readers[f"targets/base/{split}"] = lambda split=split: targets(split)
+    return readers
+
+
+def _files(workdir, wanted):
+    files = [path for path in sorted(workdir.rglob("*")) if path.is_file()]
+    return [f for f in files if wanted(str(f.relative_to(workdir)))]
+
+
+def _same(found, expected):
+    return all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def _sibling(file, files):
+    """Returns another file of this name or this folder, of other content."""
+    alike = [
+        other
+        for other in files
+        if other != file
+        and (other.name == file.name or other.parent == file.parent)
+        and len(other.parts) == len(file.parts)
+        and other.read_bytes() != file.read_bytes()
+    ]
+    return alike[0] if alike else None
+
+
+def _damages(file, files):
+    """Yields what can happen to a file: a name, its content then, and the sibling's or None."""
+    content = file.read_bytes()
+    for place in {len(content) // 3, len(content) - 1}:
+        yield f"flip {place}", content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    yield "cut", content[: len(content) // 2]
+    yield "emptied", b""
+    yield "missing", None
+    other = _sibling(file, files)
+    if other is not None:
+        yield f"exchanged with {other}", other.read_bytes()
+
+
+def _is_named(file, error):
+    """Returns whether an error names a file, or the array that it is part of."""
+    named = [str(file)]
+    if file.name == "manifest.json":
+        named.append(str(file.parent))
+    if file.name == "zarr.json" or "/c/" in str(file):
+        named.append(str(file.parent).split("/c/")[0].removesuffix("/c"))
+    return any(name in str(error) for name in named)
+
+
+def _sweep(run, wanted):
+    workdir, config = run
+    readers, before = _readers(config), {}
+    files = _files(workdir, lambda name: not UNREAD.fullmatch(name))
+    for file in files:
+        name = str(file.relative_to(workdir))
+        if not wanted(name):
+            continue
+        (owner,) = [one for one in readers if name == one or name.startswith(f"{one}/")]
+        expected = before.setdefault(owner, readers[owner]())
+        content = file.read_bytes()
+        for damage, damaged in _damages(file, files):
+            if damaged is None:
+                file.unlink()
+            else:
+                file.write_bytes(damaged)
+            try:
+                found = readers[owner]()
+            except ArtifactError as error:
+                assert _is_named(file, error), (name, damage, str(error))
+            else:
+                # A byte of JSON that means the same, for example another fill value.
+                assert damage.startswith("flip") and file.suffix == ".json", (name, damage)
+                assert _same(found, expected), (name, damage)
+            file.write_bytes(content)
+    for owner, expected in before.items():
+        assert _same(readers[owner](), expected), owner
+
+
+def _is_quick(name):
+    """Leaves out what takes long to read again and again: networks, training rows, most shards."""
+    shard = re.search(r"/c/([0-9]+)", name)
+    slow = re.match(r"(decoder|memory)/base/checkpoints/|(datastore|targets)/base/train/", name)
+    return not slow and (shard is None or shard[1] == "0")
+
+
+def test_what_is_damaged_is_named(run):
+    _sweep(run, _is_quick)
+
+
+def test_damaged_networks_are_named(run):
+    some = re.compile(r"decoder/base/checkpoints/8/params/.*|memory/base/checkpoints/8/_.*")
+    _sweep(run, some.fullmatch)
+
+
+@pytest.mark.slow
+def test_every_file_that_is_damaged_is_named(run):
+    _sweep(run, lambda name: True)
+
+
+def test_what_nothing_reads_may_be_damaged(run):
+    workdir, config = run
+    readers = _readers(config)
+    expected = {owner: reader() for owner, reader in readers.items()}
+    unread = {file: file.read_bytes() for file in _files(workdir, UNREAD.fullmatch)}
+    assert len(unread) > 20
+    for file in unread:
+        file.write_bytes(b"{")
+    for owner, reader in readers.items():
+        assert _same(reader(), expected[owner]), owner
+    for file, content in unread.items():
+        file.write_bytes(content)
+
+
+def _command(*arguments, workdir):
+    return main([*arguments, "--config", str(TINY), "--workdir", str(workdir)])
+
+
+def test_a_changed_weight_of_the_results_is_not_believed(run, capsys):
+    workdir, _ = run
+    file = workdir / "results" / "base" / "evaluate.json"
+    text = file.read_text()
+    file.write_text(re.sub(r'("interpolation": )[0-9.e-]+', r"\g<1>0.5", text))
+    assert file.read_text() != text
+    assert _command("generate", workdir=workdir) == 2
+    assert f"error: {file}: " in capsys.readouterr().err
+    file.write_text(text)
+
+
+@pytest.mark.parametrize("array", ["datastore/base/test/logprob", "neighbors/base/test/distance"])
+def test_exchanged_shards_end_the_command(run, capsys, array):
+    workdir, _ = run
+    one, other = (workdir / array / "c" / number for number in "12")
+    one.rename(workdir / "aside")
+    other.rename(one)
+    (workdir / "aside").rename(other)
+    results = workdir / "results"
+    results.rename(workdir / "before")
+    assert _command("evaluate", workdir=workdir) == 2
+    assert re.search(f"error: {workdir}/{array}/c/[12].*: not the shard", capsys.readouterr().err)
+    shutil.rmtree(results)
+    (workdir / "before").rename(results)
+    one.rename(workdir / "aside")
+    other.rename(one)
+    (workdir / "aside").rename(other)
