@@ -154,7 +154,8 @@ class Checkpoints:
         write_checksums(self._sums_file(step), self._directory / CHECKPOINTS / str(step))
         self._policy.last_good = step
         if is_writer():
-            steps = [int(sums.stem) for sums in self._sums.glob("*.json")]
+            names = [sums.stem for sums in self._sums.glob("*.json")]
+            steps = [int(name) for name in names if name.isdigit()]  # Not what systems leave.
             # Of what is older alone: after an interrupt, another start may write newer ones.
             for stale in [old for old in steps if old < step and old not in kept]:
                 self._sums_file(stale).unlink(missing_ok=True)

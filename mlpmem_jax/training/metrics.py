@@ -13,9 +13,11 @@ from tensorboardX import SummaryWriter
 
 from mlpmem_jax.console import is_speaker, progress
 from mlpmem_jax.datastore.files import is_local, write_bytes
+from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.training.uploads import GrowingObject, Uploads, pieces_of
 
 METRICS = "metrics.jsonl"
+_BEGIN = b'{"step": '
 _EVENTS = "events.out.tfevents.*"
 
 
@@ -182,6 +184,7 @@ def _remove_abandoned_events(directory: epath.Path, start_step: int) -> None:
 
 def _shorten(file: epath.Path, step: int) -> bytes:
     """Drops the lines after a step, and makes one file of all pieces; returns its content."""
+    _refuse_foreign(file)
     kept = _lines_up_to(file, step)
     write_bytes(file, kept)
     for piece in pieces_of(file)[1:]:
@@ -189,17 +192,30 @@ def _shorten(file: epath.Path, step: int) -> bytes:
     return kept
 
 
+def _refuse_foreign(file: epath.Path) -> None:
+    """Refuses to write over a file that holds no records of a run.
+
+    Raises:
+        ArtifactError: Names it.
+    """
+    if file.exists() and file.read_bytes()[: len(_BEGIN)] not in (b"", _BEGIN):
+        raise ArtifactError(
+            f"{file}: not written by this program, and metrics of the run go there; move it away, "
+            "or use another workdir"
+        )
+
+
 def _lines_up_to(file: epath.Path, step: int) -> bytes:
     if step == 0:
         return b""
     kept: dict[str, None] = {}  # Without the lines that stand in two pieces.
     for piece in pieces_of(file):
-        for line in piece.read_text().splitlines():
+        for line in piece.read_bytes().decode(errors="replace").splitlines():
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break  # The line that a kill cut off; nothing follows it.
-            if record["step"] <= step:
+                is_kept = json.loads(line)["step"] <= step
+            except (ValueError, TypeError, KeyError):
+                continue  # A damaged line, or the last, which a kill cut off.
+            if is_kept:
                 kept[line + "\n"] = None
     return "".join(kept).encode()
 

@@ -23,7 +23,6 @@ from mlpmem_jax.pipeline import (
 from mlpmem_jax.pipeline.execute import check_config_file, write_config
 from mlpmem_jax.pipeline.options import Options
 
-
 JOINT = ("train.mode=joint", "train.decoder_optimizer.warmup_steps=2")
 
 

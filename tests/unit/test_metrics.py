@@ -271,3 +271,26 @@ def test_an_attempt_from_the_beginning_removes_what_the_one_before_logged(bucket
     assert _steps(directory) == [1, 2, 3, 4]
     assert sorted(_scalars(directory)) == [("loss", step) for step in (1, 2, 3, 4)]
     assert (directory / "notes.txt").read_text() == "mine"
+
+
+def test_metrics_of_somebody_else_are_not_written_over(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"loss": 1.0}\n')
+    for step in (0, 2):
+        with pytest.raises(ArtifactError, match="metrics.jsonl: not written by this program"):
+            MetricsLog(epath.Path(tmp_path), step)
+    assert file.read_text() == '{"loss": 1.0}\n'
+
+
+def test_damaged_lines_are_left_out_where_a_run_continues(tmp_path):
+    good = [json.dumps({"step": step, "loss": 1.0}).encode() for step in range(1, 7)]
+    bad = [
+        good[1][:7] + b"x" + good[1][8:],
+        good[2].replace(b"step", b"stEp"),
+        b"[3]",
+        b"\xff",
+        b"",
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([good[0], *bad, *good[3:], b'{"step": 7']))
+    MetricsLog(epath.Path(tmp_path), 5).close()
+    assert _steps(epath.Path(tmp_path)) == [1, 4, 5]
