@@ -13,9 +13,11 @@ from tensorboardX import SummaryWriter
 
 from mlpmem_jax.console import is_speaker, progress, warn
 from mlpmem_jax.datastore.files import is_local, write_bytes
+from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.training.uploads import GrowingObject, Uploads, pieces_of
 
 METRICS = "metrics.jsonl"
+_BEGIN = b'{"step": '
 _EVENTS = "events.out.tfevents.*"
 
 
@@ -182,11 +184,25 @@ def _remove_abandoned_events(directory: epath.Path, start_step: int) -> None:
 
 def _shorten(file: epath.Path, step: int) -> bytes:
     """Drops the lines after a step, and makes one file of all pieces; returns its content."""
+    _refuse_foreign(file)
     kept = _lines_up_to(file, step)
     write_bytes(file, kept)
     for piece in pieces_of(file)[1:]:
         piece.unlink()
     return kept
+
+
+def _refuse_foreign(file: epath.Path) -> None:
+    """Refuses to write over a file that holds no records of a run.
+
+    Raises:
+        ArtifactError: Names it.
+    """
+    if file.exists() and file.read_bytes()[: len(_BEGIN)] not in (b"", _BEGIN):
+        raise ArtifactError(
+            f"{file}: not written by this program, and metrics of the run go there; move it away, "
+            "or use another workdir"
+        )
 
 
 def _lines_up_to(file: epath.Path, step: int) -> bytes:

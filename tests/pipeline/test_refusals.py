@@ -9,7 +9,10 @@ import pytest
 
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.datastore.contents import foreign_file
 from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.pipeline.compile import _checked
 from mlpmem_jax.retrieval import engine
 from tests.pipeline.conftest import TINY
 
@@ -145,3 +148,72 @@ def test_a_truncated_file_of_the_index_is_noticed(tiny_run: Config, tmp_path, mo
     with pytest.raises(UserError, match="could not be written whole; is the disk full"):
         for _ in approximate.build_shards(keys, Layout(config).index.path, config.retrieval):
             pass
+
+
+def test_every_file_of_a_run_is_known(tiny_run: Config):
+    """What no artifact may hold would stop a rebuild: a new file needs an entry in contents.py."""
+    for file in Path(tiny_run.workdir).rglob("manifest.json"):
+        artifact = Artifact(tiny_run.workdir, file.parent.relative_to(tiny_run.workdir), "x")
+        assert foreign_file(artifact.path, artifact.load().kind) is None
+
+
+@pytest.mark.parametrize("flags", [(), ("--rebuild",)])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("tokenize", "tokens/mine"), ("tokenize", "tokenizer/tokenizer.json"),
+     ("tokenize", "tokens/train/token/c/0"), ("run", "decoder/base/weights.bin"),
+     ("run", "results/base/evaluate.json"), ("run", "targets/base/valid/temperature.json")],
+)  # fmt: skip
+def test_files_of_the_users_in_the_place_of_artifacts(tmp_path, capsys, command, name, flags):
+    mine = tmp_path / "run" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert _start(command, tmp_path / "run", *flags) == 2
+    (line,) = _errors(capsys)
+    assert f"{mine}: not written by this program" in line
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("pretrain", "decoder/base/weights.bin"), ("embed", "datastore/base/test/key/c/mine"),
+     ("index", "index/base/notes.txt"), ("retrieve", "targets/base/valid/prob.npy"),
+     ("train", "memory/base/checkpoints/best"), ("evaluate", "results/base/notes.csv")],
+)  # fmt: skip
+def test_files_of_the_users_within_artifacts_stop_a_rebuild(
+    copied_run: Path, capsys, command: str, name: str
+):
+    mine = copied_run / name
+    mine.write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in copied_run.rglob("*")}
+    assert _start(command, copied_run, "--rebuild") == 2
+    (line,) = _errors(capsys)
+    assert f"{mine}: not written by this program" in line
+    assert {path: path.stat().st_mtime_ns for path in copied_run.rglob("*")} == before
+
+
+def test_damage_upstream_is_found_before_targets_go(copied_run: Path, capsys):
+    """Here in the decoder, which `embed --rebuild` reads: nothing of the datastore is touched."""
+    last = copied_run / "decoder" / "base" / "checkpoints" / "8"
+    file = max((p for p in last.rglob("*") if p.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    before = {path: path.stat().st_mtime_ns for path in copied_run.rglob("*")}
+    assert _start("embed", copied_run, "--rebuild") == 2
+    (line,) = _errors(capsys)
+    assert f"{file}: damaged" in line
+    assert {path: path.stat().st_mtime_ns for path in copied_run.rglob("*")} == before
+
+
+def test_a_report_of_compile_replaces_none_but_such(tmp_path, capsys):
+    for text in ("mine", "{}", ""):
+        mine = tmp_path / "report.json"
+        mine.write_text(text)
+        assert _start("compile", tmp_path / "run", "--output", str(mine)) == 2
+        (line,) = _errors(capsys)
+        assert f"--output {mine}: is there" in line
+        assert mine.read_text() == text
+    (tmp_path / "report.json").write_text('{"schema": 1, "topology": "local", "memory": {}}')
+    assert _checked(str(mine)) == mine

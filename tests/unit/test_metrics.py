@@ -290,3 +290,12 @@ def test_a_damaged_line_is_left_out_and_named_and_those_after_it_stay(tmp_path, 
     MetricsLog(epath.Path(tmp_path), 3).close()
     assert _steps(epath.Path(tmp_path)) == [1, 3]
     assert capsys.readouterr().err == f"warning: {file}: line 2 is damaged; it is left out\n"
+
+
+def test_metrics_of_somebody_else_are_not_written_over(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"loss": 1.0}\n')
+    for step in (0, 2):
+        with pytest.raises(ArtifactError, match="metrics.jsonl: not written by this program"):
+            MetricsLog(epath.Path(tmp_path), step)
+    assert file.read_text() == '{"loss": 1.0}\n'
