@@ -8,6 +8,9 @@ from mlpmem_jax.config.base import Section, runtime, setting
 from mlpmem_jax.config.data import Auto, Fraction, PositiveInt
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
+# Validation rows on which τ and λ are chosen: more make them no surer, and all K neighbours of
+# each are held in memory.
+TUNING_ROWS = 1 << 17
 
 
 class OptimizerConfig(Section):
@@ -123,7 +126,8 @@ class EvaluateConfig(Section):
     bootstrap_samples: int = setting(2000, "draws of the paired bootstrap over documents", ge=100)
     confidence: float = setting(0.95, "level of the intervals", gt=0, lt=1)
     knn_valid_rows: PositiveInt | None = setting(
-        None, "validation rows used to tune the kNN-LM; none: all"
+        TUNING_ROWS,
+        "most validation rows on which the kNN-LM is tuned, drawn at random; none: all, in memory",
     )
     latency_tokens: PositiveInt = runtime(64, "tokens decoded to measure milliseconds per token")
 

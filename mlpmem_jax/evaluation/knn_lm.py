@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mlpmem_jax.console import say
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ArtifactError
@@ -95,10 +96,25 @@ def tune_knn_lm(
         most_rows: Use so many scored rows, drawn at random; None: all.
         seed: Seed of that draw.
     """
-    chosen_N = scored_N
-    scored = np.flatnonzero(scored_N)
-    if most_rows is not None and most_rows < len(scored):
-        drawn = np.random.default_rng(seed).choice(scored, most_rows, replace=False)
-        chosen_N = np.zeros_like(scored_N)
-        chosen_N[drawn] = True
+    chosen_N = np.zeros_like(scored_N)
+    chosen_N[tuning_rows(scored_N, most_rows, seed)] = True
     return tune(neighbors.evidence(chosen_N), decoder_N[chosen_N])
+
+
+def tuning_rows(scored_N: np.ndarray, most_rows: int | None, seed: int) -> np.ndarray:
+    """Returns the rows on which the kNN-LM is tuned, int64 ascending; a sample is logged.
+
+    Args:
+        scored_N: Rows that are scored, bool.
+        most_rows: Rows to draw at random where there are more, since what is tuned on holds K
+            neighbours of each in memory; None: all.
+        seed: Seed of the draw.
+    """
+    row_N = np.flatnonzero(scored_N)
+    if most_rows is None or most_rows >= len(row_N):
+        return row_N
+    say(
+        f"note: the kNN-LM is tuned on {most_rows:,} of {len(row_N):,} validation rows, drawn at "
+        "random (evaluate.knn_valid_rows)"
+    )
+    return np.sort(np.random.default_rng(seed).choice(row_N, most_rows, replace=False))
