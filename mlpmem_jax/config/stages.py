@@ -40,7 +40,9 @@ class TrainingConfig(Section):
     )
     log_interval_steps: PositiveInt = runtime(10, "steps between two lines of metrics")
     eval_interval_steps: PositiveInt = runtime(200, "steps between two validations")
-    eval_batches: PositiveInt = runtime(8, "batches of a validation during training")
+    eval_batches: PositiveInt = runtime(
+        8, "most batches of a validation during training, from the whole split"
+    )
     checkpoint_interval_steps: PositiveInt = runtime(200, "steps between two checkpoints")
     keep_checkpoints: PositiveInt = runtime(2, "newest checkpoints that are kept")
     prefetch_batches: PositiveInt = runtime(4, "batches read ahead")
