@@ -154,7 +154,7 @@ def test_all_stages_are_refused_together_before_the_first_is_made(tmp_path, on):
     stages = [
         _stage(tmp_path, "memory/fits", Need(GIB, (Moment("x", "y", GIB, GIB),)), made),
         _stage(tmp_path, "memory/device", Need(0, (Moment("keys", "use more", 17 * GIB),)), made),
-        _stage(tmp_path, "memory/host", Need(0, (Moment("shards", "use less", 0, GIB << 10),)), made),
+        _stage(tmp_path, "memory/host", Need(0, (Moment("shards", "use less", 0, 1 << 40),)), made),
         _stage(tmp_path, "memory/disk", Need(10 * GIB), made),
     ]  # fmt: skip
     with pytest.raises(UserError) as caught:
@@ -199,7 +199,8 @@ def test_moments_are_not_added_and_on_cpu_devices_share_the_host(tmp_path):
 
 
 def test_a_run_is_refused_before_its_text_is_tokenized(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fitting, "this_machine", lambda workdir: _machine(device_bytes=100_000))
+    machine = _machine(num_devices=1, local_devices=1, device_bytes=1_000_000)
+    monkeypatch.setattr(fitting, "this_machine", lambda workdir: machine)
     workdir = tmp_path / "run"
     arguments = ["run", "--config", str(ROOT / "configs" / "tiny.yaml"), "--workdir", str(workdir)]
     assert main(arguments) == 2
