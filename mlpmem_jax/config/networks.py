@@ -38,8 +38,8 @@ class DecoderConfig(Section):
     )
     attention: Literal["auto", "xla", "cudnn", "blocked", "flash"] = runtime(
         "auto",
-        "flash: a fused kernel for TPUs (windows of a multiple of 128, else blocked); auto: "
-        "blocked on CPU, as measured; flash on TPU, by roofline; cudnn or xla on GPU, unmeasured",
+        "flash: a fused kernel, of TPUs only (windows of a multiple of 128, else blocked); cudnn: "
+        "of GPUs only; auto: blocked on CPU, flash on TPU, cudnn or xla on GPU",
     )
 
 

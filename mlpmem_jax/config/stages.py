@@ -23,6 +23,10 @@ from mlpmem_jax.config.types import (
     Weight,
 )
 
+# Validation rows on which τ and λ are chosen: more make them no surer, and all K neighbours of
+# each are held in memory.
+TUNING_ROWS = 1 << 17
+
 
 class OptimizerConfig(Section):
     """AdamW with warm-up, decay and clipping."""
@@ -51,7 +55,9 @@ class TrainingConfig(Section):
     )
     log_interval_steps: PositiveInt = runtime(10, "steps between two lines of metrics")
     eval_interval_steps: PositiveInt = runtime(200, "steps between two validations")
-    eval_batches: Count = runtime(8, "batches of a validation during training")
+    eval_batches: Count = runtime(
+        8, "most batches of a validation during training, from the whole split"
+    )
     checkpoint_interval_steps: PositiveInt = runtime(200, "steps between two checkpoints")
     keep_checkpoints: Count = runtime(2, "newest checkpoints that are kept")
     prefetch_batches: Count = runtime(4, "batches read ahead")
@@ -137,7 +143,8 @@ class EvaluateConfig(Section):
     )
     confidence: OpenFraction = setting(0.95, "level of the intervals")
     knn_valid_rows: Rows | None = setting(
-        None, "validation rows used to tune the kNN-LM; none: all"
+        TUNING_ROWS,
+        "most validation rows on which the kNN-LM is tuned, drawn at random; none: all, in memory",
     )
     latency_tokens: Count = runtime(64, "tokens decoded to measure milliseconds per token")
 

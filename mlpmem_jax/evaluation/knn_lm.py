@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mlpmem_jax.console import say
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ArtifactError
@@ -97,5 +98,24 @@ def tune_knn_lm(
         seed: Seed of that draw.
     """
     chosen_N = np.zeros_like(scored_N)
-    chosen_N[draw_rows(scored_N, most_rows, seed)] = True
+    chosen_N[tuning_rows(scored_N, most_rows, seed)] = True
     return tune(neighbors.evidence(chosen_N), decoder_N[chosen_N])
+
+
+def tuning_rows(scored_N: np.ndarray, most_rows: int | None, seed: int) -> np.ndarray:
+    """Returns the rows on which the kNN-LM is tuned, int64 ascending; a sample is logged.
+
+    Args:
+        scored_N: Rows that are scored, bool.
+        most_rows: Rows to draw at random where there are more, since what is tuned on holds K
+            neighbours of each in memory; None: all.
+        seed: Seed of the draw.
+    """
+    row_N = draw_rows(scored_N, most_rows, seed)
+    num_scored = int(np.count_nonzero(scored_N))
+    if len(row_N) < num_scored:
+        say(
+            f"note: the kNN-LM is tuned on {len(row_N):,} of {num_scored:,} validation rows, drawn "
+            "at random (evaluate.knn_valid_rows)"
+        )
+    return row_N

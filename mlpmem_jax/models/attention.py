@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.models import flash
 from mlpmem_jax.parallel.sharding import target_platform
 
@@ -41,8 +42,32 @@ def rotate(x_BLHA: jax.Array, angle_BLA: jax.Array) -> jax.Array:
     return rotated.astype(x_BLHA.dtype)
 
 
+def unusable(name: Implementation, platform: str, head_width: int, *, half: bool) -> str | None:
+    """Says why an implementation that is asked for by name cannot run; None: it can.
+
+    Args:
+        name: The configured implementation.
+        platform: Of the devices.
+        head_width: Width of a head.
+        half: Whether queries, keys and values are bfloat16 or float16.
+    """
+    if name == "flash" and platform != "tpu" and not flash.INTERPRETED:
+        return f"needs a TPU, and the devices are {platform}"
+    if name == "cudnn" and platform != "gpu":
+        return f"needs a GPU, and the devices are {platform}"
+    if name == "cudnn" and not half:
+        return "needs decoder.compute_dtype=bfloat16, not float32"
+    if name == "cudnn" and not _fits_cudnn(head_width):
+        return f"needs heads whose width is a multiple of 8 up to 128, not {head_width}"
+    return None
+
+
+def _fits_cudnn(head_width: int) -> bool:
+    return head_width <= 128 and head_width % 8 == 0
+
+
 def resolve_implementation(
-    name: Implementation, num_tokens: int, masked: bool, dtype: jnp.dtype
+    name: Implementation, num_tokens: int, masked: bool, dtype: jnp.dtype, head_width: int
 ) -> str:
     """Chooses how attention is computed: measured on CPU, a guess on GPU, by roofline on TPU.
 
@@ -51,21 +76,28 @@ def resolve_implementation(
         num_tokens: Length of the windows.
         masked: Whether there are segment ids.
         dtype: Of queries, keys and values.
+        head_width: Width of a head.
 
     Returns:
         "xla", "cudnn", "blocked" or "flash".
+
+    Raises:
+        ConfigError: The configured implementation cannot run on these devices.
     """
+    platform, half = target_platform(), dtype in (jnp.bfloat16, jnp.float16)
+    reason = unusable(name, platform, head_width, half=half)
+    if reason is not None:
+        raise ConfigError(f"decoder.attention={name} {reason}; use auto")
     if name == "flash" and not flash.fits(num_tokens):
         return "blocked"
     if name != "auto":
         return name
-    platform = target_platform()
     if platform == "cpu":
         return "blocked"
     if platform == "tpu":
         return "flash" if flash.fits(num_tokens) else "blocked"
-    half = dtype in (jnp.bfloat16, jnp.float16)
-    return "cudnn" if platform == "gpu" and half and not masked else "xla"
+    suits_cudnn = half and not masked and _fits_cudnn(head_width)
+    return "cudnn" if platform == "gpu" and suits_cudnn else "xla"
 
 
 def causal_attention(
@@ -89,7 +121,8 @@ def causal_attention(
         [B, L, H, A] in the queries' dtype; scores and softmax are float32.
     """
     masked = segment_BL is not None
-    chosen = resolve_implementation(implementation, query_BLHA.shape[1], masked, query_BLHA.dtype)
+    _, length, _, head_width = query_BLHA.shape
+    chosen = resolve_implementation(implementation, length, masked, query_BLHA.dtype, head_width)
     if chosen == "flash":
         return flash.flash_attention(query_BLHA, key_BLGA, value_BLGA, segment_BL)
     if chosen == "blocked":

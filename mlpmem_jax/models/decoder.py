@@ -66,10 +66,10 @@ class Decoder(nnx.Module):
         )
         self.dtype = layers.resolve_dtype(config.compute_dtype)
         scale, table = config.init_scale, (self.padded_vocab, config.width)
-        self.embedding = parameter(table, ("vocab", "embed"), scale, rngs)
+        self.embedding = parameter(table, ("vocab", "embed"), scale, rngs, "table")
         if config.positions == "learned":
             shape = (config.context_tokens, config.width)
-            self.position = parameter(shape, ("positions", "embed"), scale, rngs)
+            self.position = parameter(shape, ("positions", "embed"), scale, rngs, "table")
         self.blocks = layers.Parameters(self._block_shapes(), rngs)
         bias = config.biases == "all"
         self.final = layers.Parameters(norm_shapes("final", config.width, None, bias), rngs)

@@ -18,6 +18,8 @@ MAX_UNROLLED_LAYERS = 12
 ATTENDED = "attended"
 
 Arrays = dict[str, jax.Array]
+# Weight decay is for matrices: not for vectors (norms, biases, gates), nor tables of embeddings.
+Role = Literal["matrix", "vector", "table"]
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -76,15 +78,28 @@ class Parameters(nnx.Module):
         return {name: getattr(self, name).get_metadata()[LOGICAL_AXES] for name in self.names}
 
 
-def parameter(shape: tuple[int, ...], axes: Names, scale: float, rngs: nnx.Rngs) -> nnx.Param:
-    """Returns a float32 parameter: normal with deviation `scale`; 0 zeros, infinity ones."""
+def parameter(
+    shape: tuple[int, ...], axes: Names, scale: float, rngs: nnx.Rngs, role: Role | None = None
+) -> nnx.Param:
+    """Returns a float32 parameter.
+
+    Args:
+        shape: Its shape.
+        axes: The logical axis of each dim.
+        scale: Standard deviation of its normal initial values; 0 means zeros, infinity ones.
+        rngs: Source of the `params` keys.
+        role: What it is, for the optimiser; None: a matrix if it reads or writes states of the
+            network's width ("embed"), else a vector, however many dims a bias has.
+    """
+    if role is None:
+        role = "matrix" if "embed" in axes else "vector"
     if scale == 0:
         value = jnp.zeros(shape, jnp.float32)
     elif math.isinf(scale):
         value = jnp.ones(shape, jnp.float32)
     else:
         value = scale * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, logical_axes=axes)
+    return nnx.Param(value, logical_axes=axes, role=role)
 
 
 def norm_shapes(name: str, width: int, num_layers: int | None, bias: bool) -> dict[str, Any]:

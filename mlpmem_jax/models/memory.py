@@ -72,7 +72,8 @@ class Memory(nnx.Module):
             # Zero weights: at first every input gets the same λ.
             self.gate = parameter((input_width,), ("state",), 0.0, rngs)
             start = gate_logit(gate_start, config.gate_floor)
-            self.gate_bias = nnx.Param(jnp.full((1,), start, jnp.float32), logical_axes=("state",))
+            self.gate_bias = parameter((1,), ("state",), 0.0, rngs)
+            self.gate_bias[...] += start
 
     def head_VE(self, decoder_head_VD: jax.Array | None = None) -> jax.Array:
         """Returns the output head, [padded V, E] float32; the decoder's if the two are tied."""

@@ -26,7 +26,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ConfigError: The sizes do not fit the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = _sizes(config, len(devices))
+    sizes = mesh_sizes(config, len(devices))
     try:
         grid = _arranged(sizes, config.dcn_data, devices, split=False)
     except NotImplementedError:  # What JAX raises where no whole axes of the slice fit.
@@ -84,7 +84,12 @@ def check_batch(mesh: jax.sharding.Mesh, key_name: str, value: int, accumulation
     raise ConfigError(f"{key_name}={value} must be a multiple of {parts} ({why}), e.g. {nearest}")
 
 
-def _sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """Returns the sizes of the axes (data, fsdp, tensor).
+
+    Raises:
+        ConfigError: They do not fit the number of devices.
+    """
     given = {axis: getattr(config, axis) for axis in AXES}
     described = ", ".join(f"mesh.{axis}={size}" for axis, size in given.items())
     inferred = [axis for axis, size in given.items() if size == "auto"]

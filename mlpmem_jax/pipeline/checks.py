@@ -9,7 +9,7 @@ _WITH_TARGETS: tuple[Split, ...] = ("train", "valid")
 
 
 def check_devices(config: Config, *keys: str) -> None:
-    """Refuses a mesh that does not fit the devices, and batches that do not fit the mesh.
+    """Refuses what the devices cannot do: the mesh, batches cut over it, the attention kernel.
 
     Args:
         config: The whole configuration.
@@ -26,7 +26,29 @@ def check_devices(config: Config, *keys: str) -> None:
         accumulation = getattr(section, "accumulation_steps", 1)
         with mistakes.gather():
             check_batch(mesh, f"{name}.batch_size", section.batch_size, accumulation)
+    with mistakes.gather():
+        check_attention(config, mesh.devices.flat[0].platform)
     mistakes.refuse()
+
+
+def check_attention(config: Config, platform: str) -> None:
+    """Refuses an attention kernel that the devices do not have, or that the heads do not fit.
+
+    Raises:
+        ConfigError: Names the key, its value and why.
+    """
+    from mlpmem_jax.models.attention import unusable
+
+    decoder = config.decoder
+    head_width = decoder.width // decoder.num_heads
+    if decoder.head_width != "auto":
+        head_width = decoder.head_width
+    half = decoder.compute_dtype == "bfloat16" or (
+        decoder.compute_dtype == "auto" and platform != "cpu"
+    )
+    reason = unusable(decoder.attention, platform, head_width, half=half)
+    if reason is not None:
+        raise ConfigError(f"decoder.attention={decoder.attention} {reason}; use auto")
 
 
 def check_trained_apart(config: Config, command: str, instead: str) -> None:

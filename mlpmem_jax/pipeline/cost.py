@@ -1,5 +1,6 @@
 """Cost against the size of the datastore; on request quality too."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
 from mlpmem_jax.pipeline.evaluate import RESULTS as EVALUATED
 from mlpmem_jax.pipeline.evaluate import check_current
 from mlpmem_jax.pipeline.execute import execute_and_report
+from mlpmem_jax.pipeline.fitting import Need
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.reports import print_files, write_report
 from mlpmem_jax.pipeline.resolve import compute_dtypes
@@ -87,7 +89,9 @@ def _part_stages(config: Config, part: Config, rows: int) -> list[Stage]:
         )
         for split in SPLITS
     ]
-    return [*copies, *index.stages(part), *retrieve.stages(part), *train.stages(part)]
+    made = [*copies, *index.stages(part), *retrieve.stages(part), *train.stages(part)]
+    # Of fewer rows than the run's tokens have, by which needs are counted; the run itself fits.
+    return [dataclasses.replace(stage, need=lambda machine, count: Need()) for stage in made]
 
 
 def _copy(config: Config, part: Config, split: Split, rows: int) -> Completion:

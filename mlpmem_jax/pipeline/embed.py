@@ -6,8 +6,10 @@ from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import SPLITS, Layout, Split
+from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.resolve import compute_dtypes
 from mlpmem_jax.pipeline.stage import Completion, Stage
@@ -33,6 +35,7 @@ def stages(config: Config) -> list[Stage]:
             build=functools.partial(_build, config, split),
             check=functools.partial(check_devices, config, "datastore"),
             estimate=functools.partial(_estimate, config, split),
+            need=functools.partial(_need, config, split),
         )
         for split in SPLITS
     ]
@@ -69,6 +72,12 @@ def _build(config: Config, split: Split) -> Completion:
     return Completion(
         counts={"rows": tokens.num_rows}, arrays=arrays, measured={"model_flops": flops}
     )
+
+
+def _need(config: Config, split: Split, machine: Machine, count: RowCounter) -> Need:
+    from mlpmem_jax.pipeline.needs import embedding_need
+
+    return embedding_need(config, split, machine, count)
 
 
 def main(config: Config, options: Options) -> int:

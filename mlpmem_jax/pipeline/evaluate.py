@@ -11,9 +11,11 @@ from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.datastore.manifest import Artifact, differences
 from mlpmem_jax.errors import MadeOtherwise
 from mlpmem_jax.evaluation.bootstrap import INTERVALS
+from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline import embed, train
 from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.execute import execute_and_report
+from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Completion, Stage
 
@@ -102,6 +104,7 @@ def stages(config: Config) -> list[Stage]:
             build=functools.partial(_build, config),
             check=functools.partial(check_devices, config, _batches(config)),
             estimate=functools.partial(_estimate, config),
+            need=functools.partial(_need, config),
             is_report=True,
         )
     ]
@@ -156,7 +159,7 @@ def _batches(config: Config) -> str:
 
 def _estimate(config: Config) -> Mapping[str, Any]:
     rows = config.evaluate.knn_valid_rows
-    return {"neighbours of validation rows": "all rows" if rows is None else rows}
+    return {"neighbours of validation rows": "all" if rows is None else f"at most {rows:,}"}
 
 
 def _build(config: Config) -> Completion:
@@ -214,6 +217,12 @@ def stage_seconds(config: Config) -> dict[str, float]:
             spent = float(artifact.load().measured.get("seconds", 0.0))
             seconds[artifact.command] = seconds.get(artifact.command, 0.0) + spent
     return seconds
+
+
+def _need(config: Config, machine: Machine, count: RowCounter) -> Need:
+    from mlpmem_jax.pipeline.needs import evaluation_need
+
+    return evaluation_need(config, machine, count)
 
 
 def main(config: Config, options: Options) -> int:

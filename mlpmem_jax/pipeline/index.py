@@ -6,8 +6,10 @@ from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_retrieval
 from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Completion, Stage
 
@@ -43,6 +45,7 @@ def stages(config: Config) -> list[Stage]:
             build=functools.partial(_build, config),
             check=functools.partial(check_retrieval, config),
             estimate=functools.partial(_estimate, config),
+            need=functools.partial(_need, config),
         )
     ]
 
@@ -59,6 +62,12 @@ def _build(config: Config) -> Completion:
 
     built = build_index(config, make_mesh(config.mesh))
     return Completion(counts=built.counts, files=built.files, measured=built.measured)
+
+
+def _need(config: Config, machine: Machine, count: RowCounter) -> Need:
+    from mlpmem_jax.pipeline.needs import index_need
+
+    return index_need(config, machine, count)
 
 
 def main(config: Config, options: Options) -> int:

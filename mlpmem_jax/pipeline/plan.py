@@ -6,9 +6,12 @@ from typing import Any
 from mlpmem_jax.config.load import dump_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
+from mlpmem_jax.corpus.expected import likely_rows
 from mlpmem_jax.datastore.files import human_bytes
 from mlpmem_jax.datastore.manifest import Status
 from mlpmem_jax.errors import ArtifactError, MadeOtherwise, UserError
+from mlpmem_jax.parallel.hardware import Machine, this_machine
+from mlpmem_jax.pipeline.fitting import counted, doubts
 from mlpmem_jax.pipeline.stage import Rebuild, Stage, check_stage
 
 
@@ -17,11 +20,29 @@ def print_plan(config: Config, stages: Sequence[Stage], rebuild: Rebuild) -> Non
     say("# resolved configuration")
     say(dump_config(config).rstrip())
     say()
+    machine = this_machine(config.workdir)
+    say("# this machine")
+    for name, value in machine.has().items():
+        say(f"  {name:<34} {_shown(name, value)}")
+    say()
     say(f"# plan for workdir {config.workdir}")
     for stage in stages:
         say(f"{stage.name:<28} {intention(stage, rebuild)}")
-        for name, value in stage.estimate().items():
+        for name, value in {**stage.estimate(), **needed(stage, machine)}.items():
             say(f"  {name:<34} {_shown(name, value)}")
+    for line in doubts(stages, machine):
+        say(line)
+
+
+def needed(stage: Stage, machine: Machine) -> dict[str, int]:
+    """Returns what a stage needs at least of memory, most likely; nothing where it is little."""
+    moments = stage.need(machine, counted(likely_rows)).moments
+    device = max((moment.device_bytes for moment in moments), default=0)
+    host = max((moment.host_bytes_on(machine) for moment in moments), default=0)
+    found = {"least bytes of each device": device, "least bytes of host memory": host}
+    if machine.platform == "cpu":
+        del found["least bytes of each device"]
+    return {name: size for name, size in found.items() if size}
 
 
 def skipped(stage: Stage) -> str | None:

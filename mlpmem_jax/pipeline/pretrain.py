@@ -6,8 +6,10 @@ from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Completion, Stage
 
@@ -33,6 +35,7 @@ def stages(config: Config) -> list[Stage]:
             build=functools.partial(_build, config),
             check=functools.partial(check_devices, config, "pretrain"),
             estimate=functools.partial(_estimate, config),
+            need=functools.partial(_need, config),
         )
     ]
 
@@ -48,6 +51,12 @@ def _build(config: Config) -> Completion:
     from mlpmem_jax.training.pretraining import PretrainTask
 
     return train_task(config, "pretrain", PretrainTask, Layout(config).decoder)
+
+
+def _need(config: Config, machine: Machine, count: RowCounter) -> Need:
+    from mlpmem_jax.pipeline.needs import pretraining_need
+
+    return pretraining_need(config, machine, count)
 
 
 def main(config: Config, options: Options) -> int:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_retrieval
 from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Completion, Stage
 
@@ -35,6 +37,7 @@ def stages(config: Config) -> list[Stage]:
             build=functools.partial(_build_neighbors, config, split, exact),
             check=check,
             estimate=functools.partial(_estimate, config, split),
+            need=functools.partial(_need, config, split),
         )
         for split in ("valid", "test")
     ]
@@ -47,6 +50,7 @@ def stages(config: Config) -> list[Stage]:
                 build=functools.partial(_build_neighbors, config, "train", exact),
                 check=check,
                 estimate=functools.partial(_estimate, config, "train"),
+                need=functools.partial(_need, config, "train"),
             )
         )
     if config.targets.workdir is not None:
@@ -62,6 +66,7 @@ def stages(config: Config) -> list[Stage]:
             build=functools.partial(_build_train_targets, config, exact),
             check=check,
             estimate=functools.partial(_estimate_targets, config, "train"),
+            need=functools.partial(_targets_need, config, "train"),
         ),
         Stage(
             artifact=layout.targets("valid"),
@@ -70,6 +75,7 @@ def stages(config: Config) -> list[Stage]:
             build=functools.partial(_build_valid_targets, config),
             check=check,
             estimate=functools.partial(_estimate_targets, config, "valid"),
+            need=functools.partial(_targets_need, config, "valid"),
         ),
     ]
 
@@ -109,6 +115,18 @@ def _estimate_targets(config: Config, split: Split) -> Mapping[str, Any]:
     from mlpmem_jax.retrieval.estimates import estimate_targets
 
     return estimate_targets(config, split)
+
+
+def _need(config: Config, split: Split, machine: Machine, count: RowCounter) -> Need:
+    from mlpmem_jax.pipeline.needs import neighbors_need
+
+    return neighbors_need(config, split, machine, count)
+
+
+def _targets_need(config: Config, split: Split, machine: Machine, count: RowCounter) -> Need:
+    from mlpmem_jax.pipeline.needs import targets_need
+
+    return targets_need(config, split, machine, count)
 
 
 def _build_neighbors(config: Config, split: Split, exact: "ExactCache") -> Completion:

@@ -8,7 +8,9 @@ from typing import Any, Literal
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_devices
+from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.resolve import Network, compute_dtypes
 from mlpmem_jax.pipeline.stage import Completion, Stage
 from mlpmem_jax.pipeline.variants import Variant
@@ -112,6 +114,7 @@ def _by_index_stages(variant: Variant) -> list[Stage]:
             },
             upstream=(layout.datastore("train"), layout.index, layout.datastore(split)),
             build=functools.partial(_find, config, split, exact),
+            need=functools.partial(_need_by_index, config, split),
         )
         for split in SCORED
     ]
@@ -121,6 +124,12 @@ def _by_index_stages(variant: Variant) -> list[Stage]:
         if stage.artifact.kind not in ("targets", "neighbors")
     ]
     return [*kept, *found]
+
+
+def _need_by_index(config: Config, split: Split, machine: Machine, count: RowCounter) -> Need:
+    from mlpmem_jax.pipeline.needs import neighbors_need
+
+    return neighbors_need(config, split, machine, count, by_index=True)
 
 
 def _find(config: Config, split: Split, exact: Any) -> Completion:
@@ -172,7 +181,16 @@ def _score_stage(part: Part, split: Split) -> Stage:
         upstream=tuple(upstream),
         build=functools.partial(_score, part, split),
         check=functools.partial(check_devices, config, *_batches_of(part)),
+        need=functools.partial(_need, part, split),
     )
+
+
+def _need(part: Part, split: Split, machine: Machine, count: RowCounter) -> Need:
+    from mlpmem_jax.pipeline.needs import scores_need
+
+    if not part.kind.startswith("knn") or split == "test":  # τ is chosen on validation.
+        return Need()
+    return scores_need(part.config, machine, count)
 
 
 def _batches_of(part: Part) -> tuple[str, ...]:

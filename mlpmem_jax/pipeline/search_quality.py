@@ -10,9 +10,11 @@ from mlpmem_jax.datastore.files import read_json
 from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.evaluation.bootstrap import INTERVALS
+from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline import embed, index, pretrain, retrieve, tokenize, train
 from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
 from mlpmem_jax.pipeline.execute import execute_and_report
+from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.reports import print_files, write_report
 from mlpmem_jax.pipeline.resolve import compute_dtypes
@@ -61,6 +63,7 @@ def stages(config: Config) -> list[Stage]:
         build=functools.partial(_build, config),
         check=functools.partial(_check, config),
         estimate=functools.partial(_estimate, config),
+        need=functools.partial(_need, config),
         is_report=True,
     )
     return [*made.values(), report]
@@ -110,6 +113,12 @@ def print_report(config: Config) -> None:
     say()
     say(as_text(read_json(artifact.path / f"{NAME}.json")))
     print_files(artifact.path, NAME)
+
+
+def _need(config: Config, machine: Machine, count: RowCounter) -> Need:
+    from mlpmem_jax.pipeline.needs import search_quality_need
+
+    return search_quality_need(config, machine, count)
 
 
 def main(config: Config, options: Options) -> int:

@@ -16,9 +16,11 @@ from mlpmem_jax.datastore.verification import verify_together
 from mlpmem_jax.errors import ArtifactError, Mistakes, RunFailed
 from mlpmem_jax.failures import of_stage
 from mlpmem_jax.parallel.agreement import of_first, refuse_different
+from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.parallel.multihost import barrier, is_active, is_writer
 from mlpmem_jax.parallel.preemption import Preempted, preempted, run_id
 from mlpmem_jax.parallel.sharing import process_index
+from mlpmem_jax.pipeline.fitting import Need, RowCounter, check_fit
 
 _RECORD_SECS = 30.0
 _VISIBLE_SECS = 120.0  # longer than file systems keep what they knew of a folder
@@ -65,6 +67,8 @@ class Stage:
             stages first, when upstream artifacts may still be missing, and for those that are
             left whenever one was made: what a later stage refuses costs no earlier one.
         estimate: Disk, memory and flops beforehand, for `--dry-run`: name to number or text.
+        need: Bytes of disk and memory that it cannot do without, on a machine: what the machine
+            lacks is refused before the first stage starts.
         skip: Asked once the stages before are done: why the artifact is not needed, or None.
         builders: Which processes call `build`.
         is_report: It is made of files that are read at a glance, so that they are compared with
@@ -77,6 +81,7 @@ class Stage:
     build: Callable[[], Completion]
     check: Callable[[], None] = lambda: None
     estimate: Callable[[], Mapping[str, Any]] = dict
+    need: Callable[[Machine, RowCounter], Need] = lambda machine, count: Need()
     skip: Callable[[], str | None] = lambda: None
     builders: Builders = Builders.ALL
     is_report: bool = False
@@ -167,6 +172,7 @@ def run_stages(
         ArtifactError: An upstream artifact is missing, or an artifact was made otherwise.
     """
     check_stages(stages, rebuild)
+    check_fit(stages, everything=rebuild is Rebuild.ALWAYS)
     verified: set[str] = set()
     _verify_upstream(stages, rebuild, verified)
     for place, stage in enumerate(stages):
@@ -178,6 +184,7 @@ def run_stages(
         if run_stage(stage, rebuild, before_building):
             verified.add(str(stage.artifact.path))
             check_stages(stages[place + 1 :], rebuild)
+            check_fit(stages[place + 1 :], everything=rebuild is Rebuild.ALWAYS)
             # Alone, a process that has nothing to stop tidily has ended already.
             if stages[place + 1 :] and is_active() and preempted():
                 raise Preempted(f"{stage.name}: is made, what follows is not")

@@ -17,8 +17,10 @@ from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.evaluation.bootstrap import INTERVALS
 from mlpmem_jax.evaluation.suite.drawn import Family, Settings
 from mlpmem_jax.evaluation.suite.forecast import Expected, Forecast, Forecaster, duration
+from mlpmem_jax.parallel.hardware import this_machine
 from mlpmem_jax.pipeline import tokenize
 from mlpmem_jax.pipeline.execute import check_config_file, write_config
+from mlpmem_jax.pipeline.fitting import check_fit, doubts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.plan import intention, skipped
 from mlpmem_jax.pipeline.rows import Row
@@ -159,11 +161,13 @@ def run_suite(
     def run(stages: Sequence[Stage], rebuild: Rebuild = rebuild) -> None:
         run_stages(stages, rebuild, before_building=lambda: write_config(config))
 
+    check_fit([*tokens, *_each_once(planned)])
     run([*tokens, machine_stage(config)])
     # Again, and before networks are trained: the vocabulary is known now.
     planned = [work.stages() for work in works]
     _refuse_clashes(works, planned)
     _refuse_other_table(table(), rebuild)
+    check_fit(_each_once(planned))
     peak = float(Layout(config).machine.load().counts["peak_flops"])
     done: dict[str, None] = {}
     estimates = Estimates()
@@ -231,6 +235,10 @@ def _intention_of_table(table: Stage, rebuild: Rebuild) -> str:
     return intention(table, _of_table(rebuild))
 
 
+def _each_once(planned: Sequence[Sequence[Stage]]) -> list[Stage]:
+    return made_by([stage for piece in planned for stage in piece])
+
+
 class Estimates:
     """What stages say beforehand, asked once for each recipe: to trace networks takes time."""
 
@@ -293,6 +301,8 @@ def _print_plan(
         say(f"{stage.name:<44} {intention(stage, rebuild)}")
     last = table()
     say(f"{last.name:<44} {_intention_of_table(last, rebuild)}")
+    for line in doubts(everything, this_machine(config.workdir)):
+        say(line)
     forecast = _forecast(config, everything, peak, Estimates())
     say()
     for kind, seconds in forecast.seconds.items():

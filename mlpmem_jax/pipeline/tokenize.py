@@ -26,8 +26,10 @@ from mlpmem_jax.datastore.layout import SPLITS, Layout, token_dtype
 from mlpmem_jax.datastore.manifest import Status
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.parallel.agreement import of_first
+from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.parallel.multihost import is_writer
 from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Builders, Completion, Stage
 
@@ -69,8 +71,15 @@ def stages(config: Config) -> list[Stage]:
             tokens,
             build=functools.partial(_make_tokens, config, text_bytes, scan, digests),
             estimate=functools.partial(_estimate, config, text_bytes),
+            need=functools.partial(_need, config),
         ),
     ]
+
+
+def _need(config: Config, machine: Machine, count: RowCounter) -> Need:
+    from mlpmem_jax.pipeline.needs import tokens_need
+
+    return tokens_need(config, machine, count)
 
 
 def main(config: Config, options: Options) -> int:

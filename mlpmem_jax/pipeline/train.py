@@ -7,8 +7,10 @@ from typing import Any
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_devices, check_teacher
 from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.refresh import Phases, phase_build, refresh_stages
 from mlpmem_jax.pipeline.resolve import compute_dtypes
@@ -63,6 +65,7 @@ def _stage(
         build=build,
         check=functools.partial(_check, config),
         estimate=functools.partial(_estimate, config, steps),
+        need=functools.partial(_need, config),
     )
 
 
@@ -104,6 +107,12 @@ def _build(config: Config) -> Completion:
     from mlpmem_jax.training.memory_training import MemoryTask
 
     return train_task(config, "train", MemoryTask, Layout(config).memory)
+
+
+def _need(config: Config, machine: Machine, count: RowCounter) -> Need:
+    from mlpmem_jax.pipeline.needs import training_need
+
+    return training_need(config, machine, count)
 
 
 def main(config: Config, options: Options) -> int:

@@ -1,7 +1,6 @@
 """Making, checking and opening the index artifact of a run."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,11 +15,13 @@ from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.datastore.manifest import describe_file
 from mlpmem_jax.datastore.verification import verify_together
 from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.parallel.hardware import check_host_memory, device_memory
 from mlpmem_jax.parallel.multihost import barrier, first_alone, is_writer
 from mlpmem_jax.parallel.sharing import process_count
 from mlpmem_jax.retrieval import approximate, recall
 from mlpmem_jax.retrieval.approximate import SEARCH, ApproximateEngine, SearchSettings
 from mlpmem_jax.retrieval.engine import Engine, Keys, StoredKeys, choose_engine
+from mlpmem_jax.retrieval.estimates import exact_bytes, held_index_bytes
 from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.neighbors import check_enough_rows
 
@@ -43,8 +44,7 @@ class BuiltIndex:
 def exact_engine(config: Config, mesh: jax.sharding.Mesh) -> ExactEngine:
     """Opens the exact engine over the training split's keys."""
     keys = StoredKeys(Layout(config).datastore("train"))
-    held_rows = -(-keys.num_rows // process_count())  # The engine spans all devices.
-    check_memory(held_rows * (keys.width + 1) * 4, "the exact engine", "mesh.data (devices)")
+    _check_holds_keys(keys, mesh)
     return ExactEngine(keys, mesh, config.retrieval.key_chunk_rows)
 
 
@@ -69,10 +69,10 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
         if is_writer():
             approximate.remove_unfinished(path)
     largest = min(keys.num_rows, retrieval.shard_rows)
-    check_memory(
+    check_host_memory(
         approximate.build_memory_bytes(largest, keys.width, retrieval.training_rows),
         "building an index shard",
-        f"retrieval.shard_rows={retrieval.shard_rows}",
+        f"lower retrieval.shard_rows={retrieval.shard_rows}",
     )
     check_free_space(
         config.workdir,
@@ -181,6 +181,12 @@ def open_index(config: Config, exact: "ExactCache") -> tuple[Engine, SearchSetti
             f"shards cut by {SHARD_BY}; make it again with --rebuild"
         )
     settings = SearchSettings(**read_json(artifact.path / SEARCH))
+    num_rows = int(manifest.counts["rows"])
+    check_host_memory(
+        held_index_bytes(num_rows, config.decoder.width, config.retrieval, process_count()),
+        f"{artifact.path}: ScaNN holds all its shards and",
+        "use more hosts",
+    )
     return ApproximateEngine(artifact.path, settings), settings
 
 
@@ -204,34 +210,19 @@ class ExactCache:
         self._engine = None
 
 
-def check_memory(needed_bytes: int, what: str, way_out: str) -> None:
-    """Refuses to begin what will not fit into memory.
-
-    Args:
-        needed_bytes: What it takes.
-        what: What it is, for the message.
-        way_out: The key to change.
+def _check_holds_keys(keys: Keys, mesh: jax.sharding.Mesh) -> None:
+    """Refuses exact search over keys that the devices cannot hold.
 
     Raises:
-        UserError: Fewer bytes are free than needed.
+        UserError: Names what is needed and what there is.
     """
-    available = _available_bytes()
-    if available is not None and needed_bytes > available:
+    needed, device = exact_bytes(keys.num_rows, keys.width, mesh.size), jax.local_devices()[0]
+    what, way_out = "exact search over all keys", "use more devices or fewer rows"
+    if device.platform == "cpu":
+        check_host_memory(needed * jax.local_device_count(), what, way_out)
+    memory = device_memory(device)
+    if memory is not None and needed > memory:
         raise UserError(
-            f"{what} needs {human_bytes(needed_bytes)} of memory and "
-            f"{human_bytes(available)} are free: change {way_out}"
+            f"{what} needs {human_bytes(needed)} on each of {mesh.size} devices "
+            f"({device.device_kind}), which have {human_bytes(memory)}: {way_out}"
         )
-
-
-def _available_bytes() -> int | None:
-    """Returns the memory that can be had without swapping; none where that is not known."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError):
-        return None

@@ -25,9 +25,10 @@ _GROUP = 64
 # More rows than asked are scored again by differences, so that rounding in the product
 # and equal distances cannot push out a neighbour.
 _SPARE = 32
-_SCORE_BYTES = {"cpu": 32 << 20}
-_SCORE_BYTES_ACCELERATOR = 512 << 20
-_MAX_QUERY_BLOCK = 1024
+# Of the largest buffers of one block of queries: its scores, or the keys that are scored again.
+_BLOCK_BYTES = {"cpu": 32 << 20}
+_BLOCK_BYTES_ACCELERATOR = 512 << 20
+_QUERY_BLOCKS = range(8, 1024 + 1)
 
 
 class ExactEngine:
@@ -82,10 +83,7 @@ class _MeshSearch:
         per_device = max(1, -(-keys.num_rows // shares))
         self._chunk = min(_round_up(per_device, _GROUP), _round_up(key_chunk_rows, _GROUP))
         self._rows_per_device = _round_up(per_device, self._chunk)
-        score_bytes = _SCORE_BYTES.get(platform, _SCORE_BYTES_ACCELERATOR)
-        self._query_block = 1 << int(
-            math.log2(max(8, min(_MAX_QUERY_BLOCK, score_bytes // (4 * self._chunk))))
-        )
+        self._block_bytes = _BLOCK_BYTES.get(platform, _BLOCK_BYTES_ACCELERATOR)
         split = NamedSharding(mesh, PartitionSpec(AXES))
 
         def part(index: Any) -> np.ndarray:
@@ -105,12 +103,15 @@ class _MeshSearch:
         self._count_P = jax.make_array_from_callback(
             (shares,), split, lambda index: counts_P[index]
         )
+        # Once: a single query would otherwise read all keys three times.
+        self._mean_PD, self._norm_N = _mean_and_norms(self._key_ND, self._count_P, mesh=mesh)
 
     def search(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
         num_queries = len(query_QD)
         wanted = min(num_neighbors, self._rows_per_device)
         # Few queries, as in generation, are not padded to a whole block.
-        block = min(self._query_block, 1 << max(0, num_queries - 1).bit_length())
+        block = query_block(self._chunk, wanted, query_QD.shape[1], self._block_bytes)
+        block = min(block, 1 << max(0, num_queries - 1).bit_length())
         padded = np.zeros((max(1, _round_up(num_queries, block)), query_QD.shape[1]), np.float32)
         padded[:num_queries] = query_QD
         queries = jax.make_array_from_callback(
@@ -118,7 +119,8 @@ class _MeshSearch:
         )
         distance, row = _search_all(
             self._key_ND,
-            self._count_P,
+            self._mean_PD,
+            self._norm_N,
             queries,
             mesh=self._mesh,
             wanted=wanted,
@@ -133,10 +135,43 @@ class _MeshSearch:
         return fit(found, num_neighbors)
 
 
+def query_block(chunk: int, num_neighbors: int, width: int, block_bytes: int) -> int:
+    """Returns how many queries a device searches for at once, a power of two.
+
+    Args:
+        chunk: Keys that are scored at once.
+        num_neighbors: K.
+        width: D.
+        block_bytes: What a buffer of the block may take, unless so few queries take more.
+    """
+    row_bytes = 4 * max(chunk, (num_neighbors + _SPARE) * width)
+    most = min(_QUERY_BLOCKS[-1], max(_QUERY_BLOCKS[0], block_bytes // row_bytes))
+    return 1 << int(math.log2(most))
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _mean_and_norms(
+    key_ND: jax.Array, count_P: jax.Array, *, mesh: Mesh
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean of each device's keys, [P, D], and ‖key − mean‖² of all, [N]."""
+
+    def local(key_ND: jax.Array, count_1: jax.Array) -> tuple[jax.Array, jax.Array]:
+        is_real_N = jnp.arange(len(key_ND), dtype=jnp.int32) < count_1
+        mean_D = key_ND.sum(axis=0) / jnp.maximum(1, count_1).astype(jnp.float32)
+        norm_N = jnp.square(key_ND - mean_D[None, :]).sum(axis=1)
+        return mean_D[None], jnp.where(is_real_N, norm_N, jnp.inf)
+
+    by_device = PartitionSpec(AXES)
+    return jax.shard_map(  # type: ignore[no-any-return]
+        local, mesh=mesh, in_specs=(by_device, by_device), out_specs=(by_device, by_device)
+    )(key_ND, count_P)
+
+
 @functools.partial(jax.jit, static_argnames=("mesh", "wanted", "chunk", "query_block"))
 def _search_all(
     key_ND: jax.Array,
-    count_P: jax.Array,
+    mean_PD: jax.Array,
+    norm_N: jax.Array,
     query_QD: jax.Array,
     *,
     mesh: Mesh,
@@ -149,17 +184,18 @@ def _search_all(
     by_device = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(PartitionSpec(AXES), PartitionSpec(AXES), PartitionSpec()),
+        in_specs=(*(PartitionSpec(AXES),) * 3, PartitionSpec()),
         out_specs=(PartitionSpec(None, AXES), PartitionSpec(None, AXES)),
     )
-    lists = by_device(key_ND, count_P, query_QD)
+    lists = by_device(key_ND, mean_PD, norm_N, query_QD)
     everywhere = replicated(mesh)
     return tuple(lax.with_sharding_constraint(one, everywhere) for one in lists)  # type: ignore[return-value]
 
 
 def _search_device(
     key_ND: jax.Array,
-    count_1: jax.Array,
+    mean_1D: jax.Array,
+    norm_N: jax.Array,
     query_QD: jax.Array,
     *,
     wanted: int,
@@ -172,13 +208,10 @@ def _search_device(
     base_M = jnp.arange(len(key_MCD), dtype=jnp.int32) * chunk
     kept = wanted + _SPARE
     # Scores ‖k − m‖² − 2 k·(q − m): as small as distances allow, so they round little.
-    is_real_N = jnp.arange(len(key_ND), dtype=jnp.int32) < count_1
-    mean_D = key_ND.sum(axis=0) / jnp.maximum(1, count_1).astype(jnp.float32)
-    norm_N = jnp.where(is_real_N, jnp.square(key_ND - mean_D[None, :]).sum(axis=1), jnp.inf)
     norm_MC = norm_N.reshape(-1, chunk)
 
     def block(query_RD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        centred_RD = query_RD - mean_D[None, :]
+        centred_RD = query_RD - mean_1D
 
         def scan(best: Any, part: Any) -> tuple[Any, None]:
             key_CD, norm_C, base = part

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.stages import TUNING_ROWS
 from mlpmem_jax.console import say
 from mlpmem_jax.datastore.checked import read_checked_json, write_checked_json
 from mlpmem_jax.datastore.layout import ArraySpec, Layout, Split
@@ -31,8 +32,6 @@ from mlpmem_jax.retrieval.neighbors import StoredNeighbors, check_enough_rows, s
 from mlpmem_jax.retrieval.temperature import Tuned
 
 TEMPERATURE = "temperature.json"
-# More rows than this do not make τ any surer.
-_TUNING_ROWS = 1 << 17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +183,7 @@ def _tuned(config: Config) -> Tuned:
     """Chooses τ, or λ for the τ that is given."""
     layout = Layout(config)
     separator_id = int(layout.tokens.load().counts["separator_id"])
-    evidence, row_N = label_evidence(layout, "valid", separator_id, _TUNING_ROWS)
+    evidence, row_N = label_evidence(layout, "valid", separator_id, TUNING_ROWS)
     if not len(evidence):
         raise UserError(f"{layout.datastore('valid').path}: no row to choose τ and λ on")
     logprob_N = StoredArray(layout.datastore("valid"), "logprob").read_all()[row_N]

@@ -9,6 +9,7 @@ import jax
 from etils import epath
 
 from mlpmem_jax.config.stages import TrainingConfig
+from mlpmem_jax.console import say
 from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.training.checkpoint import Checkpoints
 from mlpmem_jax.training.flops import peak_flops
@@ -119,6 +120,7 @@ class Monitor:
         # NaN for an accelerator that the table does not know: no share is better than a wrong one.
         peak = peak_flops(jax.local_devices()[0])
         self._peak = math.nan if peak is None else peak * jax.device_count()
+        self._exceeded_peak = False
         self._clock = _Clock()
         self._compiling_logged = False
         self._last_validation: dict[str, float] = {}
@@ -186,10 +188,22 @@ class Monitor:
         return speed | {
             "tokens_per_sec": self._task.tokens_per_step * steps / seconds,
             "model_flops_per_sec": flops,
-            "share_of_peak": flops / self._peak,
+            "share_of_peak": self._share_of_peak(flops),
             "input_wait_share": wait / seconds,
             "secs_per_step": seconds / steps,
         }
+
+    def _share_of_peak(self, flops_per_sec: float) -> float:
+        """Returns the share, at most 1: what is reached is a lower bound of the peak."""
+        if flops_per_sec > self._peak:
+            if not self._exceeded_peak:
+                say(
+                    f"note: {self._task.name} runs at {flops_per_sec:.3g} flop/s, more than the "
+                    f"devices' peak as measured or listed ({self._peak:.3g}): the machine was busy "
+                    "at the start, or the figure is low; share_of_peak is of the higher rate"
+                )
+            self._peak, self._exceeded_peak = flops_per_sec, True
+        return flops_per_sec / self._peak
 
     def compiles(self) -> None:
         """Waits likewise; the next step is compiled first, and is not timed."""
@@ -213,7 +227,7 @@ class Monitor:
             "compile_secs": clock.compile_secs or 0.0,
             "secs_per_step": clock.total_secs / max(clock.total_steps, 1),
             "tokens_per_sec": self._task.tokens_per_step * clock.total_steps / seconds,
-            "share_of_peak": self._task.flops_of(timed) / seconds / self._peak,
+            "share_of_peak": self._share_of_peak(self._task.flops_of(timed) / seconds),
             "input_wait_share": clock.total_wait_secs / max(clock.total_secs, 1e-9),
             "model_flops": self._task.flops_of(steps),
         }

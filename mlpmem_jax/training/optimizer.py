@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from mlpmem_jax.config.stages import OptimizerConfig, TrainConfig, TrainingConfig
 
@@ -27,28 +28,32 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
     return optax.join_schedules([warmup, decays[config.schedule]], [config.warmup_steps])
 
 
-def _decayed(path: tuple[Any, ...]) -> bool:
-    """Whether a parameter is a matrix that weight decay applies to.
+def decayed(params: Any) -> Any:
+    """Returns for each parameter whether weight decay applies to it: to matrices alone.
 
-    Norm scales, biases and embeddings (of tokens and positions) are not decayed.
+    Vectors (norm scales, biases, the gate) and tables of embeddings do not decay.
+
+    Args:
+        params: nnx.Variables, whose metadata names their role (`layers.parameter`).
     """
-    name = jax.tree_util.keystr(path).lower()
-    return not any(word in name for word in ("norm", "bias", "scale", "embed", "position"))
+
+    def of(leaf: nnx.Variable) -> nnx.Variable:
+        if not hasattr(leaf.get_raw_value(), "shape"):
+            return leaf  # Of another group of parameters: optax masks it, there is no array.
+        return leaf.replace(leaf.get_metadata()["role"] == "matrix")
+
+    return jax.tree.map(of, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """Returns the optimiser: clipping of the global norm, then AdamW."""
-
-    def mask(params: optax.Params) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: _decayed(path), params)
-
     adamw = optax.adamw(
         learning_rate_schedule(config, num_steps),
         b1=config.beta1,
         b2=config.beta2,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
-        mask=mask,
+        mask=decayed,
     )
     clip = (
         optax.identity()

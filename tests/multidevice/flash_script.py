@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlpmem_jax.config.networks import MeshConfig
+from mlpmem_jax.models import flash
 from mlpmem_jax.models.attention import causal_attention
 from mlpmem_jax.parallel.mesh import make_mesh
 
@@ -21,6 +22,7 @@ def gradients(qkv, segment_BL, implementation):
 
 
 def main(data, fsdp, tensor, heads, groups):
+    flash.INTERPRETED = True
     keys = jax.random.split(jax.random.key(0), 3)
     sizes = (heads, groups, groups)
     shapes = [(4, LENGTH, number, WIDTH) for number in sizes]

@@ -5,7 +5,7 @@ import pytest
 
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.mesh import single_device_mesh
-from mlpmem_jax.retrieval import blocked
+from mlpmem_jax.retrieval import blocked, exact
 from mlpmem_jax.retrieval.engine import ArrayKeys
 from mlpmem_jax.retrieval.exact import ExactEngine, _MeshSearch
 from mlpmem_jax.retrieval.merge import drop_own_row
@@ -117,3 +117,44 @@ def test_keys_that_are_not_finite_are_named():
 def test_no_queries():
     found = _searchers(_keys(100))[0].search(np.empty((0, 8), np.float32), 5)
     assert found.row_QK.shape == (0, 5)
+
+
+def test_means_and_norms_of_keys_are_made_once_not_for_every_query(monkeypatch):
+    made = []
+    original = exact._mean_and_norms
+    monkeypatch.setattr(
+        exact, "_mean_and_norms", lambda *a, **k: made.append(1) or original(*a, **k)
+    )
+    searcher = _MeshSearch(ArrayKeys(_keys(3000)), single_device_mesh(), 1024, "cpu")
+    for query in _keys(4, seed=1):
+        searcher.search(query[None], 7)
+    assert len(made) == 1
+    np.testing.assert_allclose(
+        searcher._norm_N[:3000], np.square(_keys(3000) - _keys(3000).mean(0)).sum(1), rtol=1e-5
+    )
+    assert np.isinf(searcher._norm_N[3000:]).all()
+
+
+@pytest.mark.parametrize(
+    ("chunk", "count", "width", "expected"),
+    [
+        (65536, 257, 128, 1024),  # scores are the larger buffer
+        (65536, 1025, 768, 128),  # the keys that are scored again are
+        (65536, 1025, 4096, 16),
+        (1 << 30, 1025, 4096, 8),
+    ],
+)
+def test_a_block_of_queries_is_bounded_by_its_largest_buffer(chunk, count, width, expected):
+    block = exact.query_block(chunk, count, width, 512 << 20)
+    assert block == expected
+    if block > 8:
+        assert 4 * block * max(chunk, (count + 32) * width) <= 512 << 20
+
+
+def test_neighbours_do_not_depend_on_the_block(monkeypatch):
+    key, query = _keys(3000), _keys(60, seed=1)
+    large = _MeshSearch(ArrayKeys(key), single_device_mesh(), 1024, "cpu").search(query, 40)
+    monkeypatch.setitem(exact._BLOCK_BYTES, "cpu", 16 * 4 * 1024)
+    small = _MeshSearch(ArrayKeys(key), single_device_mesh(), 1024, "cpu").search(query, 40)
+    np.testing.assert_array_equal(large.row_QK, small.row_QK)
+    np.testing.assert_array_equal(large.distance_QK, small.distance_QK)

@@ -8,16 +8,25 @@ from jax.ad_checkpoint import print_saved_residuals
 
 from mlpmem_jax.compiling.costs import Costs
 from mlpmem_jax.compiling.hlo import Program
-from mlpmem_jax.models import attention
+from mlpmem_jax.config.networks import DecoderConfig
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.models import attention, flash
 from mlpmem_jax.models.attention import causal_attention, resolve_implementation
 from mlpmem_jax.models.layers import with_remat
+from mlpmem_jax.pipeline.checks import check_attention
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setattr(flash, "INTERPRETED", True)
 
 
 @pytest.mark.parametrize(
     ("heads", "groups", "length", "within"),
     [(4, 4, 128, True), (4, 2, 256, False), (2, 1, 384, True)],
 )
-def test_value_and_gradients_equal_dense(heads, groups, length, within):
+def test_value_and_gradients_equal_dense(interpreted, heads, groups, length, within):
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(2, length, heads, 16), (2, length, groups, 16), (2, length, groups, 16)]
     qkv = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=False)]
@@ -41,8 +50,8 @@ def test_value_and_gradients_equal_dense(heads, groups, length, within):
     [
         ("auto", "tpu", 1024, "flash"),
         ("auto", "tpu", 100, "blocked"),
-        ("flash", "cpu", 100, "blocked"),
-        ("flash", "cpu", 128, "flash"),
+        ("flash", "tpu", 100, "blocked"),
+        ("flash", "tpu", 128, "flash"),
         ("auto", "cpu", 128, "blocked"),
         ("auto", "gpu", 128, "cudnn"),
         ("xla", "tpu", 128, "xla"),
@@ -50,11 +59,39 @@ def test_value_and_gradients_equal_dense(heads, groups, length, within):
 )
 def test_which_computation_is_taken(monkeypatch, name, platform, num_tokens, expected):
     monkeypatch.setattr(attention, "target_platform", lambda: platform)
-    assert resolve_implementation(name, num_tokens, False, jnp.bfloat16) == expected
+    assert resolve_implementation(name, num_tokens, False, jnp.bfloat16, 64) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "dtype", "head_width", "message"),
+    [
+        ("flash", "cpu", "float32", 64, "flash needs a TPU, and the devices are cpu; use auto"),
+        ("flash", "gpu", "bfloat16", 64, "flash needs a TPU, and the devices are gpu; use auto"),
+        ("cudnn", "tpu", "bfloat16", 64, "cudnn needs a GPU, and the devices are tpu; use auto"),
+        ("cudnn", "gpu", "float32", 64, "compute_dtype=bfloat16, not float32"),
+        ("cudnn", "gpu", "bfloat16", 192, "multiple of 8 up to 128, not 192"),
+        ("cudnn", "gpu", "bfloat16", 36, "multiple of 8 up to 128, not 36"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused(
+    monkeypatch, name, platform, dtype, head_width, message
+):
+    decoder = DecoderConfig(width=head_width, num_heads=1, attention=name, compute_dtype=dtype)
+    with pytest.raises(ConfigError, match=message):
+        check_attention(Config(decoder=decoder), platform)
+    monkeypatch.setattr(attention, "target_platform", lambda: platform)
+    with pytest.raises(ConfigError, match=message):
+        resolve_implementation(name, 128, False, jnp.dtype(dtype), head_width)
+
+
+@pytest.mark.parametrize("head_width", [192, 36])
+def test_auto_leaves_heads_that_cudnn_does_not_take_to_xla(monkeypatch, head_width):
+    monkeypatch.setattr(attention, "target_platform", lambda: "gpu")
+    assert resolve_implementation("auto", 128, False, jnp.bfloat16, head_width) == "xla"
 
 
 @pytest.mark.parametrize(("policy", "kept"), [("dots", 2), ("full", 0)])
-def test_what_rematerialisation_keeps(capsys, policy, kept):
+def test_what_rematerialisation_keeps(interpreted, capsys, policy, kept):
     """The result and the sums of the softmax, from which the backward pass begins."""
     x_BLHA = jnp.ones((1, 128, 2, 16))
 

@@ -7,9 +7,10 @@ import optax
 import pytest
 from flax import nnx
 
-from mlpmem_jax.config.networks import DecoderConfig
+from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
 from mlpmem_jax.config.stages import OptimizerConfig, TrainConfig
 from mlpmem_jax.models.decoder import Decoder
+from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.training.optimizer import (
     group_optimizer,
     learning_rate_schedule,
@@ -34,21 +35,54 @@ def test_schedules(schedule, middle, last):
     assert rate(110) == pytest.approx(last)
 
 
-def test_matrices_decay_and_norms_biases_and_embeddings_do_not():
-    config = DecoderConfig(
-        width=16, num_layers=2, num_heads=2, norm="layer", positions="learned", biases="all"
-    )
-    params = nnx.split(Decoder(config, 300, rngs=nnx.Rngs(0)), nnx.Param, ...)[1]
+def _moved(updates):
+    flat = flatten(updates).items()
+    return {name.removesuffix("/value") for name, update in flat if np.abs(update).max() > 0}
+
+
+_DECAYED_DECODER = {"blocks/query", "blocks/key", "blocks/value", "blocks/out", "blocks/up",
+                    "blocks/gate", "blocks/down", "head"}  # fmt: skip
+_DECAYED_MEMORY = {"blocks/up", "blocks/down", "head", "projection/projection"}
+_GPT2 = {"norm": "layer", "positions": "learned", "activation": "gelu", "biases": "all"}
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        (Decoder(DecoderConfig(width=16, num_layers=2, num_heads=2), 300, rngs=nnx.Rngs(0)),
+         _DECAYED_DECODER),
+        (Decoder(DecoderConfig(width=16, num_layers=2, num_heads=2, head="tied", **_GPT2), 300,
+                 rngs=nnx.Rngs(0)),
+         _DECAYED_DECODER - {"blocks/gate", "head"}),
+        (Memory(MemoryConfig(width=8, num_layers=2, gate="learned"), 16, 300, rngs=nnx.Rngs(0)),
+         _DECAYED_MEMORY | {"blocks/gate"}),  # of SwiGLU; "gate" alone makes λ of each token
+        (Memory(MemoryConfig(width=8, num_layers=2, block="gelu", input_norm="rms"), 16, 300,
+                rngs=nnx.Rngs(0)),
+         _DECAYED_MEMORY),
+    ],
+)  # fmt: skip
+def test_matrices_decay_and_norms_biases_embeddings_and_gates_do_not(network, expected):
+    params = jax.tree.map(jnp.ones_like, nnx.state(network, nnx.Param))
     optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5, warmup_steps=0), 10)
     zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
-    moved = {name for name, update in flatten(updates).items() if np.abs(update).max() > 0}
-    kept = set(flatten(params)) - moved
-    matrices = {"query", "key", "value", "out", "up", "down", "gate", "head"}
-    assert all(any(part in matrices for part in name.split("/")) for name in moved)
-    assert all(any(matrix in name.split("/") for name in moved) for matrix in matrices)
-    assert any("norm_scale" in name for name in kept) and any("bias" in name for name in kept)
-    assert any("embedding" in name for name in kept) and any("position" in name for name in kept)
+    assert _moved(updates) == expected
+
+
+def test_a_gate_does_not_decay_in_joint_training():
+    memory = Memory(MemoryConfig(width=8, num_layers=2, gate="learned"), 16, 300, rngs=nnx.Rngs(0))
+    decoder = Decoder(DecoderConfig(width=16, num_layers=2, num_heads=2), 300, rngs=nnx.Rngs(0))
+    groups = parameter_groups(
+        TrainConfig(mode="joint", optimizer=OptimizerConfig(weight_decay=0.5, warmup_steps=0))
+    )
+    params = {"memory": nnx.state(memory, nnx.Param), "decoder": nnx.state(decoder, nnx.Param)}
+    params = jax.tree.map(jnp.ones_like, params)
+    optimizer = group_optimizer(groups)
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    assert {name for name in _moved(updates) if name.startswith("memory/")} == {
+        f"memory/{name}" for name in _DECAYED_MEMORY | {"blocks/gate"}
+    }
 
 
 def _two_groups(num_steps=6, **changes):
@@ -61,7 +95,8 @@ def _two_groups(num_steps=6, **changes):
         **changes,
     )
     groups = parameter_groups(config)
-    params = {"decoder": {"kernel": jnp.ones(3)}, "memory": {"kernel": jnp.ones(3)}}
+    kernel = nnx.Param(jnp.ones(3), role="matrix")
+    params = {"decoder": {"kernel": kernel}, "memory": {"kernel": kernel}}
     return groups, group_optimizer(groups), params
 
 

@@ -27,9 +27,10 @@ from mlpmem_jax.evaluation.growth.writers import (
     make_search,
 )
 from mlpmem_jax.evaluation.timed_writer import in_turns
+from mlpmem_jax.parallel.hardware import check_host_memory
 from mlpmem_jax.retrieval import approximate, recall
 from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
-from mlpmem_jax.retrieval.building import MEASUREMENT_SEED, check_memory, choose_settings
+from mlpmem_jax.retrieval.building import MEASUREMENT_SEED, choose_settings
 from mlpmem_jax.retrieval.engine import Engine, SomeKeys, StoredKeys
 from mlpmem_jax.retrieval.exact import ExactEngine
 
@@ -84,7 +85,7 @@ class Timer:
         about: dict[str, Any] = {"rows": num_rows}
         key_bytes = 4 * num_rows * (self._keys(num_rows).width + 1)
         # Both engines are open while they are timed; building an index needs as much.
-        check_memory(3 * key_bytes, f"timing {num_rows} rows", "cost.engines")
+        check_host_memory(3 * key_bytes, f"timing {num_rows} rows", "change cost.engines")
         if "scann" in self.config.cost.engines:
             about |= self._prepare_index(num_rows)
         write_checked_json(file, about)

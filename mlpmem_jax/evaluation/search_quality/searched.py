@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.evaluation.metrics import draw_rows
+from mlpmem_jax.evaluation.knn_lm import tuning_rows
 from mlpmem_jax.evaluation.stored import StoredSplit
 from mlpmem_jax.retrieval.distributions import LabelEvidence
 from mlpmem_jax.retrieval.engine import Engine, StoredKeys
@@ -54,7 +54,7 @@ class SearchedKnn:
 
     def tune(self, stored: StoredSplit, most_rows: int | None, seed: int) -> Tuned:
         """Chooses τ and λ on validation, as `evaluate` does."""
-        row_N = draw_rows(stored.counts.scored_N, most_rows, seed)
+        row_N = tuning_rows(stored.counts.scored_N, most_rows, seed)
         parts = list(self._evidence("valid", row_N))
         evidence = LabelEvidence(
             np.concatenate([found.distance_QK for _, found, _ in parts]),

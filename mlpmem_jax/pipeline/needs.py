@@ -1,0 +1,206 @@
+"""What each stage needs at least of disk, of a device's memory and of a host's.
+
+Everything is bytes that the code below the stages cannot do without: all keys, an index, a
+state. Buffers and activations come on top.
+"""
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.stages import TUNING_ROWS
+from mlpmem_jax.corpus.expected import Rows
+from mlpmem_jax.datastore.layout import ArraySpec, Layout, Split, token_dtype
+from mlpmem_jax.errors import ArtifactError, ConfigError
+from mlpmem_jax.parallel.hardware import Machine
+from mlpmem_jax.parallel.mesh import mesh_sizes
+from mlpmem_jax.pipeline.fitting import Moment, Need, RowCounter
+from mlpmem_jax.retrieval import approximate
+from mlpmem_jax.retrieval.engine import choose_engine
+from mlpmem_jax.retrieval.estimates import exact_bytes, held_index_bytes
+from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
+
+_STATE_BYTES = 12  # of a parameter that is trained: itself and two moments, float32
+_WEIGHT_BYTES = 4
+
+
+def tokens_need(config: Config, machine: Machine, count: RowCounter) -> Need:
+    """Returns what the token stream takes."""
+    del machine
+    itemsize = token_dtype(config.tokenizer.vocab_size)().itemsize
+    return Need(disk_bytes=sum(count(config).values()) * itemsize)
+
+
+def pretraining_need(config: Config, machine: Machine, count: RowCounter) -> Need:
+    """Returns what the decoder's training takes."""
+    del count
+    return _training(config, machine, _parameters(config, "decoder"), 0)
+
+
+def training_need(config: Config, machine: Machine, count: RowCounter) -> Need:
+    """Returns what the memory's training takes, or that of both networks."""
+    del count
+    decoder, memory = (_parameters(config, name) for name in ("decoder", "memory"))
+    if config.train.mode == "joint":
+        return _training(config, machine, decoder + memory, 0)
+    beside = config.decoder_runs or config.memory.head == "tied"
+    return _training(config, machine, memory, decoder if beside else 0)
+
+
+def embedding_need(config: Config, split: Split, machine: Machine, count: RowCounter) -> Need:
+    """Returns what embedding a split takes."""
+    rows = count(config)[split]
+    row_bytes = _row_bytes(Layout(config).datastore_arrays())
+    networks = Moment(
+        "the decoder and a shard of rows",
+        "raise mesh.fsdp or lower datastore.shard_rows",
+        _WEIGHT_BYTES * _parameters(config, "decoder") // _parts(config, machine),
+        min(rows // machine.num_processes, config.datastore.shard_rows) * row_bytes,
+    )
+    return Need(rows * row_bytes, (networks,))
+
+
+def index_need(config: Config, machine: Machine, count: RowCounter) -> Need:
+    """Returns what building the index takes, and choosing how thoroughly it is searched."""
+    rows, retrieval = count(config), config.retrieval
+    num_rows, width = rows["train"], config.decoder.width
+    if not num_rows or _engine(config, machine, num_rows) == "exact":
+        return Need()
+    shard_rows = min(num_rows, retrieval.shard_rows)
+    building = Moment(
+        "a shard under construction",
+        f"lower retrieval.shard_rows={retrieval.shard_rows}",
+        host_bytes=approximate.build_memory_bytes(shard_rows, width, retrieval.training_rows),
+    )
+    moments = [building]
+    if "auto" in (retrieval.num_leaves_to_search, retrieval.num_reorder):
+        moments += [_held_index(config, machine, rows), _all_keys(config, machine, rows)]
+    disk = approximate.index_bytes(num_rows, width, retrieval.dims_per_block)
+    return Need(disk, tuple(moments))
+
+
+def neighbors_need(
+    config: Config, split: Split, machine: Machine, count: RowCounter, *, by_index: bool = False
+) -> Need:
+    """Returns what the kept neighbours of a split take."""
+    rows = count(config)
+    disk = rows[split] * _row_bytes(Layout(config).neighbors_arrays())
+    if split == "train" or by_index:
+        return Need(disk, _measured_search(config, machine, rows))
+    return Need(disk, (_all_keys(config, machine, rows),))
+
+
+def targets_need(config: Config, split: Split, machine: Machine, count: RowCounter) -> Need:
+    """Returns what the targets of a split take."""
+    rows = count(config)
+    disk = rows[split] * _row_bytes(Layout(config).targets_arrays(config.tokenizer.vocab_size))
+    if split != "train":
+        return Need(disk)
+    moments = (_evidence(config, rows, TUNING_ROWS, "lower retrieval.num_neighbors"),)
+    if config.retrieval.keep_train == "all":
+        return Need(disk, moments)
+    return Need(disk, (*moments, *_measured_search(config, machine, rows)))
+
+
+def evaluation_need(config: Config, machine: Machine, count: RowCounter) -> Need:
+    """Returns what the table takes: tuning the kNN-LM, and timing its search."""
+    rows = count(config)
+    if _engine(config, machine, rows["train"]) == "exact":
+        searched = _all_keys(config, machine, rows)
+    else:
+        searched = _held_index(config, machine, rows)
+    return Need(moments=(*scores_need(config, machine, count).moments, searched))
+
+
+def scores_need(config: Config, machine: Machine, count: RowCounter) -> Need:
+    """Returns what scoring the kNN-LM takes."""
+    del machine
+    rows, most = count(config), config.evaluate.knn_valid_rows
+    return Need(moments=(_evidence(config, rows, most, "lower evaluate.knn_valid_rows"),))
+
+
+def search_quality_need(config: Config, machine: Machine, count: RowCounter) -> Need:
+    """Returns what comparing searches with the exact one takes."""
+    moments = scores_need(config, machine, count).moments
+    return Need(moments=(*moments, _all_keys(config, machine, count(config))))
+
+
+def _all_keys(config: Config, machine: Machine, rows: Rows) -> Moment:
+    """Returns the exact engine: all keys of the training split, over the devices."""
+    num_rows, width = rows["train"], config.decoder.width
+    memory = machine.device_bytes
+    way_out = "lower corpus.max_bytes or use more devices"
+    if memory is not None:
+        fits = memory * machine.num_devices // (4 * (width + 1))
+        way_out += f" ({fits:,} rows fit, not {num_rows:,})"
+    return Moment(
+        "exact search holds all keys in float32",
+        way_out,
+        device_bytes=exact_bytes(num_rows, width, machine.num_devices),
+    )
+
+
+def _held_index(config: Config, machine: Machine, rows: Rows) -> Moment:
+    """Returns the approximate engine: each process holds its shards of the index."""
+    return Moment(
+        "ScaNN holds all its shards",
+        "lower corpus.max_bytes or use more hosts",
+        host_bytes=held_index_bytes(
+            rows["train"], config.decoder.width, config.retrieval, machine.num_processes
+        ),
+    )
+
+
+def _measured_search(config: Config, machine: Machine, rows: Rows) -> tuple[Moment, ...]:
+    """Returns a search by the engine of the index, with its recall against the exact one."""
+    exact = _all_keys(config, machine, rows)
+    if _engine(config, machine, rows["train"]) == "exact":
+        return (exact,)
+    return (_held_index(config, machine, rows), exact)
+
+
+def _evidence(config: Config, rows: Rows, most: int | None, way_out: str) -> Moment:
+    """Returns what τ is chosen on: distances and labels of the neighbours of validation rows."""
+    num_rows = rows["valid"] if most is None else min(rows["valid"], most)
+    return Moment(
+        "the neighbours of validation rows on which the kNN-LM is tuned",
+        way_out,
+        host_bytes=num_rows * config.retrieval.num_neighbors * 8,
+    )
+
+
+def _training(config: Config, machine: Machine, trained: int, beside: int) -> Need:
+    held = _STATE_BYTES * trained + _WEIGHT_BYTES * beside
+    state = Moment(
+        "parameters and the optimiser's moments",
+        "raise mesh.fsdp or mesh.tensor, or use more devices",
+        device_bytes=held // _parts(config, machine),
+    )
+    return Need(_STATE_BYTES * trained, (state,))
+
+
+def _parts(config: Config, machine: Machine) -> int:
+    """Returns into how many parts the mesh cuts parameters, at most."""
+    try:
+        _, fsdp, tensor = mesh_sizes(config.mesh, machine.num_devices)
+    except ConfigError:  # Another check refuses the mesh.
+        return machine.num_devices
+    return fsdp * tensor
+
+
+def _engine(config: Config, machine: Machine, num_rows: int) -> str:
+    try:
+        return choose_engine(config.retrieval, num_rows, machine.platform).engine
+    except ConfigError:  # Another check refuses what is not installed.
+        return "scann"
+
+
+def _parameters(config: Config, network: str) -> int:
+    try:
+        vocab = int(Layout(config).tokens.load().counts["vocab_size"])
+    except ArtifactError:  # At least the smallest that a tokenizer can have.
+        vocab = config.tokenizer.vocab_size if config.tokenizer.path is None else 257
+    if network == "decoder":
+        return decoder_parameters(config.decoder, vocab)["total"]
+    return memory_parameters(config.memory, config.decoder.width, vocab)["total"]
+
+
+def _row_bytes(specs: dict[str, ArraySpec]) -> int:
+    return sum(spec.row_bytes for spec in specs.values())

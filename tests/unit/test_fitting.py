@@ -1,0 +1,269 @@
+"""Stages that do not fit the machine are refused before the first of them starts."""
+
+import dataclasses
+import re
+
+import pytest
+
+from mlpmem_jax.__main__ import main
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.corpus.expected import least_rows, likely_rows
+from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.errors import UserError
+from mlpmem_jax.parallel import hardware
+from mlpmem_jax.parallel.hardware import Machine
+from mlpmem_jax.pipeline import (
+    embed,
+    evaluate,
+    fitting,
+    index,
+    needs,
+    pretrain,
+    retrieve,
+    tokenize,
+    train,
+)
+from mlpmem_jax.pipeline.fitting import Moment, Need, check_fit, shortages
+from mlpmem_jax.pipeline.stage import Completion, Stage, run_stages
+from mlpmem_jax.retrieval import engine
+from tests.conftest import ROOT
+
+GIB = 1 << 30
+GB = 10**9
+
+
+def _machine(**changes):
+    one = Machine("tpu", "TPU v5e", 8, 8, 1, 16 * GIB, 384 * GB, None)
+    return dataclasses.replace(one, **changes)
+
+
+def _slice(kind, devices, local, device_bytes, host_bytes):
+    return _machine(
+        kind=kind,
+        num_devices=devices,
+        local_devices=local,
+        num_processes=devices // local,
+        device_bytes=device_bytes,
+        host_bytes=host_bytes,
+    )
+
+
+V5E = ("TPU v5e", 16 * GIB)
+V5P = ("TPU v5p", 95 * GIB)
+# Hardware as the header names it, tokens, and which stages are refused; hosts by the vendors.
+SEARCHED = {"index/base", "neighbors/base/valid", "neighbors/base/test", "targets/base/train"}
+ACCELERATED = {
+    "gpt2_small": (_slice(*V5E[:1], 8, 8, V5E[1], 384 * GB), 1e8, SEARCHED),
+    "gpt2_medium": (_slice(*V5E[:1], 16, 4, V5E[1], 192 * GB), 1e8, SEARCHED),
+    "gpt2_large": (_slice(*V5E[:1], 32, 4, V5E[1], 192 * GB), 1e8, set()),
+    "gpt2_xl": (_slice(*V5E[:1], 64, 4, V5E[1], 192 * GB), 1e8, set()),
+    "gpt2_xl_h200": (_slice("NVIDIA H200", 8, 8, int(0.75 * 141 * GB), 2000 * GB), 1e8, set()),
+    # Hosts are not named there: let them have any memory.
+    "llama_1b": (_slice("an accelerator", 32, 8, 32 * GIB, 1 << 60), 1e9, SEARCHED),
+    "llama2_7b": (_slice(*V5P[:1], 64, 4, V5P[1], 448 * GB), 1e9, SEARCHED | {"results/base"}),
+    "mistral_7b": (_slice(*V5P[:1], 64, 4, V5P[1], 448 * GB), 1e9, SEARCHED | {"results/base"}),
+    "llama2_70b": (_slice(*V5P[:1], 512, 4, V5P[1], 448 * GB), 1e9, set()),
+}
+SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+OF_TEXT = [name for name in SHIPPED if name not in ACCELERATED]
+
+
+def _header(name):
+    return re.match(r"(?:#.*\n)+", (ROOT / "configs" / f"{name}.yaml").read_text("utf-8"))[0]
+
+
+def _stages(config):
+    """The stages of `run` after the text, which need not be there."""
+    commands = (pretrain, embed, index, retrieve, train, evaluate)
+    return [stage for command in commands for stage in command.stages(config)]
+
+
+@pytest.mark.parametrize("name", ACCELERATED)
+def test_what_a_header_says_of_disk_and_retrieval_is_what_is_computed(monkeypatch, name):
+    monkeypatch.setattr(engine, "is_approximate_installed", lambda: True)
+    machine, tokens, refused = ACCELERATED[name]
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    shares = {"valid": config.corpus.valid_fraction, "test": config.corpus.test_fraction}
+    shares["train"] = 1 - sum(shares.values())
+    rows = {split: int(tokens * share) for split, share in shares.items()}
+    stages, header = _stages(config), _header(name)
+    lines = shortages(stages, machine, lambda _: rows)
+    assert {line.split(":")[0] for line in lines} == refused
+    assert ("is refused before the first stage" in header) == bool(refused)
+    assert ("is not refused" in header) == (not refused)
+    found = [stage.need(machine, lambda _: rows) for stage in stages]
+    found.append(needs.tokens_need(config, machine, lambda _: rows))
+    disk = sum(need.disk_bytes for need in found) / 1e9
+    number, unit = re.search(r"([\d.]+) (GB|TB) of disk for", header).groups()
+    assert float(number) * (1000 if unit == "TB" else 1) == pytest.approx(disk, rel=0.05)
+    # What exact search holds on a device, and how many rows fit.
+    keys = max(m.device_bytes for need in found for m in need.moments)
+    assert f"{keys / GIB:.1f} GiB" in " ".join(header.split())
+    if refused:
+        fits = machine.device_bytes * machine.num_devices // (4 * (config.decoder.width + 1))
+        assert f"{fits // 10**6}M rows fit" in header
+        assert any(f"({fits:,} rows fit, not {rows['train']:,})" in line for line in lines)
+
+
+def test_an_h100_does_not_hold_the_keys_that_an_h200_does(monkeypatch):
+    monkeypatch.setattr(engine, "is_approximate_installed", lambda: True)
+    machine, tokens, _ = ACCELERATED["gpt2_xl_h200"]
+    smaller = dataclasses.replace(machine, device_bytes=int(0.75 * 80 * GB))
+    rows = {"train": int(0.9 * tokens), "valid": int(0.05 * tokens), "test": int(0.05 * tokens)}
+    stages = _stages(load_config(ROOT / "configs" / "gpt2_xl_h200.yaml"))
+    refused = {line.split(":")[0] for line in shortages(stages, smaller, lambda _: rows)}
+    assert refused == SEARCHED
+
+
+@pytest.mark.parametrize("name", OF_TEXT)
+def test_configurations_for_two_cores_fit_them(name):
+    config, header = load_config(ROOT / "configs" / f"{name}.yaml"), _header(name)
+    memory = int(re.search(r"(\d+) GB of memory", header)[1]) * GB
+    disk = re.search(r"(\d+) GB of disk", header)
+    machine = _machine(
+        platform="cpu",
+        num_devices=1,
+        local_devices=1,
+        device_bytes=None,
+        host_bytes=memory,
+        disk_bytes=int(disk[1]) * GB if disk else None,
+    )
+    assert shortages(_stages(config), machine, likely_rows) == []
+
+
+def _stage(tmp_path, name, need, made=None):
+    def build():
+        made.append(name)
+        return Completion()
+
+    artifact = Artifact(tmp_path / "run", name, "memory")
+    return Stage(artifact, {}, (), build, need=lambda machine, count: need)
+
+
+@pytest.fixture
+def on(monkeypatch):
+    def set_machine(**changes):
+        monkeypatch.setattr(fitting, "this_machine", lambda workdir: _machine(**changes))
+
+    return set_machine
+
+
+def test_all_stages_are_refused_together_before_the_first_is_made(tmp_path, on):
+    on(disk_bytes=10 * GIB)
+    made = []
+    stages = [
+        _stage(tmp_path, "memory/fits", Need(GIB, (Moment("x", "y", GIB, GIB),)), made),
+        _stage(tmp_path, "memory/device", Need(0, (Moment("keys", "use more", 17 * GIB),)), made),
+        _stage(tmp_path, "memory/host", Need(0, (Moment("shards", "use less", 0, 1 << 40),)), made),
+        _stage(tmp_path, "memory/disk", Need(10 * GIB), made),
+    ]  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        run_stages(stages)
+    assert made == [] and not (tmp_path / "run").exists()
+    disk, device, host = caught.value.messages
+    assert "need at least 11.0 GiB (memory/disk 10.0 GiB, memory/fits 1.0 GiB)" in disk
+    assert disk.startswith(f"workdir={tmp_path / 'run'}") and "10.0 GiB are free" in disk
+    assert device == (
+        "memory/device: keys: at least 17.0 GiB on each of 8 devices (TPU v5e), which have "
+        "16.0 GiB; use more"
+    )
+    assert host == (
+        "memory/host: shards: at least 1.0 TiB of host memory, and 357.6 GiB are free; use less"
+    )
+
+
+def test_what_is_there_counts_and_what_is_complete_is_not_asked(tmp_path, on):
+    on(disk_bytes=GIB)
+    made = []
+    stage = _stage(tmp_path, "memory/base", Need(GIB + 1000), made)
+    with pytest.raises(UserError, match="need at least 1.0 GiB"):
+        run_stages([stage])
+    stage.artifact.path.mkdir(parents=True)
+    (stage.artifact.path / "part").write_bytes(b"x" * 1000)  # An interrupted start left it.
+    check_fit([stage])
+    run_stages([stage])
+    on(disk_bytes=0, device_bytes=0)
+    run_stages([dataclasses.replace(stage, need=lambda machine, count: Need(GIB))])
+    assert made == ["memory/base"]
+
+
+def test_moments_are_not_added_and_on_cpu_devices_share_the_host(tmp_path):
+    moments = tuple(Moment("x", "y", 10 * GIB, 300 * GB) for _ in range(3))
+    stage = _stage(tmp_path, "memory/base", Need(0, moments))
+    assert shortages([stage], _machine(), lambda _: {}) == []
+    cpu = _machine(platform="cpu", device_bytes=None, local_devices=8)
+    (line,) = shortages([stage], cpu, lambda _: {})
+    assert "at least 359.4 GiB of host memory" in line
+    unknown = _machine(device_bytes=None, host_bytes=None, disk_bytes=None)
+    assert shortages([stage], unknown, lambda _: {}) == []
+
+
+def test_a_run_is_refused_before_its_text_is_tokenized(tmp_path, monkeypatch, capsys):
+    machine = _machine(num_devices=1, local_devices=1, device_bytes=1_000_000)
+    monkeypatch.setattr(fitting, "this_machine", lambda workdir: machine)
+    workdir = tmp_path / "run"
+    arguments = ["run", "--config", str(ROOT / "configs" / "tiny.yaml"), "--workdir", str(workdir)]
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert not workdir.exists()
+    assert [re.match(r"error: ([\w/-]+)", line)[1] for line in lines] == [
+        "neighbors/base/valid", "neighbors/base/test", "targets/base/train", "results/base",
+    ]  # fmt: skip
+    assert all("exact search holds all keys" in line and len(line) < 300 for line in lines)
+
+
+def test_what_most_likely_will_not_fit_is_warned_of(tmp_path, monkeypatch, capsys, make_config):
+    """Between the rows that there are at least and those that there most likely are."""
+    config = make_config()
+    least, likely = least_rows(config)["train"], likely_rows(config)["train"]
+    assert 2 * least < likely
+    width = config.decoder.width
+    memory = 4 * (width + 1) * (least + likely) // 2 // 8
+    monkeypatch.setattr(fitting, "this_machine", lambda workdir: _machine(device_bytes=memory))
+    check_fit([*tokenize.stages(config), *retrieve.stages(config)])
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 3 and all("refused after `tokenize`" in line for line in warnings)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limit_of_a_container_counts_and_its_caches_do_not(tmp_path, monkeypatch, version):
+    group = tmp_path / ("memory/jobs/mine" if version == 1 else "jobs/mine")
+    group.mkdir(parents=True)
+    names = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+        2: ("memory.max", "memory.current", "file"),
+    }[version]
+    (group / names[0]).write_text("1000000\n")
+    (group / names[1]).write_text("700000\n")
+    (group / "memory.stat").write_text(f"anon 400000\n{names[2]} 300000\n")
+    # Of a group above: no limit.
+    (group.parent / names[0]).write_text("max\n")
+    monkeypatch.setattr(hardware, "_CGROUPS", tmp_path)
+    proc = tmp_path / "cgroup"
+    proc.write_text("9:memory:/jobs/mine\n" if version == 1 else "0::/jobs/mine\n")
+    monkeypatch.setattr(hardware, "_OWN_CGROUP", proc)
+    assert hardware._container_limits(0) == [600_000]
+    assert hardware._container_limits(100_000) == [700_000]
+
+
+def test_the_memory_of_a_device():
+    class Device:
+        platform, device_kind, limit = "gpu", "NVIDIA H100 80GB HBM3", {"bytes_limit": 123}
+
+        def memory_stats(self):
+            return self.limit
+
+    assert hardware.device_memory(Device()) == 123
+    Device.limit = None  # The table then says it.
+    assert hardware.device_memory(Device()) == 80 * GB
+    Device.device_kind = "something new"
+    assert hardware.device_memory(Device()) is None
+    Device.platform = "cpu"
+    assert hardware.device_memory(Device()) is None
+
+
+def test_this_machine_has_memory_and_disk(tmp_path):
+    found = hardware.this_machine(str(tmp_path / "not" / "there"))
+    assert found.device_bytes is None and found.platform == "cpu"
+    assert found.host_bytes > 1 << 28 and found.disk_bytes > 0
+    assert hardware.this_machine("gs://bucket/run").disk_bytes is None
