@@ -17,32 +17,12 @@ from typing import Any
 
 from etils import epath
 
-from mlpmem_jax.datastore import replacing
+from mlpmem_jax.datastore import records, replacing
 from mlpmem_jax.datastore.contents import BUILDING, MANIFEST, holds_files
-from mlpmem_jax.datastore.files import absolute, crc32_of, read_json, write_json
+from mlpmem_jax.datastore.files import absolute, crc32_of, write_json
 from mlpmem_jax.errors import ArtifactError
 
 SCHEMA_VERSION = 1
-_NUMBER = (int, float)
-# What the records of an artifact hold; what is not listed may be anything.
-_MANIFEST_TYPES: Mapping[str, Any] = {
-    "kind": str,
-    "recipe": dict,
-    "made_from": dict,
-    "counts": dict,
-    "arrays": dict,
-    "files": dict,
-    "measured": dict,
-    "fingerprint": str,
-    "software": dict,
-    "created": _NUMBER,
-    "run": (str, type(None)),
-}
-_BUILDING_TYPES: Mapping[str, Any] = {
-    "recipe": dict,
-    "made_from": dict,
-    "run": (str, type(None)),
-}
 _CHECKSUM = "checksum"
 _SOFTWARE = ("mlpmem_jax", "jax", "flax", "orbax-checkpoint", "tensorstore", "scann", "tokenizers")
 
@@ -154,7 +134,7 @@ class Artifact:
         if not file.exists():
             state = "is not finished" if (self.path / BUILDING).exists() else "does not exist"
             raise ArtifactError(f"{self.path}: {state}; make it with the command `{self.command}`")
-        raw = self._record(MANIFEST, _MANIFEST_TYPES)
+        raw = records.read_record(file, records.MANIFEST_TYPES, self.relative)
         try:
             manifest = Manifest(**raw)
             intact = manifest.fingerprint == _content_fingerprint(raw)
@@ -169,25 +149,8 @@ class Artifact:
             )
         return manifest
 
-    def _record(self, name: str, types: Mapping[str, Any]) -> dict[str, Any]:
-        """Reads the manifest, or what was recorded when the artifact was begun.
-
-        Raises:
-            ArtifactError: The file is damaged; names it and the way out.
-        """
-        try:
-            raw = read_json(self.path / name)
-        except ArtifactError as error:
-            raise ArtifactError(f"{error}; make {self.relative} again with --rebuild") from None
-        problem = _mistyped(raw, types)
-        if problem is not None:
-            raise self._damaged(name, problem)
-        return dict(raw)
-
     def _damaged(self, name: str, problem: str) -> ArtifactError:
-        return ArtifactError(
-            f"{self.path / name}: damaged ({problem}); make {self.relative} again with --rebuild"
-        )
+        return records.damaged(self.path / name, problem, self.relative)
 
     def _begun(self) -> dict[str, Any]:
         """Reads what was recorded when the artifact was begun.
@@ -195,15 +158,14 @@ class Artifact:
         Raises:
             ArtifactError: The file is damaged; names it and the way out.
         """
-        begun = self._record(BUILDING, {})
+        file = self.path / BUILDING
+        begun = records.read_record(file, {}, self.relative)
         if begun == replacing.REMOVING:
             return begun
-        problem = _mistyped(begun, _BUILDING_TYPES)
+        begun = records.read_record(file, records.BUILDING_TYPES, self.relative)
         checksum = begun.pop(_CHECKSUM, None)
-        if problem is None and checksum not in (None, fingerprint_of(begun)):
-            problem = "it does not match its own checksum"
-        if problem is not None:
-            raise self._damaged(BUILDING, problem)
+        if checksum not in (None, fingerprint_of(begun)):
+            raise self._damaged(BUILDING, "it does not match its own checksum")
         return begun
 
     def _write_begun(self, begun: Mapping[str, Any]) -> None:
@@ -320,7 +282,8 @@ class Artifact:
         for name in (MANIFEST, BUILDING):
             if run is not None and (self.path / name).exists():
                 try:
-                    return bool(self._record(name, {}).get("run") == run)
+                    record = records.read_record(self.path / name, {}, self.relative)
+                    return bool(record.get("run") == run)
                 except ArtifactError:
                     return False  # Damaged, so not to be kept.
         return False
@@ -373,23 +336,6 @@ class Artifact:
             ArtifactError: It holds what is not ours.
         """
         replacing.remove(self)
-
-
-def _mistyped(raw: Any, types: Mapping[str, Any]) -> str | None:
-    """Says which entry of a record is missing or of another type; None: all are as they must be."""
-    if not isinstance(raw, dict):
-        return "no JSON object"
-    for name, wanted in types.items():
-        if not isinstance(raw.get(name), wanted):
-            return f"{name} is missing or of another type"
-    if "made_from" in types and not all(isinstance(v, str) for v in raw["made_from"].values()):
-        return "made_from holds values of another type"
-    for about in raw["files"].values() if "files" in types else ():
-        entries = about if isinstance(about, dict) else {}
-        if not isinstance(entries.get("bytes"), int) or not isinstance(entries.get("crc32"), str):
-            return "files holds values of another type"
-    timed = raw["measured"] if "measured" in types else raw
-    return None if isinstance(timed.get("seconds", 0), _NUMBER) else "seconds is no number"
 
 
 def describe_file(path: epath.Path) -> dict[str, Any]:
