@@ -239,20 +239,25 @@ def _verify_upstream(stages: Sequence[Stage], rebuild: Rebuild, verified: set[st
         return
     # As process 0 sees it: the others may see an older listing, and must do the same.
     needed = _unverified(stages, rebuild, verified) if is_writer() else None
-    for path, files in of_first(needed):
-        verify_together(epath.Path(path), files)
+    for path, files, command in of_first(needed):
+        try:
+            verify_together(epath.Path(path), files)
+        except ArtifactError as error:
+            raise ArtifactError(
+                f"{error}; nothing was removed: first make it again with `{command} --rebuild`"
+            ) from None
         verified.add(path)
 
 
 def _unverified(
     stages: Sequence[Stage], rebuild: Rebuild, verified: set[str]
-) -> list[tuple[str, dict[str, Any]]]:
-    """Returns directory and files of what stages that are replaced read and do not make."""
+) -> list[tuple[str, dict[str, Any], str]]:
+    """Returns directory, files and command of what replaced stages read and do not make."""
     replaced = [stage for stage in stages if _is_replaced(stage, rebuild)]
     rebuilt = {str(stage.artifact.path) for stage in replaced}
     origins = {str(one.path): one for stage in replaced for one in _known_origins(stage)}
     return [
-        (path, dict(one.load().files))
+        (path, dict(one.load().files), one.command)
         for path, one in origins.items()
         if path not in verified | rebuilt
     ]
