@@ -244,7 +244,7 @@ def _verify_upstream(stages: Sequence[Stage], rebuild: Rebuild, verified: set[st
             verify_together(epath.Path(path), files)
         except ArtifactError as error:
             raise ArtifactError(
-                f"{error}; nothing was removed: first make it again with `{command} --rebuild`"
+                f"{error}; it is read for what is to be rebuilt: first run `{command} --rebuild`"
             ) from None
         verified.add(path)
 
@@ -298,7 +298,8 @@ def run_stage(
                 _make(stage, made_from, status, before_building)
                 return True
     if is_writer() and replacing.is_left(stage.artifact):
-        with only_maker(stage.artifact):  # A kill came just after the new one was finished.
+        # A kill came just after the new one was finished; or another run is about to remove it.
+        with contextlib.suppress(ArtifactError), only_maker(stage.artifact):
             _drop_replaced(stage.artifact)
     say(f"{stage.name}: complete ({stage.artifact.load().fingerprint})")
     return False
