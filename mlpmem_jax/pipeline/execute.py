@@ -29,7 +29,8 @@ def execute(
     """Plans or runs the stages of a command; returns the exit code."""
     rebuild = when_rebuilding if options.rebuild else Rebuild.REFUSE
     stages = stages_of(config)
-    check_config_file(config)
+    if options.rebuild or not all(stage.artifact.is_complete() for stage in stages):
+        check_config_file(config)
     if options.dry_run:
         print_plan(config, stages, rebuild)
         return 0

@@ -14,7 +14,7 @@ def resolved(config: Config) -> Config:
     Recipes then hold what is computed: what one platform has begun, another with another dtype
     does not continue, nor call current.
     """
-    changed = {
+    changed: dict[str, Any] = {
         name: getattr(config, name).model_copy(update={"compute_dtype": default_compute_dtype()})
         for name in _NETWORKS
         if getattr(config, name).compute_dtype == "auto"

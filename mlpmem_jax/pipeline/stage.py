@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 from mlpmem_jax.console import say, warn
 from mlpmem_jax.datastore import replacing
 from mlpmem_jax.datastore.lock import only_maker
@@ -243,15 +245,30 @@ def _verify_upstream(stages: Sequence[Stage], rebuild: Rebuild, verified: set[st
     """
     if rebuild is Rebuild.REFUSE:
         return
-    replaced: list[str] = of_first(
-        [stage.name for stage in stages if _is_replaced(stage, rebuild)] if is_writer() else None
-    )
-    rebuilt = {str(stage.artifact.path) for stage in stages if stage.name in replaced}
-    for stage in stages:
-        for one in _known_origins(stage) if stage.name in replaced else ():
-            if str(one.path) not in verified | rebuilt:
-                verify_together(one.path, one.load().files)
-                verified.add(str(one.path))
+    # As process 0 sees it: the others may see an older listing, and must do the same.
+    needed = _unverified(stages, rebuild, verified) if is_writer() else None
+    for path, files, command in of_first(needed):
+        try:
+            verify_together(epath.Path(path), files)
+        except ArtifactError as error:
+            raise ArtifactError(
+                f"{error}; it is read for what is to be rebuilt: first run `{command} --rebuild`"
+            ) from None
+        verified.add(path)
+
+
+def _unverified(
+    stages: Sequence[Stage], rebuild: Rebuild, verified: set[str]
+) -> list[tuple[str, dict[str, Any], str]]:
+    """Returns directory, files and command of what replaced stages read and do not make."""
+    replaced = [stage for stage in stages if _is_replaced(stage, rebuild)]
+    rebuilt = {str(stage.artifact.path) for stage in replaced}
+    origins = {str(one.path): one for stage in replaced for one in _known_origins(stage)}
+    return [
+        (path, dict(one.load().files), one.command)
+        for path, one in origins.items()
+        if path not in verified | rebuilt
+    ]
 
 
 def _known_origins(stage: Stage) -> list[Artifact]:
@@ -289,7 +306,8 @@ def run_stage(
                 _make(stage, made_from, status, before_building)
                 return True
     if is_writer() and replacing.is_left(stage.artifact):
-        with only_maker(stage.artifact):  # A kill came just after the new one was finished.
+        # A kill came just after the new one was finished; or another run is about to remove it.
+        with contextlib.suppress(ArtifactError), only_maker(stage.artifact):
             _drop_replaced(stage.artifact)
     say(f"{stage.name}: complete ({stage.artifact.load().fingerprint})")
     return False

@@ -203,7 +203,7 @@ def test_damage_upstream_is_found_before_targets_go(copied_run: Path, capsys):
     before = {path: path.stat().st_mtime_ns for path in copied_run.rglob("*")}
     assert _start("embed", copied_run, "--rebuild") == 2
     (line,) = _errors(capsys)
-    assert f"{file}: damaged" in line
+    assert f"{file}: damaged" in line and "`pretrain --rebuild`" in line
     assert {path: path.stat().st_mtime_ns for path in copied_run.rglob("*")} == before
 
 

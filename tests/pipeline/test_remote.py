@@ -21,6 +21,7 @@ from mlpmem_jax.corpus import files, retries
 from mlpmem_jax.corpus.sources import find_parts
 from mlpmem_jax.corpus.stream import Corpus
 from mlpmem_jax.datastore.appending import Appender
+from mlpmem_jax.datastore import replacing
 from mlpmem_jax.datastore.files import check_reachable
 from mlpmem_jax.datastore.layout import SPLITS, ArraySpec, Layout
 from mlpmem_jax.datastore.manifest import Artifact, Status
@@ -164,6 +165,40 @@ def test_the_life_of_an_artifact(bucket, objects):
     artifact.remove()
     assert not objects.below(bucket.removeprefix("gs://"))
     artifact.remove()  # Nothing is there: no error.
+
+
+def test_a_removal_that_was_killed_is_finished_by_the_next_start(bucket, objects, monkeypatch):
+    """Buckets cannot rename: what is left says that it is being removed until nothing is left."""
+    artifact = Artifact(f"{bucket}/run", "tokens", "tokens")
+    artifact.begin({"a": 1}, {})
+    (artifact.path / "train" / "token" / "c" / "0").write_bytes(b"old")
+    artifact.finish()
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(replacing, "finish_removal", killed)
+        replacing.set_aside(artifact)
+    assert not artifact.is_complete() and replacing.replaced(artifact) is None
+    assert artifact.status({"a": 1}, {}) is Status.MISSING  # Of what is left, nothing is used.
+    artifact.begin({"a": 1}, {})
+    (left,) = objects.below(bucket.removeprefix("gs://"))
+    assert left.endswith("run/tokens/building.json")
+
+
+def test_objects_of_somebody_else_are_not_removed(bucket, objects):
+    artifact = Artifact(f"{bucket}/run", "tokens", "tokens")
+    (artifact.path / "mine").write_bytes(b"mine")
+    with pytest.raises(ArtifactError, match="run/tokens/mine: not written by this program"):
+        artifact.begin({}, {})
+    (artifact.path / "mine").unlink()
+    artifact.begin({}, {})
+    artifact.finish()
+    (artifact.path / "train" / "token" / "mine").write_bytes(b"mine")
+    with pytest.raises(ArtifactError, match="tokens/train/token/mine: not written"):
+        replacing.set_aside(artifact)
+    assert artifact.is_complete() and len(objects.below(bucket.removeprefix("gs://"))) == 2
 
 
 @pytest.mark.parametrize(
