@@ -132,12 +132,31 @@ def _is_whole(shard: epath.Path) -> bool:
     if not (shard / SHARD).exists():
         return False
     try:
-        for name, expected in read_checked_json(shard / SHARD)["files"].items():
-            verify_file(shard / name, expected)
+        _verify_shard(shard)
     except ArtifactError as error:
         warn(f"{error}; the shard is built again")
         return False
     return True
+
+
+def verify_shards(path: epath.Path) -> None:
+    """Compares the files of all finished shards with their checksums.
+
+    Raises:
+        ArtifactError: A file is missing or damaged; it is named.
+    """
+    for name in _shard_names(path):
+        _verify_shard(path / name)
+
+
+def _verify_shard(shard: epath.Path) -> None:
+    for name, expected in read_checked_json(shard / SHARD)["files"].items():
+        verify_file(shard / name, expected)
+
+
+def _shard_names(path: epath.Path) -> list[str]:
+    names = (entry.name for entry in path.iterdir())
+    return sorted(name for name in names if re.fullmatch(r"shard-[0-9]{5,}", name))
 
 
 def shard_files(path: epath.Path, num_shards: int) -> dict[str, Any]:
@@ -242,8 +261,7 @@ class ApproximateEngine:
         self._shards: list[tuple[Any, int]] = []
         leaves: list[np.ndarray] = []
         scann = _import()
-        entries = (entry.name for entry in path.iterdir())
-        names = sorted(name for name in entries if re.fullmatch(r"shard-[0-9]{5,}", name))
+        names = _shard_names(path)
         # Whose a shard is must not depend on what a file system shows of a new directory.
         for number, name in enumerate(of_first(names) if self.spans_processes else names):
             shard = path / name

@@ -80,6 +80,8 @@ class Timer:
         """Builds the index over the first rows and measures its recall, once."""
         file = self.path / f"prepared-{num_rows}.json"
         if file.exists():
+            if self._index(num_rows).exists():  # Of an earlier start, which was interrupted.
+                approximate.verify_shards(self._index(num_rows))
             return read_checked_json(file)
         about: dict[str, Any] = {"rows": num_rows}
         key_bytes = 4 * num_rows * (self._keys(num_rows).width + 1)
