@@ -7,6 +7,7 @@ differ in them. Whether a chunk matches its checksum is what TensorStore looks a
 the chunk; that it is the right shard, with the right chunks, is said by the digest.
 """
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -23,8 +24,12 @@ _CHECKSUM_BYTES = 4
 _ENTRY_BYTES = 16
 _NO_CHUNK = np.iinfo(np.uint64).max
 
+# So small a shard is read at once: many small reads take longer, above all in buckets.
+_WHOLE_BYTES = 4 << 20
+
 # Ranges [start, stop) of a file to their bytes; a negative start counts from its end.
-_Read = Callable[[Sequence[tuple[int, int | None]]], list[bytes]]
+_Ranges = Sequence[tuple[int, int | None]]
+_Read = Callable[[_Ranges], list[bytes]]
 
 
 def shard_key(store: ts.TensorStore, shard: int) -> str:
@@ -40,20 +45,24 @@ def shard_digest(store: ts.TensorStore, shard: int) -> str:
     """
     key = shard_key(store, shard)
     path = f"{array_path(store)}/{key}"
-    shard_rows, chunk_rows = chunking(store)
-    num_chunks = shard_rows // chunk_rows
     try:
         if is_local(path):
             with open(path, "rb", buffering=0) as file:
-                return _digest(lambda ranges: _read_local(file.fileno(), ranges), num_chunks)
-        return _digest(lambda ranges: _read_remote(store.kvstore, key, ranges), num_chunks)
+                return _digest(store, lambda ranges: _read_local(file.fileno(), ranges))
+        return _digest(store, lambda ranges: _read_remote(store.kvstore, key, ranges))
     except FileNotFoundError:
         raise ArtifactError(f"{path}: missing, though its manifest lists it") from None
     except (ValueError, RuntimeError) as error:
         raise read_failure(store, error, f"/{key}") from None
 
 
-def _digest(read: _Read, num_chunks: int) -> str:
+def _digest(store: ts.TensorStore, read: _Read) -> str:
+    shard_rows, chunk_rows = chunking(store)
+    num_chunks = shard_rows // chunk_rows
+    row_bytes = int(np.prod(store.shape[1:], dtype=np.int64)) * store.dtype.numpy_dtype.itemsize
+    if shard_rows * row_bytes <= _WHOLE_BYTES:
+        (content,) = read([(0, None)])
+        read = functools.partial(_slices, content)
     index_bytes = num_chunks * _ENTRY_BYTES
     (tail,) = read([(-index_bytes - _CHECKSUM_BYTES, None)])
     if len(tail) != index_bytes + _CHECKSUM_BYTES:
@@ -70,7 +79,11 @@ def _digest(read: _Read, num_chunks: int) -> str:
     return digest.hexdigest()
 
 
-def _read_local(descriptor: int, ranges: Sequence[tuple[int, int | None]]) -> list[bytes]:
+def _slices(content: bytes, ranges: _Ranges) -> list[bytes]:
+    return [content[slice(*each)] for each in ranges]
+
+
+def _read_local(descriptor: int, ranges: _Ranges) -> list[bytes]:
     size = os.fstat(descriptor).st_size
     found = []
     for start, stop in ranges:
@@ -80,7 +93,7 @@ def _read_local(descriptor: int, ranges: Sequence[tuple[int, int | None]]) -> li
     return found
 
 
-def _read_remote(kvstore: Any, key: str, ranges: Sequence[tuple[int, int | None]]) -> list[bytes]:
+def _read_remote(kvstore: Any, key: str, ranges: _Ranges) -> list[bytes]:
     # All at once: each is a request of its own.
     reads = [kvstore.read(key, byte_range=slice(*each)) for each in ranges]
     results = [read.result() for read in reads]

@@ -118,6 +118,9 @@ def _misplaced(key: str, path: str) -> str | None:
     """Says why nothing of this kind can lie there, or None where it can."""
     if not path.startswith(_BUCKETS):
         return "must be a local path, gs://… or s3://…"
+    if key.split(".")[-1] == "workdir" and glob.has_magic(path):
+        # fsspec would remove, below `a[1]`, what lies below `a1`.
+        return "a work directory in a bucket may hold none of * ? [ in its path"
     if key == "workdir" and not path.startswith(_CHECKPOINT_BUCKETS):
         return (
             "checkpoints cannot be written there (Orbax writes to local paths and gs://…); texts "

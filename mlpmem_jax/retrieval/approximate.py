@@ -10,8 +10,6 @@ import dataclasses
 import itertools
 import math
 import os
-import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,14 +19,14 @@ import numpy as np
 from etils import epath
 
 from mlpmem_jax.config.data import RetrievalConfig
-from mlpmem_jax.console import warn
 from mlpmem_jax.datastore.checked import read_checked_json, write_checked_json
 from mlpmem_jax.datastore.files import is_foreign, is_local
-from mlpmem_jax.datastore.manifest import describe_file, verify_file
+from mlpmem_jax.datastore.manifest import describe_file
 from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.sharing import is_mine, process_count, share_of
 from mlpmem_jax.retrieval.engine import EngineName, Keys, SomeKeys, read_all
+from mlpmem_jax.retrieval.index_files import SHARD, is_whole, shard_names, shard_path
 from mlpmem_jax.retrieval.merge import (
     MISSING_ROW,
     Neighbors,
@@ -38,7 +36,6 @@ from mlpmem_jax.retrieval.merge import (
     unpack,
 )
 
-SHARD = "shard.json"
 SEARCH = "search.json"
 _MIN_LEAVES_TO_SEARCH = 8
 AH_MIN_ROWS = 1024  # Fewer rows than this are scored exactly inside the shard.
@@ -121,37 +118,10 @@ def build_shards(
     """
     shards = shard_ranges(keys.num_rows, config.shard_rows)
     for number in share_of(range(len(shards))):
-        rows, target = shards[number], _shard_path(path, number)
-        if not _is_whole(target):
+        rows, target = shards[number], shard_path(path, number)
+        if not is_whole(target):
             _build_shard(SomeKeys(keys, rows.start, len(rows)), rows, target, config)
         yield number, len(shards)
-
-
-def _is_whole(shard: epath.Path) -> bool:
-    """Returns whether an earlier start has built a shard, and nothing has happened to it since."""
-    if not (shard / SHARD).exists():
-        return False
-    try:
-        for name, expected in read_checked_json(shard / SHARD)["files"].items():
-            verify_file(shard / name, expected)
-    except ArtifactError as error:
-        warn(f"{error}; the shard is built again")
-        return False
-    return True
-
-
-def shard_files(path: epath.Path, num_shards: int) -> dict[str, Any]:
-    """Returns bytes and CRC-32 of the files of finished shards, by path in the index."""
-    files: dict[str, Any] = {}
-    for number in range(num_shards):
-        shard = _shard_path(path, number)
-        about = {**read_checked_json(shard / SHARD)["files"], SHARD: describe_file(shard / SHARD)}
-        files |= {f"{shard.name}/{name}": each for name, each in about.items()}
-    return files
-
-
-def _shard_path(path: epath.Path, number: int) -> epath.Path:
-    return path / f"shard-{number:05d}"
 
 
 def _build_shard(keys: Keys, rows: range, target: epath.Path, config: RetrievalConfig) -> None:
@@ -242,8 +212,7 @@ class ApproximateEngine:
         self._shards: list[tuple[Any, int]] = []
         leaves: list[np.ndarray] = []
         scann = _import()
-        entries = (entry.name for entry in path.iterdir())
-        names = sorted(name for name in entries if re.fullmatch(r"shard-[0-9]{5,}", name))
+        names = shard_names(path)
         # Whose a shard is must not depend on what a file system shows of a new directory.
         for number, name in enumerate(of_first(names) if self.spans_processes else names):
             shard = path / name
@@ -344,14 +313,6 @@ def _on_local_disk(
                     f"and not {expected['crc32']} of {expected['bytes']}"
                 )
         yield local
-
-
-def remove_unfinished(path: epath.Path) -> None:
-    """Removes what a killed build left."""
-    if is_local(path):
-        for left in path.iterdir() if path.exists() else ():
-            if left.name.startswith("building-"):
-                shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager

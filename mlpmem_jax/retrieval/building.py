@@ -18,7 +18,7 @@ from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.parallel.hardware import check_host_memory, device_memory
 from mlpmem_jax.parallel.multihost import barrier, first_alone, is_writer
 from mlpmem_jax.parallel.sharing import process_count
-from mlpmem_jax.retrieval import approximate, recall
+from mlpmem_jax.retrieval import approximate, index_files, recall
 from mlpmem_jax.retrieval.approximate import SEARCH, ApproximateEngine, SearchSettings
 from mlpmem_jax.retrieval.engine import Engine, Keys, StoredKeys, choose_engine
 from mlpmem_jax.retrieval.estimates import exact_bytes, held_index_bytes
@@ -67,7 +67,7 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
     path = layout.index.path
     with first_alone("index: directory"):
         if is_writer():
-            approximate.remove_unfinished(path)
+            index_files.remove_unfinished(path)
     largest = min(keys.num_rows, retrieval.shard_rows)
     check_host_memory(
         approximate.build_memory_bytes(largest, keys.width, retrieval.training_rows),
@@ -83,7 +83,7 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
         say(f"index: shard {number + 1} of {of_shards} is built")
     barrier("index: shards")
     num_shards = len(approximate.shard_ranges(keys.num_rows, retrieval.shard_rows))
-    files = approximate.shard_files(path, num_shards)
+    files = index_files.shard_files(path, num_shards)
     settings, calibrated = choose_settings(path, keys, ExactCache(config), retrieval, config.seed)
     if calibrated is not None:
         measured["calibration_recall"] = calibrated

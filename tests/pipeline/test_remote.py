@@ -35,7 +35,7 @@ from mlpmem_jax.datastore.store import (
     write_rows,
 )
 from mlpmem_jax.errors import PREEMPTED, ArtifactError, TryAgain, UserError
-from mlpmem_jax.retrieval import approximate
+from mlpmem_jax.retrieval import approximate, index_files
 from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
 from mlpmem_jax.training.checkpoint import Checkpoints
 from tests.pipeline.bucket_server import Driver, Objects, serving
@@ -252,8 +252,8 @@ def staging(tmp_path, monkeypatch):
 
 def test_an_index_in_a_bucket_finds_what_a_local_one_finds(index, staging, tmp_path):
     list(approximate.build_shards(Keys(), epath.Path(tmp_path / "index"), RETRIEVAL))
-    names = approximate.shard_files(index, 2)
-    assert names == approximate.shard_files(epath.Path(tmp_path / "index"), 2)
+    names = index_files.shard_files(index, 2)
+    assert names == index_files.shard_files(epath.Path(tmp_path / "index"), 2)
     for name in names:
         assert (index / name).read_bytes() == (tmp_path / "index" / name).read_bytes(), name
     settings = SearchSettings(num_leaves_to_search=10, num_reorder=40)

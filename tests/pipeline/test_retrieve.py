@@ -248,6 +248,58 @@ def test_a_killed_index_build_continues(make_run, monkeypatch):
     ]  # fmt: skip
 
 
+def test_a_damaged_shard_of_an_interrupted_index_is_built_again(make_run, monkeypatch, capsys):
+    """Else the manifest would record the damaged file as the right one."""
+    pytest.importorskip("scann")
+    config = make_run("retrieval.engine=scann", "retrieval.shard_rows=1600")
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+        patch.setattr("mlpmem_jax.retrieval.building.choose_settings", _kill)
+        run_stages(index.stages(config))
+    shard = Layout(config).index.path / "shard-00001"
+    for name in ("dataset.npy", "shard.json"):
+        whole = (shard / name).read_bytes()
+        (shard / name).write_bytes(whole.replace(whole[-40:-20], whole[-20:]))
+        with monkeypatch.context() as patch, pytest.raises(_Killed):
+            patch.setattr("mlpmem_jax.retrieval.building.choose_settings", _kill)
+            run_stages(index.stages(config))
+        assert f"{shard / name}: damaged" in capsys.readouterr().err
+        assert (shard / name).read_bytes() == whole
+    run_stages(index.stages(config))
+    assert not capsys.readouterr().err
+
+
+def _kill(*_, **__):
+    raise _Killed
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: text.replace('"temperature": ', '"temperature": 4'),
+        lambda text: text.replace("temperature", "temperatur"),
+        lambda text: text[:-9],
+    ],
+    ids=["another value", "another key", "cut"],
+)
+def test_a_changed_temperature_of_an_interrupted_start_is_named(make_run, monkeypatch, edit):
+    config = make_run("retrieval.engine=exact")
+    put = ShardWriter.put
+    monkeypatch.setattr(
+        ShardWriter, "put", lambda self, *rows: _kill() if "prob" in rows[1] else put(self, *rows)
+    )
+    with pytest.raises(_Killed):
+        _run(config)
+    monkeypatch.undo()
+    file = Layout(config).targets("train").path / "temperature.json"
+    text = file.read_text()
+    file.write_text(edit(text))
+    with pytest.raises(ArtifactError, match=f"{file}: damaged"):
+        _run(config)
+    file.unlink()  # Then it is chosen again, and is the same.
+    _run(config)
+    assert file.read_text() == text
+
+
 def test_too_many_neighbours(make_run):
     config = make_run("retrieval.engine=exact", "retrieval.num_neighbors=3000")
     with pytest.raises(ConfigError, match=r"retrieval.num_neighbors=3000 .* 2999 other rows"):

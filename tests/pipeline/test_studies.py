@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -145,6 +146,29 @@ def test_cost_goes_on_from_what_was_measured(run: Config):
     assert len(kept) == 9
     assert _start("cost", run) == 0
     assert {file: file.read_bytes() for file in path.glob("round-*.json")} == kept
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [("cost", ("round-0-*.json", "prepared-*.json")), ("search-quality", ("setting-*.json",))],
+)
+def test_what_was_measured_before_a_kill_is_not_believed_where_it_was_changed(
+    run: Config, capsys: pytest.CaptureFixture[str], command: str, names: tuple[str, ...]
+):
+    assert _start(command, run) == 0
+    path = (Layout(run).cost if command == "cost" else Layout(run).search_quality).path
+    whole = (path / "manifest.json").read_bytes()
+    (path / "manifest.json").rename(path / "building.json")  # As a kill leaves it.
+    for name in names:
+        file = sorted(path.glob(name))[0]
+        text = file.read_text()
+        file.write_text(re.sub(r"[0-9]", lambda digit: str(9 - int(digit[0])), text, count=3))
+        capsys.readouterr()
+        assert _start(command, run) == 2
+        assert f"error: {file}: damaged" in capsys.readouterr().err
+        file.write_text(text)
+    (path / "building.json").unlink()
+    (path / "manifest.json").write_bytes(whole)
 
 
 def test_search_quality(run: Config, capsys: pytest.CaptureFixture[str]):

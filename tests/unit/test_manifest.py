@@ -304,6 +304,9 @@ def test_buckets_that_nothing_can_write_to(drivers):
         "workdir=ftp://host/run: must be a local path, gs://… or s3://…",
         "targets.workdir=ftp://host/run: must be a local path, gs://… or s3://…",
     ]
+    for path in ("gs://b/a[1]", "gs://b/run?", "s3://b/*/run"):
+        with pytest.raises(ConfigError, match=r"targets.workdir=.*: .* may hold none of \* \? \["):
+            check_reachable({"workdir": "here/a[1]", "targets": {"workdir": path}})
     with pytest.raises(ConfigError, match="workdir=s3://b/run: checkpoints cannot be written"):
         check_reachable({"workdir": "s3://b/run"})
     assert not asked

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.corpus.writer import PROGRESS_FILE, TokenWriter, _read_progress
+from mlpmem_jax.datastore import digests
 from mlpmem_jax.datastore.appending import Appender
 from mlpmem_jax.datastore.checked import read_checked_json, write_checked_json
 from mlpmem_jax.datastore.copying import copy_rows
@@ -59,6 +60,12 @@ def _exchange(one, other):
     other.write_bytes(content)
 
 
+@pytest.fixture(params=[0, digests._WHOLE_BYTES], ids=["in pieces", "whole"])
+def whole_bytes(request, monkeypatch):
+    """Small shards are read at once for their digest, others in pieces: both find the same."""
+    monkeypatch.setattr(digests, "_WHOLE_BYTES", request.param)
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_an_array_is_read_as_it_was_written(tmp_path, name):
     values = _values()[name]
@@ -69,6 +76,7 @@ def test_an_array_is_read_as_it_was_written(tmp_path, name):
     assert stored.shape == values.shape and stored.dtype == values.dtype
 
 
+@pytest.mark.usefixtures("whole_bytes")
 @pytest.mark.parametrize("name", SPECS)
 def test_shards_that_were_exchanged_are_named(tmp_path, name):
     artifact = _made(tmp_path)
@@ -93,6 +101,7 @@ def test_a_shard_of_another_artifact_is_noticed_wherever_it_differs(tmp_path, ro
         StoredArray(artifact, "label").read_all()
 
 
+@pytest.mark.usefixtures("whole_bytes")
 @pytest.mark.parametrize("damage", ["cut", "emptied", "longer", "missing"])
 def test_a_shard_that_is_not_whole_is_named(tmp_path, damage):
     artifact = _made(tmp_path)
@@ -107,6 +116,7 @@ def test_a_shard_that_is_not_whole_is_named(tmp_path, damage):
     np.testing.assert_array_equal(StoredArray(artifact, "key").read(0, 9), _values()["key"][:9])
 
 
+@pytest.mark.usefixtures("whole_bytes")
 def test_every_flipped_byte_of_a_shard_is_noticed(tmp_path):
     artifact = _made(tmp_path)
     file = _file(artifact, "label", 1)
@@ -249,3 +259,10 @@ def test_every_flipped_byte_of_the_progress_of_tokenize_is_noticed(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(ArtifactError, match=f"{PROGRESS_FILE}: damaged"):
             _read_progress(file)
+
+
+def test_the_digest_does_not_depend_on_how_it_is_read(tmp_path, monkeypatch):
+    store = open_array(_made(tmp_path).path / "key")
+    found = [shard_digest(store, shard) for shard in range(4)]
+    monkeypatch.setattr(digests, "_WHOLE_BYTES", 0)
+    assert [shard_digest(store, shard) for shard in range(4)] == found

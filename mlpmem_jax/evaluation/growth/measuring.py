@@ -28,7 +28,7 @@ from mlpmem_jax.evaluation.growth.writers import (
 )
 from mlpmem_jax.evaluation.timed_writer import in_turns
 from mlpmem_jax.parallel.hardware import check_host_memory
-from mlpmem_jax.retrieval import approximate, recall
+from mlpmem_jax.retrieval import approximate, index_files, recall
 from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
 from mlpmem_jax.retrieval.building import MEASUREMENT_SEED, choose_settings
 from mlpmem_jax.retrieval.engine import Engine, SomeKeys, StoredKeys
@@ -81,6 +81,8 @@ class Timer:
         """Builds the index over the first rows and measures its recall, once."""
         file = self.path / f"prepared-{num_rows}.json"
         if file.exists():
+            if self._index(num_rows).exists():  # Of an earlier start, which was interrupted.
+                index_files.verify_shards(self._index(num_rows))
             return read_checked_json(file)
         about: dict[str, Any] = {"rows": num_rows}
         key_bytes = 4 * num_rows * (self._keys(num_rows).width + 1)
@@ -96,11 +98,11 @@ class Timer:
         keys = self._keys(num_rows)
         path = self._index(num_rows)
         path.mkdir(parents=True, exist_ok=True)
-        approximate.remove_unfinished(path)
+        index_files.remove_unfinished(path)
         needed = approximate.index_bytes(num_rows, keys.width, retrieval.dims_per_block)
         check_free_space(path, needed, f"the index of {num_rows} rows")
         num_shards = len(list(approximate.build_shards(keys, path, retrieval)))
-        files = [path / name for name in approximate.shard_files(path, num_shards)]
+        files = [path / name for name in index_files.shard_files(path, num_shards)]
         engine = ExactEngine(keys, self.mesh, retrieval.key_chunk_rows)
         settings, _ = choose_settings(path, keys, lambda: engine, retrieval, seed)
         sample = recall.draw_sample(

@@ -1,0 +1,71 @@
+"""Files of an index: a directory a shard, with `shard.json`, which lists the others."""
+
+import re
+import shutil
+from typing import Any
+
+from etils import epath
+
+from mlpmem_jax.console import warn
+from mlpmem_jax.datastore.checked import read_checked_json
+from mlpmem_jax.datastore.files import is_local
+from mlpmem_jax.datastore.manifest import describe_file, verify_file
+from mlpmem_jax.errors import ArtifactError
+
+SHARD = "shard.json"
+
+
+def is_whole(shard: epath.Path) -> bool:
+    """Returns whether an earlier start has built a shard, and nothing has happened to it since."""
+    if not (shard / SHARD).exists():
+        return False
+    try:
+        _verify_shard(shard)
+    except ArtifactError as error:
+        warn(f"{error}; the shard is built again")
+        return False
+    return True
+
+
+def verify_shards(path: epath.Path) -> None:
+    """Compares the files of all finished shards with their checksums.
+
+    Raises:
+        ArtifactError: A file is missing or damaged; it is named.
+    """
+    for name in shard_names(path):
+        _verify_shard(path / name)
+
+
+def _verify_shard(shard: epath.Path) -> None:
+    for name, expected in read_checked_json(shard / SHARD)["files"].items():
+        verify_file(shard / name, expected)
+
+
+def shard_names(path: epath.Path) -> list[str]:
+    """Returns the directories of the shards, in order."""
+    names = (entry.name for entry in path.iterdir())
+    return sorted(name for name in names if re.fullmatch(r"shard-[0-9]{5,}", name))
+
+
+def shard_files(path: epath.Path, num_shards: int) -> dict[str, Any]:
+    """Returns bytes and CRC-32 of the files of finished shards, by path in the index."""
+    files: dict[str, Any] = {}
+    for number in range(num_shards):
+        shard = shard_path(path, number)
+        about = {**read_checked_json(shard / SHARD)["files"], SHARD: describe_file(shard / SHARD)}
+        files |= {f"{shard.name}/{name}": each for name, each in about.items()}
+    return files
+
+
+def shard_path(path: epath.Path, number: int) -> epath.Path:
+    """Returns the directory of a shard."""
+    return path / f"shard-{number:05d}"
+
+
+def remove_unfinished(path: epath.Path) -> None:
+    """Removes what a killed build left."""
+    if is_local(path):
+        for left in path.iterdir() if path.exists() else ():
+            if left.name.startswith("building-"):
+                shutil.rmtree(left, ignore_errors=True)
