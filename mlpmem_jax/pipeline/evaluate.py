@@ -11,7 +11,7 @@ from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.datastore.manifest import Artifact, differences
 from mlpmem_jax.errors import MadeOtherwise
 from mlpmem_jax.pipeline import embed, train
-from mlpmem_jax.pipeline.checks import check_devices
+from mlpmem_jax.pipeline.checks import check_devices, check_keys
 from mlpmem_jax.pipeline.execute import execute_and_report
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Completion, Stage
@@ -99,11 +99,16 @@ def stages(config: Config) -> list[Stage]:
             recipe=recipe(config),
             upstream=functools.partial(_upstream, config),
             build=functools.partial(_build, config),
-            check=functools.partial(check_devices, config, _batches(config)),
+            check=functools.partial(_check, config),
             estimate=functools.partial(_estimate, config),
             is_report=True,
         )
     ]
+
+
+def _check(config: Config) -> None:
+    check_keys(config)
+    check_devices(config, _batches(config))
 
 
 def _upstream(config: Config) -> Sequence[Artifact]:

@@ -145,3 +145,12 @@ def test_a_truncated_file_of_the_index_is_noticed(tiny_run: Config, tmp_path, mo
     with pytest.raises(UserError, match="could not be written whole; is the disk full"):
         for _ in approximate.build_shards(keys, Layout(config).index.path, config.retrieval):
             pass
+
+
+def test_what_is_not_stored_is_not_searched(tmp_path, capsys):
+    """A teacher's targets do without keys; what searches says so before any work."""
+    arrays = ("datastore.arrays=[input,label,logprob]", f"targets.workdir={tmp_path}/teacher")
+    for command in ("index", "retrieve", "evaluate", "run"):
+        assert _start(command, tmp_path / "run", *arrays) == 2
+        assert any("lacks key, which index, retrieve" in line for line in _errors(capsys))
+        assert not (tmp_path / "run").exists()
