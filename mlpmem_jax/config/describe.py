@@ -19,10 +19,18 @@ A run is configured by one YAML file and by overrides on the command line:
 
     mlpmem pretrain --config configs/quickstart.yaml decoder.num_layers=8 corpus.paths='["a.txt"]'
 
-What neither sets keeps its default. The value of an override is YAML; a key inside a list's
-entry is named by the entry's number (`corpus.more.0.weight=0.5`). Every mistake is reported
-at once, before anything is read or written. Keys marked † change how a stage runs and
-never what it makes: to change them does not make an artifact stale.
+What neither sets keeps its default; a file that sets nothing is refused. A key inside a list's
+entry is named by the entry's number (`corpus.more.0.weight=0.5`); in a file, keys are nested and
+not dotted. Every mistake is reported at once, before anything is read or written.
+
+The value of an override is YAML, except where a key takes `text` or a `path`: these are taken as
+typed, with `#`, `:`, quotes and blanks. Two things are read as YAML there too: `null`, where the
+type allows it, and a value that is one quoted text (`corpus.dataset='"null"'` is the text null).
+A list of texts is YAML (`corpus.paths='["a.txt", "b #1.txt"]'`), its entries are text
+(`corpus.paths.1='b #1.txt'`). `~` and `~user` at the beginning of a path are home directories.
+
+Keys marked † change how a stage runs and never what it makes: to change them does not make an
+artifact stale.
 
 This page is generated from the schema: `python -m mlpmem_jax.config.describe`.
 """

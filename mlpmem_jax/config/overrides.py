@@ -32,7 +32,7 @@ def override_value(alternatives: tuple[Alternative, ...], raw: str) -> Any:
     Raises:
         YamlError: It is not the YAML that the key needs.
     """
-    kinds = {alternative.kind for alternative in alternatives}
+    kinds: set[str] = {alternative.kind for alternative in alternatives}
     if "str" in kinds:
         return _text_value(kinds, raw)
     try:

@@ -16,6 +16,7 @@ _FLOAT = re.compile(
     r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
     r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
 )
+_DEEPEST = 30
 _MOST_DIGITS = 1000  # Python itself refuses 4,300
 _NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 
@@ -25,13 +26,22 @@ class YamlError(ValueError):
 
 
 class _Reader(yaml.SafeLoader):
-    """Safe loader that collects repeated keys."""
+    """Safe loader that collects repeated keys and refuses deep nesting."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
     def __init__(self, text: str):
         super().__init__(text)
         self.repeated: list[tuple[str, int]] = []
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        if self._depth > _DEEPEST:  # PyYAML's time grows with the square of the depth.
+            raise YamlError(f"it is nested deeper than {_DEEPEST} levels")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         if isinstance(node, yaml.MappingNode):
@@ -110,8 +120,8 @@ def parse_yaml(text: str) -> tuple[Any, list[tuple[str, int]]]:
         raise
     except (ValueError, TypeError, KeyError) as error:  # `!!int x`, `!!bool x`
         raise YamlError(f"a value does not fit its tag: {error}") from None
-    except RecursionError:
-        raise YamlError("it is nested too deeply") from None
+    except RecursionError:  # `a: &a {<<: *a}`
+        raise YamlError("it is nested in itself") from None
     return value, reader.repeated
 
 
@@ -137,15 +147,12 @@ def flow(value: Any) -> str:
     """Returns a value as one line of YAML."""
     if isinstance(value, dict | list | tuple):
         plain = list(value) if isinstance(value, tuple) else value
-        try:
-            return yaml.dump(
-                plain,
-                Dumper=_Writer,
-                default_flow_style=True,
-                sort_keys=False,
-                allow_unicode=True,
-                width=10**6,
-            ).strip()
-        except RecursionError:
-            return "(nested too deeply)"
+        return yaml.dump(
+            plain,
+            Dumper=_Writer,
+            default_flow_style=True,
+            sort_keys=False,
+            allow_unicode=True,
+            width=10**6,
+        ).strip()
     return str(value)

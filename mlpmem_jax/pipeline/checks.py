@@ -69,6 +69,17 @@ def check_trained_apart(config: Config, command: str, instead: str) -> None:
         )
 
 
+def check_keys(config: Config) -> None:
+    """Refuses to search, or to evaluate the kNN-LM, where no keys are stored.
+
+    Raises:
+        ConfigError: Names the key and what does without.
+    """
+    mistakes = list(without_keys(config))
+    if mistakes:
+        raise ConfigError(mistakes)
+
+
 def check_retrieval(config: Config) -> None:
     """Refuses to search what is not stored, an engine that is not installed, too large a K.
 
@@ -83,8 +94,7 @@ def check_retrieval(config: Config) -> None:
 
     layout, mistakes, num_rows = Layout(config), Mistakes(), 0
     with mistakes.gather():
-        for mistake in without_keys(config):
-            raise ConfigError(mistake)
+        check_keys(config)
     if layout.tokens.is_complete():
         num_rows = int(layout.tokens.load().counts["train_tokens"]) - 1
         name = str(layout.datastore("train").path)

@@ -13,7 +13,7 @@ from mlpmem_jax.errors import MadeOtherwise
 from mlpmem_jax.evaluation.bootstrap import INTERVALS
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline import embed, train
-from mlpmem_jax.pipeline.checks import check_devices
+from mlpmem_jax.pipeline.checks import check_devices, check_keys
 from mlpmem_jax.pipeline.execute import execute_and_report
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
@@ -102,12 +102,17 @@ def stages(config: Config) -> list[Stage]:
             recipe=recipe(config),
             upstream=functools.partial(_upstream, config),
             build=functools.partial(_build, config),
-            check=functools.partial(check_devices, config, _batches(config)),
+            check=functools.partial(_check, config),
             estimate=functools.partial(_estimate, config),
             need=functools.partial(_need, config),
             is_report=True,
         )
     ]
+
+
+def _check(config: Config) -> None:
+    check_keys(config)
+    check_devices(config, _batches(config))
 
 
 def _upstream(config: Config) -> Sequence[Artifact]:
