@@ -56,7 +56,8 @@ def documents_of(
             digest, num_bytes = next(found for place, found in sums if place == number)
         else:
             digest, num_bytes = _sums(held)
-        is_cut = pattern is not None and _matches(pattern, held[0])
+        end = held[0].find("\n") + 1 or len(held[0])
+        is_cut = pattern is not None and _matches(pattern, held[0], 0, end)
         pieces = itertools.chain(held, _rest(source))
         yield Document(digest, num_bytes, is_cut, held[0], pieces)
         for _ in _rest(source):
@@ -102,20 +103,15 @@ def _sums(pieces: Iterable[str]) -> tuple[int, int]:
     return int.from_bytes(digest.digest(), "little"), num_bytes
 
 
-def _matches(pattern: re.Pattern[str], text: str) -> bool:
-    return _begins_document(pattern, text, 0, text.find("\n") + 1 or len(text))
-
-
-def _begins_document(pattern: re.Pattern[str], text: str, start: int, stop: int) -> bool:
-    """Returns whether a line, its newline included, matches; it may end with CR and LF."""
-    stop = min(stop, start + PIECE_CHARS)
-    if pattern.match(text, start, stop):
+def _matches(pattern: re.Pattern[str], text: str, start: int, stop: int) -> bool:
+    """Returns whether a line matches, its newline included; a longer one than a piece by that."""
+    if pattern.match(text, start, min(stop, start + PIECE_CHARS)):
         return True
-    line = text[max(start, stop - 2) : stop]
-    if not line.endswith(("\r", "\r\n")):
+    if not text.endswith(("\r\n", "\r"), start, stop) or stop - start > PIECE_CHARS:
         return False
-    # To `$` the end of a line is LF alone.
-    return pattern.match(text[start:stop].replace("\r\n", "\n").removesuffix("\r")) is not None
+    # To `$` and `\n` a line ends with LF alone; the text itself keeps its CR.
+    line = text[start:stop].replace("\r\n", "\n").removesuffix("\r")
+    return pattern.match(line) is not None
 
 
 def pieces_of(blocks: Iterable[str], pattern: re.Pattern[str] | None) -> Iterator[tuple[bool, str]]:
@@ -176,7 +172,7 @@ def _segments(blocks: Iterable[str], pattern: re.Pattern[str] | None) -> Iterato
         yield from _cut_at(text[:done], starts)
         held, in_line = text[done:], (in_line if done == 0 else text[done - 1] != "\n")
     if held:
-        begins = not in_line and _begins_document(pattern, held, 0, len(held))
+        begins = not in_line and _matches(pattern, held, 0, len(held))
         starts = [0] if begins else []
         yield from _cut_at(held, starts)
 
@@ -189,16 +185,20 @@ def _line_starts(text: str, pattern: re.Pattern[str], in_line: bool) -> tuple[in
     Returns:
         How much of the text is decided, and the places where documents begin.
     """
-    starts, line = [], 0
+    starts, line, returns = [], 0, "\r" in text
     while True:
         end = text.find("\n", line) + 1
         if not end:
             break
-        if not in_line and _begins_document(pattern, text, line, end):
+        limit = end if end - line <= PIECE_CHARS else line + PIECE_CHARS
+        # Most lines match nothing and have no CR: no call for these.
+        if not in_line and (
+            pattern.match(text, line, limit) or (returns and _matches(pattern, text, line, end))
+        ):
             starts.append(line)
         line, in_line = end, False
     if len(text) - line >= PIECE_CHARS:
-        if not in_line and _begins_document(pattern, text, line, len(text)):
+        if not in_line and _matches(pattern, text, line, len(text)):
             starts.append(line)
         line = len(text)
     elif in_line:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -90,6 +91,9 @@ class Corpus:
         self.config = config
         self.parts = find_parts(config)
         self.position = Position()
+        self._taken_bytes: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
+        self._cut: Counter[str] = Counter()
         self.first_skipped: str | None = None
         regex = config.document_regex
         # MULTILINE, for `^` to match at the line that is looked at.
@@ -107,6 +111,8 @@ class Corpus:
             TryAgain: A connection broke.
         """
         self.position = at = position or Position()
+        self._taken_bytes = Counter(at.taken_bytes)
+        self._left_out, self._cut = Counter(at.left_out), Counter(at.cut)
         seen = nothing_seen() if seen is None else seen
         full: set[str] = set()
         for number in range(at.part, len(self.parts)):
@@ -119,9 +125,7 @@ class Corpus:
                     continue
                 if (yield from self._file(number, file, at if begun else None, seen)):
                     full.add(part.split or _DRAWN)
-        self.position = dataclasses.replace(
-            self.position, part=len(self.parts), file=0, item=0, piece=0, split=None
-        )
+        self.position = self._at(len(self.parts))
 
     def _is_usable(self, part: Part, file: int) -> bool:
         """Returns whether a file is to be read; one that is skipped is counted."""
@@ -138,12 +142,13 @@ class Corpus:
 
     def _skip(self, error: UserError, kind: str) -> None:
         self.first_skipped = self.first_skipped or error.messages[0]
-        self._leave_out({kind: 1})
+        self._left_out[kind] += 1
 
-    def _leave_out(self, numbers: Mapping[str, int]) -> None:
-        self.position = dataclasses.replace(
-            self.position, left_out=_sum(self.position.left_out, numbers)
-        )
+    def _at(
+        self, part: int, file: int = 0, item: int = 0, piece: int = 0, split: Split | None = None
+    ) -> Position:
+        numbers = (self._taken_bytes, self._left_out, self._cut)
+        return Position(part, file, item, piece, split, *(dict(one) for one in numbers))
 
     def _file(
         self, number: int, file: int, resumed: Position | None, seen: Seen
@@ -165,19 +170,23 @@ class Corpus:
                     split = self._choose(part, document, seen)
                     if split is not None and document.num_bytes > self._room(part):
                         return True
-                    self._begin(part, document, split, seen)
+                    self._cut[part.key] += document.is_cut
+                    if split is not None:
+                        seen[split].add(document.digest)
                 for order, text in enumerate(document.pieces):
                     piece += 1
-                    if piece > done and split is not None:
-                        position = Position(number, file, item, piece, split)
-                        yield self._taken(part, text, order == 0, position, document.digest)
+                    if piece <= done or split is None:
+                        continue
+                    num_bytes = len(text.encode())
+                    self._taken_bytes[part.split or _DRAWN] += num_bytes
+                    self.position = self._at(number, file, item, piece, split)
+                    yield Piece(text, num_bytes, order == 0, split, self.position, document.digest)
         return False
 
     def _room(self, part: Part) -> float:
         """Returns how many bytes corpus.max_bytes still allows."""
         limit = self.config.max_bytes
-        taken = self.position.taken_bytes.get(part.split or _DRAWN, 0)
-        return float("inf") if limit is None else limit - taken
+        return float("inf") if limit is None else limit - self._taken_bytes[part.split or _DRAWN]
 
     def _choose(self, part: Part, document: Document, seen: Seen) -> Split | None:
         """Returns the split of a document; None where it is left out.
@@ -193,33 +202,11 @@ class Corpus:
         owner = next((one for one in SPLITS if document.digest in seen[one]), None)
         if owner is None:
             return split
-        self._leave_out(
-            {
-                "duplicate_documents": 1,
-                "duplicate_bytes": document.num_bytes,
-                "copied_documents": int(owner != split),
-            }
-        )
+        self._left_out["duplicate_documents"] += 1
+        self._left_out["duplicate_bytes"] += document.num_bytes
+        if owner != split:
+            self._left_out["copied_documents"] += 1
         return None
-
-    def _begin(self, part: Part, document: Document, split: Split | None, seen: Seen) -> None:
-        if split is not None:
-            seen[split].add(document.digest)
-        if document.is_cut:
-            self.position = dataclasses.replace(
-                self.position, cut=_sum(self.position.cut, {part.key: 1})
-            )
-
-    def _taken(self, part: Part, text: str, begins: bool, position: Position, digest: int) -> Piece:
-        num_bytes = len(text.encode())
-        self.position = dataclasses.replace(
-            position,
-            taken_bytes=_sum(self.position.taken_bytes, {part.split or _DRAWN: num_bytes}),
-            left_out=self.position.left_out,
-            cut=self.position.cut,
-        )
-        assert position.split is not None
-        return Piece(text, num_bytes, begins, position.split, self.position, digest)
 
     def notes(self) -> list[str]:
         """Returns what a user should know of the text that `pieces` has gone through."""
@@ -241,7 +228,3 @@ class Corpus:
 def nothing_seen() -> dict[Split, SeenDocuments]:
     """Returns what has been read before the first document."""
     return {split: SeenDocuments() for split in SPLITS}
-
-
-def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    return {**one, **{name: one.get(name, 0) + count for name, count in other.items() if count}}

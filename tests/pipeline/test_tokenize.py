@@ -6,14 +6,16 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.corpus import digests, writer
+from mlpmem_jax.corpus import digests, retries, writer
 from mlpmem_jax.corpus import tokens as tokens_module
 from mlpmem_jax.corpus.stream import Corpus
 from mlpmem_jax.corpus.tokenizer import load_tokenizer
@@ -21,7 +23,7 @@ from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import TokenWindows
 from mlpmem_jax.datastore import layout as layout_module
 from mlpmem_jax.datastore.layout import SPLITS, Layout
-from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.errors import PREEMPTED, ArtifactError, UserError
 from mlpmem_jax.pipeline.stage import run_stages
 from mlpmem_jax.pipeline.tokenize import stages
 
@@ -263,6 +265,43 @@ def test_words_are_those_of_the_harness(text: Path, monkeypatch: pytest.MonkeyPa
         words = [len(re.split(r"\s+", document)) for document in documents]
         assert stream.document_words[: len(documents)].tolist() == words
         assert stream.num_words == stream.document_words.sum()
+
+
+def test_a_dataset_that_breaks_off_is_started_again_by_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    breaking = True
+
+    class Rows(list):  # type: ignore[type-arg]
+        def skip(self, count: int) -> "Rows":
+            return Rows(self[count:])
+
+        def __iter__(self) -> Any:
+            for row in super().__iter__():
+                if breaking and row["number"] == 150:
+                    raise ConnectionResetError(104, "Connection reset by peer")
+                yield row
+
+    words = np.random.default_rng(0)
+    rows = [{"number": n, "text": " ".join(words.choice(WORDS, 40))} for n in range(300)]
+    module = types.SimpleNamespace(load_dataset=lambda *_, **__: Rows(rows))
+    monkeypatch.setitem(sys.modules, "datasets", module)  # type: ignore[arg-type]
+    monkeypatch.setattr(retries, "FIRST_WAIT_SECS", 0.0)
+    monkeypatch.setattr(writer, "_SAVE_SECS", 0.0)
+    tiny = str(Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml")
+    command = ["tokenize", "--config", tiny, "corpus.source=huggingface", "corpus.dataset=some/set",
+               "tokenizer.train_bytes=2000", "corpus.max_bytes=null"]  # fmt: skip
+    assert main([*command, "--workdir", str(tmp_path / "run")]) == PREEMPTED
+    message = "error: corpus.dataset=some/set, row 150: the connection broke 5 times"
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "run" / "tokens" / "progress.npz").exists()
+    breaking = False
+    assert main([*command, "--workdir", str(tmp_path / "run")]) == 0
+    assert "tokens: continuing" in capsys.readouterr().out
+    assert main([*command, "--workdir", str(tmp_path / "straight")]) == 0
+    one, other = (contents(tmp_path / name) for name in ("run", "straight"))
+    one.pop("config.yaml"), other.pop("config.yaml")
+    assert one == other
 
 
 def test_records_that_are_left_out_are_counted(
