@@ -149,23 +149,27 @@ def test_output_that_cannot_be_written_is_one_line():
     )
 
 
-@pytest.mark.parametrize("command", [["tokenize"], ["pretrain"]])
+TOO_MANY_FILES = b"too many open files in this process (raise `ulimit -n`)"
+TOO_LARGE = b"the file would be larger than the file system or `ulimit -f` allows"
+
+
 @pytest.mark.parametrize(
-    ("limit", "expected"),
+    ("command", "limit", "expected"),
     [
-        ("-n 6", b"too many open files in this process (raise `ulimit -n`)"),
-        ("-f 8", b"the file would be larger than the file system or `ulimit -f` allows"),
+        ("tokenize", "-n 6", TOO_MANY_FILES),
+        ("tokenize", "-f 8", TOO_LARGE),
+        ("pretrain", "-f 8", TOO_LARGE),  # Orbax says it
     ],
 )
 def test_limits_of_the_process_are_named(tmp_path, command, limit, expected):
     """They were taken for a full disk, and for damage."""
     place = ["--config", CONFIG, "--workdir", str(tmp_path / "run")]
-    if command == ["pretrain"]:
+    if command == "pretrain":
         assert run("tokenize", *place).returncode == 0
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run(
         ["bash", "-c", f'ulimit {limit} && exec "$@"', "bash", sys.executable, "-m", "mlpmem_jax",
-         *command, *place],
+         command, *place],
         env=environment, capture_output=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 2, done
