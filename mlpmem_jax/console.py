@@ -127,7 +127,7 @@ class _Lines:
 
     def __init__(self, total: int | None, unit: str, description: str, initial: int):
         self._total, self._description = total, description
-        self._unit = unit if unit == "B" else f"{unit}s"
+        self._unit = unit if unit == "B" else f" {unit}s"
         self._first = self._done = initial
         self._beside = ""
         self._started = self._shown = time.monotonic()
@@ -160,10 +160,10 @@ class _Lines:
         line = f"{self._description}: {_count(self._done)}"
         if self._total:
             share = f" ({self._done / self._total:.0%})"
-            line += f" of {_count(self._total)} {self._unit}{share}"
+            line += f" of {_count(self._total)}{self._unit}{share}"
         else:
-            line += f" {self._unit}"
-        line += f" in {_clock(seconds)}, {_count(rate)} {self._unit}/s"
+            line += self._unit
+        line += f" in {_clock(seconds)}, {_count(rate)}{self._unit}/s"
         if self._open and self._total and rate > 0:
             line += f", {_clock((self._total - self._done) / rate)} left"
         note(line + self._beside)

@@ -3,11 +3,13 @@
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
 from mlpmem_jax import signals
 from mlpmem_jax.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR
+from mlpmem_jax.failures import explain
 
 
 def run(module: str = "mlpmem_jax.__main__", arguments: Sequence[str] | None = None) -> NoReturn:
@@ -22,6 +24,10 @@ def run(module: str = "mlpmem_jax.__main__", arguments: Sequence[str] | None = N
     for stream in (sys.stdout, sys.stderr):
         # A table must not be lost because a terminal cannot show λ; one character stays one.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if os.environ.get("MLPMEM_TRACEBACK") != "1":
+        # After a failure, what libraries left half-made falls apart with tracebacks of its own.
+        sys.unraisablehook = lambda _: None
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     code: int | str | None
     try:
         code = _imported_and_run(module, arguments)
@@ -34,11 +40,11 @@ def run(module: str = "mlpmem_jax.__main__", arguments: Sequence[str] | None = N
 
 def _flushed(code: int | str | None) -> int | str | None:
     """Writes what standard output still holds; returns the exit code."""
-    from mlpmem_jax.console import complain, discard_output
-
     try:
         sys.stdout.flush()
     except OSError as error:
+        from mlpmem_jax.console import complain, discard_output
+
         discard_output()
         if not isinstance(error, BrokenPipeError):
             complain(f"standard output: {error.strerror}")
@@ -50,8 +56,6 @@ def _imported_and_run(module: str, arguments: Sequence[str] | None) -> int:
     try:
         main = importlib.import_module(module).main
     except (OSError, MemoryError, ImportError) as error:
-        from mlpmem_jax.failures import explain
-
         reason = explain(error)
         if reason is None or os.environ.get("MLPMEM_TRACEBACK") == "1":
             raise

@@ -1,11 +1,13 @@
 """What is refused, with one line for each mistake, before anything is computed or written."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import jax
 import pytest
+from etils import epath
 
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.schema import Config
