@@ -4,6 +4,10 @@ Everything is bytes that the code below the stages cannot do without: all keys, 
 state. Buffers and activations come on top.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.stages import TUNING_ROWS
 from mlpmem_jax.corpus.expected import Rows
@@ -198,8 +202,14 @@ def _parameters(config: Config, network: str) -> int:
     except ArtifactError:  # At least the smallest that a tokenizer can have.
         vocab = config.tokenizer.vocab_size if config.tokenizer.path is None else 257
     if network == "decoder":
-        return decoder_parameters(config.decoder, vocab)["total"]
-    return memory_parameters(config.memory, config.decoder.width, vocab)["total"]
+        return _counted(decoder_parameters, config.decoder, vocab)
+    return _counted(memory_parameters, config.memory, config.decoder.width, vocab)
+
+
+@functools.lru_cache(maxsize=128)
+def _counted(count: Callable[..., dict[str, int]], *network: Any) -> int:
+    """Returns the parameters of a network; to trace it takes a tenth of a second."""
+    return count(*network)["total"]
 
 
 def _row_bytes(specs: dict[str, ArraySpec]) -> int:
