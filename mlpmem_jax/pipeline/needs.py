@@ -23,6 +23,8 @@ from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
 
 _STATE_BYTES = 12  # of a parameter that is trained: itself and two moments, float32
 _WEIGHT_BYTES = 4
+_NEIGHBOR_BYTES = 12  # row and distance
+_EVIDENCE_BYTES = 8  # distance and label
 
 
 def tokens_need(config: Config, machine: Machine, count: RowCounter) -> Need:
@@ -85,7 +87,7 @@ def neighbors_need(
 ) -> Need:
     """Returns what the kept neighbours of a split take."""
     rows = count(config)
-    disk = rows[split] * _row_bytes(Layout(config).neighbors_arrays())
+    disk = rows[split] * _neighbors(config, rows) * _NEIGHBOR_BYTES
     if split == "train" or by_index:
         return Need(disk, _measured_search(config, machine, rows))
     return Need(disk, (_all_keys(config, machine, rows),))
@@ -166,8 +168,13 @@ def _evidence(config: Config, rows: Rows, most: int | None, way_out: str) -> Mom
     return Moment(
         "the neighbours of validation rows on which the kNN-LM is tuned",
         way_out,
-        host_bytes=num_rows * config.retrieval.num_neighbors * 8,
+        host_bytes=num_rows * _neighbors(config, rows) * _EVIDENCE_BYTES,
     )
+
+
+def _neighbors(config: Config, rows: Rows) -> int:
+    """Returns K; of more than there are rows another check says so."""
+    return min(config.retrieval.num_neighbors, rows["train"])
 
 
 def _training(config: Config, machine: Machine, trained: int, beside: int) -> Need:
