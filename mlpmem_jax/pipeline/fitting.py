@@ -71,10 +71,11 @@ def check_fit(stages: Sequence["Stage"], *, everything: bool = False) -> None:
         UserError: On every process: one line for each stage, with what it needs, what there is
             and the way out.
     """
-    missing = to_be_made(stages, everything=everything)
-    if not missing:
+    if not stages:
         return
-    machine = this_machine(str(missing[0].artifact.workdir))
+    missing = to_be_made(stages, everything=everything)
+    machine = this_machine(str(stages[0].artifact.workdir))
+    # All processes come here, whatever their file systems show them of artifacts.
     lines = _told(of_all(shortages(missing, machine, least_rows)))
     if lines:
         raise UserError(lines)

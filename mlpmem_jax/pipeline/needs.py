@@ -4,6 +4,10 @@ Everything is bytes that the code below the stages cannot do without: all keys, 
 state. Buffers and activations come on top.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.stages import TUNING_ROWS
 from mlpmem_jax.corpus.expected import Rows
@@ -19,6 +23,8 @@ from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
 
 _STATE_BYTES = 12  # of a parameter that is trained: itself and two moments, float32
 _WEIGHT_BYTES = 4
+_NEIGHBOR_BYTES = 12  # row and distance
+_EVIDENCE_BYTES = 8  # distance and label
 
 
 def tokens_need(config: Config, machine: Machine, count: RowCounter) -> Need:
@@ -81,7 +87,7 @@ def neighbors_need(
 ) -> Need:
     """Returns what the kept neighbours of a split take."""
     rows = count(config)
-    disk = rows[split] * _row_bytes(Layout(config).neighbors_arrays())
+    disk = rows[split] * _neighbors(config, rows) * _NEIGHBOR_BYTES
     if split == "train" or by_index:
         return Need(disk, _measured_search(config, machine, rows))
     return Need(disk, (_all_keys(config, machine, rows),))
@@ -162,8 +168,13 @@ def _evidence(config: Config, rows: Rows, most: int | None, way_out: str) -> Mom
     return Moment(
         "the neighbours of validation rows on which the kNN-LM is tuned",
         way_out,
-        host_bytes=num_rows * config.retrieval.num_neighbors * 8,
+        host_bytes=num_rows * _neighbors(config, rows) * _EVIDENCE_BYTES,
     )
+
+
+def _neighbors(config: Config, rows: Rows) -> int:
+    """Returns K; of more than there are rows another check says so."""
+    return min(config.retrieval.num_neighbors, rows["train"])
 
 
 def _training(config: Config, machine: Machine, trained: int, beside: int) -> Need:
@@ -198,8 +209,14 @@ def _parameters(config: Config, network: str) -> int:
     except ArtifactError:  # At least the smallest that a tokenizer can have.
         vocab = config.tokenizer.vocab_size if config.tokenizer.path is None else 257
     if network == "decoder":
-        return decoder_parameters(config.decoder, vocab)["total"]
-    return memory_parameters(config.memory, config.decoder.width, vocab)["total"]
+        return _counted(decoder_parameters, config.decoder, vocab)
+    return _counted(memory_parameters, config.memory, config.decoder.width, vocab)
+
+
+@functools.lru_cache(maxsize=128)
+def _counted(count: Callable[..., dict[str, int]], *network: Any) -> int:
+    """Returns the parameters of a network; to trace it takes a tenth of a second."""
+    return count(*network)["total"]
 
 
 def _row_bytes(specs: dict[str, ArraySpec]) -> int:
