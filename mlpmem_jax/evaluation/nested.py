@@ -77,7 +77,8 @@ def sum_nats(
         fine = np.linspace(weight_R.min(), weight_R.max(), _FINE_POINTS)
         curve = _Curve(logp_MN, cluster_N, draws, np.union1d(_COARSE, fine))
         # To the bit: a model without weight makes no difference, not one of rounding.
-        return np.where(weight_R == 0, base_R, curve.nats(weight_R))
+        same_R = (weight_R == 0) & np.isfinite(base_R)
+        return np.where(same_R, base_R, curve.nats(weight_R))
     near = _Expansions(logp_MN, cluster_N, draws, weight_RM)
     step_RM = weight_RM - near.center_RM
     linear_R = np.einsum("rm,rm->r", near.slope_RM, step_RM)

@@ -13,7 +13,6 @@ from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.contents import foreign_file
 from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.pipeline.compile import _checked
 from mlpmem_jax.retrieval import engine
 from tests.pipeline.conftest import TINY

@@ -20,8 +20,8 @@ from mlpmem_jax.config.load import load_config
 from mlpmem_jax.corpus import files, retries
 from mlpmem_jax.corpus.sources import find_parts
 from mlpmem_jax.corpus.stream import Corpus
-from mlpmem_jax.datastore.appending import Appender
 from mlpmem_jax.datastore import replacing
+from mlpmem_jax.datastore.appending import Appender
 from mlpmem_jax.datastore.files import check_reachable
 from mlpmem_jax.datastore.layout import SPLITS, ArraySpec, Layout
 from mlpmem_jax.datastore.manifest import Artifact, Status

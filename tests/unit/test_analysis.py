@@ -91,6 +91,22 @@ def test_gains_of_groups_add_up_and_agree_with_a_loop():
     assert sum(g["memory"]["contribution"] for g in groups) == pytest.approx(total)
 
 
+def test_a_group_of_one_file_has_no_interval():
+    """Group b lies in the two documents of file 1 alone; before, they were two of a kind."""
+    counts = metrics.DocumentCounts(
+        np.repeat(np.arange(4), 5), np.full(4, 5), *[np.ones(4)] * 2, np.array([0, 1, 1, 2])
+    )
+    rng = np.random.default_rng(0)
+    group_N = np.repeat([0, 1, 1, 0], 5)
+    a, b = gains_by_group(
+        counts, group_N, ["a", "b"], -np.ones(20), {"memory": -rng.random(20)},
+        bootstrap_samples=200, confidence=0.9, seed=0,
+    )  # fmt: skip
+    # Neither has one: a draw may leave both files of a out.
+    assert b["documents"] == 2 and b["memory"]["gain_low"] is None
+    assert a["memory"]["gain"] is not None
+
+
 def test_a_group_without_tokens_has_no_gain():
     counts = metrics.DocumentCounts(np.array([0, 0, 1]), np.array([2, 1]), *[np.ones(2)] * 2)
     ones = np.ones(3)

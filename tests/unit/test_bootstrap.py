@@ -75,3 +75,60 @@ def test_identical_systems_have_a_difference_of_exactly_zero():
 def test_an_undefined_statistic_has_no_interval():
     sums = bootstrap.bootstrap_sums(np.zeros((5, 2)), 100, seed=0)
     assert bootstrap.interval(lambda s: s[..., 0] / s[..., 1], sums, 0.95) is None
+
+
+def test_draws_that_are_not_kept_are_the_same(monkeypatch: pytest.MonkeyPatch):
+    values_DM = _documents(np.random.default_rng(1), 13)
+    kept = bootstrap.Draws(13, 30, (7, 1))
+    monkeypatch.setattr(bootstrap, "_KEPT_CELLS", 0)
+    drawn = bootstrap.Draws(13, 30, (7, 1))
+    for _ in range(2):
+        np.testing.assert_array_equal(drawn.sums(values_DM), kept.sums(values_DM))
+
+
+def _related(rng: np.random.Generator, num_draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values of 15 statistics whose true values are 0, and draws around them: differences of 6."""
+    one = np.triu_indices(6, 1)
+    truth_6, drawn_R6 = rng.standard_normal(6), rng.standard_normal((num_draws, 6))
+    values, drawn = truth_6[one[0]] - truth_6[one[1]], drawn_R6[:, one[0]] - drawn_R6[:, one[1]]
+    return values, values + drawn
+
+
+def test_corrected_intervals_hold_together():
+    """All 15 hold their true value about as often as one interval should; alone they do not."""
+    rng = np.random.default_rng(0)
+    together, alone, repetitions = 0, 0, 300
+    for _ in range(repetitions):
+        values, drawn_RP = _related(rng, 400)
+        found = bootstrap.simultaneous(values, drawn_RP, 0.9)
+        together += all(not one.interval.excludes(0.0) for one in found)
+        low, high = np.quantile(drawn_RP, [0.05, 0.95], axis=0)
+        alone += bool(((low <= 0) & (high >= 0)).all())
+    assert 0.85 <= together / repetitions <= 0.95
+    assert alone / repetitions < 0.6
+
+
+def test_a_family_of_one_is_an_interval_of_its_own():
+    rng = np.random.default_rng(1)
+    drawn_RP = 2.0 + 0.5 * rng.standard_normal((20_000, 1))
+    (found,) = bootstrap.simultaneous(np.array([2.0]), drawn_RP, 0.95)
+    assert found.interval.low == pytest.approx(2 - 1.96 * 0.5, abs=0.02)
+    assert found.interval.high == pytest.approx(2 + 1.96 * 0.5, abs=0.02)
+    assert found.p_value < 0.001
+
+
+def test_equal_systems_and_constant_differences_take_no_part():
+    rng = np.random.default_rng(2)
+    drawn_RP = np.stack([np.zeros(500), np.full(500, 0.5), rng.standard_normal(500)], axis=1)
+    same, constant, other = bootstrap.simultaneous(np.array([0.0, 0.5, 0.1]), drawn_RP, 0.95)
+    assert same.interval == bootstrap.Interval(0.0, 0.0) and same.p_value == 1
+    assert constant.interval == bootstrap.Interval(0.5, 0.5) and constant.p_value == 0
+    (alone,) = bootstrap.simultaneous(np.array([0.1]), drawn_RP[:, 2:], 0.95)
+    assert other == alone
+
+
+def test_one_draw_is_no_crash():
+    sums = bootstrap.bootstrap_sums(np.ones((5, 2)), 1, seed=0)
+    assert bootstrap.interval(lambda s: s[..., 0] / s[..., 1], sums, 0.95) is not None
+    (found,) = bootstrap.simultaneous(np.array([1.0]), np.array([[1.5]]), 0.95)
+    assert found.interval == bootstrap.Interval(1.0, 1.0)

@@ -170,3 +170,61 @@ def test_probabilities_kept_in_half_precision_stay_a_distribution():
     # Farther tokens may vanish in float16, the nearest cannot.
     found = sparse_distributions(distance, np.arange(1024)[None], 1e-4, 64)
     assert found.prob_QS.astype(np.float16)[0, 0] > 0.9
+
+
+def _hits(distance_NK, is_hit_NK):
+    """Evidence whose neighbours have label 1 where they hit, and 0 elsewhere."""
+    label_NK = np.asarray(is_hit_NK).astype(np.int32)
+    return LabelEvidence(np.float32(distance_NK), label_NK, np.ones(len(label_NK), np.int32))
+
+
+@pytest.mark.parametrize(
+    ("hits", "bound"), [([1, 0, 0, 0], "lower"), ([0, 1, 1, 1], "upper"), ([0, 1, 0, 0], None)]
+)
+def test_a_temperature_at_an_end_of_its_range_is_said(hits, bound):
+    """Only the nearest is right, or it alone is wrong: τ runs to an end."""
+    distance = np.tile([1.0, 2.0, 3.0, 40.0], (50, 1))
+    tuned = tune(_hits(distance, [hits] * 50), np.full(50, np.log(0.3 if bound else 1e-9)))
+    assert tuned.at_bound == bound
+    said = [note for note in tuned.notes if "τ" in note]
+    assert len(said) == (bound is not None) and all(f"at the {bound} bound" in n for n in said)
+    given = fixed(_hits(distance, [hits] * 50), np.full(50, np.log(0.3)), 1e-3)
+    assert given.at_bound is None
+
+
+def test_lambda_at_an_end_is_said():
+    distance = np.tile([1.0, 2.0, 3.0], (20, 1))
+    useless = fixed(_hits(distance, [[0, 0, 0]] * 20), np.full(20, -1.0), 1.0)
+    assert useless.weight == 0 and "λ of the kNN-LM is 0 on validation" in useless.notes[0]
+    perfect = fixed(_hits(distance, [[1, 1, 1]] * 20), np.full(20, -1.0), 1.0)
+    assert perfect.weight == 1 and "λ of the kNN-LM is 1 on validation" in perfect.notes[0]
+    assert not fixed(_hits(distance, [[1, 1, 1], [0, 0, 0]] * 10), np.full(20, -1.0), 1.0).notes
+
+
+class _TwoValleys:
+    """Evidence whose nats have two minima in log τ: the lower one is narrow and far from 0."""
+
+    typical_spread = 1.0
+
+    def __len__(self):
+        return 4
+
+    def logprob(self, temperature):
+        x = np.log(temperature)
+        deep = 0.6 * np.exp(-(((x + 3.5) / 0.7) ** 2) / 2)
+        wide = 0.3 * np.exp(-(((x - 2.0) / 1.5) ** 2) / 2)
+        return np.full(4, deep + wide - 2.0)
+
+
+def test_the_lower_of_two_minima_is_found():
+    tuned = tune(_TwoValleys(), np.full(4, -50.0))
+    assert np.log(tuned.temperature) == pytest.approx(-3.5, abs=0.02)
+    assert tuned.nats == pytest.approx(1.4, abs=1e-3) and tuned.at_bound is None
+
+
+def test_duplicates_do_not_hide_the_spread_of_other_rows():
+    distance = np.zeros((10, 3))
+    distance[:4, 1:] = [2.0, 4.0]
+    evidence = _hits(distance, np.tile([0, 1, 0], (10, 1)))
+    assert evidence.typical_spread == pytest.approx(2.0)
+    assert _hits(np.ones((3, 3)), np.ones((3, 3))).typical_spread == 0

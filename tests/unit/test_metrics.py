@@ -62,6 +62,34 @@ def test_uneven_documents_count_for_fewer():
     )
 
 
+def test_documents_of_one_file_are_one_cluster():
+    """Files 4 and 9 hold documents 0 and 2; document 1 has no token and counts for none."""
+    counts = dataclasses.replace(_counts(), file_D=np.array([4, 7, 9]))
+    assert counts.cluster_D.tolist() == [0, -1, 1] and counts.num_clusters == 2
+    assert counts.tokens_C.tolist() == [3, 2]
+    assert counts.scored_cluster_N.tolist() == [0, 0, 0, 1, 1]
+    assert counts.by_cluster(np.array([[1.0, 2], [0, 0], [3, 4]])).tolist() == [[1, 2], [3, 4]]
+    tokens_D, file_D = np.full(40, 50), np.repeat(np.arange(4), [30, 5, 3, 2])
+    cut = dataclasses.replace(counts, tokens_D=tokens_D, file_D=file_D)
+    # 40² / (30² + 5² + 3² + 2²).
+    assert cut.effective_sample_size == pytest.approx(1600 / 938)
+    assert cut.summary["largest_cluster_share"] == 0.75 and cut.summary["files"] == 4
+    test, valid = metrics.document_notes(cut, cut)
+    assert test == (
+        "warning: the test split has 40 documents from 4 files but an effective sample size of 1.7 "
+        "(the largest file holds 75 % of its tokens); the intervals are optimistic"
+    )
+    assert "the effective sample size of validation is 1.7" in valid
+    one = dataclasses.replace(cut, file_D=np.zeros(40, np.int64))
+    assert metrics.document_notes(one)[0] == (
+        "warning: the test split has 40 documents from 1 file: there are no intervals"
+    )
+    alone = [note for note in metrics.document_notes(cut, one) if "held fixed" in note]
+    assert alone == [
+        "warning: validation has 40 documents from 1 file: λ is held fixed in the intervals"
+    ]
+
+
 def test_scores_of_a_worked_example():
     nats_N = np.array([1.0, 2.0, 3.0, 50.0, 60.0, 0.5, 1.5])  # separators are not scored
     counts = _counts()

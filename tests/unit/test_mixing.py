@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlpmem_jax.evaluation.mixing import mixture_logprob, solve
+from mlpmem_jax.evaluation.mixing import mixture_logprob, solve, solve_weights
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -51,3 +51,19 @@ def test_rows_can_be_weighted():
     repeated = solve(np.repeat(logp_a, counts), np.repeat(logp_b, counts))
     np.testing.assert_allclose(weighted.weight, repeated.weight, rtol=1e-8)
     np.testing.assert_allclose(weighted.nats, repeated.nats, rtol=1e-12)
+
+
+def test_rows_that_no_model_knows_do_not_decide():
+    """They cost an infinity at every λ: the best λ is that of the others."""
+    rng = np.random.default_rng(0)
+    a, b = -rng.gamma(2.0, 1.0, 50), -rng.gamma(2.0, 1.0, 50)
+    best = solve(a, b)
+    a[7] = b[7] = -np.inf
+    kept = np.arange(50) != 7
+    found = solve(a, b)
+    assert found.weight == solve(a[kept], b[kept]).weight and found.nats == np.inf
+    assert 0 < best.weight < 1
+    weights = solve_weights(np.stack([b, a, b - 1]))
+    assert weights[1] == pytest.approx(found.weight, abs=1e-5)
+    assert solve(np.full(3, -np.inf), np.full(3, -np.inf)).weight == 0
+    assert solve_weights(np.full((3, 4), -np.inf)).tolist() == [1, 0, 0]

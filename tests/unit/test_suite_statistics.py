@@ -8,7 +8,9 @@ import pytest
 
 from mlpmem_jax.evaluation.metrics import count_documents
 from mlpmem_jax.evaluation.mixing import solve
+from mlpmem_jax.evaluation.suite import epochs, report, sweeps
 from mlpmem_jax.evaluation.suite.drawn import Settings
+from mlpmem_jax.evaluation.suite.lines import correction_note
 from mlpmem_jax.evaluation.suite.pairs import spread
 from mlpmem_jax.evaluation.suite.report import _carried_by_one
 from mlpmem_jax.evaluation.suite.statistics import SeedScores, summarise
@@ -189,3 +191,110 @@ def test_a_row_without_probability_left_is_reported_as_such():
     assert found["rows"][1]["weights"] == [1.0]
     assert found["rows"][1]["test_nats"]["value"] is None
     assert not found["pairs"][0]["significant"]
+
+
+def _in_files(parts: SplitParts, per_file: int) -> SplitParts:
+    """The same scores, documents cut from files of so many."""
+    counts = parts.counts
+    file_D = np.arange(len(counts.tokens_D)) // per_file
+    return SplitParts(dataclasses.replace(counts, file_D=file_D), parts.logprob)
+
+
+def _two_rows(per_file: int) -> dict:
+    """Documents of a file share how much better the other row is."""
+    one = _split(np.random.default_rng(1), np.random.default_rng(2), 60)
+    base = one.logprob["base"]
+    likes = np.random.default_rng(3).standard_normal(10)[one.counts.document_N // 6]
+    parts = SplitParts(one.counts, {"base": base, "other": base + 0.05 + 0.3 * likes})
+    parts = _in_files(parts, per_file)
+    systems = (System("decoder", "decoder", ("base",)), System("other", "other", ("other",)))
+    return summarise(systems, {0: SeedScores(parts, parts)}, SETTINGS)
+
+
+def test_documents_of_a_file_are_drawn_together():
+    apart, together, one_file = _two_rows(1), _two_rows(6), _two_rows(60)
+    widths = [found["pairs"][0]["high"] - found["pairs"][0]["low"] for found in (apart, together)]
+    # Six documents of a file that agree are one: the interval is about √6 as wide.
+    assert 1.8 < widths[1] / widths[0] < 3.2
+    assert apart["pairs"][0]["value"] == pytest.approx(together["pairs"][0]["value"], rel=1e-12)
+    assert together["test"]["files"] == 10 and together["test"]["documents"] == 60
+    assert together["documents"]["test"]["cluster"][:7] == [0] * 6 + [1]
+    pair = one_file["pairs"][0]
+    assert pair["low"] is None and pair["corrected_low"] is None and not pair["significant"]
+    assert one_file["rows"][1]["test_nats"]["low"] is None
+    assert any("there are no intervals" in note for note in one_file["notes"])
+
+
+def test_the_largest_file_is_left_out_whole():
+    found = _two_rows(6)
+    tokens = np.array(found["documents"]["test"]["tokens"])
+    cluster = np.array(found["documents"]["test"]["cluster"])
+    kept = cluster != np.bincount(cluster, tokens).argmax()
+    nats = {
+        row: np.array(of["0"])[kept].sum() for row, of in found["documents"]["test"]["nats"].items()
+    }
+    plain = (nats["other"] - nats["decoder"]) / tokens[kept].sum()
+    assert found["pairs"][0]["without_largest"]["value"] == pytest.approx(plain, abs=1e-6)
+
+
+def _many_equal_rows(num_rows: int, family=None) -> dict:
+    """Rows that differ from the decoder by noise of documents alone."""
+    one = _split(np.random.default_rng(1), np.random.default_rng(2), 40)
+    base, rng = one.logprob["base"], np.random.default_rng(6)
+    noise = rng.standard_normal((num_rows, 40))[:, one.counts.document_N]
+    parts = {f"p{n}": base + 0.1 * noise[n] for n in range(num_rows)}
+    systems = [System("decoder", "decoder", ("base",))]
+    systems += [System(name, name, (name,)) for name in parts]
+    scores = SplitParts(one.counts, {"base": base, **parts})
+    settings = dataclasses.replace(SETTINGS, bootstrap_samples=1000, family=family)
+    return summarise(systems, {0: SeedScores(scores, scores)}, settings)
+
+
+def test_verdicts_are_corrected_for_the_number_of_pairs():
+    """Of 105 pairs without a true difference a tenth look significant one by one."""
+    pairs = _many_equal_rows(14)["pairs"]
+    assert len(pairs) == 105 and all(pair["compared"] for pair in pairs)
+    assert sum(pair["significant_alone"] for pair in pairs) >= 5
+    assert sum(pair["significant"] for pair in pairs) == 0
+    for pair in pairs:
+        assert pair["corrected_low"] < pair["low"] and pair["corrected_high"] > pair["high"]
+        inside = pair["corrected_low"] <= 0 <= pair["corrected_high"]
+        assert inside == (pair["corrected_p"] > 0.0995)
+
+
+def test_a_family_holds_what_is_compared_and_no_more():
+    found = _many_equal_rows(6, lambda rows: {(row["key"], "decoder") for row in rows})
+    compared = [pair for pair in found["pairs"] if pair["compared"]]
+    others = [pair for pair in found["pairs"] if not pair["compared"]]
+    assert {pair["against"] for pair in compared} == {"decoder"} and len(compared) == 6
+    assert all(pair["corrected_p"] is None and not pair["significant"] for pair in others)
+    every = {(p["row"], p["against"]): p for p in _many_equal_rows(6)["pairs"]}
+    for pair in compared:  # Six comparisons need less of a correction than 21.
+        wider = every[pair["row"], pair["against"]]
+        assert pair["corrected_high"] < wider["corrected_high"]
+        assert pair["low"] == wider["low"]
+
+
+def test_the_report_says_what_was_corrected(found):
+    note = correction_note(len(found["pairs"]), "90 %")
+    assert "corrected for 10 comparisons" in note
+    lines = report._verdicts(found)
+    assert lines[0].startswith("not significant")
+    carried = {pair["row"]: pair for pair in found["pairs"]}
+    assert "significant_alone" in carried["twin"]
+
+
+def test_epochs_are_compared_with_the_best_of_validation():
+    rows = [
+        {"key": f"{network}_epoch_{epoch:03d}", "valid_nats": {"value": value}}
+        for network, values in {"decoder": [3.0, 2.0, 2.5], "memory": [3.0, 2.0, 1.0]}.items()
+        for epoch, value in enumerate(values, 1)
+    ]
+    family = epochs.last_against_best({"decoder": [1, 2, 3], "memory": [1, 2, 3]})
+    assert family(rows) == {("decoder_epoch_003", "decoder_epoch_002")}
+
+
+def test_values_of_a_sweep_are_compared_with_the_configured_one():
+    rows = [{"key": key} for key in ("configured", "decoder", "value=1", "value=2")]
+    pairs = {("value=1", "configured"), ("value=2", "configured")}
+    assert sweeps.against_configured(rows) == pairs
