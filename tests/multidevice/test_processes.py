@@ -9,12 +9,16 @@ from pathlib import Path
 from zlib import crc32
 
 import pytest
+from etils import epath
 
+from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.launching import environments_of
+from mlpmem_jax.training.checksums import read_checksums
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("joined_script.py")
 CHECKSUMS = str(Path(__file__).with_name("checksums_script.py"))
+WRITERS = str(Path(__file__).with_name("writers_script.py"))
 START = """
 import os, sys
 from pathlib import Path
@@ -112,9 +116,23 @@ def test_each_reads_its_share_of_a_checkpoint_and_all_hear_of_damage(
     done = on_processes(processes, 1, CHECKSUMS, str(tmp_path))
     assert done.returncode == 0, done.stderr
     expected = {n: {"bytes": 3 * len(n), "crc32": f"{crc32(n.encode() * 3):08x}"} for n in names}
-    assert json.loads((tmp_path / "4.json").read_text()) == expected
+    assert read_checksums(epath.Path(tmp_path / "4.json")) == expected
     said = [json.loads((tmp_path / f"read-{k}.json").read_text()) for k in range(processes)]
     for index, one in enumerate(said):
         share = [Path(name).name for name in names[index::processes]]
         assert one["described"] == share and one["verified"][: len(share)] == share
         assert "truncated or changed" in one["said"] and f"{tmp_path}/4/b" in one["said"]
+
+
+def test_the_manifest_knows_the_shards_of_all_processes(on_processes, tmp_path):
+    found = []
+    for processes in (1, 3):
+        workdir = tmp_path / str(processes)
+        workdir.mkdir()
+        done = on_processes(processes, 1, WRITERS, str(workdir))
+        assert done.returncode == 0, done.stderr
+        wrote = [int((workdir / f"wrote-{index}").read_text()) for index in range(processes)]
+        assert sum(wrote) == 7 and min(wrote) > 0
+        found.append(Artifact(workdir, "datastore/base/train", "datastore").load())
+    assert [len(set(about["shards"])) for about in found[0].arrays.values()] == [7, 7]
+    assert found[0].arrays == found[1].arrays and found[0].fingerprint == found[1].fingerprint

@@ -32,7 +32,7 @@ INTERVAL = 4  # checkpoint_interval_steps of both networks in configs/tiny.yaml
 # In the order of the stages, all in one work directory: where the process is killed, and
 # the artifact that is then begun and not finished.
 KILLS = [
-    ("mlpmem_jax.datastore.store.Appender.append", 5, "after", "tokens"),
+    ("mlpmem_jax.datastore.appending.Appender.append", 5, "after", "tokens"),
     ("mlpmem_jax.datastore.manifest.Artifact.finish", 1, "before", "tokens"),
     (STEP, 3, "after", "decoder/base"),  # before the first checkpoint
     (SAVE, 1, "after", "decoder/base"),  # while it is being written
@@ -56,7 +56,7 @@ KILLS = [
 
 # Where it is told to stop: before a loop that can, within one, while a checkpoint is saved.
 NOTICES = [
-    ("mlpmem_jax.datastore.store.Appender.append", 5, "tokens"),
+    ("mlpmem_jax.datastore.appending.Appender.append", 5, "tokens"),
     (STEP, 3, "decoder/base"),
     (SAVE, 1, "decoder/base"),
     (SHARDS, 7, "datastore/base/train"),
