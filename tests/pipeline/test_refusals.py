@@ -147,6 +147,16 @@ def test_a_truncated_file_of_the_index_is_noticed(tiny_run: Config, tmp_path, mo
             pass
 
 
+@pytest.mark.parametrize("command", ["train", "run"])
+def test_a_teacher_without_targets_costs_no_work(tmp_path, capsys, command):
+    """Its own directory is such a teacher, too: nothing makes targets then."""
+    for teacher in (tmp_path / "teacher", tmp_path / "run"):
+        assert _start(command, tmp_path / "run", f"targets.workdir={teacher}") == 2
+        (line,) = _errors(capsys)
+        assert f"{teacher}/targets/base/train: does not exist" in line
+        assert not (tmp_path / "run").exists()
+
+
 def test_what_is_not_stored_is_not_searched(tmp_path, capsys):
     """A teacher's targets do without keys; what searches says so before any work."""
     arrays = ("datastore.arrays=[input,label,logprob]", f"targets.workdir={tmp_path}/teacher")
