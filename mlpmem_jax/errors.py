@@ -6,7 +6,6 @@ The command line turns them into lines on standard error and an exit code
 """
 
 import contextlib
-import re
 from collections.abc import Iterator, Sequence
 
 EXIT_RUN_FAILED = 1
@@ -21,7 +20,7 @@ def one_line(message: str) -> str:
 
     What is too long is cut in the middle: where it begins and how it ends says most.
     """
-    line = re.sub(r"\s*\n\s*", " ", message.strip())
+    line = " ".join(filter(None, map(str.strip, message.split("\n"))))
     if len(line) > _LONGEST:
         half = _LONGEST // 2
         line = f"{line[:half]} … {line[-half:]}"

@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from mlpmem_jax.config.base import Section, setting
 from mlpmem_jax.config.types import (
-    Count,
+    Epochs,
     Name,
     OpenFraction,
     Seed,
@@ -85,8 +85,8 @@ class OverfittingConfig(Section):
 
     name: Name = setting("overfitting", "name of the table in results/")
     seeds: tuple[Seed, ...] = setting((0,), "seeds", min_length=1)
-    decoder_epochs: Count = setting(6, "epochs that the decoder is trained for")
-    memory_epochs: Count = setting(8, "epochs that the memory is trained for")
+    decoder_epochs: Epochs = setting(6, "epochs that the decoder is trained for")
+    memory_epochs: Epochs = setting(8, "epochs that the memory is trained for")
 
 
 class SweepConfig(Section):

@@ -39,6 +39,8 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 # What is held at the same time, or done again and again.
 Count = Annotated[int, Field(ge=1, le=10**6)]
+# Each is a checkpoint, and a row of a table.
+Epochs = Annotated[int, Field(ge=1, le=1000)]
 Blocks = Annotated[int, Field(ge=1, le=10**4)]
 Width = Annotated[int, Field(ge=1, le=10**6)]
 Tokens = Annotated[int, Field(ge=1, le=10**7)]

@@ -107,18 +107,20 @@ def check_retrieval(config: Config) -> None:
 
 
 def check_teacher(config: Config) -> None:
-    """Refuses a teacher's targets that were made from other tokens than the run's.
+    """Refuses a teacher's targets that are not there, or made from other tokens than the run's.
 
     Raises:
-        ArtifactError: Names both artifacts and their fingerprints.
+        ArtifactError: Names the artifacts, and their fingerprints.
     """
     layout = Layout(config)
-    if config.targets.workdir is None or not layout.tokens.is_complete():
+    if config.targets.workdir is None:
+        return
+    manifests = {split: layout.targets(split).load() for split in _WITH_TARGETS}
+    if not layout.tokens.is_complete():
         return
     own = layout.tokens.load().fingerprint
-    for split in _WITH_TARGETS:
-        targets = layout.targets(split)
-        theirs = targets.load().made_from.get(layout.tokens.relative)
+    for split, manifest in manifests.items():
+        targets, theirs = layout.targets(split), manifest.made_from.get(layout.tokens.relative)
         if theirs != own:
             raise ArtifactError(
                 f"{targets.path}: targets.workdir={config.targets.workdir} has targets of tokens "

@@ -284,6 +284,8 @@ def test_mistakes_of_files_are_short_lines(refused, text):
         "corpus.more.-1.weight=1",
         "corpus.more={}",
         "x\ny=1",
+        " " * 20_000 + "x",
+        "corpus.paths=" + " " * 20_000 + "x",
     ],
     ids=lambda text: ascii(text[:30]),
 )
