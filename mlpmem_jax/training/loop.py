@@ -145,9 +145,9 @@ def fit(
         if start == stop:  # The start before was killed when all but its record was done.
             monitor.pause()
             monitor.validation(stop, task.validate(state))
-    monitor.settle()
-    checkpoints.close()
-    monitor.close()
+        monitor.settle()
+        checkpoints.close()
+        monitor.close()
     return Fit(state, checkpoints.files(stop), monitor.summary(range(first_step, stop)))
 
 
