@@ -20,7 +20,11 @@ _NO_LABEL = -1  # of a neighbour that is missing
 
 
 class LabelledNeighbors:
-    """The stored neighbours of a split's rows, with the neighbours' labels."""
+    """The stored neighbours of a split's rows, with the neighbours' labels.
+
+    Attributes:
+        path: Where they lie.
+    """
 
     def __init__(
         self,
@@ -43,6 +47,7 @@ class LabelledNeighbors:
             ArtifactError: Neighbours are missing, damaged, or of another number of rows.
         """
         artifact = artifact or layout.neighbors(split)
+        self.path = artifact.path
         self._neighbors = StoredNeighbors(artifact)
         self._label_N = label_N
         self._train_label = train_label
@@ -96,7 +101,12 @@ def tune_knn_lm(
         decoder_N: log p_LM(label).
         most_rows: Use so many scored rows, drawn at random; None: all.
         seed: Seed of that draw.
+
+    Raises:
+        ArtifactError: No row is scored.
     """
+    if not scored_N.any():
+        raise ArtifactError(f"{neighbors.path}: no row to choose τ and λ on")
     chosen_N = np.zeros_like(scored_N)
     chosen_N[tuning_rows(scored_N, most_rows, seed)] = True
     return tune(neighbors.evidence(chosen_N), decoder_N[chosen_N])

@@ -21,6 +21,8 @@ EngineName = Literal["scann", "exact"]
 CROSSOVER_ROWS = {"cpu": 60_000}
 CROSSOVER_ROWS_ACCELERATOR = 4_000_000
 READ_ROWS = 65536
+# Of a key's norm: the square of the distance of two keys is at most four times as large.
+_LARGEST_SQUARE = float(np.finfo(np.float32).max) / 8
 
 
 class Engine(Protocol):
@@ -169,14 +171,21 @@ def row_ranges(num_rows: int, step: int, first: int = 0) -> Iterator[slice]:
 def check_finite(key_ND: np.ndarray, first_row: int, name: str) -> None:
     """Refuses NaN and infinite keys, which would abort an index build or poison distances.
 
+    So would keys whose squared distances are infinite in float32.
+
     Raises:
         ArtifactError: Names the first such row.
     """
-    # The sum of a row of finite keys is finite: they come from 16-bit or trained values.
     with np.errstate(over="ignore", invalid="ignore"):
-        suspicious_N = ~np.isfinite(key_ND.sum(axis=1, dtype=np.float64))
+        suspicious_N = ~(np.einsum("nd,nd->n", key_ND, key_ND) < _LARGEST_SQUARE)
     if suspicious_N.any():
         is_bad_N = ~np.isfinite(key_ND).all(axis=1)
+        if not is_bad_N.any():
+            raise ArtifactError(
+                f"{name}: row {first_row + int(suspicious_N.argmax())} is too large: squared "
+                "distances overflow float32; look at the decoder's loss, or choose another "
+                "datastore.key"
+            )
         row = first_row + int(is_bad_N.argmax())
         raise ArtifactError(
             f"{name}: row {row} is not finite ({int(is_bad_N.sum())} such rows in "

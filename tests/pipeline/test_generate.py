@@ -46,6 +46,16 @@ def test_prompts_are_continued(tiny_run: Config, capsys: pytest.CaptureFixture[s
     assert "tokens/s" in err
 
 
+def test_a_tiny_temperature_writes_what_greedy_writes(
+    tiny_run: Config, capsys: pytest.CaptureFixture[str]
+):
+    settings = {"prompts": ("def ",), "interpolation": 0.25, "max_new_tokens": 12}
+    greedy, _ = _shown(_with(tiny_run, sampling="greedy", **settings), capsys)
+    cold, _ = _shown(_with(tiny_run, sampling="random", temperature=1e-40, **settings), capsys)
+    assert len(cold) > len("sample (λ = 0.250, random):\ndef ")
+    assert cold.splitlines()[1:] == greedy.splitlines()[1:]
+
+
 def test_without_memory_needs_none(
     tiny_run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -12,7 +12,7 @@ from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline import index, retrieve
 from mlpmem_jax.pipeline.stage import run_stages
-from mlpmem_jax.retrieval import approximate, evidence
+from mlpmem_jax.retrieval import approximate, evidence, targets
 from mlpmem_jax.retrieval.building import ExactCache, open_index
 from mlpmem_jax.retrieval.distributions import knn_logprob
 
@@ -35,7 +35,7 @@ def _states(generator, num_rows):
 
 @pytest.fixture
 def make_run(make_config):
-    def make(*overrides, bad_row=None, workdir=None):
+    def make(*overrides, bad_row=None, scale=1.0, workdir=None):
         config = make_config(
             "datastore.shard_rows=1024",
             f"decoder.width={WIDTH}",
@@ -58,7 +58,7 @@ def make_run(make_config):
             if bad_row is not None and split == "train":
                 key[bad_row, 3] = np.nan
             arrays = {
-                "key": key,
+                "key": scale * key,
                 "label": label,
                 "logprob": np.full(ROWS[split], -np.log(VOCAB)),
             }
@@ -146,6 +146,59 @@ def test_the_temperature_is_the_best_on_validation(make_run):
     best = min(nats(tau) for tau in np.geomspace(0.05, 100, 60))
     assert made.measured["knn_lm_valid_nats"] <= best + 1e-4
     assert 0 < made.measured["knn_lm_weight"] < 1
+
+
+def test_a_tiny_temperature_keeps_the_nearest_neighbour(make_run):
+    """As τ goes to 0 it has all the mass, shared among those that are equally near."""
+    layout = _run(make_run("retrieval.engine=exact", "targets.temperature=1e-40"))
+    train_label = _all(layout.datastore("train"), "label")
+    for split in ("train", "valid"):
+        distance, row = _reference(layout, split)
+        label = _all(layout.datastore(split), "label")
+        scored = label != SEPARATOR
+        mass, prob = (_all(layout.targets(split), name) for name in ("mass", "prob"))
+        np.testing.assert_array_equal(mass > 0, scored)
+        # Some keys are repeated: more labels may be equally near than are kept.
+        alone = scored & (distance[:, 1] > distance[:, 0] * (1 + 1e-5))
+        top = _all(layout.targets(split), "id")[alone, 0]
+        np.testing.assert_array_equal(top, train_label[row[alone, 0]])
+        np.testing.assert_array_equal(prob[alone, 0], 1)
+        np.testing.assert_array_equal(mass[alone], 1)
+
+
+def test_keys_whose_distances_overflow_are_refused(make_run):
+    config = make_run("retrieval.engine=exact", "datastore.dtype=float32", scale=1e25)
+    with pytest.raises(ArtifactError, match="key: row 0 is too large: squared distances overflow"):
+        _run(config)
+
+
+def test_targets_of_no_row_are_refused(make_run, monkeypatch):
+    """An engine that finds nothing leaves nothing to train on."""
+    config = make_run("retrieval.engine=exact")
+    found = targets.sparse_distributions
+    monkeypatch.setattr(
+        targets,
+        "sparse_distributions",
+        lambda distance_QK, *rest: found(np.full_like(distance_QK, np.inf), *rest),
+    )
+    with pytest.raises(ArtifactError, match=r"none of 2,\d+ rows has a neighbour at a finite"):
+        _run(config)
+
+
+def test_rows_without_targets_are_counted(make_run, monkeypatch, capsys):
+    config = make_run("retrieval.engine=exact")
+    found = targets.sparse_distributions
+
+    def make(distance_QK, *rest):
+        missing_Q1 = np.arange(len(distance_QK))[:, None] % 4 == 0
+        return found(np.where(missing_Q1, np.float32(np.inf), distance_QK), *rest)
+
+    monkeypatch.setattr(targets, "sparse_distributions", make)
+    layout = _run(config)
+    scored = (_all(layout.datastore("train"), "label") != SEPARATOR).sum()
+    kept = layout.targets("train").load().counts["rows_with_target"]
+    assert kept == (_all(layout.targets("train"), "mass") > 0).sum() < scored
+    assert f"warning: {scored - kept:,} of {scored:,} rows of train have" in capsys.readouterr().out
 
 
 def test_the_approximate_engine(make_run, capsys):
