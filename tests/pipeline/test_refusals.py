@@ -151,7 +151,6 @@ def test_a_truncated_file_of_the_index_is_noticed(tiny_run: Config, tmp_path, mo
             pass
 
 
-<<<<<<< HEAD
 def test_every_file_of_a_run_is_known(tiny_run: Config):
     """What no artifact may hold would stop a rebuild: a new file needs an entry in contents.py."""
     for file in Path(tiny_run.workdir).rglob("manifest.json"):
@@ -219,7 +218,8 @@ def test_a_report_of_compile_replaces_none_but_such(tmp_path, capsys):
         assert mine.read_text() == text
     (tmp_path / "report.json").write_text('{"schema": 1, "topology": "local", "memory": {}}')
     assert _checked(str(mine)) == mine
-=======
+
+
 @pytest.mark.parametrize("command", ["train", "run"])
 def test_a_teacher_without_targets_costs_no_work(tmp_path, capsys, command):
     """Its own directory is such a teacher, too: nothing makes targets then."""
@@ -228,7 +228,6 @@ def test_a_teacher_without_targets_costs_no_work(tmp_path, capsys, command):
         (line,) = _errors(capsys)
         assert f"{teacher}/targets/base/train: does not exist" in line
         assert not (tmp_path / "run").exists()
->>>>>>> wt-c
 
 
 def test_what_is_not_stored_is_not_searched(tmp_path, capsys):
