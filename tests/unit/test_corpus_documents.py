@@ -189,7 +189,7 @@ def test_text_is_read_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("good é".encode()[:-1], "not UTF-8 text at byte 5"),
         (b"text\0text", "not UTF-8 text at byte 4 (a NUL byte)"),
         (b"\xfd7zXZ\0\0\4", "not UTF-8 text at byte 0 (invalid start byte); it looks like xz"),
-        (gzip.compress(b"a"), "it looks like gzip without the suffix .gz"),
+        (gzip.compress(b"a", mtime=0), "it looks like gzip without the suffix .gz"),
         (zstandard.compress(b"a"), "it looks like zstd without the suffix .zst"),
         (b"BZh91AY&SY\xff", "it looks like bzip2"),
         (b"PK\x03\x04\x14\0", "it looks like zip"),
@@ -215,7 +215,7 @@ def test_a_file_that_is_no_text_is_named_with_the_place(
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".GZ", ".zstd"])
 def test_damaged_compression_is_named(tmp_path: Path, suffix: str) -> None:
     text = random.Random(0).randbytes(5000).hex().encode()
-    data = gzip.compress(text) if suffix.lower() == ".gz" else zstandard.compress(text)
+    data = gzip.compress(text, mtime=0) if suffix.lower() == ".gz" else zstandard.compress(text)
     for number, damaged in enumerate((data[:-100], b"no " + data, b"")):
         path = tmp_path / f"{number}{suffix}"
         path.write_bytes(damaged)
