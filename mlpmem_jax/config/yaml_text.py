@@ -138,6 +138,8 @@ def short(value: Any, longest: int = 80) -> str:
         return "null" if value is None else '""'
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        value = value[:longest]  # each entry takes a character or more
     text = value if isinstance(value, str) else flow(value)
     text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= longest else text[: longest - 3] + "..."
