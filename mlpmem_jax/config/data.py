@@ -35,7 +35,7 @@ class Source(Section):
     """One more place that text comes from."""
 
     source: Literal["stdlib", "text", "jsonl", "huggingface"] = setting("text", "kind of source")
-    paths: tuple[GlobText, ...] = setting((), "files or globs (plain, .gz, .zst)")
+    paths: tuple[GlobText, ...] = setting((), "files or globs (plain, .gz, .zst, .zstd)")
     field: Text = setting("text", "field of a JSONL record or dataset row that holds the text")
     dataset: Text | None = setting(None, "name of a Hugging Face dataset")
     dataset_config: Text | None = setting(None, "configuration of that dataset")
@@ -60,9 +60,11 @@ class CorpusConfig(Source):
     test: SplitPaths = setting(SplitPaths(), "explicit test files")
     valid_fraction: Fraction = setting(0.05, "share of documents drawn for validation")
     test_fraction: Fraction = setting(0.05, "share of documents drawn for test")
-    max_bytes: Bytes | None = setting(None, "stop after this many bytes of text")
+    max_bytes: Bytes | None = setting(
+        None, "stop after this many bytes of text; what is left out does not count"
+    )
     on_error: Literal["error", "skip"] = setting(
-        "error", "what to do with a file that is not UTF-8 text"
+        "error", "what to do with a file that is not UTF-8 text, or a record without usable text"
     )
     attention: Literal["across", "within"] = setting(
         "across", "whether attention crosses document boundaries inside a window"

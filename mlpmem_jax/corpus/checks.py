@@ -27,11 +27,13 @@ class Scan:
         documents: Documents seen.
         num_bytes: Bytes seen.
         complete: Whether this is all of the corpus.
+        duplicates: Documents that were left out, because an equal one was seen.
     """
 
     documents: Mapping[str, int]
     num_bytes: Mapping[str, int]
     complete: bool
+    duplicates: int
 
 
 def scan_corpus(corpus: Corpus) -> Scan:
@@ -49,7 +51,8 @@ def scan_corpus(corpus: Corpus) -> Scan:
         if num_bytes.total() > _SCAN_BYTES:
             complete = False
             break
-    return Scan(documents, num_bytes, complete)
+    duplicates = corpus.position.left_out.get("duplicate_documents", 0)
+    return Scan(documents, num_bytes, complete, duplicates)
 
 
 def check_before(config: Config, corpus: Corpus, given: TextTokenizer | None) -> Scan:
@@ -68,7 +71,7 @@ def check_before(config: Config, corpus: Corpus, given: TextTokenizer | None) ->
         return scan
     for note in corpus.notes():
         warn(note)
-    check_splits(scan.documents, config.corpus)
+    check_splits(scan.documents, config.corpus, scan.duplicates)
     window = config.pretrain_window_tokens
     if scan.num_bytes["train"] <= _BYTES_PER_TOKEN * (window + 1):
         tokenizer = given or tokenizer_for(config, corpus)
@@ -97,13 +100,14 @@ def tokenizer_for(
     return train_tokenizer(texts(), config.tokenizer.vocab_size, config.tokenizer.separator)
 
 
-def check_splits(documents: Mapping[str, int], corpus: CorpusConfig) -> None:
+def check_splits(documents: Mapping[str, int], corpus: CorpusConfig, duplicates: int) -> None:
     """Refuses empty splits.
 
     Raises:
         UserError: One line for each, with the sizes of all and the keys to change.
     """
     sizes = ", ".join(f"{split} {documents.get(split, 0)}" for split in SPLITS)
+    sizes += f"; {duplicates} duplicates left out" * bool(duplicates)
     mistakes = []
     for split in SPLITS:
         if documents.get(split, 0):

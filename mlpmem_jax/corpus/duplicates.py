@@ -25,9 +25,9 @@ class SeenDocuments:
         return place < len(self._sorted) and bool(self._sorted[place] == value)
 
     def add(self, digest: int) -> None:
-        """Adds a digest."""
+        """Adds a digest that is not there."""
         self._recent.add(digest)
         if len(self._recent) >= _MOST_RECENT:
-            recent = np.fromiter(self._recent, np.uint64, len(self._recent))
-            self._sorted = np.union1d(self._sorted, recent)
+            recent = np.fromiter(sorted(self._recent), np.uint64, len(self._recent))
+            self._sorted = np.insert(self._sorted, np.searchsorted(self._sorted, recent), recent)
             self._recent = set()

@@ -217,10 +217,10 @@ class Corpus:
         if self.first_skipped:
             notes.append(f"corpus.on_error=skip: the first that is left out: {self.first_skipped}")
         for part in self.parts if self._pattern else ():
-            if part.files and not self.position.cut.get(part.key):
+            if self.position.cut.get(part.key) == 0:  # Absent where nothing of it was read.
                 notes.append(
-                    f"corpus.document_regex={self.config.document_regex!r} matches no line of the "
-                    f"{len(part.files):,} files of {part.key}: documents are whole files or records"
+                    f"corpus.document_regex={self.config.document_regex!r} matches no line of "
+                    f"{part.key} ({len(part.files):,} files): documents are whole files or records"
                 )
         return notes
 

@@ -170,7 +170,8 @@ def _written(
         for note in corpus.notes():
             warn(note)
     try:
-        check_splits({split: counts[f"{split}_documents"] for split in SPLITS}, config.corpus)
+        documents = {str(split): counts[f"{split}_documents"] for split in SPLITS}
+        check_splits(documents, config.corpus, counts["duplicate_documents"])
         check_window(counts["train_tokens"], config)
     except UserError:
         artifact.remove()  # Nothing in it can be used, whatever the user changes.

@@ -60,7 +60,7 @@ def test_more_neighbours_than_rows_cost_no_training(tmp_path, capsys):
     (line,) = _errors(capsys)
     assert "retrieval.num_neighbors=10000000" in line and "other rows" in line
     made = {path.name for path in (tmp_path / "run").iterdir()}
-    assert made == {"config.yaml", "tokenizer", "tokens"}
+    assert made == {"config.yaml", "text-digests.json", "tokenizer", "tokens"}
 
 
 def test_a_missing_package_is_noticed_first(tmp_path, capsys, monkeypatch):

@@ -243,6 +243,27 @@ def test_what_a_start_after_a_kill_knows_of_the_documents_before(
         assert layout.tokens.load().counts["duplicate_documents"] == 30
 
 
+def test_text_that_changes_before_a_start_is_continued_is_refused(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of a tokenizer that is given, so that the tokens alone depend on the text.
+    path = text / "given.json"
+    shutil.copy(make(settings(text)).tokenizer.path / "tokenizer.json", path)
+    values = settings(text, "broken", tokenizer={"path": str(path)})
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.TokenWriter, "save", failing_at(5))
+        with pytest.raises(OSError, match="No space"):
+            make(values)
+    changed = text / "text" / "50.txt"
+    data = changed.read_bytes()
+    changed.write_bytes(data.upper())
+    with pytest.raises(ArtifactError, match=r"tokens: was begun otherwise .*listing.digest"):
+        make(values)
+    changed.write_bytes(data)
+    make(values)
+    assert contents(text / "broken") == contents(text / "run")
+
+
 def test_words_are_those_of_the_harness(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the whole document, however it is cut into pieces: an empty word at each blank end."""
     documents = [
@@ -321,7 +342,7 @@ def test_records_that_are_left_out_are_counted(
     assert "0 files left out, not UTF-8 text; 2 records left out" in printed.out
     for said in (
         "the first that is left out: ",
-        "document_regex='@' matches no line of the 60 files",
+        "document_regex='@' matches no line of corpus (60 files)",
     ):
         assert printed.err.count(said) == 1
 
@@ -390,12 +411,17 @@ def test_pieces_of_a_document_make_one_document(
          "pretrain.window_tokens=9000"),
         ({"tokenizer": {"path": "text/00.txt"}}, "is no tokenizer.json"),
         ({"corpus": {"max_bytes": 3}}, "corpus.max_bytes=3"),
+        ({"corpus": {"paths": ["copies/*"]}}, "train split is empty (documents: train 0, valid 1, "
+         "test 0; 3 duplicates left out)"),
     ],
 )  # fmt: skip
 def test_what_cannot_do_is_refused_before_anything_is_written(
     text: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
     monkeypatch.chdir(text)
+    (text / "copies").mkdir()
+    for name in "abcd":
+        (text / "copies" / name).write_text("four times the same")
     with pytest.raises(UserError) as caught:
         stages(Config(**settings(text, **changes)))
     assert message in str(caught.value)

@@ -122,9 +122,14 @@ def test_a_pattern_that_matches_nothing_is_said(folder: Path) -> None:
     text = corpus(folder, paths=[f"{folder}/2*.txt"], more=more, document_regex="# ")
     assert len(list(text.pieces())) == 102
     assert text.notes() == [
-        "corpus.document_regex='# ' matches no line of the 100 files of corpus: documents are "
-        "whole files or records"
+        "corpus.document_regex='# ' matches no line of corpus (100 files): documents are whole "
+        "files or records"
     ]
+    # What max_bytes leaves unread may match.
+    (folder / "first.md").write_text("# a\n# b\n")
+    more = [{"source": "text", "paths": [f"{folder}/2*.txt"]}]
+    text = corpus(folder, paths=[f"{folder}/first.md"], document_regex="# ", max_bytes=8, more=more)
+    assert len(list(text.pieces())) == 2 and text.notes() == []
     text = corpus(folder, paths=[f"{folder}/0/*.txt"], document_regex="^---$")
     assert sum(piece.begins for piece in text.pieces()) == 4  # Of 81, of which most are equal.
     assert text.position.left_out["duplicate_documents"] == 77
