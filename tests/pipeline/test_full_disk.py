@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A file system of its own in a name space of its own: no root needed where that is allowed.
 ALONE = ["unshare", "--map-root-user", "--mount"]
 # Sizes of the disk and commands. `run` is refused before its first stage; `pretrain` begins, and
-# the disk ends before its second checkpoint; the last but one before the datastore.
+# the disk ends before its checkpoint; the last but one before the datastore.
 STARTS = (
     ("1500k", "run"),
     ("1500k", "tokenize"),
