@@ -157,7 +157,7 @@ def project(x_TD: jax.Array, arrays: Arrays, axes: dict[str, Names], name: str) 
         name: Which one.
 
     Returns:
-        [T, ...] in x's dtype, accumulated in float32.
+        [T, ...] in x's dtype; so are the partial sums that devices add up.
     """
     weight = arrays[name].astype(x_TD.dtype)
     weight = gather_for_use(weight, axes[name][-weight.ndim :])
