@@ -85,6 +85,11 @@ def of_file(path: object) -> Iterator[None]:
         raise
 
 
+def reason_of(error: OSError) -> str:
+    """Returns what the system said, in the words of this module where it has some."""
+    return _BY_NUMBER.get(error.errno or 0) or error.strerror or str(error)
+
+
 def os_error_in(error: BaseException, path: object) -> OSError | None:
     """Returns what the system said, if a library's error passes it on and it is no missing file.
 

@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
@@ -32,13 +33,16 @@ class _State:
     Attributes:
         came: Whether a SIGTERM has come that a loop is to ask for.
         held: Whether there is such a loop.
+        leaver: The thread that ends this process; 0: none yet.
     """
 
     came = False
     held = False
+    leaver = 0
 
 
 _state = _State()
+_leaving = threading.Lock()
 
 
 def listen() -> None:
@@ -97,6 +101,12 @@ def _watch(reading: int) -> None:
 
 
 def _leave(code: int, line: str) -> NoReturn:
+    if not _leaving.acquire(blocking=False):
+        # The handler or the thread is saying so; both may get the same signal.
+        if _state.leaver != threading.get_ident():
+            time.sleep(2 * _WRITE_SECS)
+        os._exit(code)
+    _state.leaver = threading.get_ident()
     start = "\n" if os.isatty(2) else ""  # a bar, or ^C, may stand in this line
     with contextlib.suppress(OSError):
         # Not through sys.stderr, which the main thread may be in the midst of; and a reader that

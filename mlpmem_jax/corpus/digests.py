@@ -21,6 +21,7 @@ from mlpmem_jax.corpus.sources import Part
 from mlpmem_jax.datastore.files import is_local, unreachable, write_bytes
 from mlpmem_jax.datastore.manifest import fingerprint_of
 from mlpmem_jax.errors import UserError
+from mlpmem_jax.failures import reason_of
 
 FILE = "text-digests.json"
 _END_BYTES = 4096
@@ -147,7 +148,7 @@ def stamp_of(path: str) -> list[Any]:
     try:
         info = os.stat(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read ({reason_of(error)})") from None
     return [info.st_size, info.st_mtime_ns, info.st_ino]
 
 

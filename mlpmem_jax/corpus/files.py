@@ -12,6 +12,7 @@ from etils import epath
 from mlpmem_jax.corpus.retries import is_passing, wait_or_raise
 from mlpmem_jax.datastore.files import is_local, unreachable
 from mlpmem_jax.errors import UserError
+from mlpmem_jax.failures import reason_of
 
 BLOCK_BYTES = 1 << 20
 # A block of zstd holds at most 128 KiB however few bytes it takes: small bites bound memory.
@@ -111,7 +112,7 @@ def opened(path: str) -> Iterator[Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: cannot be read (no such file)") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read ({reason_of(error)})") from None
 
 
 class _RemoteFile:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.failures import reason_of
 
 TOKENIZER_FILE = "tokenizer.json"
 # Vocabulary dims are padded to this by the model, so that a mesh axis may cut them.
@@ -157,9 +158,7 @@ def read_tokenizer(path: str, separator: str) -> TextTokenizer:
     try:
         content = epath.Path(path).expanduser().read_bytes()
     except OSError as error:
-        raise UserError(
-            f"tokenizer.path={path}: cannot be read ({error.strerror or error})"
-        ) from None
+        raise UserError(f"tokenizer.path={path}: cannot be read ({reason_of(error)})") from None
     return TextTokenizer(content, separator, f"tokenizer.path={path}")
 
 

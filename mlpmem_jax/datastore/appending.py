@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mlpmem_jax.datastore.checked import SHARDS
 from mlpmem_jax.datastore.digests import shard_digest
 from mlpmem_jax.datastore.store import (
-    SHARDS,
     continue_array,
     create_array,
     describe,

@@ -11,6 +11,7 @@ from mlpmem_jax.datastore.files import read_json, write_json
 from mlpmem_jax.errors import ArtifactError
 
 CHECKSUM = "checksum"
+SHARDS = "shards"  # The digests, in what manifests record of an array.
 START_AGAIN = "delete it and start the same command again"
 
 

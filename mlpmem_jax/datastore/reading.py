@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from mlpmem_jax.datastore.checked import SHARDS
 from mlpmem_jax.datastore.digests import shard_digest, shard_key
 from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.datastore.store import SHARDS, describe, open_array, read_failure
+from mlpmem_jax.datastore.store import describe, open_array, read_failure
 from mlpmem_jax.errors import ArtifactError
 
 _CHECKERS = ThreadPoolExecutor(8, "shards")  # Of all arrays: small reads, which overlap.

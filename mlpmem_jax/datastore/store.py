@@ -29,7 +29,6 @@ _UNREACHABLE = (
     "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "RESOURCE_EXHAUSTED",
     "UNAUTHENTICATED",
 )  # fmt: skip
-SHARDS = "shards"  # The digests, in what manifests record of an array.
 _DRIVERS = {"gs": "gcs"}  # TensorStore's names, where they are not the scheme of URLs.
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from mlpmem_jax.datastore.checked import read_checked_json, write_checked_json
-from mlpmem_jax.datastore.store import SHARDS
+from mlpmem_jax.datastore.checked import SHARDS, read_checked_json, write_checked_json
 
 WRITTEN = "written"
 _READERS = 16

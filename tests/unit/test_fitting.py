@@ -179,7 +179,9 @@ def test_what_is_there_counts_and_what_is_complete_is_not_asked(tmp_path, on):
     with pytest.raises(UserError, match="need at least 1.0 GiB"):
         run_stages([stage])
     stage.artifact.path.mkdir(parents=True)
-    (stage.artifact.path / "part").write_bytes(b"x" * 1000)  # An interrupted start left it.
+    (stage.artifact.path / "building.json.tmp").write_bytes(
+        b"x" * 1000
+    )  # An interrupted start left it.
     check_fit([stage])
     run_stages([stage])
     on(disk_bytes=0, device_bytes=0)

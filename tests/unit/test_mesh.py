@@ -23,7 +23,7 @@ from mlpmem_jax.parallel import sharding
     ],
 )
 def test_sizes(keys, sizes):
-    assert meshes._sizes(MeshConfig(**keys), 8) == sizes
+    assert meshes.mesh_sizes(MeshConfig(**keys), 8) == sizes
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_sizes(keys, sizes):
 )
 def test_sizes_that_do_not_fit(keys, message):
     with pytest.raises(ConfigError, match=message):
-        meshes._sizes(MeshConfig(**keys), 8)
+        meshes.mesh_sizes(MeshConfig(**keys), 8)
 
 
 def test_batch_must_divide():

@@ -8,7 +8,7 @@ import pytest
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.parallel.preemption import RUN_ID
-from mlpmem_jax.pipeline import stage
+from mlpmem_jax.pipeline import stage, stopwatch
 from mlpmem_jax.pipeline.plan import intention
 from mlpmem_jax.pipeline.stage import Completion, Rebuild, Stage, run_stage, run_stages
 
@@ -99,7 +99,7 @@ def test_mistakes_of_all_stages_come_together_and_before_anything_is_made(tmp_pa
 
 
 def test_seconds_are_those_of_all_starts_also_of_one_that_was_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "_RECORD_SECS", 0.02)
+    monkeypatch.setattr(stopwatch, "_RECORD_SECS", 0.02)
     artifact = Artifact(tmp_path / "run", "memory/base", "memory")
     recorded = []
 
@@ -123,7 +123,7 @@ def test_seconds_are_those_of_all_starts_also_of_one_that_was_killed(tmp_path, m
 
 
 def test_a_disk_that_takes_no_record_does_not_stop_what_is_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "_RECORD_SECS", 0.01)
+    monkeypatch.setattr(stopwatch, "_RECORD_SECS", 0.01)
     artifact = Artifact(tmp_path / "run", "memory/base", "memory")
 
     def full(*_):
