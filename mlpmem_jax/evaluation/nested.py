@@ -202,10 +202,12 @@ class _Curve:
             by_cluster(ones_N, has_added & ~has_base),
         ]
         cluster_N = cluster_N[both]
-        base_N, gain_N = base_N[both], (added_N - base_N)[both]
+        base_N, added_N = base_N[both], added_N[both]
+        gain_N = added_N - base_N
         every = np.ones(len(base_N), bool)
         for weight in points:
-            mixed_N = base_N + weight * gain_N
+            # Not base + weight · gain: a tiny probability would round to 0 beside a large one.
+            mixed_N = (1 - weight) * base_N + weight * added_N
             ratio_N = gain_N / mixed_N
             for values_N in (-np.log(mixed_N), -ratio_N, ratio_N * ratio_N):
                 parts.append(by_cluster(values_N, every))

@@ -18,6 +18,7 @@ from mlpmem_jax.config.load import load_config
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.evaluation.stored import whole_array
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.pipeline.rows import model_parts
 from mlpmem_jax.pipeline.stage import run_stage
 from mlpmem_jax.pipeline.variants import Variant
@@ -238,7 +239,7 @@ def test_a_gate_is_trained_offline_from_stored_logprobs(tiny_run, tmp_path, caps
     results = json.loads((workdir / "results/gated/evaluate.json").read_text())
     assert results["systems"]["memory"]["interpolation_source"] == "gate"
     # Tables of several runs mix with the same gate.
-    config = load_config(TINY, overrides, {"workdir": str(workdir)})
+    config = resolved(load_config(TINY, overrides, {"workdir": str(workdir)}))
     parts = model_parts(Variant.of(config))
     assert [part.kind for part in parts] == ["mixture"]
     for stage in parts[0].stages():

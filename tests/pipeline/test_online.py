@@ -10,6 +10,7 @@ import pytest
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.datastore.reading import StoredArray
 from mlpmem_jax.datastore.store import open_array, write_rows
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.mesh import single_device_mesh
@@ -67,7 +68,9 @@ def test_the_same_loss_stored_and_online(workdir):
 
 
 @pytest.mark.parametrize("inputs", ["stored", "online"])
-def test_targets_of_other_tokens_are_refused(workdir, tmp_path, inputs):
+def test_targets_of_other_tokens_are_refused(workdir, tmp_path, monkeypatch, inputs):
+    # Other labels under the same manifest: what compares shards with it is not asked here.
+    monkeypatch.setattr(StoredArray, "_compare", lambda *_: None)
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy)
     config = load_config(TINY, SAME_WINDOWS, {"workdir": str(copy)})

@@ -55,10 +55,10 @@ def test_mistakes_of_all_stages_are_reported_in_one_start(tmp_path, capsys, monk
 
 def test_more_neighbours_than_rows_cost_no_training(tmp_path, capsys):
     """How many rows there are is known once there are tokens."""
-    wanted = ("retrieval.engine=exact", "retrieval.num_neighbors=10000000")
+    wanted = ("retrieval.engine=exact", "retrieval.num_neighbors=900000")
     assert _start("run", tmp_path / "run", *wanted) == 2
     (line,) = _errors(capsys)
-    assert "retrieval.num_neighbors=10000000" in line and "other rows" in line
+    assert "retrieval.num_neighbors=900000" in line and "other rows" in line
     made = {path.name for path in (tmp_path / "run").iterdir()}
     assert made == {"config.yaml", "text-digests.json", "tokenizer", "tokens"}
 

@@ -147,15 +147,15 @@ def test_the_life_of_an_artifact(bucket, objects):
     assert artifact.status(recipe, origin) is Status.MISSING
     artifact.begin(recipe, origin)
     assert artifact.status({"a": 2}, {}) is Status.MISSING  # It holds nothing yet.
-    (artifact.path / "deep" / "part.bin").write_bytes(b"content")
+    (artifact.path / "train" / "token" / "c" / "0").write_bytes(b"content")
     assert artifact.status(recipe, origin) is Status.PARTIAL
-    manifest = artifact.finish(files=["deep/part.bin"])
+    manifest = artifact.finish(files=["train/token/c/0"])
     assert artifact.status(recipe, origin) is Status.COMPLETE
     assert artifact.verify() == manifest
     assert not (artifact.path / "building.json").exists()
     with pytest.raises(ArtifactError, match=f"^{artifact.path}: was made otherwise"):
         artifact.status({"a": 2}, origin)
-    part = f"{artifact.path}/deep/part.bin"
+    part = f"{artifact.path}/train/token/c/0"
     objects.damage(part)
     with pytest.raises(ArtifactError, match=f"^{part}: damaged, checksum"):
         artifact.verify()

@@ -351,7 +351,7 @@ def test_a_rebuild_that_cannot_do_leaves_what_is_there(text: Path) -> None:
     make(settings(text))
     before = contents(text / "run")
     with pytest.raises(UserError, match="the test split is empty"):
-        stages(Config(**settings(text, corpus={"test_fraction": 0.0})))
+        stages(Config(**settings(text, corpus={"test_fraction": 1e-9})))
     assert contents(text / "run") == before
 
 
@@ -403,7 +403,7 @@ def test_pieces_of_a_document_make_one_document(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"corpus": {"valid_fraction": 0.0}}, "the valid split is empty (documents: train"),
+        ({"corpus": {"valid_fraction": 1e-9}}, "the valid split is empty (documents: train"),
         ({"corpus": {"paths": ["nowhere/*.txt"]}}, "corpus.paths: 'nowhere/*.txt' matches no"),
         ({"decoder": {"context_tokens": 32768}}, "decoder.context_tokens=32768"),
         ({"decoder": {"context_tokens": 8192}}, "decoder.context_tokens=8192"),
