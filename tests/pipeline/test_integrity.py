@@ -27,7 +27,8 @@ from mlpmem_jax.training.networks import finished_decoder, finished_memory
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 # What is there for people, or only for a start after a kill: no finished run reads it.
 UNREAD = re.compile(
-    r"config\.yaml|text-digests\.json|results/metrics/.*|results/base/(evaluate\.csv|evaluate\.png|measured\.json)|"
+    r"config\.yaml|text-digests\.json|tokens/\w+/document_digest/.*|results/metrics/.*|"
+    r"results/base/(evaluate\.csv|evaluate\.png|measured\.json)|"
     r"(decoder|memory)/base/(checksums/.*|checkpoints/4/.*)|targets/base/train/temperature\.json"
 )
 
