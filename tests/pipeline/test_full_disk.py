@@ -18,10 +18,10 @@ ALONE = ["unshare", "--map-root-user", "--mount"]
 # the disk ends before its checkpoint; the last but one before the datastore.
 STARTS = (
     ("1500k", "run"),
-    ("1500k", "tokenize"),
-    ("1800k", "pretrain"),
-    ("3m", "pretrain"),
-    ("3m", "run"),
+    ("1900k", "tokenize"),
+    ("1900k", "pretrain"),
+    ("3300k", "pretrain"),
+    ("3300k", "run"),
     ("128m", "run"),
 )
 SCRIPT = """
