@@ -53,6 +53,7 @@ def _readers(config):
             stream.document_offset,
             stream.document_bytes,
             stream.document_words,
+            stream.document_file,
         ]
 
     def rows(split):
