@@ -19,7 +19,7 @@ ALONE = ["unshare", "--map-root-user", "--mount"]
 STARTS = (
     ("1500k", "run"),
     ("1900k", "tokenize"),
-    ("1900k", "pretrain"),
+    ("2100k", "pretrain"),
     ("3300k", "pretrain"),
     ("3300k", "run"),
     ("128m", "run"),
