@@ -27,6 +27,7 @@ from flax import nnx
 
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import quiet_libraries
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.datastore.manifest import BUILDING
 from mlpmem_jax.datastore.store import open_array, read_rows
@@ -103,6 +104,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
+    quiet_libraries()
     draw = random.Random(flags.seed)
     places: collections.Counter[str] = collections.Counter()
     finished = 0
@@ -120,7 +122,7 @@ def main() -> int:
         while sum(places.values()) < flags.kills:
             workdir = Path(folder) / f"run-{finished}"
             command = command_of(flags.config, workdir)
-            while (code := interrupted_start(command, draw.uniform(0.5, whole / 2))) is None:
+            while (code := interrupted_start(command, draw.uniform(0.5, whole / 5))) is None:
                 places[begun_in(workdir)] += 1
             if code != 0:
                 print(f"run {finished}: a start failed with {code}")
