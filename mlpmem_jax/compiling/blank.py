@@ -6,8 +6,8 @@ import numpy as np
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.windows import TokenWindows
 from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.input.feed import WindowSource
 from mlpmem_jax.input.rows import TargetReader
+from mlpmem_jax.input.windows import WindowSource
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.parallel.sharding import batch_sharding
 from mlpmem_jax.training.networks import abstract_network, decoder_builder
@@ -46,17 +46,21 @@ class BlankRun:
         names = {"input": state, "label": specs["label"], "logprob": specs["logprob"]}
         weight = {"weight": np.zeros((1, length), np.float32)}
         rows = {name: np.zeros((1, length, *spec.tail), spec.dtype) for name, spec in names.items()}
-        return _BlankWindows(rows | weight | self._targets(length))
+        return _BlankWindows(rows | weight | self._recent(length) | self._targets(length))
 
     def tokens_with_targets(self, split: Split, length: int) -> WindowSource:
         """Returns blank windows of tokens with targets."""
         tokens = self.token_windows(split, length).read(np.zeros(1, np.int64))
-        both = {"lm_weight": tokens["weight"], **self._targets(length)}
+        both = {"lm_weight": tokens["weight"], **self._recent(length), **self._targets(length)}
         return _BlankWindows(tokens | both)
 
     def decoder(self, mesh: jax.sharding.Mesh) -> Decoder:
         """Returns the decoder's shapes, dtypes and shardings."""
         return abstract_network(decoder_builder(self._config, self.vocab_size), mesh)
+
+    def _recent(self, length: int) -> dict[str, np.ndarray]:
+        num_recent = self._config.memory.recent_tokens
+        return {"recent": np.zeros((1, length, num_recent), np.int32)} if num_recent else {}
 
     def _targets(self, length: int) -> dict[str, np.ndarray]:
         specs = self._layout.targets_arrays(self.vocab_size)

@@ -122,10 +122,12 @@ def _decode(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
     run = BlankRun(config)
     memory = abstract_network(memory_builder(config, run.vocab_size), mesh)
     site = Site.of(config.datastore.input, config.decoder.num_layers)
-    model = InterpolatedModel(run.decoder(mesh), memory, site=site, weight=0.5, mesh=mesh)
+    model = InterpolatedModel(
+        run.decoder(mesh), memory, site=site, weight=0.5, separator=0, mesh=mesh
+    )
     settings = config.generate
     sampling = Sampling(settings.sampling, settings.temperature, settings.top_k, settings.top_p)
-    generator = Generator(model, sampling, separator=0)
+    generator = Generator(model, sampling)
     prompts, context = config.compile.num_prompts, config.decoder.context_tokens
     # Attention reads the whole cache, full or not.
     per_token = decoder_flops_per_token(

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def cross_section_mistakes(config: Config) -> list[str]:
     """Returns one line for each rule that is broken."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
-        _sources, _separator, _heads, _layers, _windows, _storage, _batches, _arrays, _mesh,
-        _names, _candidates, training_mistakes, table_mistakes,
+        _sources, _separator, _heads, _recent, _layers, _windows, _storage, _batches, _arrays,
+        _mesh, _names, _candidates, training_mistakes, table_mistakes,
     )  # fmt: skip
     return [mistake for rule in rules for mistake in rule(config)]
 
@@ -97,6 +97,23 @@ def _heads(config: Config) -> Iterator[str]:
         yield (
             f"memory.head=tied needs memory.width={config.memory.width} equal to "
             f"decoder.width={decoder.width}"
+        )
+
+
+def _recent(config: Config) -> Iterator[str]:
+    memory, context = config.memory, config.decoder.context_tokens
+    # Generation starts again from half of the context when a row of its cache is full.
+    most = max(1, context // 2)
+    if memory.recent_tokens > most:
+        yield (
+            f"memory.recent_tokens={memory.recent_tokens} is more than half of "
+            f"decoder.context_tokens={context}: at most {most}"
+        )
+    if memory.recent_width != "auto" and (memory.reads_decoder_table or not memory.recent_tokens):
+        yield (
+            f"memory.recent_width={memory.recent_width} has no effect with memory.recent_tokens="
+            f"{memory.recent_tokens} and memory.recent_table={memory.recent_table}: it is the "
+            "width of the memory's own table"
         )
 
 

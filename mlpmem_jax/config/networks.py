@@ -3,7 +3,17 @@
 from typing import Literal
 
 from mlpmem_jax.config.base import Section, runtime, setting
-from mlpmem_jax.config.types import Auto, Blocks, Count, Epsilon, Name, Scale, Tokens, Width
+from mlpmem_jax.config.types import (
+    Auto,
+    Blocks,
+    Count,
+    Epsilon,
+    Name,
+    RecentTokens,
+    Scale,
+    Tokens,
+    Width,
+)
 
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -56,6 +66,17 @@ class MemoryConfig(Section):
     input_norm: Literal["none", "rms", "standardize"] = setting(
         "standardize", "how the decoder's state is scaled before the first block"
     )
+    recent_tokens: RecentTokens = setting(
+        0,
+        "last tokens of the document, the current one first, whose embeddings the memory reads "
+        "beside the decoder's state; 0: the state alone (the paper)",
+    )
+    recent_table: Literal["decoder", "own"] = setting(
+        "decoder", "embeddings of recent tokens: the decoder's as they are, or a table of its own"
+    )
+    recent_width: Width | Auto = setting(
+        "auto", "width of the memory's own table (memory.recent_table=own); auto: memory.width"
+    )
     head: Literal["untied", "tied"] = setting("untied", "own output head, or the decoder's")
     gate: Literal["none", "learned"] = setting(
         "none", "learned: λ is a sigmoid of a linear map of the input, for each token"
@@ -66,6 +87,27 @@ class MemoryConfig(Section):
     compute_dtype: ComputeDtype = setting("auto", "auto: float32 on CPU, bfloat16 elsewhere")
     remat: Literal["none", "full", "dots"] = runtime("none", "as in decoder")
     layer_loop: Literal["auto", "scan", "unroll"] = runtime("auto", "as in decoder")
+
+    @property
+    def reads_decoder_table(self) -> bool:
+        """Whether the memory reads embeddings of the decoder."""
+        return self.recent_tokens > 0 and self.recent_table == "decoder"
+
+    @property
+    def reads_decoder(self) -> bool:
+        """Whether the memory shares a table with the decoder, or its head."""
+        return self.reads_decoder_table or self.head == "tied"
+
+    def input_width(self, decoder_width: int) -> int:
+        """Returns the width of what the memory reads: a state, and embeddings of tokens.
+
+        Args:
+            decoder_width: Width of the decoder's states and embeddings, D.
+        """
+        if self.recent_table == "decoder":
+            return decoder_width * (1 + self.recent_tokens)
+        width = self.width if self.recent_width == "auto" else self.recent_width
+        return decoder_width + width * self.recent_tokens
 
 
 MeshSize = Count | Auto

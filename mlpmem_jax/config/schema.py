@@ -31,6 +31,8 @@ from mlpmem_jax.errors import one_line
 
 __all__ = ["Config", "LossWeights"]
 
+_MIX_WINDOWS = 8  # More give a memory that is no better (docs/results.md), and take host memory.
+
 
 class LossWeights(NamedTuple):
     """Weights of the three terms of the joint loss (w_joint, w_lm, w_mem)."""
@@ -108,6 +110,13 @@ class Config(Section):
             return self.train.window_tokens
         stored = not self.decoder_runs
         return self.datastore.chunk_rows if stored else self.decoder.context_tokens
+
+    @property
+    def train_mix_windows(self) -> int:
+        """Windows of stored rows that are dealt out together in `train`."""
+        if self.train.mix_windows != "auto":
+            return self.train.mix_windows
+        return 1 if self.decoder_runs else _MIX_WINDOWS
 
     @property
     def loss_weights(self) -> LossWeights:

@@ -15,7 +15,7 @@ _MOST_PHASES = 1000
 
 def training_mistakes(config: Config) -> Iterator[str]:
     """Yields one line for each rule that is broken."""
-    for rule in (_schedules, _losses, _starts):
+    for rule in (_schedules, _losses, _rows, _starts):
         yield from rule(config)
 
 
@@ -81,6 +81,16 @@ def _losses(config: Config) -> Iterator[str]:
         yield (
             f"train.interpolation={train.interpolation}, where the gate begins, must be from "
             f"memory.gate_floor={floor} to {1 - floor}"
+        )
+
+
+def _rows(config: Config) -> Iterator[str]:
+    mixed = config.train_mix_windows
+    if mixed > 1 and config.decoder_runs:
+        yield (
+            f"train.mix_windows={mixed} mixes stored rows, and train.mode={config.train.mode}, "
+            f"train.inputs={config.train.inputs} reads windows of tokens: shorter "
+            "train.window_tokens and a larger train.batch_size mix those"
         )
 
 

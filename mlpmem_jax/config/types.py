@@ -44,6 +44,7 @@ Epochs = Annotated[int, Field(ge=1, le=1000)]
 Blocks = Annotated[int, Field(ge=1, le=10**4)]
 Width = Annotated[int, Field(ge=1, le=10**6)]
 Tokens = Annotated[int, Field(ge=1, le=10**7)]
+RecentTokens = Annotated[int, Field(ge=0, le=64)]
 Rows = Annotated[int, Field(ge=1, le=10**12)]
 Bytes = Annotated[int, Field(ge=1, le=10**15)]
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from mlpmem_jax.corpus.recent import read_recent
 from mlpmem_jax.corpus.tokens import TokenReader
 
 
@@ -139,16 +140,27 @@ class EmbeddingPlan:
         exists = steps < blocks.count[:, None]
         return np.minimum(places, self.window_tokens - 1).astype(np.int32), exists
 
-    def read(self, reader: TokenReader, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    def read(
+        self, reader: TokenReader, numbers: np.ndarray, num_recent: int = 0
+    ) -> dict[str, np.ndarray]:
         """Reads the windows of blocks.
 
+        Args:
+            reader: The token stream.
+            numbers: int64 [B] numbers of blocks.
+            num_recent: Recent tokens of each token to read besides, M; 0: none.
+
         Returns:
-            token, label and segment, int32 [B, W]; offset and count, int32 [B]. Behind the
-            end of a stream shorter than W stand separators.
+            token, label and segment, int32 [B, W]; offset and count, int32 [B]; recent, int32
+            [B, W, M], where M is not 0. Behind the end of a stream shorter than W stand
+            separators.
         """
         blocks = self.blocks(numbers)
         tokens = reader.read_windows(blocks.start, self.window_tokens + 1)
-        return {
+        recent = {}
+        if num_recent:
+            recent["recent"] = read_recent(reader, blocks.start, self.window_tokens, num_recent)
+        return recent | {
             "token": np.ascontiguousarray(tokens[:, :-1]),
             "label": np.ascontiguousarray(tokens[:, 1:]),
             "segment": segments_of(tokens[:, :-1], reader.separator_id),

@@ -194,6 +194,8 @@ def computed_blocks(
     tokens: TokenSplit,
     batches: Iterable[np.ndarray],
     mesh: jax.sharding.Mesh,
+    *,
+    num_recent: int = 0,
 ) -> Iterator[tuple[np.ndarray, dict[str, jax.Array]]]:
     """Yields block numbers with their rows, one batch behind what is being computed.
 
@@ -203,11 +205,12 @@ def computed_blocks(
         tokens: The split.
         batches: Numbers of blocks, int64 [B]; negative: none, and its rows mean nothing.
         mesh: Devices.
+        num_recent: Recent tokens that `step` reads of each token; 0: none.
     """
     before: tuple[np.ndarray, dict[str, jax.Array]] | None = None
     for number_B in batches:
         position_P = local_positions(mesh, len(number_B))
-        local = plan.read(tokens, np.maximum(number_B[position_P], 0))
+        local = plan.read(tokens, np.maximum(number_B[position_P], 0), num_recent)
         batch = to_devices(local, mesh, position_P, len(number_B))
         dispatched = (number_B, step(batch))
         if before is not None:

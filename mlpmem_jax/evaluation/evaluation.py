@@ -19,7 +19,7 @@ from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.retrieval.building import ExactCache, open_index
 from mlpmem_jax.retrieval.evidence import read_labels
-from mlpmem_jax.training.networks import finished_networks
+from mlpmem_jax.training.networks import finished_networks, separator_id
 
 SCHEMA_VERSION = 1
 _EVALUATED: tuple[Split, ...] = ("valid", "test")
@@ -99,7 +99,14 @@ def _latency(
     if config.memory.gate == "learned":
         memory_weight = None
     alone, with_memory = (
-        InterpolatedModel(decoder, each, site=sites["input"], weight=memory_weight, mesh=mesh)
+        InterpolatedModel(
+            decoder,
+            each,
+            site=sites["input"],
+            weight=memory_weight,
+            separator=separator_id(config),
+            mesh=mesh,
+        )
         for each in (None, memory)
     )
     models = {"decoder": alone, "knn": alone, "memory": with_memory}

@@ -54,7 +54,7 @@ def score_joint(
     plan = EmbeddingPlan(tokens.num_rows, window, stride)
     site = Site.of(config.datastore.input, config.decoder.num_layers)
     within = config.corpus.attention == "within"
-    chunk_tokens = config.train.loss_chunk_tokens
+    chunk_tokens, num_recent = config.train.loss_chunk_tokens, memory.config.recent_tokens
     graphdef, state = nnx.split((decoder, memory))
 
     @jax.jit
@@ -64,10 +64,12 @@ def score_joint(
         final_BWD, states = decoder.hidden(batch["token"], segment_BW, sites=(site,))
         assert final_BWD is not None
         scored = scored_columns(batch["offset"], window, stride)
-        input_BRD, label_BR = scored(states[site]), scored(batch["label"])
+        label_BR = scored(batch["label"])
+        recent_BRM = scored(batch["recent"]) if num_recent else None
+        input_BRX = memory.inputs(scored(states[site]), recent_BRM, decoder.embedding[...])
         heads = {
             "decoder": (scored(final_BWD), decoder.head_VD()),
-            "memory": (memory.hidden(input_BRD), memory.head_VE(decoder.head_VD())),
+            "memory": (memory.hidden(input_BRX), memory.head_VE(decoder.head_VD())),
         }
         rows = {
             name: token_logprob(
@@ -76,14 +78,16 @@ def score_joint(
             for name, head in heads.items()
         }
         if memory.config.gate == "learned":
-            rows["gate"] = memory.interpolation(input_BRD)
+            rows["gate"] = memory.interpolation(input_BRX)
         return rows
 
     found: dict[str, np.ndarray] = {}
     batches = in_batches(range(plan.num_blocks), config.datastore.batch_size)
     with jax.set_mesh(mesh), progress(plan.num_rows, "row", f"score {tokens.split}") as bar:
         step = functools.partial(score, state)
-        for number_B, rows in computed_blocks(step, plan, tokens, batches, mesh):
+        for number_B, rows in computed_blocks(
+            step, plan, tokens, batches, mesh, num_recent=num_recent
+        ):
             part = plan.blocks(number_B[number_B >= 0])
             for name, array in rows.items():
                 host_BR = whole(array)

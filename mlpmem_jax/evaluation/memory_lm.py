@@ -13,7 +13,8 @@ from flax import nnx
 
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.input.feed import Batch, Feed
-from mlpmem_jax.input.rows import RowReader, TargetReader, compare_labels
+from mlpmem_jax.input.rows import RecentReader, RowReader, TargetReader, compare_labels
+from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.sharding import replicated
 from mlpmem_jax.training.losses import means, memory_loss, token_logprob
@@ -33,6 +34,7 @@ class SplitRows:
         batch_size: int,
         separator: int,
         *,
+        num_recent: int,
         with_targets: bool,
     ):
         """Opens the arrays.
@@ -43,6 +45,7 @@ class SplitRows:
             length: Rows in a window.
             batch_size: Windows in a batch.
             separator: Label that is not scored.
+            num_recent: Recent tokens that the memory reads; 0: none.
             with_targets: Whether to read the kNN targets too.
         """
         self._length = length
@@ -51,6 +54,7 @@ class SplitRows:
         self._separator = separator
         self._artifact = layout.datastore(split)
         self._rows = RowReader(self._artifact, {"input": layout.input_array(), "label": "label"})
+        self._recent = RecentReader(self._artifact, num_recent, separator)
         self._targets = TargetReader(layout, split) if with_targets else None
         self.num_rows = self._rows.num_rows
 
@@ -65,8 +69,9 @@ class SplitRows:
         starts = np.asarray(windows, np.int64) * self._length
         inside = np.minimum(starts, self.num_rows)
         pending = self._rows.start(inside, self._length)
+        recent = self._recent.start(inside, self._length)
         target_rows = self._targets.start(inside, self._length) if self._targets else None
-        rows = pending.result()
+        rows = pending.result() | recent.result()
         exists = starts[:, None] + np.arange(self._length) < self.num_rows
         scored = exists & (rows["label"] != self._separator)
         rows["weight"] = scored.astype(np.float32)
@@ -96,7 +101,7 @@ class MemoryScores:
 
 def score_memory(
     memory: Memory,
-    decoder_head_VD: jax.Array | None,
+    decoder: Decoder | None,
     source: SplitRows,
     mesh: jax.sharding.Mesh,
     *,
@@ -106,20 +111,23 @@ def score_memory(
 
     Args:
         memory: A trained memory.
-        decoder_head_VD: The decoder's head, read only where the memory's is tied to it.
+        decoder: The decoder whose head or embeddings the memory reads (`reads_decoder`); None
+            where it reads neither.
         source: Rows of the split.
         mesh: Devices; a batch's windows are spread over them.
         chunk_tokens: Rows on a device whose logits exist at the same time.
     """
     graphdef, state = nnx.split(memory)
-
+    tables = (None, None) if decoder is None else (decoder.head_VD(), decoder.embedding[...])
     has_gate = memory.config.gate == "learned"
 
-    def score(state: Any, head_VD: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
+    def score(state: Any, tables: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
         network: Any = nnx.merge(graphdef, state)
-        hidden_BLE = network.hidden(batch["input"])
+        head_VD, table_VD = tables
+        input_BLX = network.inputs(batch["input"], batch.get("recent"), table_VD)
+        hidden_BLE = network.hidden(input_BLX)
         head_VE = network.head_VE(head_VD)
-        rows = {} if not has_gate else {"gate": network.interpolation(batch["input"])}
+        rows = {} if not has_gate else {"gate": network.interpolation(input_BLX)}
         rows["logprob"] = token_logprob(
             hidden_BLE,
             head_VE,
@@ -158,7 +166,7 @@ def score_memory(
     total: dict[str, Any] = {}
     with jax.set_mesh(mesh):
         for batch in feed:
-            rows, sums = jax.device_get(jitted(state, decoder_head_VD, batch))
+            rows, sums = jax.device_get(jitted(state, tables, batch))
             for name, array_BL in rows.items():
                 parts.setdefault(name, []).append(array_BL.reshape(-1))
             total = {name: total.get(name, 0.0) + float(value) for name, value in sums.items()}

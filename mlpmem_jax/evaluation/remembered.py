@@ -52,12 +52,12 @@ def remember(
         config.datastore.chunk_rows,
         config.evaluate.batch_size,
         tokens.separator_id,
+        num_recent=config.memory.recent_tokens,
         # There are targets of validation rows; those of test rows are never made.
         with_targets=split == "valid",
     )
-    head_VD = decoder.head_VD() if config.memory.head == "tied" else None
     stored = score_memory(
-        memory, head_VD, source, mesh, chunk_tokens=config.train.loss_chunk_tokens
+        memory, decoder, source, mesh, chunk_tokens=config.train.loss_chunk_tokens
     )
     weight = _weight(config, stored.gate_N)
     return Remembered(stored.logprob_N, None, weight, stored.diagnostics)

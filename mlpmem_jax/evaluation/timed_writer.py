@@ -101,9 +101,10 @@ class TimedWriter:
 
     def write(self) -> float:
         """Draws one more token for each text and returns the seconds that it took."""
-        if self._length == self._compiled.model.context_tokens:
+        model = self._compiled.model
+        if self._length == model.context_tokens:
             # Start over: a step costs the same however full the cache is.
-            self._cache = self._cache._replace(length_B=self._cache.length_B * 0)
+            self._cache = self._cache.emptied(np.ones(self._batch, bool), model.separator)
             self._length = 0
         return self._step(self._token)
 

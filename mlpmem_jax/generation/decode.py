@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlpmem_jax.generation.interpolated import InterpolatedModel
+from mlpmem_jax.generation.interpolated import InterpolatedModel, ModelCache
 from mlpmem_jax.generation.sampling import Sampling, prompt_keys, sample, token_keys
-from mlpmem_jax.models.decoder import Cache
 from mlpmem_jax.parallel.sharding import replicated
 
 # Steps of one call to the device: few enough to stream, enough to hide the call.
@@ -32,12 +31,12 @@ class Progress(NamedTuple):
     """What generation carries from token to token, on the device.
 
     Attributes:
-        cache: Keys and values of the tokens read so far, and their number.
+        cache: What the model keeps of the tokens read so far.
         token_B: int32, the token drawn last, not yet in the cache.
         drawn_B: int32, tokens drawn so far; numbers the random keys.
     """
 
-    cache: Cache
+    cache: ModelCache
     token_B: jax.Array
     drawn_B: jax.Array
 
@@ -69,17 +68,16 @@ class Timing:
 class Generator:
     """Generates text for batches of prompts."""
 
-    def __init__(self, model: InterpolatedModel, sampling: Sampling, separator: int):
+    def __init__(self, model: InterpolatedModel, sampling: Sampling):
         """Prepares to generate.
 
         Args:
-            model: Decoder and memory.
+            model: Decoder and memory; its separator ends a text.
             sampling: How tokens are drawn.
-            separator: Id that starts a document, and so ends a text.
         """
         self._model = model
         self._sampling = sampling
-        self._separator = separator
+        self._separator = model.separator
         self._compiled: dict[tuple[str, int, int], Any] = {}
         self.timing = Timing()
 
@@ -241,14 +239,9 @@ class Generator:
         """Reads windows into the rows whose length is not 0 and draws a token for each."""
         read_B = length_B > 0
         old = progress.cache
-        # A row that starts counts from 0: what its cache held is never seen again.
-        cache = old._replace(length_B=jnp.where(read_B, 0, old.length_B))
+        cache = old.emptied(read_B, self._separator)
         logprob_BV, cache = self._model.extend(parameters, cache, token_BL, length_B)
-        row_B = read_B[:, None, None, None]
-        cache = cache._replace(
-            key=jnp.where(row_B, cache.key, old.key),
-            value=jnp.where(row_B, cache.value, old.value),
-        )
+        cache = cache.with_entries_of(old, ~read_B)
         after = self._drawn(progress, cache, logprob_BV, key_B, read_B)
         return after, jnp.where(read_B, after.token_B, _NONE)[None]
 
@@ -276,7 +269,7 @@ class Generator:
     def _drawn(
         self,
         before: Progress,
-        cache: Cache,
+        cache: ModelCache,
         logprob_BV: jax.Array,
         key_B: jax.Array,
         chosen_B: jax.Array,

@@ -1,10 +1,10 @@
 """Decoder and memory as one next-token model with a key/value cache (paper, Eq. 7).
 
-Suffixes: B prompts, L tokens, D decoder width, V padded vocabulary.
+Suffixes: B prompts, L tokens, M recent tokens, D decoder width, V padded vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,41 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from mlpmem_jax.corpus.recent import within_document
 from mlpmem_jax.models.decoder import Cache, Decoder, Site
 from mlpmem_jax.models.interpolation import interpolate
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.sharding import replicated, spec
 
 _CACHE_NAMES = ("layers", "batch", None, "kv_heads", "head_width")
+
+
+class ModelCache(NamedTuple):
+    """What a model keeps of the tokens that it has read.
+
+    Attributes:
+        decoder: Keys and values, and how many tokens were read.
+        recent_BM: int32, the last tokens of each row, the newest first; separators before its
+            first. M is 0 without a memory that reads them.
+    """
+
+    decoder: Cache
+    recent_BM: jax.Array
+
+    def emptied(self, row_B: jax.Array, separator: int) -> "ModelCache":
+        """Returns the cache with some rows empty: what they held is never seen again."""
+        length_B = jnp.where(row_B, 0, self.decoder.length_B)
+        recent_BM = jnp.where(row_B[:, None], separator, self.recent_BM)
+        return ModelCache(self.decoder._replace(length_B=length_B), recent_BM)
+
+    def with_entries_of(self, other: "ModelCache", row_B: jax.Array) -> "ModelCache":
+        """Returns the cache with another's keys and values in some rows."""
+        row_B111 = row_B[:, None, None, None]
+        key, value = (
+            jnp.where(row_B111, theirs, own)
+            for theirs, own in zip(other.decoder[:2], self.decoder[:2], strict=True)
+        )
+        return self._replace(decoder=self.decoder._replace(key=key, value=value))
 
 
 class InterpolatedModel:
@@ -27,6 +56,7 @@ class InterpolatedModel:
         parameters: Pytree of what the functions below read; pass it to them, so that
             compiled functions take it as an argument.
         context_tokens: Tokens that a row of the cache holds.
+        separator: The token that starts each document.
         vocab_size: Real entries of the vocabulary; padding has probability 0.
     """
 
@@ -37,6 +67,7 @@ class InterpolatedModel:
         *,
         site: Site,
         weight: float | None,
+        separator: int,
         mesh: jax.sharding.Mesh,
     ):
         """Takes restored networks.
@@ -46,6 +77,7 @@ class InterpolatedModel:
             memory: The memory, likewise; None leaves the decoder alone.
             site: The decoder's state that the memory reads.
             weight: λ, the memory's weight, in [0, 1]; None: the memory's gate gives it.
+            separator: The token that starts each document.
             mesh: Where the parameters lie.
         """
         self.context_tokens = decoder.config.context_tokens
@@ -53,29 +85,33 @@ class InterpolatedModel:
         self._decoder, decoder_state = nnx.split(decoder)
         self._memory: Any = None
         memory_state: Any = None
+        self._num_recent = 0
         if memory is not None:
             self._memory, memory_state = nnx.split(memory)
+            self._num_recent = memory.config.recent_tokens
         fixed = None if weight is None else np.float32(weight)
         self.parameters = (decoder_state, memory_state, fixed)
         self._site = site
+        self.separator = separator
         self.mesh = mesh
 
-    def empty_cache(self, num_prompts: int) -> Cache:
+    def empty_cache(self, num_prompts: int) -> ModelCache:
         """Returns an empty cache for some prompts."""
         decoder: Any = nnx.merge(self._decoder, self.parameters[0])
-        cache: Cache = decoder.init_cache(num_prompts, self.context_tokens)
-        return cache
+        recent_BM = jnp.full((num_prompts, self._num_recent), self.separator, jnp.int32)
+        return ModelCache(decoder.init_cache(num_prompts, self.context_tokens), recent_BM)
 
     def cache_shardings(self, num_prompts: int) -> Any:
         """Returns where a cache lies: heads over the devices that hold their weights."""
-        shape = jax.eval_shape(lambda: self.empty_cache(num_prompts)).key.shape
+        shape = jax.eval_shape(lambda: self.empty_cache(num_prompts)).decoder.key.shape
         heads = NamedSharding(self.mesh, spec(_CACHE_NAMES, shape, self.mesh))
-        places: Any = (heads, heads, replicated(self.mesh))
-        return Cache(*places)
+        everywhere: Any = replicated(self.mesh)
+        places: Any = (heads, heads, everywhere)
+        return ModelCache(Cache(*places), everywhere)
 
     def extend(
-        self, parameters: Any, cache: Cache, token_BL: jax.Array, length_B: jax.Array
-    ) -> tuple[jax.Array, Cache]:
+        self, parameters: Any, cache: ModelCache, token_BL: jax.Array, length_B: jax.Array
+    ) -> tuple[jax.Array, ModelCache]:
         """Reads tokens and predicts what follows the last of each row.
 
         Args:
@@ -95,16 +131,17 @@ class InterpolatedModel:
     def extend_with_states(
         self,
         parameters: Any,
-        cache: Cache,
+        cache: ModelCache,
         token_BL: jax.Array,
         length_B: jax.Array,
         sites: Sequence[Site] = (),
-    ) -> tuple[jax.Array, dict[Site, jax.Array], Cache]:
+    ) -> tuple[jax.Array, dict[Site, jax.Array], ModelCache]:
         """As `extend`, and returns the decoder's states [B, D] at the sites besides."""
         decoder_state, memory_state, weight = parameters
         decoder: Any = nnx.merge(self._decoder, decoder_state)
         wanted = tuple(dict.fromkeys([*sites, *([self._site] if self._memory else [])]))
-        final_BLD, states, cache = decoder.extend(token_BL, cache, length_B, wanted)
+        final_BLD, states, read = decoder.extend(token_BL, cache.decoder, length_B, wanted)
+        recent_BM = _appended(cache.recent_BM, token_BL, length_B)
         last_B = jnp.maximum(length_B - 1, 0)
 
         def at_last(state_BLD: jax.Array) -> jax.Array:
@@ -114,10 +151,20 @@ class InterpolatedModel:
         logprob_BV = jax.nn.log_softmax(decoder.logits(at_last(final_BLD)), axis=-1)
         if self._memory is not None:
             memory: Any = nnx.merge(self._memory, memory_state)
-            hidden_BE = memory.hidden(last[self._site])
+            inside_BM = within_document(recent_BM, self.separator)
+            input_BX = memory.inputs(last[self._site], inside_BM, decoder.embedding[...])
+            hidden_BE = memory.hidden(input_BX)
             logits_BV = memory.logits(hidden_BE, decoder.head_VD())
             memory_BV = jax.nn.log_softmax(logits_BV, axis=-1)
             if weight is None:
-                weight = memory.interpolation(last[self._site])[:, None]
+                weight = memory.interpolation(input_BX)[:, None]
             logprob_BV = interpolate(memory_BV, logprob_BV, weight)
-        return logprob_BV, {site: last[site] for site in sites}, cache
+        return logprob_BV, {site: last[site] for site in sites}, ModelCache(read, recent_BM)
+
+
+def _appended(recent_BM: jax.Array, token_BL: jax.Array, length_B: jax.Array) -> jax.Array:
+    """Returns the last M tokens of each row, the newest first, after `length_B` more."""
+    num_recent = recent_BM.shape[1]
+    stream_BT = jnp.concatenate([recent_BM[:, ::-1], token_BL], axis=1)
+    place_BM = num_recent - 1 + length_B[:, None] - jnp.arange(num_recent)
+    return jnp.take_along_axis(stream_BT, place_BM, axis=1)

@@ -8,49 +8,17 @@ processes, several need the same rows).
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterator, Mapping
 
 import grain
 import jax
 import numpy as np
 
+from mlpmem_jax.input.mixing import MixedRows
+from mlpmem_jax.input.windows import WindowSource, window_order
 from mlpmem_jax.parallel.sharding import batch_sharding
 
 Batch = dict[str, jax.Array]
-
-
-class WindowSource(Protocol):
-    """Windows that can be read in any order, several at once."""
-
-    @property
-    def num_windows(self) -> int:
-        """Number of windows."""
-        ...
-
-    def read(self, windows: np.ndarray) -> dict[str, np.ndarray]:
-        """Reads windows.
-
-        Args:
-            windows: int64 [B] numbers of windows.
-
-        Returns:
-            Arrays whose first dim is B.
-        """
-        ...
-
-
-def window_order(num_windows: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns a function from global record numbers to window numbers.
-
-    Each run of `num_windows` records is one epoch: a permutation of its own.
-    """
-    order = grain.MapDataset.range(num_windows).seed(seed).shuffle().repeat(None)
-
-    def windows_of(records: np.ndarray) -> np.ndarray:
-        return np.asarray([order[int(record)] for record in records], np.int64)
-
-    return windows_of
 
 
 def local_positions(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
@@ -102,18 +70,42 @@ class Feed:
         steps: range,
         prefetch: int = 4,
         shuffled: bool = True,
+        mix_windows: int = 1,
     ):
+        """Prepares to read.
+
+        Args:
+            source: Windows.
+            mesh: Devices.
+            batch_size: Windows in a global batch.
+            seed: Of the order.
+            steps: Steps whose batches are wanted.
+            prefetch: Batches read ahead.
+            shuffled: Whether the order is drawn; else that of the source.
+            mix_windows: Windows whose rows are dealt out together; 1: batches are whole windows.
+        """
         self.wait_secs = 0.0
         self._mesh = mesh
         self._batch_size = batch_size
         self._positions = local_positions(mesh, batch_size)
         order = window_order(source.num_windows, seed) if shuffled else None
 
-        def read_step(step: int) -> dict[str, np.ndarray]:
-            records = step * batch_size + self._positions
-            windows = order(records) if order else records % source.num_windows
-            return source.read(windows)
+        def windows_of(records: np.ndarray) -> np.ndarray:
+            return order(records) if order else records % source.num_windows
 
+        def read_step(step: int) -> dict[str, np.ndarray]:
+            return source.read(windows_of(step * batch_size + self._positions))
+
+        if mix_windows > 1:
+            read_step = MixedRows(
+                source,
+                windows_of,
+                self._positions,
+                batch_size,
+                mix_windows=mix_windows,
+                seed=seed,
+                stop_step=steps.stop,
+            ).read_step
         dataset = grain.MapDataset.range(steps.start, steps.stop).map(read_step)
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=prefetch)
         self._iterator = iter(dataset.to_iter_dataset(options))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from mlpmem_jax.corpus.recent import after_start, recent_tokens
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.datastore.reading import PendingRead, StoredArray
@@ -122,20 +123,73 @@ class TargetReader:
         }
 
 
+class RecentReader:
+    """Recent tokens by row: token n of the stream is the label of row n − 1."""
+
+    def __init__(self, artifact: Artifact, num_recent: int, separator_id: int):
+        """Opens the labels of a datastore split.
+
+        Args:
+            artifact: The split's rows.
+            num_recent: M; 0: there is nothing to read.
+            separator_id: The token that starts each document.
+        """
+        self._labels = RowReader(artifact, {"label": "label"}) if num_recent else None
+        self._num_recent = num_recent
+        self._separator_id = separator_id
+
+    def start(self, starts: np.ndarray, length: int) -> "PendingRecent":
+        """Begins to read the recent tokens of rows [start, start + length), int64 [B]."""
+        first = np.asarray(starts, np.int64) - self._num_recent
+        pending = None
+        if self._labels is not None:
+            pending = self._labels.start(np.maximum(first, 0), length + self._num_recent - 1)
+        return PendingRecent(pending, first, self._num_recent, self._separator_id)
+
+
+class PendingRecent:
+    """A read under way."""
+
+    def __init__(
+        self, pending: PendingRows | None, first: np.ndarray, num_recent: int, separator_id: int
+    ):
+        self._pending = pending
+        self._first = first
+        self._num_recent = num_recent
+        self._separator_id = separator_id
+
+    def result(self) -> dict[str, np.ndarray]:
+        """Waits; returns `recent`, int32 [B, L, M]; nothing where M is 0.
+
+        Raises:
+            ArtifactError: A shard is missing or damaged.
+        """
+        if self._pending is None:
+            return {}
+        token_BT = self._pending.result()["label"]
+        # Before row 0 stands the separator of the first document.
+        token_BT = after_start(token_BT, self._first, self._separator_id)
+        return {"recent": recent_tokens(token_BT, self._num_recent, self._separator_id)}
+
+
 class StoredRows:
     """Windows of (input, label, log-prob, target) of a datastore split.
 
     Batches hold input_BLD (storage dtype), label_BL int32, logprob_BL float32, weight_BL
     float32 (0 where the label is the separator or padding), target_id_BLS int32,
-    target_prob_BLS float32 and target_mass_BL float32.
+    target_prob_BLS float32, target_mass_BL float32 and, for a memory that reads them,
+    recent_BLM int32.
     """
 
-    def __init__(self, layout: Layout, split: Split, length: int, separator_id: int):
+    def __init__(
+        self, layout: Layout, split: Split, length: int, separator_id: int, num_recent: int = 0
+    ):
         self._length = length
         self._separator_id = separator_id
         self._datastore = layout.datastore(split)
         arrays = {"input": layout.input_array(), "label": "label", "logprob": "logprob"}
         self._rows = RowReader(self._datastore, arrays)
+        self._recent = RecentReader(self._datastore, num_recent, separator_id)
         self._targets = TargetReader(layout, split)
         self.num_rows = self._rows.num_rows
         if self.num_rows != self._targets.num_rows:
@@ -153,8 +207,9 @@ class StoredRows:
     def read(self, windows: np.ndarray) -> dict[str, np.ndarray]:
         """Reads windows (int64 [B]) of rows with their targets."""
         starts = window_starts(windows, self._length, self.num_rows)
-        pending = self._rows.start(starts, self._length), self._targets.start(starts, self._length)
-        rows, targets = (each.result() for each in pending)
+        readers = (self._rows, self._targets, self._recent)
+        pending = [reader.start(starts, self._length) for reader in readers]
+        rows, targets, recent = (each.result() for each in pending)
         compare_labels(
             rows["label"],
             targets["target_label"],
@@ -170,5 +225,6 @@ class StoredRows:
             "label": rows["label"],
             "logprob": rows["logprob"],
             "weight": scored.astype(np.float32),
+            **recent,
             **TargetReader.prepared(targets),
         }

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from mlpmem_jax.corpus.recent import read_recent
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import TokenWindows
 from mlpmem_jax.datastore.layout import Layout, Split
@@ -16,14 +17,15 @@ class TokensWithTargets:
     targets are looked up by row. Batches hold token_BL, label_BL and segment_BL int32,
     weight_BL float32 (0 where the label is the separator or padding), lm_weight_BL float32 (0 on
     padding only: the decoder learns separators too), target_id_BLS int32, target_prob_BLS
-    float32 and target_mass_BL float32.
+    float32, target_mass_BL float32 and, for a memory that reads them, recent_BLM int32.
     """
 
-    def __init__(self, layout: Layout, split: Split, length: int):
-        tokens = TokenSplit.open(layout.tokens, split)
+    def __init__(self, layout: Layout, split: Split, length: int, num_recent: int = 0):
+        self._tokens = tokens = TokenSplit.open(layout.tokens, split)
         self._length = length
         self._windows = TokenWindows(tokens, length, weights="train")
         self._separator_id = tokens.separator_id
+        self._num_recent = num_recent
         self._targets = TargetReader(layout, split)
         self._names = f"{layout.tokens.path}/{split} and {self._targets.artifact.path}"
         if tokens.num_rows != self._targets.num_rows:
@@ -52,4 +54,8 @@ class TokensWithTargets:
             "weight": np.where(batch["label"] == self._separator_id, np.float32(0), lm_weight),
             "lm_weight": lm_weight,
         }
-        return batch | scored | TargetReader.prepared(targets)
+        recent = {}
+        if self._num_recent:
+            count = self._length, self._num_recent
+            recent["recent"] = read_recent(self._tokens, starts, *count)
+        return batch | scored | recent | TargetReader.prepared(targets)

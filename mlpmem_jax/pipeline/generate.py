@@ -96,10 +96,11 @@ def generate(config: Config, weight: float | None, *, with_memory: bool) -> None
         memory if with_memory else None,
         site=Site.of(config.datastore.input, config.decoder.num_layers),
         weight=weight,
+        separator=tokenizer.separator_id,
         mesh=mesh,
     )
     sampling = Sampling(settings.sampling, settings.temperature, settings.top_k, settings.top_p)
-    generator = Generator(model, sampling, tokenizer.separator_id)
+    generator = Generator(model, sampling)
     prompts = list(settings.prompts)
     ids = [list(map(int, each)) for each in tokenizer.encode(prompts)]
     how = "decoder alone"

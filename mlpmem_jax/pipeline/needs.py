@@ -4,6 +4,7 @@ Everything is bytes that the code below the stages cannot do without: all keys, 
 state. Buffers and activations come on top.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -46,8 +47,31 @@ def training_need(config: Config, machine: Machine, count: RowCounter) -> Need:
     decoder, memory = (_parameters(config, name) for name in ("decoder", "memory"))
     if config.train.mode == "joint":
         return _training(config, machine, decoder + memory, 0)
-    beside = config.decoder_runs or config.memory.head == "tied"
-    return _training(config, machine, memory, decoder if beside else 0)
+    if config.decoder_runs or config.memory.head == "tied":
+        beside = decoder
+    else:
+        beside = config.decoder.width * _vocab_size(config) * config.memory.reads_decoder_table
+    need = _training(config, machine, memory, beside)
+    mixed = _mixed_rows(config, machine)
+    return dataclasses.replace(need, moments=(*need.moments, *mixed))
+
+
+def _mixed_rows(config: Config, machine: Machine) -> tuple[Moment, ...]:
+    """Returns the windows whose rows are dealt out together, and those that are read ahead."""
+    mixed, layout = config.train_mix_windows, Layout(config)
+    if mixed == 1:
+        return ()
+    state = layout.datastore_arrays()[layout.input_array()].row_bytes
+    # Label, log p, weight, mass; id and probability of each token of a target.
+    row_bytes = state + 4 * (4 + 2 * config.targets.num_tokens + config.memory.recent_tokens)
+    rows = config.train.batch_size * config.train_window_tokens * mixed
+    return (
+        Moment(
+            "the rows that are dealt out over steps",
+            f"lower train.mix_windows={mixed}",
+            host_bytes=2 * rows * row_bytes // machine.num_processes,
+        ),
+    )
 
 
 def embedding_need(config: Config, split: Split, machine: Machine, count: RowCounter) -> Need:
@@ -203,11 +227,15 @@ def _engine(config: Config, machine: Machine, num_rows: int) -> str:
         return "scann"
 
 
-def _parameters(config: Config, network: str) -> int:
+def _vocab_size(config: Config) -> int:
     try:
-        vocab = int(Layout(config).tokens.load().counts["vocab_size"])
+        return int(Layout(config).tokens.load().counts["vocab_size"])
     except ArtifactError:  # At least the smallest that a tokenizer can have.
-        vocab = config.tokenizer.vocab_size if config.tokenizer.path is None else 257
+        return config.tokenizer.vocab_size if config.tokenizer.path is None else 257
+
+
+def _parameters(config: Config, network: str) -> int:
+    vocab = _vocab_size(config)
     if network == "decoder":
         return _counted(decoder_parameters, config.decoder, vocab)
     return _counted(memory_parameters, config.memory, config.decoder.width, vocab)

@@ -198,15 +198,15 @@ def _report(counts: Mapping[str, int], bytes_per_token: Mapping[str, float], rat
         )
     if counts["skipped_files"] or counts["skipped_records"]:
         say(
-            f"tokens: {counts['skipped_files']:,} files left out, not UTF-8 text; "
-            f"{counts['skipped_records']:,} records left out, without usable text"
+            f"tokens: files left out, not UTF-8 text: {counts['skipped_files']:,}; "
+            f"records left out, without usable text: {counts['skipped_records']:,}"
         )
     if counts["duplicate_documents"]:
         copied = counts["copied_documents"]
         say(
-            f"tokens: {counts['duplicate_documents']:,} duplicate documents left out, "
-            f"{counts['duplicate_bytes']:,} bytes"
-            + f" ({copied:,} of them of another split: test comes before valid, valid before train)"
+            f"tokens: duplicate documents left out: {counts['duplicate_documents']:,} "
+            f"({counts['duplicate_bytes']:,} bytes)"
+            + f"; copies of another split: {copied:,} (test comes before valid, valid before train)"
             * bool(copied)
         )
     say(f"tokens: {rate:.1f} MB/s")

@@ -65,11 +65,19 @@ def decoder_flops_per_token(
 
 
 def memory_flops_per_token(
-    config: MemoryConfig, input_width: int, vocab_size: int, *, head: bool = True
+    config: MemoryConfig, decoder_width: int, vocab_size: int, *, head: bool = True
 ) -> float:
-    """Returns flops of a forward pass of the memory, per token (arguments as above)."""
+    """Returns flops of a forward pass of the memory, per token.
+
+    Args:
+        config: The section `memory`.
+        decoder_width: Width of the states that it reads, D.
+        vocab_size: V; padded here.
+        head: Whether logits are computed.
+    """
     hidden = layers.ffn_width(config.ffn_width, config.width, config.block)
     weights = config.num_layers * _ffn_weights(config.width, hidden, config.block)
+    input_width = config.input_width(decoder_width)
     if input_width != config.width:
         weights += input_width * config.width
     if head:
@@ -77,25 +85,31 @@ def memory_flops_per_token(
     return 2.0 * weights
 
 
-def tied_head_flops_per_token(config: MemoryConfig, input_width: int, vocab_size: int) -> float:
+def tied_head_flops_per_token(config: MemoryConfig, decoder_width: int, vocab_size: int) -> float:
     """Returns flops of the memory's head in a forward pass, where it is the decoder's; else 0."""
     if config.head != "tied":
         return 0.0
-    blocks = memory_flops_per_token(config, input_width, vocab_size, head=False)
-    return memory_flops_per_token(config, input_width, vocab_size) - blocks
+    blocks = memory_flops_per_token(config, decoder_width, vocab_size, head=False)
+    return memory_flops_per_token(config, decoder_width, vocab_size) - blocks
 
 
 def memory_training_flops_per_token(
-    config: MemoryConfig, input_width: int, vocab_size: int
+    config: MemoryConfig, decoder_width: int, vocab_size: int
 ) -> float:
     """Returns flops of training the memory alone, per token (arguments as above).
 
-    A tied head is the frozen decoder's and has no gradient of its own.
+    A tied head is the frozen decoder's and has no gradient of its own; nor has the input, unless
+    the memory has parameters before its projection.
     """
-    blocks = memory_flops_per_token(config, input_width, vocab_size, head=False)
-    head = memory_flops_per_token(config, input_width, vocab_size) - blocks
+    blocks = memory_flops_per_token(config, decoder_width, vocab_size, head=False)
+    head = memory_flops_per_token(config, decoder_width, vocab_size) - blocks
     head_factor = TRAINING_FACTOR if config.head == "untied" else TRAINING_FACTOR - 1
-    return TRAINING_FACTOR * blocks + head_factor * head
+    total = TRAINING_FACTOR * blocks + head_factor * head
+    input_width = config.input_width(decoder_width)
+    own_table = config.recent_tokens and config.recent_table == "own"
+    if input_width != config.width and config.input_norm != "rms" and not own_table:
+        total -= 2.0 * input_width * config.width
+    return total
 
 
 def joint_training_flops_per_token(
@@ -138,10 +152,10 @@ def decoder_parameters(config: DecoderConfig, vocab_size: int) -> dict[str, int]
     return _count(abstract, ("embedding", "position", "head"))
 
 
-def memory_parameters(config: MemoryConfig, input_width: int, vocab_size: int) -> dict[str, int]:
-    """Returns the numbers of parameters: "total" and "non_embedding" (no head)."""
-    abstract = nnx.eval_shape(lambda: Memory(config, input_width, vocab_size, rngs=nnx.Rngs(0)))
-    return _count(abstract, ("head",))
+def memory_parameters(config: MemoryConfig, decoder_width: int, vocab_size: int) -> dict[str, int]:
+    """Returns the numbers of parameters: "total" and "non_embedding" (no table, no head)."""
+    abstract = nnx.eval_shape(lambda: Memory(config, decoder_width, vocab_size, rngs=nnx.Rngs(0)))
+    return _count(abstract, ("recent", "head"))
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -23,19 +23,19 @@ def at_step(config: Config, step: int) -> Config:
 
 
 def interpolation_of(
-    config: Config, memory: Memory, input_BLD: jax.Array, step: jax.Array
+    config: Config, memory: Memory, input_BLX: jax.Array, step: jax.Array
 ) -> jax.Array:
     """Returns λ of each token, float32 [B, L].
 
     Args:
         config: The whole configuration.
         memory: The memory, with or without a gate.
-        input_BLD: What it reads.
+        input_BLX: What it reads.
         step: Finished steps, int32 [].
     """
     if config.memory.gate == "learned":
-        return memory.interpolation(input_BLD)
-    return jnp.broadcast_to(_scheduled(config, step), input_BLD.shape[:-1])
+        return memory.interpolation(input_BLX)
+    return jnp.broadcast_to(_scheduled(config, step), input_BLX.shape[:-1])
 
 
 def _scheduled(config: Config, step: jax.Array) -> jax.Array:

@@ -109,9 +109,11 @@ class JointTask(WindowTask):
 
     def _inputs(self, arrays: Any, batch: Batch) -> jax.Array:
         network: Joint = nnx.merge(self._graphdef, *arrays)
-        return network.decoder.hidden(
+        decoder, memory = network.decoder, network.memory
+        _, states = decoder.hidden(
             batch["token"], self._segments(batch), sites=(self._site,), final=False
-        )[1][self._site]
+        )
+        return memory.inputs(states[self._site], batch.get("recent"), decoder.embedding[...])
 
     def _segments(self, batch: Batch) -> jax.Array | None:
         return batch["segment"] if self._within else None
@@ -123,15 +125,16 @@ class JointTask(WindowTask):
             batch["token"], self._segments(batch), sites=(self._site,)
         )
         assert final_BLD is not None
-        # The memory reads a state of the decoder and, where its head is tied, the decoder's.
+        # The memory reads a state of the decoder, perhaps its embeddings, and its head if tied.
         scaled = functools.partial(scale_gradient, factor=self._config.train.decoder_gradient)
-        input_BLD = scaled(states[self._site])
+        table_VD = scaled(decoder.embedding[...])
+        input_BLX = memory.inputs(scaled(states[self._site]), batch.get("recent"), table_VD)
         decoder_head_VD = decoder.head_VD()
         total, sums = joint_loss(
-            memory.hidden(input_BLD),
+            memory.hidden(input_BLX),
             memory.head_VE(scaled(decoder_head_VD)),
             DecoderHead(final_BLD, decoder_head_VD, batch["lm_weight"]),
-            interpolation_of(self._config, memory, input_BLD, step),
+            interpolation_of(self._config, memory, input_BLX, step),
             batch,
             self._terms,
             vocab_size=decoder.vocab_size,

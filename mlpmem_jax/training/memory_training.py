@@ -7,7 +7,8 @@ from flax import nnx
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.datastore.layout import Split
-from mlpmem_jax.input.feed import Batch, WindowSource
+from mlpmem_jax.input.feed import Batch
+from mlpmem_jax.input.windows import WindowSource
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.training.flops import decoder_flops_per_token, memory_training_flops_per_token
@@ -46,10 +47,13 @@ class MemoryTask(WindowTask):
             valid=_windows(config, data, "valid"),
             window_tokens=config.train_window_tokens,
             seed=config.seed,
+            mix_windows=config.train_mix_windows,
         )
         self._decoder_graphdef: Any = None
         if self._online or config.memory.head == "tied":
             self._decoder_graphdef, self.frozen = nnx.split(data.decoder(mesh))
+        elif config.memory.reads_decoder_table:
+            self.frozen = nnx.state(data.decoder(mesh), nnx.PathContains("embedding"))
         self.flops_per_step = self.tokens_per_step * self._flops_per_token()
 
     def _flops_per_token(self) -> float:
@@ -72,12 +76,24 @@ class MemoryTask(WindowTask):
             return state
         batches = self.feed(range(self._config.train.normalizer_batches))
         with jax.set_mesh(self._mesh):
-            measured = measured_statistics(self._inputs, self.frozen, batches)
+            arrays = (state.params, state.fixed), self.frozen
+            measured = measured_statistics(self._measured_inputs, arrays, batches)
         memory: Memory = nnx.merge(self._graphdef, state.params, state.fixed)
         return with_statistics(state, memory, memory, measured)
 
-    def _inputs(self, frozen: Any, batch: Batch) -> jax.Array:
-        """Returns input_BLD: read from the batch, or computed by the frozen decoder."""
+    def _measured_inputs(self, arrays: Any, batch: Batch) -> jax.Array:
+        network, frozen = arrays
+        return self._inputs(nnx.merge(self._graphdef, *network), frozen, batch)
+
+    def _inputs(self, model: Memory, frozen: Any, batch: Batch) -> jax.Array:
+        """Returns what the memory reads, input_BLX."""
+        table_VD = None
+        if self._config.memory.reads_decoder_table:
+            table_VD = frozen["embedding"][...]
+        return model.inputs(self._states(frozen, batch), batch.get("recent"), table_VD)
+
+    def _states(self, frozen: Any, batch: Batch) -> jax.Array:
+        """Returns the decoder's states: read from the batch, or computed by the frozen decoder."""
         if not self._online:
             return batch["input"]
         decoder = nnx.merge(self._decoder_graphdef, frozen)
@@ -90,15 +106,15 @@ class MemoryTask(WindowTask):
         head_VD = None
         if self._config.memory.head == "tied":
             head_VD = nnx.merge(self._decoder_graphdef, frozen).head_VD()
-        input_BLD = self._inputs(frozen, batch)
-        hidden_BLE, head_VE = model.hidden(input_BLD), model.head_VE(head_VD)
+        input_BLX = self._inputs(model, frozen, batch)
+        hidden_BLE, head_VE = model.hidden(input_BLX), model.head_VE(head_VD)
         chunk_tokens = self._config.train.loss_chunk_tokens
         if self._terms.weights.joint:
             total, sums = joint_loss(
                 hidden_BLE,
                 head_VE,
                 batch["logprob"],
-                interpolation_of(self._config, model, input_BLD, step),
+                interpolation_of(self._config, model, input_BLX, step),
                 batch,
                 self._terms,
                 vocab_size=model.vocab_size,

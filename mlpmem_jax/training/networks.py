@@ -29,6 +29,11 @@ def vocab_size(config: Config) -> int:
     return int(Layout(config).tokens.load().counts["vocab_size"])
 
 
+def separator_id(config: Config) -> int:
+    """Returns the token that starts each document of the run."""
+    return int(Layout(config).tokens.load().counts["separator_id"])
+
+
 def decoder_builder(config: Config, vocab_size: int) -> Callable[[nnx.Rngs], Decoder]:
     """Returns a function that makes the decoder."""
     return lambda rngs: Decoder(config.decoder, vocab_size, rngs=rngs)
@@ -156,10 +161,14 @@ def check_shape(
     recipe = artifact.load().recipe
     differing = []
     for section in sections:
-        trained = recipe.get(section, {})
-        for key, value in getattr(config, section).recipe().items():
-            if key not in _NO_SHAPE and key in trained and trained[key] != value:
-                differing.append(f"{section}.{key}={value} (trained with {trained[key]})")
+        trained, configured = recipe.get(section), getattr(config, section)
+        if trained is None:
+            continue
+        before = type(configured)().recipe()  # A key that is newer than the network.
+        for key, value in configured.recipe().items():
+            was = trained.get(key, before[key])
+            if key not in _NO_SHAPE and was != value:
+                differing.append(f"{section}.{key}={value} (trained with {was})")
     if differing:
         raise ArtifactError(
             f"{artifact.path}: the configured network is another one: " + ", ".join(differing)

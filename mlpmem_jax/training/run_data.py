@@ -9,9 +9,9 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import TokenWindows
 from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.input.feed import WindowSource
 from mlpmem_jax.input.rows import StoredRows
 from mlpmem_jax.input.tokens import TokensWithTargets
+from mlpmem_jax.input.windows import WindowSource
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.training.networks import finished_decoder
 
@@ -64,11 +64,12 @@ class RunData:
 
     def stored_rows(self, split: Split, length: int) -> WindowSource:
         """Returns windows of stored inputs with their targets."""
-        return StoredRows(self._layout, split, length, self._train.separator_id)
+        num_recent = self._config.memory.recent_tokens
+        return StoredRows(self._layout, split, length, self._train.separator_id, num_recent)
 
     def tokens_with_targets(self, split: Split, length: int) -> WindowSource:
         """Returns windows of tokens with their targets."""
-        return TokensWithTargets(self._layout, split, length)
+        return TokensWithTargets(self._layout, split, length, self._config.memory.recent_tokens)
 
     def decoder(self, mesh: jax.sharding.Mesh) -> Decoder:
         """Restores the decoder."""

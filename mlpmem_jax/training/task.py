@@ -8,7 +8,8 @@ import jax
 from flax import nnx
 
 from mlpmem_jax.config.stages import TrainingConfig
-from mlpmem_jax.input.feed import Batch, Feed, WindowSource
+from mlpmem_jax.input.feed import Batch, Feed
+from mlpmem_jax.input.windows import WindowSource
 from mlpmem_jax.training.state import TrainState, structure
 from mlpmem_jax.training.step import LossParts
 from mlpmem_jax.training.validation import Validator
@@ -40,6 +41,7 @@ class WindowTask(abc.ABC):
         valid: WindowSource,
         window_tokens: int,
         seed: int,
+        mix_windows: int = 1,
     ):
         """Prepares feeds.
 
@@ -51,6 +53,7 @@ class WindowTask(abc.ABC):
             valid: Windows of the validation split.
             window_tokens: Tokens (or rows) in a window.
             seed: Of the data order.
+            mix_windows: Windows whose rows are dealt out together.
         """
         self.build = build
         self.tokens_per_step = settings.batch_size * window_tokens
@@ -58,6 +61,7 @@ class WindowTask(abc.ABC):
         self._mesh = mesh
         self.source = train
         self._seed = seed
+        self._mix_windows = mix_windows
         self._graphdef = structure(build)
         self._validator = Validator(
             valid,
@@ -92,6 +96,7 @@ class WindowTask(abc.ABC):
             seed=self._seed,
             steps=steps,
             prefetch=self._settings.prefetch_batches,
+            mix_windows=self._mix_windows,
         )
 
     def _validation_sums(self, network: Any, frozen: Any, batch: Batch) -> Mapping[str, Any]:

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mlpmem_jax.input.feed import Batch, Feed, WindowSource
+from mlpmem_jax.input.feed import Batch, Feed
+from mlpmem_jax.input.windows import WindowSource
 from mlpmem_jax.training.losses import means
 
 # Arrays of a batch by which tokens count; zero in windows that only fill the last batch.

@@ -33,6 +33,7 @@ GPT2 = DECODER.model_copy(
     }
 )  # fmt: skip
 MEMORY = MemoryConfig(width=16, num_layers=2, ffn_width=32, init_scale=0.3)
+RECENT = {"recent_tokens": 2, "recent_table": "own", "recent_width": 8}
 SITE = Site("ffn_input", 2)
 
 
@@ -46,6 +47,7 @@ def batch():
     return {
         "token": tokens[:, :-1].astype(np.int32),
         "label": tokens[:, 1:].astype(np.int32),
+        "recent": rng.integers(0, VOCAB, (BATCH, LENGTH, 2)).astype(np.int32),
         "weight": (rng.random((BATCH, LENGTH)) > 0.2).astype(np.float32),
         "input": rng.standard_normal((BATCH, LENGTH, 32)).astype(np.float32),
         "id": rng.integers(0, VOCAB, (BATCH, LENGTH, KEPT)).astype(np.uint16),
@@ -90,7 +92,8 @@ def memory_step(graphdef, state, data):
     def loss(params):
         model = nnx.merge(graphdef, params, rest)
         value, sums = memory_loss(
-            model.hidden(data["input"]), model.head_VE(), data["label"], data["weight"],
+            model.hidden(model.inputs(data["input"], data["recent"])), model.head_VE(),
+            data["label"], data["weight"],
             data["id"], data["prob"], data["mass"], 0.4, vocab_size=VOCAB, chunk_tokens=5,
         )  # fmt: skip
         return value, means(sums)
@@ -138,13 +141,18 @@ def check_decoder():
 
 
 def check_memory():
-    def build():
-        return Memory(MEMORY, 32, VOCAB, rngs=nnx.Rngs(0))
+    for keys in ({}, RECENT):
 
-    for sizes, state, got, _ in compare(build, memory_step, "memory"):
-        _, fsdp, tensor = sizes
-        assert shard(state["head"]) == (384 // tensor, 16 // fsdp)
-        assert shard(got[1]["blocks"]["up"]) == (2, 16 // fsdp, 32 // tensor)
+        def build(keys=keys):
+            return Memory(MEMORY.model_copy(update=keys), 32, VOCAB, rngs=nnx.Rngs(0))
+
+        meshes = MESHES if keys else MESHES[:1]
+        for sizes, state, got, _ in compare(build, memory_step, "memory", meshes):
+            _, fsdp, tensor = sizes
+            assert shard(state["head"]) == (384 // tensor, 16 // fsdp)
+            assert shard(got[1]["blocks"]["up"]) == (2, 16 // fsdp, 32 // tensor)
+            if keys:
+                assert shard(got[1]["recent"]) == (384 // tensor, 8 // fsdp)
 
 
 def joint_step(graphdef, state, data):
@@ -154,9 +162,10 @@ def joint_step(graphdef, state, data):
         model = nnx.merge(graphdef, params, rest)
         final, states = model.decoder.hidden(data["token"], sites=(SITE,))
         head = DecoderHead(final, model.decoder.head_VD(), data["weight"])
+        read = model.memory.inputs(states[SITE], data["recent"], model.decoder.embedding[...])
         value, sums = joint_loss(
-            model.memory.hidden(states[SITE]), model.memory.head_VE(), head,
-            model.memory.interpolation(states[SITE]),
+            model.memory.hidden(read), model.memory.head_VE(), head,
+            model.memory.interpolation(read),
             data | {f"target_{name}": data[name] for name in ("id", "prob", "mass")},
             JointTerms(LossWeights(1.0, 1.0, 0.5), 0.4), vocab_size=VOCAB, chunk_tokens=5,
         )  # fmt: skip
@@ -166,7 +175,7 @@ def joint_step(graphdef, state, data):
 
 
 def check_joint():
-    gated = MEMORY.model_copy(update={"gate": "learned"})
+    gated = MEMORY.model_copy(update={"gate": "learned", "recent_tokens": 2})
 
     def build():
         return Joint(

@@ -41,9 +41,9 @@ def networks(mesh):
 def drawn(mesh):
     decoder, memory = networks(mesh)
     model = InterpolatedModel(
-        decoder, memory, site=Site("ffn_input", 1), weight=0.4, mesh=mesh
+        decoder, memory, site=Site("ffn_input", 1), weight=0.4, separator=0, mesh=mesh
     )
-    generator = Generator(model, Sampling(top_p=0.9), 0)
+    generator = Generator(model, Sampling(top_p=0.9))
     return list(generator.stream(["a", "b"], [[5, 6], [7]], 20, 0)), decoder
 
 cut = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))

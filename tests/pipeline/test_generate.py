@@ -1,17 +1,28 @@
 """From prompts to text on the terminal."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.evaluation.mixing import mixture_logprob
+from mlpmem_jax.evaluation.remembered import remember
+from mlpmem_jax.evaluation.stored import StoredSplit
+from mlpmem_jax.generation.interpolated import InterpolatedModel
+from mlpmem_jax.models.decoder import Site
+from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline import generate
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.training.networks import finished_networks
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 
@@ -83,6 +94,31 @@ def test_interpolation_without_results(tiny_run: Config, tmp_path: Path):
     with pytest.raises(ArtifactError, match="run `evaluate`, or set generate.interpolation"):
         generate.main(config, Options(workdir=config.workdir))
     assert generate.interpolation(_with(config, interpolation=0.25)) == 0.25
+
+
+def test_cached_generation_gives_what_evaluation_gives(tiny_run: Config):
+    """Token by token with a cache, the first rows of the test split, as `evaluate` scores them."""
+    config, mesh = tiny_run, single_device_mesh()
+    assert config.memory.recent_tokens > 0
+    decoder, memory = finished_networks(config, mesh)
+    tokens = TokenSplit.open(Layout(config).tokens, "test")
+    count = config.embedding_stride_tokens  # of the first window, whose context begins with it
+    token_T = tokens.read(0, count + 1)
+    weight, scored = 0.3, remember(config, "test", decoder, memory, mesh)
+    stored_N = StoredSplit.open(Layout(config), "test").logprob_N[:count]
+    expected_N = mixture_logprob(scored.logprob_N[:count], stored_N, weight)
+    site = Site.of(config.datastore.input, config.decoder.num_layers)
+    model = InterpolatedModel(
+        decoder, memory, site=site, weight=weight, separator=tokens.separator_id, mesh=mesh
+    )
+    extend, cache = jax.jit(model.extend), model.empty_cache(1)
+    found = []
+    for token, label in itertools.pairwise(token_T.tolist()):
+        one = np.array([[token]], np.int32)
+        logprob_BV, cache = extend(model.parameters, cache, one, np.ones(1, np.int32))
+        found.append(float(logprob_BV[0, label]))
+    # States were stored as float16.
+    np.testing.assert_allclose(found, expected_N, atol=2e-3)
 
 
 def test_a_workdir_may_be_relative(tiny_run, monkeypatch, capsys):

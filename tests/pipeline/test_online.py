@@ -42,8 +42,10 @@ def workdir(tiny_run, tmp_path_factory):
     return str(path)
 
 
-def _losses(workdir, inputs, steps=4):
-    config = load_config(TINY, (*SAME_WINDOWS, f"train.inputs={inputs}"), {"workdir": workdir})
+def _losses(workdir, inputs, *keys, steps=4):
+    # Windows of tokens are not mixed, so neither are those of rows here.
+    keys = (*SAME_WINDOWS, "train.mix_windows=1", f"train.inputs={inputs}", *keys)
+    config = load_config(TINY, keys, {"workdir": workdir})
     mesh = single_device_mesh()
     task = MemoryTask(config, mesh)
     optimizer = make_optimizer(config.train.optimizer, config.train.num_steps)
@@ -59,9 +61,14 @@ def _losses(workdir, inputs, steps=4):
     return losses, validation
 
 
-def test_the_same_loss_stored_and_online(workdir):
-    stored, stored_validation = _losses(workdir, "stored")
-    online, online_validation = _losses(workdir, "online")
+@pytest.mark.parametrize(
+    "keys",
+    [(), ("memory.recent_tokens=3",), ("memory.recent_tokens=5", "memory.recent_table=own")],
+    ids=["state", "recent", "own-table"],
+)
+def test_the_same_loss_stored_and_online(workdir, keys):
+    stored, stored_validation = _losses(workdir, "stored", *keys)
+    online, online_validation = _losses(workdir, "online", *keys)
     for a, b in zip(stored, online, strict=True):
         assert a == pytest.approx(b, rel=2e-5)
     assert stored_validation == pytest.approx(online_validation, rel=2e-4)

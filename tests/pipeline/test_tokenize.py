@@ -220,7 +220,7 @@ def test_the_same_files_twice_give_the_same_tokens_as_once(
     counts = twice.tokens.load().counts
     num_bytes = sum(path.stat().st_size for path in (text / "text").iterdir())
     assert (counts["duplicate_documents"], counts["duplicate_bytes"]) == (60, num_bytes)
-    assert f"60 duplicate documents left out, {num_bytes:,} bytes" in capsys.readouterr().out
+    assert f"duplicate documents left out: 60 ({num_bytes:,} bytes)" in capsys.readouterr().out
     assert once.tokens.load().counts["duplicate_documents"] == 0
 
 
@@ -339,7 +339,7 @@ def test_records_that_are_left_out_are_counted(
     assert (counts["skipped_files"], counts["skipped_records"]) == (0, 2)
     assert (counts["duplicate_documents"], counts["duplicate_bytes"]) == (1, 3)
     printed = capsys.readouterr()
-    assert "0 files left out, not UTF-8 text; 2 records left out" in printed.out
+    assert "not UTF-8 text: 0; records left out, without usable text: 2" in printed.out
     for said in (
         "the first that is left out: ",
         "document_regex='@' matches no line of corpus (60 files)",
@@ -435,7 +435,7 @@ def test_binary_files_stop_or_are_counted(text: Path, capsys: pytest.CaptureFixt
     assert not (text / "run").exists()
     layout = make(settings(text, corpus={"on_error": "skip"}))
     assert layout.tokens.load().counts["skipped_files"] == 1
-    assert "1 files left out" in capsys.readouterr().out
+    assert "files left out, not UTF-8 text: 1;" in capsys.readouterr().out
 
 
 def test_an_error_in_the_middle_and_then_a_second_start(

@@ -22,7 +22,14 @@ from mlpmem_jax.parallel.mesh import single_device_mesh
 VOCAB, CONTEXT, SEPARATOR = 61, 16, 0
 SITE = Site("ffn_input", 1)
 WEIGHT = 0.4
-PROMPTS = {"": [], "b": [5, 9, 3], "c": list(range(1, 14)), "d": [7] * 40}
+# In "e" a document ends just before the text to continue.
+PROMPTS = {
+    "": [], "b": [5, 9, 3], "c": list(range(1, 14)), "d": [7] * 40, "e": [8, 9, SEPARATOR, 4],
+}  # fmt: skip
+MEMORIES = {
+    "recent": {"recent_tokens": 3},
+    "own": {"recent_tokens": 8, "recent_table": "own", "recent_width": 5, "gate": "learned"},
+}
 
 
 @functools.cache
@@ -32,7 +39,7 @@ def _networks(family: str) -> tuple[Decoder, Memory]:
         width=32, num_layers=2, num_heads=4, num_kv_heads=2, context_tokens=CONTEXT,
         layer_loop="scan", **(gpt2 | {"head": "tied"} if family == "gpt2" else {}),
     )  # fmt: skip
-    memory = MemoryConfig(width=16, num_layers=1)
+    memory = MemoryConfig(width=16, num_layers=1, **MEMORIES.get(family, {}))
 
     return (
         _drawn(lambda: Decoder(config, VOCAB, rngs=nnx.Rngs(0)), seed=0),
@@ -57,14 +64,15 @@ def _drawn(build: Callable[[], Any], seed: int) -> Any:
 def _model(family: str = "llama", with_memory: bool = True) -> InterpolatedModel:
     decoder, memory = _networks(family)
     return InterpolatedModel(
-        decoder, memory if with_memory else None, site=SITE, weight=WEIGHT,
+        decoder, memory if with_memory else None, site=SITE,
+        weight=None if memory.config.gate == "learned" else WEIGHT, separator=SEPARATOR,
         mesh=single_device_mesh(),
     )  # fmt: skip
 
 
 @functools.cache
 def _generator(model: InterpolatedModel, sampling: Sampling) -> Generator:
-    return Generator(model, sampling, SEPARATOR)
+    return Generator(model, sampling)
 
 
 GREEDY = Sampling(method="greedy")
@@ -94,17 +102,27 @@ def _next_token(family: str, with_memory: bool) -> Callable[..., jax.Array]:
     decoder, memory = _networks(family)
 
     @jax.jit
-    def next_token(token_BL: jax.Array, last: jax.Array) -> jax.Array:
+    def next_token(token_BL: jax.Array, last: jax.Array, recent_M: jax.Array) -> jax.Array:
         final_BLD, states = decoder.hidden(token_BL, sites=[SITE])
         assert final_BLD is not None
         logprob_V = jax.nn.log_softmax(decoder.logits(final_BLD[0, last]))
         if with_memory:
-            hidden_E = memory.hidden(states[SITE][0, last])
-            memory_V = jax.nn.log_softmax(memory.logits(hidden_E))
-            logprob_V = interpolate(memory_V, logprob_V, WEIGHT)
+            input_X = memory.inputs(states[SITE][0, last], recent_M, decoder.embedding[...])
+            memory_V = jax.nn.log_softmax(memory.logits(memory.hidden(input_X)))
+            learned = memory.config.gate == "learned"
+            weight = memory.interpolation(input_X) if learned else WEIGHT
+            logprob_V = interpolate(memory_V, logprob_V, weight)
         return jnp.argmax(logprob_V)
 
     return next_token
+
+
+def _recent(family: str, tokens: list[int]) -> np.ndarray:
+    """The last tokens of the document that is being written, the newest first."""
+    num_recent = MEMORIES.get(family, {}).get("recent_tokens", 0)
+    begins = len(tokens) - 1 - tokens[::-1].index(SEPARATOR)
+    newest_first = tokens[begins:][::-1] + [SEPARATOR] * num_recent
+    return np.asarray(newest_first[:num_recent], np.int32)
 
 
 def _recomputed(family: str, with_memory: bool, prompt: list[int], num_tokens: int) -> list[int]:
@@ -116,7 +134,7 @@ def _recomputed(family: str, with_memory: bool, prompt: list[int], num_tokens: i
     while len(drawn) < num_tokens:
         padded = np.zeros((1, CONTEXT), np.int32)
         padded[0, : len(window)] = window
-        token = int(next_token(padded, len(window) - 1))
+        token = int(next_token(padded, len(window) - 1, _recent(family, tokens)))
         if token == SEPARATOR:
             break
         drawn.append(token)
@@ -126,7 +144,8 @@ def _recomputed(family: str, with_memory: bool, prompt: list[int], num_tokens: i
 
 
 @pytest.mark.parametrize(
-    ("family", "with_memory"), [("llama", True), ("llama", False), ("gpt2", True)]
+    ("family", "with_memory"),
+    [("llama", True), ("llama", False), ("gpt2", True), ("recent", True), ("own", True)],
 )
 def test_equals_recomputing_everything(family: str, with_memory: bool):
     """Ragged prompts in one batch: empty, short, nearly as long as the context, longer."""
@@ -172,4 +191,4 @@ def test_distributions_sum_to_one():
         model.parameters, model.empty_cache(2), jnp.ones((2, 3), jnp.int32), length_B
     )
     assert np.exp(logprob_BV[0]).sum() == pytest.approx(1, abs=1e-5)
-    assert cache.length_B.tolist() == [3, 0]
+    assert cache.decoder.length_B.tolist() == [3, 0]

@@ -109,6 +109,9 @@ def test_flops_of_a_pretraining_step_agree_with_xla(make_config, family):
     [
         (("memory.width=192",), 0),
         (("memory.width=256", "memory.block=gelu"), 0),
+        # Embeddings are looked up; what they go through is a wider projection.
+        (("memory.width=192", "memory.recent_tokens=3"), 0),
+        (("memory.width=192", "memory.recent_tokens=3", "memory.recent_table=own"), 0),
         # The head is the decoder's, which is frozen.
         (("memory.width=256", "memory.head=tied"), 0),
         (("memory.width=192", "train.joint_weight=0.5"), 0),
@@ -117,7 +120,7 @@ def test_flops_of_a_pretraining_step_agree_with_xla(make_config, family):
         ((*ONLINE, "datastore.input.layer=1", "datastore.input.site=residual"), 1 / 2),
         (JOINT, 3),
     ],
-    ids=["memory", "gelu", "tied", "mixture", "online", "residual", "joint"],
+    ids=["memory", "gelu", "recent", "own-table", "tied", "mixture", "online", "residual", "joint"],
 )
 def test_flops_of_a_training_step_agree_with_xla(make_config, keys, attention_passes):
     check_step(make_config(*STEP, *keys, "compile.step=train"), attention_passes)

@@ -116,3 +116,51 @@ def test_tied_head_is_the_decoders():
     assert not hasattr(memory, "head")
     logits = memory.logits(memory.hidden(make_input()), head_VD)
     assert bool(jnp.all(jnp.isneginf(logits[..., VOCAB:])))
+
+
+RECENT = jnp.array([[5, 3, 0], [3, 0, 0]])
+
+
+def test_embeddings_of_recent_tokens_stand_behind_the_state():
+    memory = make_memory(recent_tokens=3)
+    table_VD = jax.random.normal(jax.random.key(2), (128, WIDTH))
+    state = make_input()[0, :2].astype(jnp.bfloat16)
+    read = memory.inputs(state, RECENT, table_VD)
+    assert read.shape == (2, 4 * WIDTH) and read.dtype == jnp.float32
+    np.testing.assert_array_equal(read[:, :WIDTH], state.astype(jnp.float32))
+    np.testing.assert_array_equal(read[1, WIDTH:], table_VD[RECENT[1]].reshape(-1))
+    assert memory.input_mean[...].shape == (4 * WIDTH,)
+    assert memory.hidden(read).shape == (2, 32)
+
+
+def test_a_table_of_its_own_learns_from_the_tokens_read_and_has_no_weight_decay():
+    memory = make_memory(recent_tokens=3, recent_table="own", recent_width=6)
+    assert memory.recent[...].shape == (128, 6)
+    assert memory.recent.get_metadata()["role"] == "table"
+
+    def total(memory):
+        return jnp.sum(memory.hidden(memory.inputs(make_input()[0, :2], RECENT)) ** 2)
+
+    gradient = nnx.grad(total)(memory)["recent"][...]
+    moved = np.flatnonzero(np.abs(gradient).sum(1))
+    assert moved.tolist() == [0, 3, 5]
+
+
+def test_a_memory_of_the_paper_reads_the_state_alone():
+    memory, state = make_memory(), make_input()
+    assert memory.inputs(state) is state
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((None, None), "memory.recent_tokens=3: .* no tokens are given"),
+        ((RECENT, None), "no embeddings of the decoder are given"),
+        ((RECENT[:, :2], jnp.ones((128, WIDTH))), "memory.recent_tokens=3, and 2 tokens"),
+        ((RECENT, jnp.ones((256, WIDTH))), "embeddings of 256 tokens, .* has 128"),
+    ],
+    ids=["states-alone", "no-table", "too-few", "other-vocabulary"],
+)
+def test_what_it_reads_must_be_given(given, expected):
+    with pytest.raises(ValueError, match=expected):
+        make_memory(recent_tokens=3).inputs(make_input()[0, :2], *given)

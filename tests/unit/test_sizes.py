@@ -32,6 +32,9 @@ def test_decoders_are_counted_as_they_are(keys):
         {"width": 24, "block": "gelu", "input_norm": "rms"},
         {"width": 32, "head": "tied", "ffn_width": 50},
         {"width": 24, "gate": "learned"},
+        {"width": 32, "recent_tokens": 2, "gate": "learned"},
+        {"width": 24, "recent_tokens": 3, "recent_table": "own", "input_norm": "rms"},
+        {"width": 24, "recent_tokens": 3, "recent_table": "own", "recent_width": 10},
     ],
 )
 def test_memories_are_counted_as_they_are(keys):

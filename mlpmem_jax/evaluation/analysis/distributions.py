@@ -20,6 +20,7 @@ from mlpmem_jax.datastore.reading import StoredArray
 from mlpmem_jax.evaluation.analysis import sharpness
 from mlpmem_jax.evaluation.analysis.sharpness import Sharpness
 from mlpmem_jax.evaluation.analysis.states import final_states
+from mlpmem_jax.input.rows import RecentReader
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.interpolation import interpolate
 from mlpmem_jax.models.memory import Memory
@@ -87,7 +88,8 @@ def measure_sample(
     for row_C, final_CD in _chunks(states, settings.chunk_rows):
         label_C = reader.labels(row_C)
         knn = sparse_distributions(*reader.neighbors(row_C), temperature, reader.num_neighbors)
-        rows = (final_CD, reader.inputs(row_C), knn.id_QS, knn.prob_QS, label_C)
+        recent_CM = reader.recent(row_C, memory.config.recent_tokens, tokens.separator_id)
+        rows = (final_CD, reader.inputs(row_C), recent_CM, knn.id_QS, knn.prob_QS, label_C)
         short = settings.chunk_rows - len(row_C)
         padded = (np.pad(a, ((0, short),) + ((0, 0),) * (a.ndim - 1)) for a in rows)
         dense, label_logprob_C = jax.device_get(step(*padded))
@@ -113,12 +115,21 @@ def _compiled(
     decoder_graph, decoder_state = nnx.split(decoder)
     memory_graph, memory_state = nnx.split(memory)
 
-    def measure(states: Any, final_CD: Any, input_CD: Any, id_CK: Any, prob_CK: Any, label_C: Any):  # type: ignore[no-untyped-def]
+    def measure(
+        states: Any,
+        final_CD: Any,
+        state_CD: Any,
+        recent_CM: Any,
+        id_CK: Any,
+        prob_CK: Any,
+        label_C: Any,
+    ) -> Any:
         network: Any = nnx.merge(decoder_graph, states[0])
         remembering: Any = nnx.merge(memory_graph, states[1])
         logits_CV = network.logits(final_CD)
         decoder_CV = jax.nn.log_softmax(logits_CV, axis=-1)
-        hidden_CE = remembering.hidden(input_CD)
+        input_CX = remembering.inputs(state_CD, recent_CM, network.embedding[...])
+        hidden_CE = remembering.hidden(input_CX)
         memory_CV = jax.nn.log_softmax(remembering.logits(hidden_CE, network.head_VD()), axis=-1)
         whole = (decoder_CV, memory_CV, interpolate(memory_CV, decoder_CV, weight))
         masses = config.analyze.masses
@@ -158,6 +169,7 @@ class _Reader:
 
     def __init__(self, layout: Layout, split: Split):
         neighbors, datastore = layout.neighbors(split), layout.datastore(split)
+        self._datastore = datastore
         self._row = StoredArray(neighbors, "row")
         self._distance = StoredArray(neighbors, "distance")
         self._input = StoredArray(datastore, layout.input_array())
@@ -177,6 +189,13 @@ class _Reader:
 
     def inputs(self, row_C: np.ndarray) -> np.ndarray:
         return self._take(self._input, row_C).astype(np.float32)
+
+    def recent(self, row_C: np.ndarray, num_recent: int, separator_id: int) -> np.ndarray:
+        """Returns recent tokens, int32 [C, M]; M may be 0."""
+        if not num_recent:
+            return np.empty((len(row_C), 0), np.int32)
+        pending = RecentReader(self._datastore, num_recent, separator_id).start(row_C, 1)
+        return pending.result()["recent"][:, 0]
 
     def neighbors(self, row_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns distances [C, K] and labels of the neighbours [C, K]."""

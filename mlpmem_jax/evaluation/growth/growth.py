@@ -23,7 +23,7 @@ from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.retrieval.approximate import AH_MIN_ROWS
 from mlpmem_jax.retrieval.evidence import read_labels
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
-from mlpmem_jax.training.networks import finished_decoder, finished_memory
+from mlpmem_jax.training.networks import finished_decoder, finished_memory, separator_id
 
 SCHEMA_VERSION = 1
 LABELS = {
@@ -120,6 +120,7 @@ def _timer(
                 each,
                 site=site["input"],
                 weight=None if has_gate else float(systems["memory"]["interpolation"]),
+                separator=separator_id(config),
                 mesh=mesh,
             ),
             site["key"],

@@ -76,12 +76,12 @@ def score_memory_alone(
         config.datastore.chunk_rows,
         config.evaluate.batch_size,
         tokens.separator_id,
+        num_recent=config.memory.recent_tokens,
         with_targets=False,
     )
-    tied = config.memory.head == "tied"
-    head_VD = finished_decoder(config, mesh).head_VD() if tied else None
+    decoder = finished_decoder(config, mesh) if config.memory.reads_decoder else None
     chunk_tokens = config.train.loss_chunk_tokens
-    scores = score_memory(memory, head_VD, source, mesh, chunk_tokens=chunk_tokens)
+    scores = score_memory(memory, decoder, source, mesh, chunk_tokens=chunk_tokens)
     return _written(layout, artifact, scores.logprob_N, read_labels(layout, split), {})
 
 

@@ -188,9 +188,10 @@ def count_decoder(config: DecoderConfig, vocab_size: int) -> int:
     return tables + config.num_layers * block + _norm(width, biases)
 
 
-def count_memory(config: MemoryConfig, input_width: int, vocab_size: int) -> int:
-    """Returns the parameters of a memory, its head included."""
+def count_memory(config: MemoryConfig, decoder_width: int, vocab_size: int) -> int:
+    """Returns the parameters of a memory, its head and its own table included."""
     width, biases = config.width, config.block == "gelu"
+    input_width = config.input_width(decoder_width)
     hidden = layers.ffn_width(config.ffn_width, width, config.block)
     block = _norm(width, biases) + _ffn(width, hidden, config.block, biases)
     total = config.num_layers * block + _norm(width, biases)
@@ -202,6 +203,9 @@ def count_memory(config: MemoryConfig, input_width: int, vocab_size: int) -> int
         total += layers.padded_vocab_size(vocab_size) * width
     if config.gate == "learned":
         total += input_width + 1
+    if config.recent_tokens and config.recent_table == "own":
+        table_width = (input_width - decoder_width) // config.recent_tokens
+        total += layers.padded_vocab_size(vocab_size) * table_width
     return total
 
 
