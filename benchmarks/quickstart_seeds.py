@@ -1,11 +1,11 @@
-"""The quickstart with several seeds, beside two controls of equal cost.
+"""The quickstart with several seeds, beside the paper's memory and two controls of equal cost.
 
     .venv/bin/python -m benchmarks.quickstart_seeds [--config FILE] [--seeds 0 1 2] [--workdir DIR]
 
-For each seed: the whole pipeline; the memory trained with cross-entropy only (alpha 0);
-and the same decoder trained for as many more steps as embedding and memory training cost
-in model flops. Everything is resumable: a second start only prints. The result is written
-to `<workdir>/seeds.json` and printed as Markdown.
+For each seed: the whole pipeline; the memory that reads the state alone (the paper's); the
+memory trained with cross-entropy only (alpha 0); and the same decoder trained for as many more
+steps as embedding and memory training cost in model flops. Everything is resumable: a second
+start only prints. The result is written to `<workdir>/seeds.json` and printed as Markdown.
 """
 
 import argparse
@@ -28,7 +28,14 @@ from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.pipeline import embed
 from mlpmem_jax.pipeline.stage import run_stages
 
-ROWS = ("decoder", "longer decoder", "+ kNN-LM", "+ memory", "+ memory, CE only")
+ROWS = (
+    "decoder", "longer decoder", "+ kNN-LM", "+ memory", "+ memory, state alone",
+    "+ memory, CE only",
+)  # fmt: skip
+VARIANTS = {
+    "+ memory, state alone": ("memory.name=state-alone", "memory.recent_tokens=0"),
+    "+ memory, CE only": ("memory.name=ce-only", "train.alpha=0.0"),
+}
 
 
 def command(name: str, config: str, workdir: Path, *overrides: str) -> float:
@@ -60,6 +67,14 @@ def decoder_nats(config: Config) -> float:
     return float(-np.mean(logprob[scored], dtype=np.float64))
 
 
+def memory_nats(path: str, workdir: Path, *overrides: str) -> float:
+    """Trains another memory; returns test nats per scored token of decoder and memory."""
+    command("train", path, workdir, *overrides)
+    command("evaluate", path, workdir, *overrides)
+    results = Layout(load_config(path, overrides, {"workdir": str(workdir)})).results
+    return float(read_json(results.path / "evaluate.json")["systems"]["memory"]["test_nats"])
+
+
 def one_seed(path: str, seed: int, workdir: Path) -> dict[str, float]:
     """Runs the pipeline and the controls of one seed."""
     own = (f"seed={seed}",)
@@ -69,11 +84,9 @@ def one_seed(path: str, seed: int, workdir: Path) -> dict[str, float]:
     timing = workdir / "wall.json"
     if not timing.exists():
         write_json(timing, {"run_secs": wall})
-    ce_only = (*own, "memory.name=ce-only", "train.alpha=0.0")
-    command("train", path, workdir, *ce_only)
-    command("evaluate", path, workdir, *ce_only)
-    ce = load_config(path, ce_only, {"workdir": str(workdir)})
-    ce_systems = read_json(Layout(ce).results.path / "evaluate.json")["systems"]
+    variants = {
+        row: memory_nats(path, workdir, *own, *overrides) for row, overrides in VARIANTS.items()
+    }
     longer = (*own, *longer_overrides(config))
     command("pretrain", path, workdir, *longer)
     return {
@@ -81,7 +94,7 @@ def one_seed(path: str, seed: int, workdir: Path) -> dict[str, float]:
         "longer decoder": decoder_nats(load_config(path, longer, {"workdir": str(workdir)})),
         "+ kNN-LM": systems["knn"]["test_nats"],
         "+ memory": systems["memory"]["test_nats"],
-        "+ memory, CE only": ce_systems["memory"]["test_nats"],
+        **variants,
         "gain": -systems["memory"]["difference_nats"],
         "gain_low": -systems["memory"]["difference_high"],
         "gain_high": -systems["memory"]["difference_low"],

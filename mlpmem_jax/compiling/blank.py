@@ -59,7 +59,7 @@ class BlankRun:
         return abstract_network(decoder_builder(self._config, self.vocab_size), mesh)
 
     def _recent(self, length: int) -> dict[str, np.ndarray]:
-        num_recent = self._config.memory.recent_tokens
+        num_recent = self._config.memory.num_read_tokens
         return {"recent": np.zeros((1, length, num_recent), np.int32)} if num_recent else {}
 
     def _targets(self, length: int) -> dict[str, np.ndarray]:

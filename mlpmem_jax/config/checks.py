@@ -109,12 +109,14 @@ def _recent(config: Config) -> Iterator[str]:
             f"memory.recent_tokens={memory.recent_tokens} is more than half of "
             f"decoder.context_tokens={context}: at most {most}"
         )
-    if memory.recent_width != "auto" and (memory.reads_decoder_table or not memory.recent_tokens):
+    orders = list(memory.ngram_orders)
+    if max(orders, default=0) > most:
         yield (
-            f"memory.recent_width={memory.recent_width} has no effect with memory.recent_tokens="
-            f"{memory.recent_tokens} and memory.recent_table={memory.recent_table}: it is the "
-            "width of the memory's own table"
+            f"memory.ngram_orders={orders}: {max(orders)} is more than half of "
+            f"decoder.context_tokens={context}: at most {most}"
         )
+    if len(set(orders)) < len(orders):
+        yield f"memory.ngram_orders={orders} names an order twice"
 
 
 def _layers(config: Config) -> Iterator[str]:

@@ -9,8 +9,10 @@ from mlpmem_jax.config.types import (
     Count,
     Epsilon,
     Name,
+    NgramOrder,
     RecentTokens,
     Scale,
+    TableRows,
     Tokens,
     Width,
 )
@@ -68,8 +70,8 @@ class MemoryConfig(Section):
     )
     recent_tokens: RecentTokens = setting(
         0,
-        "last tokens of the document, the current one first, whose embeddings the memory reads "
-        "beside the decoder's state; 0: the state alone (the paper)",
+        "how many of the last tokens of the document, the current one among them, the memory reads "
+        "(their embeddings) beside the decoder's state; 0: the state alone (the paper)",
     )
     recent_table: Literal["decoder", "own"] = setting(
         "decoder", "embeddings of recent tokens: the decoder's as they are, or a table of its own"
@@ -77,6 +79,15 @@ class MemoryConfig(Section):
     recent_width: Width | Auto = setting(
         "auto", "width of the memory's own table (memory.recent_table=own); auto: memory.width"
     )
+    ngram_orders: tuple[NgramOrder, ...] = setting(
+        (),
+        "lengths n of the n-grams that the memory looks up besides: the last n tokens of the "
+        "document, in a hashed table for each n",
+    )
+    ngram_rows: TableRows = setting(
+        32768, "rows of each hashed table, rounded up to 128; different n-grams may share a row"
+    )
+    ngram_width: Width = setting(32, "width of each hashed table")
     head: Literal["untied", "tied"] = setting("untied", "own output head, or the decoder's")
     gate: Literal["none", "learned"] = setting(
         "none", "learned: λ is a sigmoid of a linear map of the input, for each token"
@@ -89,14 +100,35 @@ class MemoryConfig(Section):
     layer_loop: Literal["auto", "scan", "unroll"] = runtime("auto", "as in decoder")
 
     @property
+    def num_read_tokens(self) -> int:
+        """Last tokens of the document that the memory reads in any form, M."""
+        return max((self.recent_tokens, *self.ngram_orders))
+
+    @property
+    def padded_ngram_rows(self) -> int:
+        """Rows of each hashed table, a multiple of 128, so that a mesh can cut it."""
+        return -(-self.ngram_rows // 128) * 128
+
+    @property
     def reads_decoder_table(self) -> bool:
         """Whether the memory reads embeddings of the decoder."""
         return self.recent_tokens > 0 and self.recent_table == "decoder"
 
     @property
+    def has_tables(self) -> bool:
+        """Whether tables of its own stand before the first matrix."""
+        return bool(self.ngram_orders or (self.recent_tokens and self.recent_table == "own"))
+
+    @property
     def reads_decoder(self) -> bool:
         """Whether the memory shares a table with the decoder, or its head."""
         return self.reads_decoder_table or self.head == "tied"
+
+    def table_width(self, decoder_width: int) -> int:
+        """Returns the width of the table of recent tokens, whosever it is."""
+        if self.recent_table == "decoder":
+            return decoder_width
+        return self.width if self.recent_width == "auto" else self.recent_width
 
     def input_width(self, decoder_width: int) -> int:
         """Returns the width of what the memory reads: a state, and embeddings of tokens.
@@ -104,10 +136,8 @@ class MemoryConfig(Section):
         Args:
             decoder_width: Width of the decoder's states and embeddings, D.
         """
-        if self.recent_table == "decoder":
-            return decoder_width * (1 + self.recent_tokens)
-        width = self.width if self.recent_width == "auto" else self.recent_width
-        return decoder_width + width * self.recent_tokens
+        recent = self.recent_tokens * self.table_width(decoder_width)
+        return decoder_width + recent + len(self.ngram_orders) * self.ngram_width
 
 
 MeshSize = Count | Auto

@@ -31,7 +31,8 @@ from mlpmem_jax.errors import one_line
 
 __all__ = ["Config", "LossWeights"]
 
-_MIX_WINDOWS = 8  # More give a memory that is no better (docs/results.md), and take host memory.
+# More give a memory that is no better (docs/results.md), and take host memory.
+_MIX_WINDOWS, _MOST_MIXED = 8, 4096
 
 
 class LossWeights(NamedTuple):
@@ -116,7 +117,9 @@ class Config(Section):
         """Windows of stored rows that are dealt out together in `train`."""
         if self.train.mix_windows != "auto":
             return self.train.mix_windows
-        return 1 if self.decoder_runs else _MIX_WINDOWS
+        if self.decoder_runs:
+            return 1
+        return max(1, min(_MIX_WINDOWS, _MOST_MIXED // self.train.batch_size))
 
     @property
     def loss_weights(self) -> LossWeights:

@@ -131,8 +131,9 @@ class TrainConfig(TrainingConfig):
     alpha: Fraction = setting(0.4, "weight of KL(p_kNN ‖ p_MEM) against cross-entropy (Eq. 6)")
     mix_windows: Count | Auto = setting(
         "auto",
-        "stored rows: windows whose rows are dealt out together, so that a batch holds rows of "
-        "batch_size * mix_windows windows; 1: whole windows; auto: 8 stored, else 1",
+        "windows whose rows are dealt out together, so that a batch holds rows of up to "
+        "batch_size * mix_windows windows; 1: whole windows; auto: 8 for stored rows (less where "
+        "that would be more than 4096 windows), 1 where the decoder runs",
     )
     normalizer_batches: Count = setting(
         4, "batches that memory.input_norm=standardize is measured on"

@@ -89,8 +89,8 @@ def _rows(config: Config) -> Iterator[str]:
     if mixed > 1 and config.decoder_runs:
         yield (
             f"train.mix_windows={mixed} mixes stored rows, and train.mode={config.train.mode}, "
-            f"train.inputs={config.train.inputs} reads windows of tokens: shorter "
-            "train.window_tokens and a larger train.batch_size mix those"
+            f"train.inputs={config.train.inputs} reads windows of tokens: leave it at auto there, "
+            "and take a shorter train.window_tokens and a larger train.batch_size instead"
         )
 
 

@@ -45,6 +45,8 @@ Blocks = Annotated[int, Field(ge=1, le=10**4)]
 Width = Annotated[int, Field(ge=1, le=10**6)]
 Tokens = Annotated[int, Field(ge=1, le=10**7)]
 RecentTokens = Annotated[int, Field(ge=0, le=64)]
+NgramOrder = Annotated[int, Field(ge=1, le=64)]
+TableRows = Annotated[int, Field(ge=128, le=2**30)]
 Rows = Annotated[int, Field(ge=1, le=10**12)]
 Bytes = Annotated[int, Field(ge=1, le=10**15)]
 

@@ -19,7 +19,7 @@ def within_document(token_XM: Any, separator_id: int) -> Any:
         separator_id: The token that starts each document.
 
     Returns:
-        The same shape and dtype.
+        The same shape, of integers.
     """
     separator_XM = token_XM == separator_id
     ended_XM = separator_XM.cumsum(axis=-1) - separator_XM > 0

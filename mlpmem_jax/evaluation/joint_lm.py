@@ -54,7 +54,7 @@ def score_joint(
     plan = EmbeddingPlan(tokens.num_rows, window, stride)
     site = Site.of(config.datastore.input, config.decoder.num_layers)
     within = config.corpus.attention == "within"
-    chunk_tokens, num_recent = config.train.loss_chunk_tokens, memory.config.recent_tokens
+    chunk_tokens, num_recent = config.train.loss_chunk_tokens, memory.config.num_read_tokens
     graphdef, state = nnx.split((decoder, memory))
 
     @jax.jit

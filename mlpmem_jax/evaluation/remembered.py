@@ -52,7 +52,7 @@ def remember(
         config.datastore.chunk_rows,
         config.evaluate.batch_size,
         tokens.separator_id,
-        num_recent=config.memory.recent_tokens,
+        num_recent=config.memory.num_read_tokens,
         # There are targets of validation rows; those of test rows are never made.
         with_targets=split == "valid",
     )

@@ -88,7 +88,7 @@ class InterpolatedModel:
         self._num_recent = 0
         if memory is not None:
             self._memory, memory_state = nnx.split(memory)
-            self._num_recent = memory.config.recent_tokens
+            self._num_recent = memory.config.num_read_tokens
         fixed = None if weight is None else np.float32(weight)
         self.parameters = (decoder_state, memory_state, fixed)
         self._site = site

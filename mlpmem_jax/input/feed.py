@@ -1,7 +1,8 @@
 """From a source of windows to global batches on the devices, through Grain.
 
 Global batch s is records [s·B, (s+1)·B) of a seeded permutation that is drawn anew each
-epoch, so data order is a function of seed and step alone: resuming needs only the step,
+epoch (or, with mixed rows, rows of the records of the steps around, `input/mixing.py`), so data
+order is a function of seed and step alone: resuming needs only the step,
 on any number of processes and any mesh. Each process reads exactly the rows that its
 addressable devices hold, as the batch's sharding says (with a tensor axis that spans
 processes, several need the same rows).
@@ -104,7 +105,7 @@ class Feed:
                 batch_size,
                 mix_windows=mix_windows,
                 seed=seed,
-                stop_step=steps.stop,
+                steps=steps,
             ).read_step
         dataset = grain.MapDataset.range(steps.start, steps.stop).map(read_step)
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=prefetch)

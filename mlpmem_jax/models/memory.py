@@ -1,13 +1,14 @@
 """The MLP Memory: from a decoder's hidden state to the retriever's distribution (section 3.1).
 
-Beside the state it may read embeddings of the last tokens of the document, which the state has
-partly forgotten where the memory reads it (docs/design.md).
+Beside the state it may read the last tokens of the document, which the state has partly forgotten
+where the memory reads it (docs/design.md): their embeddings, and n-grams of them in hashed tables.
 
 Suffixes: D width of the decoder, M recent tokens, X what the network reads (D, or more with M),
 E width of the memory.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -67,8 +68,11 @@ class Memory(nnx.Module):
             shapes = {"projection": (shape, ("embed", None), deviation)}
             self.projection = layers.Parameters(shapes, rngs)
         if config.recent_tokens and config.recent_table == "own":
-            table = (self.padded_vocab, (input_width - decoder_width) // config.recent_tokens)
+            table = (self.padded_vocab, config.table_width(decoder_width))
             self.recent = parameter(table, _TABLE_AXES, scale, rngs, "table")
+        if config.ngram_orders:
+            tables = (len(config.ngram_orders), config.padded_ngram_rows, config.ngram_width)
+            self.ngrams = parameter(tables, ("layers", *_TABLE_AXES), scale, rngs, "table")
         hidden = layers.ffn_width(config.ffn_width, width, config.block)
         self.blocks = layers.Parameters(
             {
@@ -109,7 +113,7 @@ class Memory(nnx.Module):
         Args:
             state_BLD: [..., D] decoder states, any float dtype.
             recent_BLM: int32 [..., M] recent tokens, the current one first
-                (`corpus.recent`); not read without `memory.recent_tokens`.
+                (`corpus.recent`), M = `memory.num_read_tokens`; not read where M is 0.
             decoder_table_VD: The decoder's embeddings, [padded V, D]; read only with
                 `memory.recent_table=decoder`.
 
@@ -119,33 +123,44 @@ class Memory(nnx.Module):
         Raises:
             ValueError: Tokens or embeddings that it reads are missing, or of another shape.
         """
-        if not self.config.recent_tokens:
+        if not self.config.num_read_tokens:
             return state_BLD
-        own = self.config.recent_table == "own"
-        table_VW = self.recent[...] if own else decoder_table_VD
-        if recent_BLM is None or table_VW is None:
-            missing = "tokens" if recent_BLM is None else "embeddings of the decoder"
-            raise ValueError(
-                f"memory.recent_tokens={self.config.recent_tokens}: this memory reads recent "
-                f"tokens beside the state, and no {missing} are given"
-            )
-        if recent_BLM.shape[-1] != self.config.recent_tokens:
-            raise ValueError(
-                f"memory.recent_tokens={self.config.recent_tokens}, and {recent_BLM.shape[-1]} "
-                "tokens are given"
-            )
-        if table_VW.shape[0] != self.padded_vocab:
-            raise ValueError(
-                f"embeddings of {table_VW.shape[0]} tokens, and the memory's vocabulary has "
-                f"{self.padded_vocab} (padded)"
-            )
-        table_VW = gather_for_use(table_VW, _TABLE_AXES)
-        read_BLMW = jnp.take(table_VW, recent_BLM, axis=0, mode="clip").astype(jnp.float32)
-        read_BLX = read_BLMW.reshape(*recent_BLM.shape[:-1], -1)
-        return jnp.concatenate([state_BLD.astype(jnp.float32), read_BLX], axis=-1)
+        read = [state_BLD.astype(jnp.float32)]
+        for table_VW, index_BLM in self._lookups(recent_BLM, decoder_table_VD):
+            table_VW = gather_for_use(table_VW, _TABLE_AXES)
+            found_BLMW = jnp.take(table_VW, index_BLM, axis=0, mode="clip").astype(jnp.float32)
+            read.append(found_BLMW.reshape(*index_BLM.shape[:-1], -1))
+        return jnp.concatenate(read, axis=-1)
+
+    def _lookups(
+        self, recent_BLM: jax.Array | None, decoder_table_VD: jax.Array | None
+    ) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Yields tables, and the rows of each that are read."""
+        config = self.config
+        wanted = config.num_read_tokens
+        keys = f"memory.recent_tokens={config.recent_tokens}"
+        if config.ngram_orders:
+            keys += f", memory.ngram_orders={list(config.ngram_orders)}"
+        if recent_BLM is None:
+            raise ValueError(f"{keys}: this memory reads tokens beside the state; none are given")
+        if recent_BLM.shape[-1] != wanted:
+            raise ValueError(f"{keys}: {wanted} tokens are read; {recent_BLM.shape[-1]} are given")
+        if config.recent_tokens:
+            table_VW = decoder_table_VD if config.reads_decoder_table else self.recent[...]
+            if table_VW is None:
+                raise ValueError(f"{keys}: embeddings of the decoder are read; none are given")
+            if table_VW.shape[0] != self.padded_vocab:
+                raise ValueError(
+                    f"{keys}: the memory's vocabulary has {self.padded_vocab} tokens (padded), the "
+                    f"embeddings that are given {table_VW.shape[0]}"
+                )
+            yield table_VW, recent_BLM[..., : config.recent_tokens]
+        for place, order in enumerate(config.ngram_orders):
+            row_BL1 = ngram_rows(recent_BLM[..., :order], config.padded_ngram_rows)[..., None]
+            yield self.ngrams[place], row_BL1
 
     def set_input_statistics(self, mean_X: jax.Array, inverse_std_X: jax.Array) -> None:
-        """Stores what :func:`input_statistics` measured (input_norm=standardize only)."""
+        """Stores what was measured on the data (memory.input_norm=standardize only)."""
         assert self.config.input_norm == "standardize"
         self.input_mean[...] = jnp.asarray(mean_X, jnp.float32)
         self.input_inverse_std[...] = jnp.asarray(inverse_std_X, jnp.float32)
@@ -160,6 +175,11 @@ class Memory(nnx.Module):
             [..., E] states after the final norm, compute dtype.
         """
         config, axes = self.config, self.blocks.axes()
+        if input_BLX.shape[-1] != self.input_width:
+            raise ValueError(
+                f"this memory (memory.recent_tokens={config.recent_tokens}) reads inputs of width "
+                f"{self.input_width}, not {input_BLX.shape[-1]}: `inputs` makes them of states"
+            )
         x_TE = self._read_input(input_BLX.reshape(-1, self.input_width))
 
         def block(x_TE: jax.Array, arrays: Arrays, _: Any) -> jax.Array:
@@ -201,29 +221,26 @@ class Memory(nnx.Module):
         return constrain(x_TX, "tokens", "state")
 
 
+def ngram_rows(token_BLM: jax.Array, num_rows: int) -> jax.Array:
+    """Hashes n-grams to rows of a table (FNV-1a over tokens, then mixed).
+
+    Args:
+        token_BLM: int32 [..., n], the newest token first.
+        num_rows: Rows of the table.
+
+    Returns:
+        int32 [...] in [0, num_rows).
+    """
+    token_BLM = token_BLM.astype(jnp.uint32)
+    hash_BL = jnp.full(token_BLM.shape[:-1], 2166136261, jnp.uint32)
+    for place in range(token_BLM.shape[-1]):
+        hash_BL = (hash_BL ^ token_BLM[..., place]) * jnp.uint32(16777619)
+    hash_BL = (hash_BL ^ (hash_BL >> 15)) * jnp.uint32(2246822507)
+    return ((hash_BL ^ (hash_BL >> 13)) % jnp.uint32(num_rows)).astype(jnp.int32)
+
+
 def gate_logit(value: float, floor: float) -> float:
     """Returns the logit at which the gate gives λ = value."""
     share = (value - floor) / (1 - 2 * floor)
     share = min(max(share, 1e-6), 1 - 1e-6)
     return math.log(share) - math.log1p(-share)
-
-
-def input_statistics(
-    input_ND: jax.Array, weight_N: jax.Array | None = None, epsilon: float = 1e-6
-) -> tuple[jax.Array, jax.Array]:
-    """Measures each feature of the memory's input.
-
-    Args:
-        input_ND: [..., D] states, any float dtype.
-        weight_N: [...] weight of each state, 0 for padding; None: all count.
-        epsilon: Added to the variance.
-
-    Returns:
-        Mean and 1/standard deviation, [D] float32 each.
-    """
-    input_ND = input_ND.reshape(-1, input_ND.shape[-1]).astype(jnp.float32)
-    weight = jnp.ones(input_ND.shape[0]) if weight_N is None else weight_N.reshape(-1)
-    weight_N1 = (weight / jnp.maximum(jnp.sum(weight), 1e-9)).astype(jnp.float32)[:, None]
-    mean_D = jnp.sum(weight_N1 * input_ND, axis=0)
-    variance_D = jnp.sum(weight_N1 * jnp.square(input_ND - mean_D), axis=0)
-    return mean_D, jax.lax.rsqrt(variance_D + epsilon)

@@ -10,6 +10,7 @@ from mlpmem_jax.training.flops import (
     TRAINING_FACTOR,
     decoder_flops_per_token,
     decoder_parameters,
+    frozen_input_flops_per_token,
     joint_training_flops_per_token,
     memory_flops_per_token,
     memory_parameters,
@@ -71,6 +72,7 @@ def training_estimate(config: Config, steps: range | None = None) -> dict[str, A
             memory_flops_per_token(*memory),
             steps,
             tied_head_flops_per_token(*memory),
+            frozen_input_flops_per_token(*memory[:2]),
         )
     elif config.decoder_runs:
         site = config.datastore.input

@@ -61,15 +61,16 @@ def _mixed_rows(config: Config, machine: Machine) -> tuple[Moment, ...]:
     mixed, layout = config.train_mix_windows, Layout(config)
     if mixed == 1:
         return ()
+    windows = min(2 * mixed, config.train.num_steps)  # of a position: a group, and the next
     state = layout.datastore_arrays()[layout.input_array()].row_bytes
     # Label, log p, weight, mass; id and probability of each token of a target.
-    row_bytes = state + 4 * (4 + 2 * config.targets.num_tokens + config.memory.recent_tokens)
-    rows = config.train.batch_size * config.train_window_tokens * mixed
+    row_bytes = state + 4 * (4 + 2 * config.targets.num_tokens + config.memory.num_read_tokens)
+    rows = config.train.batch_size * config.train_window_tokens * windows
     return (
         Moment(
             "the rows that are dealt out over steps",
             f"lower train.mix_windows={mixed}",
-            host_bytes=2 * rows * row_bytes // machine.num_processes,
+            host_bytes=rows * row_bytes // machine.num_processes,
         ),
     )
 

@@ -98,6 +98,7 @@ class SeedPlan:
         warmup = min(train.decoder_optimizer.warmup_steps, (train.num_steps - frozen) // 2)
         overrides = {
             "train.mode": "joint",
+            "train.mix_windows": "auto",
             "memory.gate": gate,
             "train.decoder_freeze_steps": frozen,
             "train.decoder_optimizer.warmup_steps": warmup,

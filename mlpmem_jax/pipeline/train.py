@@ -22,7 +22,7 @@ def recipe(config: Config) -> dict[str, Any]:
     decided: dict[str, Any] = {
         "seed": config.seed,
         "memory": config.memory.recipe(),
-        "train": config.train.recipe(),
+        "train": config.train.recipe() | {"mix_windows": config.train_mix_windows},
     }
     if config.train.mode == "joint":
         decided["decoder"] = config.decoder.recipe()

@@ -32,6 +32,8 @@ _NAMED = {
 # decides nothing that is made.
 SECTIONS = (*_NAMED, "pretrain", "train")
 _LONGEST_LABEL = 60
+# A memory that asks nothing of a decoder: it shares no head and reads no tokens.
+_ALONE = {"memory.head": "untied", "memory.recent_tokens": 0, "memory.ngram_orders": ()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +112,11 @@ def base_variant(config: Config, seed: int) -> Variant:
 def without_memory(base: Variant) -> Variant:
     """Returns a base for decoders that no memory reads: what a memory asks of them is dropped.
 
-    Its head would have to be as wide as the decoder, and the decoder as deep as the states that
-    it reads.
+    Its head would have to be as wide as the decoder, the decoder as deep as the states that it
+    reads, and its context twice as long as the tokens that it reads.
     """
     deepest = {f"datastore.{name}.layer": 1.0 for name in ("key", "input")}
-    return Variant.of(changed_config(base.config, {"memory.head": "untied", **deepest}))
+    return Variant.of(changed_config(base.config, _ALONE | deepest))
 
 
 def changed_variant(
@@ -227,7 +229,7 @@ def taught_variant(
 
 
 def _untied(config: Config) -> Config:
-    return changed_config(config, {"memory.head": "untied"})
+    return changed_config(config, _ALONE)
 
 
 def label_of(key: str, value: Any) -> str:

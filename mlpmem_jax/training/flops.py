@@ -93,6 +93,17 @@ def tied_head_flops_per_token(config: MemoryConfig, decoder_width: int, vocab_si
     return memory_flops_per_token(config, decoder_width, vocab_size) - blocks
 
 
+def frozen_input_flops_per_token(config: MemoryConfig, decoder_width: int) -> float:
+    """Returns flops of the gradient of the memory's input, where nothing before it is trained.
+
+    They are computed only where they lead back to the decoder. 0 where the memory itself has
+    parameters there: tables of its own, a norm.
+    """
+    input_width = config.input_width(decoder_width)
+    trained = config.has_tables or config.input_norm == "rms"
+    return 0.0 if trained or input_width == config.width else 2.0 * input_width * config.width
+
+
 def memory_training_flops_per_token(
     config: MemoryConfig, decoder_width: int, vocab_size: int
 ) -> float:
@@ -104,12 +115,8 @@ def memory_training_flops_per_token(
     blocks = memory_flops_per_token(config, decoder_width, vocab_size, head=False)
     head = memory_flops_per_token(config, decoder_width, vocab_size) - blocks
     head_factor = TRAINING_FACTOR if config.head == "untied" else TRAINING_FACTOR - 1
-    total = TRAINING_FACTOR * blocks + head_factor * head
-    input_width = config.input_width(decoder_width)
-    own_table = config.recent_tokens and config.recent_table == "own"
-    if input_width != config.width and config.input_norm != "rms" and not own_table:
-        total -= 2.0 * input_width * config.width
-    return total
+    unused = frozen_input_flops_per_token(config, decoder_width)
+    return TRAINING_FACTOR * blocks + head_factor * head - unused
 
 
 def joint_training_flops_per_token(
@@ -118,6 +125,7 @@ def joint_training_flops_per_token(
     memory_forward: float,
     steps: range,
     tied_head_forward: float = 0.0,
+    frozen_input: float = 0.0,
 ) -> float:
     """Returns flops of joint training, per token of a step, summed over steps.
 
@@ -130,6 +138,7 @@ def joint_training_flops_per_token(
         memory_forward: Of the memory's, head included.
         steps: Which.
         tied_head_forward: Of a head that is the decoder's: it moves where the decoder does.
+        frozen_input: What `frozen_input_flops_per_token` says.
     """
     edges = {steps.start, steps.stop, train.decoder_freeze_steps, train.memory_freeze_steps}
     inside = sorted(edge for edge in edges if steps.start <= edge <= steps.stop)
@@ -141,6 +150,7 @@ def joint_training_flops_per_token(
         decoder = TRAINING_FACTOR if decoder_moves else 1
         memory = (1 + (memory_moves or leads_back)) * memory_forward
         memory += memory_moves * (memory_forward - tied_head_forward)
+        memory -= (memory_moves and not leads_back) * frozen_input
         memory += leads_back * tied_head_forward
         total += (stop - first) * (decoder * decoder_forward + memory)
     return total
@@ -155,7 +165,7 @@ def decoder_parameters(config: DecoderConfig, vocab_size: int) -> dict[str, int]
 def memory_parameters(config: MemoryConfig, decoder_width: int, vocab_size: int) -> dict[str, int]:
     """Returns the numbers of parameters: "total" and "non_embedding" (no table, no head)."""
     abstract = nnx.eval_shape(lambda: Memory(config, decoder_width, vocab_size, rngs=nnx.Rngs(0)))
-    return _count(abstract, ("recent", "head"))
+    return _count(abstract, ("recent", "ngrams", "head"))
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -15,6 +15,7 @@ from mlpmem_jax.models.joint import Joint, scale_gradient
 from mlpmem_jax.training.checkpoint import restore_finished
 from mlpmem_jax.training.flops import (
     decoder_flops_per_token,
+    frozen_input_flops_per_token,
     joint_training_flops_per_token,
     memory_flops_per_token,
     tied_head_flops_per_token,
@@ -73,13 +74,14 @@ class JointTask(WindowTask):
             memory_flops_per_token(*memory),
         )
         self._tied_head = tied_head_flops_per_token(*memory)
+        self._frozen_input = frozen_input_flops_per_token(*memory[:2])
         last = config.train.num_steps - 1
         self.flops_per_step = self.flops_of(range(last, last + 1))
 
     def flops_of(self, steps: range) -> float:
         """Returns the model flops of some steps: fewer while a network is frozen."""
         per_token = joint_training_flops_per_token(
-            self._config.train, *self._forward, steps, self._tied_head
+            self._config.train, *self._forward, steps, self._tied_head, self._frozen_input
         )
         return self.tokens_per_step * per_token
 

@@ -64,12 +64,12 @@ class RunData:
 
     def stored_rows(self, split: Split, length: int) -> WindowSource:
         """Returns windows of stored inputs with their targets."""
-        num_recent = self._config.memory.recent_tokens
+        num_recent = self._config.memory.num_read_tokens
         return StoredRows(self._layout, split, length, self._train.separator_id, num_recent)
 
     def tokens_with_targets(self, split: Split, length: int) -> WindowSource:
         """Returns windows of tokens with their targets."""
-        return TokensWithTargets(self._layout, split, length, self._config.memory.recent_tokens)
+        return TokensWithTargets(self._layout, split, length, self._config.memory.num_read_tokens)
 
     def decoder(self, mesh: jax.sharding.Mesh) -> Decoder:
         """Restores the decoder."""

@@ -16,7 +16,8 @@ class Windows:
 
     def read(self, windows):
         steps = np.arange(5, dtype=np.int32)
-        return {"token": windows[:, None].astype(np.int32) * 1000 + steps, "row": windows}
+        row = windows[:, None] * len(steps) + steps
+        return {"token": windows[:, None].astype(np.int32) * 1000 + steps, "row": row}
 
 
 def main():
@@ -28,11 +29,14 @@ def main():
 
     data, fsdp, tensor = map(int, sys.argv[1:])
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
-    for batch in Feed(Windows(), mesh, batch_size=8, seed=3, steps=range(2, 12)):
-        digest = hashlib.sha256()
-        for name in sorted(batch):
-            digest.update(np.ascontiguousarray(whole(batch[name])).tobytes())
-        say(digest.hexdigest())
+    for mix_windows in (1, 3):
+        steps = range(2, 12)
+        feed = Feed(Windows(), mesh, batch_size=8, seed=3, steps=steps, mix_windows=mix_windows)
+        for batch in feed:
+            digest = hashlib.sha256()
+            for name in sorted(batch):
+                digest.update(np.ascontiguousarray(whole(batch[name])).tobytes())
+            say(digest.hexdigest())
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def test_the_same_batches_on_any_number_of_processes(on_processes):
         return done.stdout.split()
 
     expected = digests(1, 1, "1", "1", "1")
-    assert len(set(expected)) == 10
+    assert len(set(expected)) == 20
     shapes = [
         (2, 2, "2", "2", "1"),
         (4, 2, "4", "2", "1"),

@@ -11,6 +11,7 @@ import pytest
 from scipy.special import xlogy
 
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.corpus.recent import read_recent
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.datastore.store import open_array, read_rows
@@ -18,7 +19,7 @@ from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline import evaluate
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.training.networks import finished_memory
+from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 
 def _read(layout: Layout, artifact: str, split: Split, name: str) -> np.ndarray:
@@ -53,12 +54,18 @@ def test_decoder_and_knn_numbers_from_the_arrays(tiny_run: Config):
 def test_the_memory_is_scored_on_every_row(tiny_run: Config):
     """Chunks, batches and padding against the whole split at once."""
     layout, results = Layout(tiny_run), _results(tiny_run)
-    memory = finished_memory(tiny_run, single_device_mesh())
+    mesh = single_device_mesh()
+    memory, decoder = finished_memory(tiny_run, mesh), finished_decoder(tiny_run, mesh)
     separator = TokenSplit.open(layout.tokens, "valid").separator_id
     alone: dict[str, float] = {}
     for split in ("valid", "test"):
         label_N = _read(layout, "datastore", split, "label")
-        hidden_NE = memory.hidden(jnp.asarray(_read(layout, "datastore", split, "input")))
+        tokens = TokenSplit.open(layout.tokens, split)
+        recent_NM = read_recent(
+            tokens, np.zeros(1, np.int64), len(label_N), tiny_run.memory.recent_tokens
+        )[0]
+        state_ND = jnp.asarray(_read(layout, "datastore", split, "input"))
+        hidden_NE = memory.hidden(memory.inputs(state_ND, recent_NM, decoder.embedding[...]))
         logprob_NV = np.asarray(jax.nn.log_softmax(memory.logits(hidden_NE)))
         scored = label_N != separator
         nats_N = -np.take_along_axis(logprob_NV, label_N[:, None], axis=1)[:, 0]

@@ -29,6 +29,7 @@ PROMPTS = {
 MEMORIES = {
     "recent": {"recent_tokens": 3},
     "own": {"recent_tokens": 8, "recent_table": "own", "recent_width": 5, "gate": "learned"},
+    "ngrams": {"ngram_orders": (2, 5), "ngram_rows": 128, "ngram_width": 7},
 }
 
 
@@ -119,7 +120,7 @@ def _next_token(family: str, with_memory: bool) -> Callable[..., jax.Array]:
 
 def _recent(family: str, tokens: list[int]) -> np.ndarray:
     """The last tokens of the document that is being written, the newest first."""
-    num_recent = MEMORIES.get(family, {}).get("recent_tokens", 0)
+    num_recent = MemoryConfig(**MEMORIES.get(family, {})).num_read_tokens
     begins = len(tokens) - 1 - tokens[::-1].index(SEPARATOR)
     newest_first = tokens[begins:][::-1] + [SEPARATOR] * num_recent
     return np.asarray(newest_first[:num_recent], np.int32)
@@ -145,7 +146,14 @@ def _recomputed(family: str, with_memory: bool, prompt: list[int], num_tokens: i
 
 @pytest.mark.parametrize(
     ("family", "with_memory"),
-    [("llama", True), ("llama", False), ("gpt2", True), ("recent", True), ("own", True)],
+    [
+        ("llama", True),
+        ("llama", False),
+        ("gpt2", True),
+        ("recent", True),
+        ("own", True),
+        ("ngrams", True),
+    ],
 )
 def test_equals_recomputing_everything(family: str, with_memory: bool):
     """Ragged prompts in one batch: empty, short, nearly as long as the context, longer."""

@@ -112,6 +112,7 @@ def test_flops_of_a_pretraining_step_agree_with_xla(make_config, family):
         # Embeddings are looked up; what they go through is a wider projection.
         (("memory.width=192", "memory.recent_tokens=3"), 0),
         (("memory.width=192", "memory.recent_tokens=3", "memory.recent_table=own"), 0),
+        (("memory.width=192", "memory.ngram_orders=[2,3]", "memory.recent_tokens=0"), 0),
         # The head is the decoder's, which is frozen.
         (("memory.width=256", "memory.head=tied"), 0),
         (("memory.width=192", "train.joint_weight=0.5"), 0),
@@ -120,7 +121,18 @@ def test_flops_of_a_pretraining_step_agree_with_xla(make_config, family):
         ((*ONLINE, "datastore.input.layer=1", "datastore.input.site=residual"), 1 / 2),
         (JOINT, 3),
     ],
-    ids=["memory", "gelu", "recent", "own-table", "tied", "mixture", "online", "residual", "joint"],
+    ids=[
+        "memory",
+        "gelu",
+        "recent",
+        "own-table",
+        "ngrams",
+        "tied",
+        "mixture",
+        "online",
+        "residual",
+        "joint",
+    ],
 )
 def test_flops_of_a_training_step_agree_with_xla(make_config, keys, attention_passes):
     check_step(make_config(*STEP, *keys, "compile.step=train"), attention_passes)
@@ -229,6 +241,7 @@ def test_flops_of_a_step_in_which_a_network_waits_agree_with_xla(
     make_config, waiting, gradient, head
 ):
     keys = (f"train.{waiting}_freeze_steps=5", f"train.decoder_gradient={gradient}")
+    keys += ("memory.recent_tokens=8",)  # So wide an input that its gradient is seen.
     shape = ("memory.head=tied", "memory.width=256") if head == "tied" else ()
     config = make_config(*STEP, *JOINT, *keys, *shape)
     mesh = single_device_mesh()

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from mlpmem_jax.config.networks import MemoryConfig
-from mlpmem_jax.models.memory import InputStatistics, Memory, input_statistics
+from mlpmem_jax.models.memory import InputStatistics, Memory, ngram_rows
+from mlpmem_jax.training.input_statistics import Statistics, moments, statistics, together
 
 VOCAB, WIDTH = 50, 24
 
@@ -80,21 +81,28 @@ def test_standardized_input_forgets_scale_and_offset():
     results = []
     for scale in (1.0, 100.0):
         memory = make_memory()
-        memory.set_input_statistics(*input_statistics(scale * x + 3))
+        memory.set_input_statistics(*_measured(scale * x + 3))
         results.append(memory.hidden(scale * x + 3))
     np.testing.assert_allclose(results[0], results[1], atol=1e-3)
 
 
+def _measured(input_BLX: jax.Array, weight_BL: jax.Array | None = None) -> Statistics:
+    """In two parts of different size and mean, as batches are."""
+    weight_BL = jnp.ones(input_BLX.shape[:-1]) if weight_BL is None else weight_BL
+    parts = [(input_BLX[:, :2], weight_BL[:, :2]), (input_BLX[:, 2:], weight_BL[:, 2:])]
+    return statistics(together(*(moments(*part) for part in parts)))
+
+
 def test_input_statistics_leave_out_padding():
-    x = make_input()
+    x = make_input().at[:, :2].add(50.0)
     padded = jnp.concatenate([x, jnp.full((2, 5, WIDTH), 1e3)], axis=1)
     weight = jnp.concatenate([jnp.ones((2, 7)), jnp.zeros((2, 5))], axis=1)
-    for a, b in zip(input_statistics(x), input_statistics(padded, weight), strict=True):
+    for a, b in zip(_measured(x), _measured(padded, weight), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
-    mean_D, inverse_D = input_statistics(x)
+    mean_X, inverse_X = _measured(x)
     flat = np.asarray(x).reshape(-1, WIDTH)
-    np.testing.assert_allclose(mean_D, flat.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(1 / inverse_D, flat.std(0), rtol=1e-4)
+    np.testing.assert_allclose(mean_X, flat.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(1 / inverse_X, flat.std(0), rtol=1e-4)
 
 
 def test_statistics_are_no_parameters():
@@ -154,13 +162,49 @@ def test_a_memory_of_the_paper_reads_the_state_alone():
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ((None, None), "memory.recent_tokens=3: .* no tokens are given"),
-        ((RECENT, None), "no embeddings of the decoder are given"),
-        ((RECENT[:, :2], jnp.ones((128, WIDTH))), "memory.recent_tokens=3, and 2 tokens"),
-        ((RECENT, jnp.ones((256, WIDTH))), "embeddings of 256 tokens, .* has 128"),
+        ((None, None), "memory.recent_tokens=3: .* none are given"),
+        ((RECENT, None), "embeddings of the decoder are read; none"),
+        ((RECENT[:, :2], jnp.ones((128, WIDTH))), "memory.recent_tokens=3: 3 tokens are read; 2"),
+        ((RECENT, jnp.ones((256, WIDTH))), "has 128 tokens .*, the embeddings that are given 256"),
     ],
     ids=["states-alone", "no-table", "too-few", "other-vocabulary"],
 )
 def test_what_it_reads_must_be_given(given, expected):
     with pytest.raises(ValueError, match=expected):
         make_memory(recent_tokens=3).inputs(make_input()[0, :2], *given)
+
+
+def test_ngrams_are_looked_up_whole():
+    """A row of a table for each n-gram; tokens behind it change nothing, each token in it does."""
+    memory = make_memory(ngram_orders=(2, 3), ngram_rows=4096, ngram_width=8)
+    assert memory.ngrams[...].shape == (2, 4096, 8)
+    state = jnp.zeros((1, WIDTH))
+
+    def read(*tokens):
+        return np.asarray(memory.inputs(state, jnp.array([tokens])))[0, WIDTH:].reshape(2, 8)
+
+    first = read(5, 3, 1)
+    np.testing.assert_array_equal(first, read(5, 3, 1))
+    other = read(5, 3, 2)
+    np.testing.assert_array_equal(first[0], other[0])
+    assert not np.array_equal(first[1], other[1])
+    assert not np.array_equal(first, read(3, 5, 1))
+    rows = {int(np.flatnonzero((memory.ngrams[1] == r).all(1))[0]) for r in (first[1], other[1])}
+    assert len(rows) == 2
+
+
+def test_hashed_rows_are_spread_over_the_table():
+    pairs = np.stack(np.meshgrid(np.arange(300), np.arange(300)), -1).reshape(-1, 2)
+    count = np.bincount(np.asarray(ngram_rows(jnp.asarray(pairs), 1024)), minlength=1024)
+    # 88 a row by chance, with a deviation of 9.4.
+    assert len(count) == 1024 and count.min() > 30 and count.max() < 160
+
+
+def test_the_hash_stays_what_trained_memories_were_trained_with():
+    grams = jnp.array([[0, 0], [5, 3], [3, 5], [70_000, 65_536]])
+    assert ngram_rows(grams, 32768).tolist() == [11047, 15122, 16913, 29099]
+
+
+def test_states_alone_are_refused_by_the_key_that_says_more():
+    with pytest.raises(ValueError, match=r"memory\.recent_tokens=2.* width 72, not 24"):
+        make_memory(recent_tokens=2).hidden(make_input())

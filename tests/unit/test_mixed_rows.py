@@ -1,8 +1,10 @@
 """Rows dealt out of many windows: which ones is a function of seed and step alone."""
 
 import collections
+import gc
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -87,16 +89,16 @@ def test_a_resumed_feed_continues_with_the_same_batches(start):
     assert all(np.array_equal(a, b) for a, b in zip(resumed, whole[start:], strict=True))
 
 
-def _mixed(source, positions, stop=40):
+def _mixed(source, positions, stop):
     order = window_order(source.num_windows, 3)
     return MixedRows(
-        source, order, np.asarray(positions), BATCH, mix_windows=MIX, seed=3, stop_step=stop
+        source, order, np.asarray(positions), BATCH, mix_windows=MIX, seed=3, steps=range(stop)
     )
 
 
 def test_steps_may_be_asked_for_in_any_order():
     whole = _rows(range(20), 50)
-    mixed = _mixed(Rows(50), range(BATCH))
+    mixed = _mixed(Rows(50), range(BATCH), 20)
     steps = list(range(20))
     random.Random(0).shuffle(steps)
     for step in steps:
@@ -118,6 +120,29 @@ def test_each_window_is_read_once_and_nothing_behind_the_last_group():
     list(_feed(source, range(30)))
     assert set(source.reads.values()) == {1}
     assert 30 * BATCH <= len(source.reads) <= (30 + MIX) * BATCH
+
+
+def test_two_groups_of_a_position_are_held_at_most():
+    mixed = _mixed(Rows(1000), range(BATCH), 60)
+    for step in range(60):
+        mixed.read_step(step)
+        assert len(mixed._reads) <= 2 * BATCH
+    assert not mixed._reads and not mixed._left
+
+
+def test_threads_end_with_the_feed():
+    def readers():
+        return [one for one in threading.enumerate() if one.name.startswith("mixed-rows")]
+
+    feed = _feed(Rows(100), range(50))
+    next(feed)
+    assert readers()
+    del feed
+    deadline = time.monotonic() + 30
+    while readers() and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+    assert not readers()
 
 
 def test_damage_reaches_the_caller():

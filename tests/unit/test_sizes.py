@@ -35,6 +35,7 @@ def test_decoders_are_counted_as_they_are(keys):
         {"width": 32, "recent_tokens": 2, "gate": "learned"},
         {"width": 24, "recent_tokens": 3, "recent_table": "own", "input_norm": "rms"},
         {"width": 24, "recent_tokens": 3, "recent_table": "own", "recent_width": 10},
+        {"width": 32, "recent_tokens": 1, "ngram_orders": (2, 3), "ngram_rows": 256},
     ],
 )
 def test_memories_are_counted_as_they_are(keys):

@@ -7,6 +7,7 @@ import pytest
 
 from mlpmem_jax.config.load import changed_config
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.suite import RecipeConfig
 from mlpmem_jax.datastore.checked import fingerprint_of
 from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.datastore.manifest import Artifact
@@ -167,7 +168,13 @@ def test_keys_that_cannot_be_varied(tiny_config: Config, key: str, message: str)
 
 
 def test_decoders_that_no_memory_reads_need_not_fit_one(make_config: Callable[..., Config]):
-    config = make_config("memory.head=tied", "memory.width=32", "datastore.input.layer=2")
+    config = make_config(
+        "memory.head=tied",
+        "memory.width=32",
+        "datastore.input.layer=2",
+        "memory.recent_tokens=9",
+        "memory.ngram_orders=[2, 9]",
+    )
     assert config.decoder.width == 32 and config.decoder.num_layers == 2
     plan = SeedPlan(config, 0)
     assert plan.of_equal_size().config.decoder.name == "seed-0-equal-size"
@@ -176,6 +183,16 @@ def test_decoders_that_no_memory_reads_need_not_fit_one(make_config: Callable[..
     assert wide.teacher.decoder.width == 64 and wide.config.memory.head == "tied"
     with pytest.raises(ConfigError, match=r"memory\.head=tied needs"):
         changed_variant(plan.base, {"decoder.width": 64}, "x")  # Its own memory reads it.
+    short = ["decoder.context_tokens=16", "datastore.window_tokens=16"]
+    recipe = RecipeConfig(name="short", parts="decoder", overrides=tuple(short))
+    assert plan.changed(recipe).config.decoder.context_tokens == 16
+    with pytest.raises(ConfigError, match=r"memory\.recent_tokens=9 is more than half"):
+        plan.changed(recipe.model_copy(update={"parts": "all"}))
+
+
+def test_rows_that_are_mixed_leave_joint_rows_as_they_are(make_config: Callable[..., Config]):
+    joint = SeedPlan(make_config("train.mix_windows=4"), 0).joint("none", "joint")
+    assert joint.variant.config.train_mix_windows == 1
 
 
 def test_names_of_one_run_are_not_those_of_all_seeds(make_config: Callable[..., Config]):

@@ -80,7 +80,8 @@ def measure_sample(
     steps = sharpness.steps_up_to(decoder.vocab_size)
     label_N = np.empty(len(row_N), np.int32)
     step = _compiled(config, decoder, memory, weight, steps, mesh)
-    reader = _Reader(layout, split)
+    num_recent = memory.config.num_read_tokens
+    reader = _Reader(layout, split, num_recent, tokens.separator_id)
     parts: dict[str, list[Sharpness]] = {name: [] for name in DISTRIBUTIONS}
     label_logprob: list[np.ndarray] = []
     done = 0
@@ -88,7 +89,7 @@ def measure_sample(
     for row_C, final_CD in _chunks(states, settings.chunk_rows):
         label_C = reader.labels(row_C)
         knn = sparse_distributions(*reader.neighbors(row_C), temperature, reader.num_neighbors)
-        recent_CM = reader.recent(row_C, memory.config.recent_tokens, tokens.separator_id)
+        recent_CM = reader.recent(row_C)
         rows = (final_CD, reader.inputs(row_C), recent_CM, knn.id_QS, knn.prob_QS, label_C)
         short = settings.chunk_rows - len(row_C)
         padded = (np.pad(a, ((0, short),) + ((0, 0),) * (a.ndim - 1)) for a in rows)
@@ -167,9 +168,10 @@ def _chunks(
 class _Reader:
     """Reads what was stored of single rows."""
 
-    def __init__(self, layout: Layout, split: Split):
+    def __init__(self, layout: Layout, split: Split, num_recent: int, separator_id: int):
         neighbors, datastore = layout.neighbors(split), layout.datastore(split)
-        self._datastore = datastore
+        self._num_recent = num_recent
+        self._recent = RecentReader(datastore, num_recent, separator_id)
         self._row = StoredArray(neighbors, "row")
         self._distance = StoredArray(neighbors, "distance")
         self._input = StoredArray(datastore, layout.input_array())
@@ -190,12 +192,15 @@ class _Reader:
     def inputs(self, row_C: np.ndarray) -> np.ndarray:
         return self._take(self._input, row_C).astype(np.float32)
 
-    def recent(self, row_C: np.ndarray, num_recent: int, separator_id: int) -> np.ndarray:
+    def recent(self, row_C: np.ndarray) -> np.ndarray:
         """Returns recent tokens, int32 [C, M]; M may be 0."""
-        if not num_recent:
+        if not self._num_recent:
             return np.empty((len(row_C), 0), np.int32)
-        pending = RecentReader(self._datastore, num_recent, separator_id).start(row_C, 1)
-        return pending.result()["recent"][:, 0]
+        first, length = int(row_C[0]), int(row_C[-1]) - int(row_C[0]) + 1
+        if length <= 8 * len(row_C):  # Dense rows: one read.
+            found = self._recent.start(np.array([first]), length).result()["recent"]
+            return found[0, row_C - first]
+        return self._recent.start(row_C, 1).result()["recent"][:, 0]
 
     def neighbors(self, row_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns distances [C, K] and labels of the neighbours [C, K]."""

@@ -76,7 +76,7 @@ def score_memory_alone(
         config.datastore.chunk_rows,
         config.evaluate.batch_size,
         tokens.separator_id,
-        num_recent=config.memory.recent_tokens,
+        num_recent=config.memory.num_read_tokens,
         with_targets=False,
     )
     decoder = finished_decoder(config, mesh) if config.memory.reads_decoder else None

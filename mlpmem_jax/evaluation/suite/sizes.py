@@ -189,7 +189,7 @@ def count_decoder(config: DecoderConfig, vocab_size: int) -> int:
 
 
 def count_memory(config: MemoryConfig, decoder_width: int, vocab_size: int) -> int:
-    """Returns the parameters of a memory, its head and its own table included."""
+    """Returns the parameters of a memory, its head and its own tables included."""
     width, biases = config.width, config.block == "gelu"
     input_width = config.input_width(decoder_width)
     hidden = layers.ffn_width(config.ffn_width, width, config.block)
@@ -204,8 +204,8 @@ def count_memory(config: MemoryConfig, decoder_width: int, vocab_size: int) -> i
     if config.gate == "learned":
         total += input_width + 1
     if config.recent_tokens and config.recent_table == "own":
-        table_width = (input_width - decoder_width) // config.recent_tokens
-        total += layers.padded_vocab_size(vocab_size) * table_width
+        total += layers.padded_vocab_size(vocab_size) * config.table_width(decoder_width)
+    total += len(config.ngram_orders) * config.padded_ngram_rows * config.ngram_width
     return total
 
 

@@ -1,0 +1,71 @@
+"""The loader with rows dealt out of more and more windows, in turns.
+
+    .venv/bin/python -m benchmarks.mixed_rows [--config FILE] [--workdir DIR] [--mix 1 8 32]
+        [--steps 100] [--rounds 3]
+
+Reads the batches of `train` from a finished run, without a network, and prints rows a second, the
+ratio to whole windows (`train.mix_windows=1`), peak memory beyond the start, and what a step of
+training takes beside it, as the run itself recorded.
+"""
+
+import argparse
+import resource
+import statistics
+import time
+
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import quiet_libraries
+from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.input.feed import Feed
+from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.training.run_data import RunData
+
+
+def seconds(config: Config, mix_windows: int, steps: int) -> float:
+    """Returns the seconds that `steps` batches take, the first one included."""
+    source = RunData(config).stored_rows("train", config.train_window_tokens)
+    started = time.perf_counter()
+    feed = Feed(
+        source,
+        single_device_mesh(),
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        steps=range(steps),
+        prefetch=config.train.prefetch_batches,
+        mix_windows=mix_windows,
+    )
+    for _ in feed:
+        pass
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser.add_argument("--workdir")
+    parser.add_argument("--mix", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=3)
+    flags = parser.parse_args()
+    quiet_libraries()
+    config = load_config(flags.config, (), {"workdir": flags.workdir} if flags.workdir else {})
+    rows = flags.steps * config.train.batch_size * config.train_window_tokens
+    spent: dict[int, list[float]] = {mix: [] for mix in flags.mix}
+    for mix in flags.mix:
+        seconds(config, mix, 2)
+    for _ in range(flags.rounds):
+        for mix in flags.mix:
+            spent[mix].append(seconds(config, mix, flags.steps))
+    first = statistics.median(spent[flags.mix[0]])
+    for mix, times in spent.items():
+        median = statistics.median(times)
+        print(f"mix {mix:4}: {rows / median:12,.0f} rows/s, time {median / first:.2f}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"peak memory {peak:,.0f} MiB")
+    measured = Layout(config).memory.load().measured
+    print(f"the run's own training: {measured}")
+
+
+if __name__ == "__main__":
+    main()
