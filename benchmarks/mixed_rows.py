@@ -4,8 +4,8 @@
         [--steps 100] [--rounds 3]
 
 Reads the batches of `train` from a finished run, without a network, and prints rows a second, the
-ratio to whole windows (`train.mix_windows=1`), peak memory beyond the start, and what a step of
-training takes beside it, as the run itself recorded.
+time as a ratio to the first of `--mix`, the process's peak memory after its first measurement (it
+only grows: name them ascending), and the rows a second that training itself took.
 """
 
 import argparse
@@ -52,19 +52,25 @@ def main() -> None:
     config = load_config(flags.config, (), {"workdir": flags.workdir} if flags.workdir else {})
     rows = flags.steps * config.train.batch_size * config.train_window_tokens
     spent: dict[int, list[float]] = {mix: [] for mix in flags.mix}
-    for mix in flags.mix:
-        seconds(config, mix, 2)
+    peak: dict[int, float] = {}
+    seconds(config, 1, 2)  # Imports, files.
     for _ in range(flags.rounds):
         for mix in flags.mix:
             spent[mix].append(seconds(config, mix, flags.steps))
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            peak.setdefault(mix, used)
     first = statistics.median(spent[flags.mix[0]])
     for mix, times in spent.items():
         median = statistics.median(times)
-        print(f"mix {mix:4}: {rows / median:12,.0f} rows/s, time {median / first:.2f}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak memory {peak:,.0f} MiB")
+        print(
+            f"mix {mix:4}: {rows / median:12,.0f} rows/s, time {median / first:.2f}, "
+            f"peak {peak[mix]:,.0f} MiB"
+        )
     measured = Layout(config).memory.load().measured
-    print(f"the run's own training: {measured}")
+    print(
+        f"training: {measured['tokens_per_sec']:,.0f} rows/s, "
+        f"{measured['input_wait_share']:.1%} of it waiting for rows"
+    )
 
 
 if __name__ == "__main__":

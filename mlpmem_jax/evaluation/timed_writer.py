@@ -87,12 +87,15 @@ class TimedWriter:
         self._clear()
 
     def _clear(self) -> None:
-        with jax.set_mesh(self._compiled.model.mesh):
-            self._cache = jax.block_until_ready(self._compiled.empty(self._batch)())
-        self._length = 0
+        self._empty()
         # Where a drawn token lies too: one shape and place, compiled once.
         zero_B1 = np.zeros((self._batch, 1), np.int32)
         self._token: Any = jax.device_put(zero_B1, replicated(self._compiled.model.mesh))
+
+    def _empty(self) -> None:
+        with jax.set_mesh(self._compiled.model.mesh):
+            self._cache = jax.block_until_ready(self._compiled.empty(self._batch)())
+        self._length = 0
 
     def read(self, token_BL: np.ndarray) -> float:
         """Reads prompts into empty caches and draws a token for each; returns the seconds."""
@@ -101,11 +104,8 @@ class TimedWriter:
 
     def write(self) -> float:
         """Draws one more token for each text and returns the seconds that it took."""
-        model = self._compiled.model
-        if self._length == model.context_tokens:
-            # Start over: a step costs the same however full the cache is.
-            self._cache = self._cache.emptied(np.ones(self._batch, bool), model.separator)
-            self._length = 0
+        if self._length == self._compiled.model.context_tokens:
+            self._empty()  # A step costs the same however full the cache is.
         return self._step(self._token)
 
     def _step(self, token_BL: Any) -> float:

@@ -4,6 +4,8 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +24,7 @@ from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline import generate
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.training.networks import finished_networks
+from mlpmem_jax.training.networks import check_shape, finished_networks
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 
@@ -119,6 +121,35 @@ def test_cached_generation_gives_what_evaluation_gives(tiny_run: Config):
         found.append(float(logprob_BV[0, label]))
     # States were stored as float16.
     np.testing.assert_allclose(found, expected_N, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("override", "trained"),
+    [
+        ("memory.recent_tokens=0", "recent_tokens=0 (trained with 2)"),
+        ("memory.recent_tokens=3", "recent_tokens=3 (trained with 2)"),
+        ("memory.recent_table=own", "recent_table=own (trained with decoder)"),
+        ("memory.ngram_orders=[2]", "ngram_orders=[2] (trained with [])"),
+    ],
+)
+def test_a_memory_that_reads_other_tokens_is_refused(
+    tiny_run: Config, capsys: pytest.CaptureFixture[str], override: str, trained: str
+):
+    arguments = ["generate", "--config", str(TINY), "--workdir", tiny_run.workdir]
+    assert main([*arguments, override]) == 2
+    assert f"memory.{trained}" in capsys.readouterr().err
+
+
+def test_a_memory_of_before_a_key_existed_has_its_default(tiny_config: Config):
+    recipe = tiny_config.memory.recipe()
+    del recipe["recent_tokens"]
+    old: Any = SimpleNamespace(
+        path="memory/old", load=lambda: SimpleNamespace(recipe={"memory": recipe})
+    )
+    with pytest.raises(ArtifactError, match=r"memory\.recent_tokens=2 \(trained with 0\)"):
+        check_shape(tiny_config, old, "memory")
+    paper = tiny_config.memory.model_copy(update={"recent_tokens": 0})
+    check_shape(tiny_config.model_copy(update={"memory": paper}), old, "memory")
 
 
 def test_a_workdir_may_be_relative(tiny_run, monkeypatch, capsys):

@@ -63,7 +63,11 @@ def _losses(workdir, inputs, *keys, steps=4):
 
 @pytest.mark.parametrize(
     "keys",
-    [(), ("memory.recent_tokens=3",), ("memory.recent_tokens=5", "memory.recent_table=own")],
+    [
+        ("memory.recent_tokens=0",),
+        ("memory.recent_tokens=3", "memory.ngram_orders=[2,5]"),
+        ("memory.recent_tokens=5", "memory.recent_table=own"),
+    ],
     ids=["state", "recent", "own-table"],
 )
 def test_the_same_loss_stored_and_online(workdir, keys):
