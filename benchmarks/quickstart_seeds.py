@@ -33,7 +33,11 @@ ROWS = (
     "+ memory, CE only",
 )  # fmt: skip
 VARIANTS = {
-    "+ memory, state alone": ("memory.name=state-alone", "memory.recent_tokens=0"),
+    "+ memory, state alone": (
+        "memory.name=state-alone",
+        "memory.recent_tokens=0",
+        "memory.ngram_orders=[]",
+    ),
     "+ memory, CE only": ("memory.name=ce-only", "train.alpha=0.0"),
 }
 
