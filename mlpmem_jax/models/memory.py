@@ -71,8 +71,9 @@ class Memory(nnx.Module):
             table = (self.padded_vocab, config.table_width(decoder_width))
             self.recent = parameter(table, _TABLE_AXES, scale, rngs, "table")
         if config.ngram_orders:
-            tables = (len(config.ngram_orders), config.padded_ngram_rows, config.ngram_width)
-            self.ngrams = parameter(tables, ("layers", *_TABLE_AXES), scale, rngs, "table")
+            # One after another: a single lookup, whose gradient is a single scatter.
+            tables = (len(config.ngram_orders) * config.padded_ngram_rows, config.ngram_width)
+            self.ngrams = parameter(tables, _TABLE_AXES, scale, rngs, "table")
         hidden = layers.ffn_width(config.ffn_width, width, config.block)
         self.blocks = layers.Parameters(
             {
@@ -155,9 +156,13 @@ class Memory(nnx.Module):
                     f"embeddings that are given {table_VW.shape[0]}"
                 )
             yield table_VW, recent_BLM[..., : config.recent_tokens]
-        for place, order in enumerate(config.ngram_orders):
-            row_BL1 = ngram_rows(recent_BLM[..., :order], config.padded_ngram_rows)[..., None]
-            yield self.ngrams[place], row_BL1
+        if config.ngram_orders:
+            rows = config.padded_ngram_rows
+            found = [
+                place * rows + ngram_rows(recent_BLM[..., :order], rows)
+                for place, order in enumerate(config.ngram_orders)
+            ]
+            yield self.ngrams[...], jnp.stack(found, axis=-1)
 
     def set_input_statistics(self, mean_X: jax.Array, inverse_std_X: jax.Array) -> None:
         """Stores what was measured on the data (memory.input_norm=standardize only)."""
