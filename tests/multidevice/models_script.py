@@ -33,7 +33,10 @@ GPT2 = DECODER.model_copy(
     }
 )  # fmt: skip
 MEMORY = MemoryConfig(width=16, num_layers=2, ffn_width=32, init_scale=0.3)
-RECENT = {"recent_tokens": 2, "recent_table": "own", "recent_width": 8}
+RECENT = {
+    "recent_tokens": 2, "recent_table": "own", "recent_width": 8,
+    "ngram_orders": (1, 2), "ngram_rows": 256, "ngram_width": 8,
+}  # fmt: skip
 SITE = Site("ffn_input", 2)
 
 
@@ -153,6 +156,7 @@ def check_memory():
             assert shard(got[1]["blocks"]["up"]) == (2, 16 // fsdp, 32 // tensor)
             if keys:
                 assert shard(got[1]["recent"]) == (384 // tensor, 8 // fsdp)
+                assert shard(got[1]["ngrams"]) == (512 // tensor, 8 // fsdp)
 
 
 def joint_step(graphdef, state, data):
