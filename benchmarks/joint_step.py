@@ -58,6 +58,17 @@ def steppers(config: Config, joint: Config) -> dict[str, Callable[[], float]]:
     return {name: stepper(task, section, mesh) for name, (task, section) in tasks.items()}
 
 
+def in_turns(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Makes the steps in turns; returns the seconds of each, the first rounds left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(WARM_UP + rounds):
+        for name, one in steps.items():
+            spent = one()
+            if turn >= WARM_UP:
+                seconds[name].append(spent)
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/quickstart.yaml")
@@ -70,12 +81,7 @@ def main() -> None:
     steps = steppers(
         load_config(flags.config, (), where), load_config(flags.config, overrides, where)
     )
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(WARM_UP + flags.rounds):
-        for name, one in steps.items():
-            spent = one()
-            if turn >= WARM_UP:
-                seconds[name].append(spent)
+    seconds = in_turns(steps, flags.rounds)
     for name, spent in seconds.items():
         print(f"{name:<8} {statistics.median(spent):.3f} s a step")
     ratios = [

@@ -11,7 +11,7 @@ of the ratios to the first, taken within rounds.
 import argparse
 import statistics
 
-from benchmarks.joint_step import WARM_UP, stepper
+from benchmarks.joint_step import in_turns, stepper
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.parallel.host import keep_freed_memory
 from mlpmem_jax.parallel.mesh import make_mesh
@@ -36,12 +36,7 @@ def main() -> None:
         config = load_config(flags.config, overrides, {"workdir": flags.workdir})
         mesh = make_mesh(config.mesh)
         steps[name] = stepper(MemoryTask(config, mesh), config.train, mesh)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(WARM_UP + flags.rounds):
-        for name, one in steps.items():
-            spent = one()
-            if turn >= WARM_UP:
-                seconds[name].append(spent)
+    seconds = in_turns(steps, flags.rounds)
     for name, spent in seconds.items():
         ratios = [own / first for own, first in zip(spent, seconds["state"], strict=True)]
         median = statistics.median(spent)

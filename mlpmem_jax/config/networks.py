@@ -85,7 +85,8 @@ class MemoryConfig(Section):
         "document, in a hashed table for each n",
     )
     ngram_rows: TableRows = setting(
-        32768, "rows of each hashed table, rounded up to 128; different n-grams may share a row"
+        32768,
+        "rows of each hashed table, in whole multiples of 128; n-grams that collide share a row",
     )
     ngram_width: Width = setting(32, "width of each hashed table")
     head: Literal["untied", "tied"] = setting("untied", "own output head, or the decoder's")
@@ -103,11 +104,6 @@ class MemoryConfig(Section):
     def num_read_tokens(self) -> int:
         """Last tokens of the document that the memory reads in any form, M."""
         return max((self.recent_tokens, *self.ngram_orders))
-
-    @property
-    def padded_ngram_rows(self) -> int:
-        """Rows of each hashed table, a multiple of 128, so that a mesh can cut it."""
-        return -(-self.ngram_rows // 128) * 128
 
     @property
     def reads_decoder_table(self) -> bool:

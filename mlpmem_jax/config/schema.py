@@ -31,7 +31,8 @@ from mlpmem_jax.errors import one_line
 
 __all__ = ["Config", "LossWeights"]
 
-# More give a memory that is no better (docs/results.md), and take host memory.
+# Windows that are dealt out together, and how many of a whole batch at most: their rows, and as
+# many that are read ahead, are held in the hosts' memory.
 _MIX_WINDOWS, _MOST_MIXED = 8, 4096
 
 

@@ -1,5 +1,6 @@
 """Rows of a datastore with their kNN targets, in windows."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -147,16 +148,14 @@ class RecentReader:
         return PendingRecent(pending, first, self._num_recent, self._separator_id)
 
 
+@dataclasses.dataclass(frozen=True)
 class PendingRecent:
     """A read under way."""
 
-    def __init__(
-        self, pending: PendingRows | None, first: np.ndarray, num_recent: int, separator_id: int
-    ):
-        self._pending = pending
-        self._first = first
-        self._num_recent = num_recent
-        self._separator_id = separator_id
+    pending: PendingRows | None
+    first: np.ndarray
+    num_recent: int
+    separator_id: int
 
     def result(self) -> dict[str, np.ndarray]:
         """Waits; returns `recent`, int32 [B, L, M]; nothing where M is 0.
@@ -164,12 +163,12 @@ class PendingRecent:
         Raises:
             ArtifactError: A shard is missing or damaged.
         """
-        if self._pending is None:
+        if self.pending is None:
             return {}
-        token_BT = self._pending.result()["label"]
+        token_BT = self.pending.result()["label"]
         # Before row 0 stands the separator of the first document.
-        token_BT = after_start(token_BT, self._first, self._separator_id)
-        return {"recent": recent_tokens(token_BT, self._num_recent, self._separator_id)}
+        token_BT = after_start(token_BT, self.first, self.separator_id)
+        return {"recent": recent_tokens(token_BT, self.num_recent, self.separator_id)}
 
 
 class StoredRows:

@@ -56,6 +56,5 @@ class TokensWithTargets:
         }
         recent = {}
         if self._num_recent:
-            count = self._length, self._num_recent
-            recent["recent"] = read_recent(self._tokens, starts, *count)
+            recent["recent"] = read_recent(self._tokens, starts, self._length, self._num_recent)
         return batch | scored | recent | TargetReader.prepared(targets)

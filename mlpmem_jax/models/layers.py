@@ -23,7 +23,7 @@ Role = Literal["matrix", "vector", "table"]
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Rounds V up to a multiple of 128, so that the vocabulary can be cut over devices."""
+    """Rounds V, or the rows of a table, up to a multiple of 128: devices can share them."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 

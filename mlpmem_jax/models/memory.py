@@ -72,7 +72,10 @@ class Memory(nnx.Module):
             self.recent = parameter(table, _TABLE_AXES, scale, rngs, "table")
         if config.ngram_orders:
             # One after another: a single lookup, whose gradient is a single scatter.
-            tables = (len(config.ngram_orders) * config.padded_ngram_rows, config.ngram_width)
+            tables = (
+                len(config.ngram_orders) * layers.padded_vocab_size(config.ngram_rows),
+                config.ngram_width,
+            )
             self.ngrams = parameter(tables, _TABLE_AXES, scale, rngs, "table")
         hidden = layers.ffn_width(config.ffn_width, width, config.block)
         self.blocks = layers.Parameters(
@@ -157,7 +160,7 @@ class Memory(nnx.Module):
                 )
             yield table_VW, recent_BLM[..., : config.recent_tokens]
         if config.ngram_orders:
-            rows = config.padded_ngram_rows
+            rows = layers.padded_vocab_size(config.ngram_rows)
             found = [
                 place * rows + ngram_rows(recent_BLM[..., :order], rows)
                 for place, order in enumerate(config.ngram_orders)

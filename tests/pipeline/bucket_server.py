@@ -16,8 +16,11 @@ import urllib.parse
 from collections.abc import Iterator
 
 import fsspec
+import numpy as np
 import pytest
 from etils.epath import backend
+
+from mlpmem_jax.datastore.store import open_array, read_rows
 
 
 class Objects:
@@ -228,3 +231,12 @@ def serving() -> Iterator[Objects]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+def assert_same(one, other, names):
+    """Compares arrays of two artifacts, here or in a bucket."""
+    for name in names:
+        ours, theirs = (open_array(path / name) for path in (one, other))
+        assert ours.shape == theirs.shape, name
+        expected = read_rows(ours, 0, ours.shape[0])
+        np.testing.assert_array_equal(read_rows(theirs, 0, theirs.shape[0]), expected, str(name))

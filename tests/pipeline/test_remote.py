@@ -1,8 +1,5 @@
 """Everything in a bucket, which a server of the tests keeps (bucket_server.py)."""
 
-import gzip
-import io
-import itertools
 import json
 import re
 import shutil
@@ -11,15 +8,11 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-import yaml
 from etils import epath
 
 from mlpmem_jax.__main__ import main
-from mlpmem_jax.config.data import CorpusConfig, RetrievalConfig
+from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.config.load import load_config
-from mlpmem_jax.corpus import files, retries
-from mlpmem_jax.corpus.sources import find_parts
-from mlpmem_jax.corpus.stream import Corpus
 from mlpmem_jax.datastore import replacing
 from mlpmem_jax.datastore.appending import Appender
 from mlpmem_jax.datastore.files import check_reachable
@@ -34,31 +27,15 @@ from mlpmem_jax.datastore.store import (
     read_rows,
     write_rows,
 )
-from mlpmem_jax.errors import PREEMPTED, ArtifactError, TryAgain, UserError
+from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.retrieval import approximate, index_files
 from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
 from mlpmem_jax.training.checkpoint import Checkpoints
-from tests.pipeline.bucket_server import Driver, Objects, serving
+from tests.pipeline.bucket_server import Objects, assert_same
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 # Two whole runs, here and in a bucket, are made before the first test that compares them.
 pytestmark = pytest.mark.timeout(1800)
-
-
-@pytest.fixture(scope="module")
-def objects():
-    """All buckets, while the server runs."""
-    with serving() as held:
-        yield held
-
-
-_numbers = itertools.count()
-
-
-@pytest.fixture
-def bucket(objects):
-    """An empty bucket."""
-    return f"gs://bucket-{next(_numbers)}"
 
 
 # Arrays.
@@ -302,143 +279,6 @@ def test_a_shard_whose_upload_was_interrupted_is_built_again(bucket, objects, st
     assert ApproximateEngine(path, SearchSettings(10, 40)).num_rows == 3000
 
 
-# Text.
-
-TEXTS = {f"text-{n:02d}.txt": f"document {n} tells of {n * n}\n" * (20 + n) for n in range(24)}
-
-
-def _tokenize_flags(paths, *more):
-    return [
-        "--config", str(TINY), "corpus.source=text", f"corpus.paths={json.dumps(paths)}",
-        "corpus.valid_fraction=0.3", "corpus.test_fraction=0.3", *more,
-    ]  # fmt: skip
-
-
-@pytest.fixture
-def texts(bucket):
-    """A bucket with texts, half of them compressed, and what must not be read."""
-    for number, (name, text) in enumerate(TEXTS.items()):
-        packed = number % 2
-        data = gzip.compress(text.encode()) if packed else text.encode()
-        epath.Path(f"{bucket}/texts/{name}{'.gz' if packed else ''}").write_bytes(data)
-    epath.Path(f"{bucket}/texts/notes.md").write_bytes(b"\0 no text")
-    epath.Path(f"{bucket}/texts/deeper/text.txt").write_bytes(b"\0 no text")
-    return f"{bucket}/texts"
-
-
-@pytest.mark.parametrize("scheme", ["gs", "s3"])
-def test_text_is_read_from_globs_and_paths_of_a_bucket(texts, scheme):
-    texts = texts.replace("gs://", f"{scheme}://")
-    patterns = [f"{texts}/text-0*", f"{texts}/text-1?.txt*", f"{texts}/text-20.txt"]
-    corpus = Corpus(CorpusConfig(source="text", paths=patterns))
-    assert [piece.text for piece in corpus.pieces()] == list(TEXTS.values())[:21]
-
-
-def test_what_a_bucket_does_not_hold_is_told_at_once(texts):
-    patterns = [f"{texts}/*.tex", f"{texts}/gone.txt", f"{texts}/deeper", f"{texts}/**/*.txt"]
-    with pytest.raises(UserError) as caught:
-        find_parts(CorpusConfig(source="text", paths=patterns))
-    assert list(caught.value.messages) == [
-        f"corpus.paths: '{texts}/*.tex' matches no file",
-        f"corpus.paths: '{texts}/gone.txt' does not exist",
-        f"corpus.paths: '{texts}/deeper' is a directory; name its files, for example "
-        f"'{texts}/deeper/*.txt'",
-        f"corpus.paths: '{texts}/**/*.txt' uses ** on a remote path; write out its folders",
-    ]
-
-
-@pytest.mark.parametrize("operation", ["info", "ls", "open"])
-def test_a_bucket_that_stops_answering_is_named(texts, operation, monkeypatch):
-    def fail(self, path, *_, **__):
-        raise RuntimeError("token expired\nlog in again")
-
-    monkeypatch.setattr(Driver, operation, fail)
-    pattern = f"{texts}/text-00.txt" if operation == "info" else f"{texts}/text-*"
-    with pytest.raises(UserError, match="cannot be reached .token expired.$") as caught:
-        list(Corpus(CorpusConfig(source="text", paths=[pattern])).pieces())
-    (line,) = caught.value.messages
-    expected = f"{texts}/text-00.txt: " if operation == "open" else f"corpus.paths: '{pattern}' "
-    assert line.startswith(expected)
-
-
-class _Breaking(io.BytesIO):
-    """An object whose connection breaks now and then, or for good."""
-
-    def __init__(self, data, breaks):
-        super().__init__(data)
-        self._breaks = breaks
-
-    def read(self, size=-1):
-        if self._breaks and self.tell() >= self._breaks[0]:
-            self._breaks.pop(0)
-            raise ConnectionResetError(104, "Connection reset by peer")
-        return super().read(min(size, 40))
-
-
-@pytest.mark.parametrize("name", ["text-00.txt", "text-01.txt.gz"])
-@pytest.mark.parametrize("num_breaks", [3, 60])
-def test_a_broken_connection_is_taken_up_at_its_byte(texts, name, num_breaks, monkeypatch):
-    monkeypatch.setattr(retries, "FIRST_WAIT_SECS", 0.0)
-    monkeypatch.setattr(files, "BLOCK_BYTES", 100)
-    path = f"{texts}/{name}"
-    breaks = [0, 0] + [20] * (num_breaks - 2)
-    data = epath.Path(path).read_bytes()
-    monkeypatch.setattr(Driver, "_open", lambda *_, **__: _Breaking(data, breaks))
-    corpus = Corpus(CorpusConfig(source="text", paths=[path]))
-    if num_breaks == 3:
-        assert [piece.text for piece in corpus.pieces()] == [TEXTS[name.removesuffix(".gz")]]
-        assert not breaks
-        return
-    with pytest.raises(TryAgain) as caught:
-        list(corpus.pieces())
-    (line,) = caught.value.messages
-    assert line.startswith(f"{path}, byte ") and line.endswith("the same command continues")
-    assert "the connection broke 5 times" in line
-    assert caught.value.exit_code == PREEMPTED
-
-
-def test_tokenize_from_and_to_a_bucket(texts, bucket, objects, tmp_path, capsys):
-    """The tokens of the same texts here; a dry run before, which writes nothing."""
-    for name, text in TEXTS.items():
-        (tmp_path / name).write_text(text)
-    assert (
-        main(["tokenize", *_tokenize_flags([f"{tmp_path}/*.txt"], f"workdir={tmp_path}/run")]) == 0
-    )
-    given = f"{bucket}/given/tokenizer.json"
-    epath.Path(given).write_bytes((tmp_path / "run/tokenizer/tokenizer.json").read_bytes())
-    objects.written.clear()
-    flags = _tokenize_flags([f"{texts}/text-*"], f"tokenizer.path={given}")
-    flags += ["--workdir", f"{bucket}/run"]
-    capsys.readouterr()
-    assert main(["tokenize", "--dry-run", *flags]) == 0
-    plan = capsys.readouterr().out
-    assert f"# plan for workdir {bucket}/run" in plan and "will be made" in plan
-    assert not objects.written
-    assert main(["tokenize", *flags]) == 0
-    written = yaml.safe_load(epath.Path(f"{bucket}/run/config.yaml").read_text())
-    assert written["workdir"] == f"{bucket}/run" and written["tokenizer"]["path"] == given
-    here, there = (
-        Artifact(run, "tokens", "tokens") for run in (f"{tmp_path}/run", f"{bucket}/run")
-    )
-    assert here.load().counts == there.load().counts
-    for split in SPLITS:
-        _assert_same(here.path / split, there.path / split, ["token", "document_offset"])
-    objects.written.clear()
-    capsys.readouterr()
-    assert main(["tokenize", *flags]) == 0
-    assert "tokens: complete" in capsys.readouterr().out and not objects.written
-    assert main(["tokenize", "--rebuild", *flags]) == 0
-    _assert_same(here.path / "train", there.path / "train", ["token"])
-
-
-def _assert_same(one, other, names):
-    for name in names:
-        ours, theirs = (open_array(path / name) for path in (one, other))
-        assert ours.shape == theirs.shape, name
-        expected = read_rows(ours, 0, ours.shape[0])
-        np.testing.assert_array_equal(read_rows(theirs, 0, theirs.shape[0]), expected, str(name))
-
-
 # The whole pipeline.
 
 
@@ -467,13 +307,13 @@ def remote_run(objects, tiny_run):
 def test_the_whole_pipeline_makes_what_it_makes_here(remote_run, tiny_run):
     there, here = Layout(remote_run), Layout(tiny_run)
     for split in SPLITS:
-        _assert_same(here.tokens.path / split, there.tokens.path / split, ["token"])
-        _assert_same(
+        assert_same(here.tokens.path / split, there.tokens.path / split, ["token"])
+        assert_same(
             here.datastore(split).path, there.datastore(split).path, here.datastore_arrays()
         )
     for split in ("train", "valid"):
         names = ["id", "prob", "mass", "label"]
-        _assert_same(here.targets(split).path, there.targets(split).path, names)
+        assert_same(here.targets(split).path, there.targets(split).path, names)
     scores = [json.loads((one.results.path / "evaluate.json").read_text()) for one in (here, there)]
     assert scores[0]["systems"] == scores[1]["systems"]
     for artifact in (there.tokenizer, there.decoder, there.index, there.memory, there.results):

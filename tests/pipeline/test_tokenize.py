@@ -1,10 +1,9 @@
-"""tokenize: the artifacts, what it refuses, and kills at any moment."""
+"""tokenize: the artifacts, and what it refuses."""
 
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -21,75 +20,12 @@ from mlpmem_jax.corpus.stream import Corpus
 from mlpmem_jax.corpus.tokenizer import load_tokenizer
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import TokenWindows
-from mlpmem_jax.datastore import layout as layout_module
 from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.errors import PREEMPTED, ArtifactError, UserError
-from mlpmem_jax.pipeline.stage import run_stages
 from mlpmem_jax.pipeline.tokenize import stages
+from tests.pipeline.tokenizing import WORDS, contents, failing_at, make, settings
 
-WORDS = ["def", "class", "return", "for", "'é'", "🙂", "value", "(", ")", ":", "<|endoftext|>"]
-
-
-@pytest.fixture(autouse=True)
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink(monkeypatch.setattr)
-
-
-def shrink(assign: Any) -> None:
-    """Makes shards and batches so small that a tiny corpus has many."""
-    assign(layout_module, "TOKEN_SHARD_ROWS", 256)
-    assign(layout_module, "TOKEN_CHUNK_ROWS", 64)
-    assign(layout_module, "DOCUMENT_SHARD_ROWS", 16)
-    assign(layout_module, "DOCUMENT_CHUNK_ROWS", 8)
-    assign(writer, "_batch_bytes", lambda: 1500)
-
-
-def write_corpus(folder: Path) -> None:
-    draw = np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    for number in range(60):
-        lines = [" ".join(draw.choice(WORDS, 6)) for _ in range(draw.integers(1, 20))]
-        (folder / f"{number:02}.txt").write_text("\n".join(lines) + "\n")
-
-
-def settings(tmp_path: Path, workdir: str = "run", **changes: Any) -> dict[str, Any]:
-    corpus = {
-        "source": "text",
-        "paths": [f"{tmp_path}/text/*.txt"],
-        "valid_fraction": 0.1,
-        "test_fraction": 0.15,
-        **changes.pop("corpus", {}),
-    }
-    return {
-        "workdir": str(tmp_path / workdir),
-        "corpus": corpus,
-        "tokenizer": {"vocab_size": 300, **changes.pop("tokenizer", {})},
-        "decoder": {"context_tokens": 32, **changes.pop("decoder", {})},
-        **changes,
-    }
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    write_corpus(tmp_path / "text")
-    return tmp_path
-
-
-def make(values: dict[str, Any]) -> Layout:
-    config = Config(**values)
-    run_stages(stages(config))
-    return Layout(config)
-
-
-def contents(workdir: Path) -> dict[str, bytes]:
-    """Everything that must be the same in two runs, by path."""
-    return {
-        str(path.relative_to(workdir)): path.read_bytes()
-        for path in sorted(workdir.rglob("*"))
-        if path.is_file()
-        and path.name not in ("manifest.json", "text-digests.json")
-        and path.suffix != ".mlpmem-tmp"
-    }
+pytestmark = pytest.mark.usefixtures("small_shards")
 
 
 def test_the_stream_decodes_to_the_documents(text: Path) -> None:
@@ -436,102 +372,3 @@ def test_binary_files_stop_or_are_counted(text: Path, capsys: pytest.CaptureFixt
     layout = make(settings(text, corpus={"on_error": "skip"}))
     assert layout.tokens.load().counts["skipped_files"] == 1
     assert "files left out, not UTF-8 text: 1;" in capsys.readouterr().out
-
-
-def test_an_error_in_the_middle_and_then_a_second_start(
-    text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make(settings(text, "straight"))
-    expected = contents(text / "straight")
-    for failing in (1, 2, 5, 9):
-        name = f"failing{failing}"
-        with monkeypatch.context() as patch:
-            patch.setattr(writer.TokenWriter, "save", failing_at(failing))
-            with pytest.raises(OSError, match="No space"):
-                make(settings(text, name))
-        redone: list[int] = []
-        real = writer.SplitWriter.add
-
-        def counting(self: Any, pieces: Any, tokens: Any, real: Any = real) -> bool:
-            redone.extend(piece.num_bytes for piece in pieces)  # noqa: B023
-            return bool(real(self, pieces, tokens))
-
-        monkeypatch.setattr(writer.SplitWriter, "add", counting)
-        make(settings(text, name))
-        monkeypatch.setattr(writer.SplitWriter, "add", real)
-        assert contents(text / name) == expected
-        total = sum(path.stat().st_size for path in (text / "text").iterdir())
-        assert (sum(redone) < total) == (failing > 1)
-
-
-def failing_at(call: int) -> Any:
-    calls = iter(range(1, 1000))
-    real = writer.TokenWriter.save
-
-    def save(self: Any) -> None:
-        if next(calls) == call:
-            raise OSError(28, "No space left on device")
-        real(self)
-
-    return save
-
-
-KILLED = """
-import os, signal, sys
-sys.path[:0] = [{root!r}]
-from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore import files, store
-from mlpmem_jax.pipeline.stage import run_stages
-from mlpmem_jax.pipeline.tokenize import stages
-import importlib.util
-spec = importlib.util.spec_from_file_location("test_tokenize", {test!r})
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-module.shrink(setattr)
-
-calls = 0
-def seam(real):
-    def wrapped(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == {kill_before}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    return wrapped
-
-# Every rename, every shard and every resize is a moment to die before.
-os.replace = seam(os.replace)
-store.write_rows = seam(store.write_rows)
-store.create_array = seam(store.create_array)
-run_stages(stages(Config(**{values!r})))
-print("calls", calls)
-"""
-
-
-def start(root: Path, values: dict[str, Any], kill_before: int) -> subprocess.CompletedProcess[str]:
-    program = KILLED.format(root=str(root), test=__file__, kill_before=kill_before, values=values)
-    return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
-    )
-
-
-def test_sigkill_at_any_moment(text: Path, root: Path) -> None:
-    straight = start(root, settings(text, "straight"), 0)
-    assert straight.returncode == 0, straight.stderr
-    expected = contents(text / "straight")
-    calls = int(straight.stdout.split("calls ")[1])
-    values = settings(text, "killed")
-    step = max(2, calls // 6)
-    # Each start dies a little later, each continues the one before.
-    for kill_before in (2, 5, step, step, 2 * step):
-        assert start(root, values, kill_before).returncode == -9
-    finished = start(root, values, 0)
-    assert finished.returncode == 0, finished.stderr
-    assert "continuing" in finished.stdout
-    assert contents(text / "killed") == expected
-    for name in ("tokenizer", "tokens"):
-        one, other = (
-            json.loads((text / run / name / "manifest.json").read_text())["fingerprint"]
-            for run in ("straight", "killed")
-        )
-        assert one == other

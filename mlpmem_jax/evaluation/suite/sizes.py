@@ -205,7 +205,9 @@ def count_memory(config: MemoryConfig, decoder_width: int, vocab_size: int) -> i
         total += input_width + 1
     if config.recent_tokens and config.recent_table == "own":
         total += layers.padded_vocab_size(vocab_size) * config.table_width(decoder_width)
-    total += len(config.ngram_orders) * config.padded_ngram_rows * config.ngram_width
+    total += (
+        len(config.ngram_orders) * layers.padded_vocab_size(config.ngram_rows) * config.ngram_width
+    )
     return total
 
 
