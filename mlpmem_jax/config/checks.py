@@ -109,14 +109,15 @@ def _recent(config: Config) -> Iterator[str]:
             f"memory.recent_tokens={memory.recent_tokens} is more than half of "
             f"decoder.context_tokens={context}: at most {most}"
         )
-    orders = list(memory.ngram_orders)
-    if max(orders, default=0) > most:
-        yield (
-            f"memory.ngram_orders={orders}: {max(orders)} is more than half of "
-            f"decoder.context_tokens={context}: at most {most}"
-        )
-    if len(set(orders)) < len(orders):
-        yield f"memory.ngram_orders={orders} names an order twice"
+    for section, reader in (("decoder", config.decoder), ("memory", memory)):
+        orders = list(reader.ngram_orders)
+        if max(orders, default=0) > most:
+            yield (
+                f"{section}.ngram_orders={orders}: {max(orders)} is more than half of "
+                f"decoder.context_tokens={context}: at most {most}"
+            )
+        if len(set(orders)) < len(orders):
+            yield f"{section}.ngram_orders={orders} names an order twice"
 
 
 def _layers(config: Config) -> Iterator[str]:

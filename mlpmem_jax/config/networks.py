@@ -33,6 +33,13 @@ class DecoderConfig(Section):
         "auto", "feed-forward width, F; auto: 4 D for gelu, 8/3 D rounded up to 64 for swiglu"
     )
     context_tokens: Tokens = setting(256, "longest window that the decoder reads")
+    ngram_orders: tuple[NgramOrder, ...] = setting(
+        (),
+        "lengths n of the n-grams that the decoder looks up beside each token, in a hashed table "
+        "for each n; a control for memory.ngram_orders",
+    )
+    ngram_rows: TableRows = setting(32768, "rows of each hashed table; as in memory")
+    ngram_width: Width = setting(32, "width of each hashed table")
     norm: Literal["rms", "layer"] = setting("rms", "rms: Llama; layer: GPT-2")
     positions: Literal["rope", "learned"] = setting("rope", "rope: Llama; learned: GPT-2")
     activation: Literal["swiglu", "gelu"] = setting("swiglu", "swiglu: Llama; gelu: GPT-2")

@@ -16,6 +16,7 @@ from mlpmem_jax.corpus.recent import within_document
 from mlpmem_jax.models.decoder import Cache, Decoder, Site
 from mlpmem_jax.models.interpolation import interpolate
 from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.models.ngrams import appended
 from mlpmem_jax.parallel.sharding import replicated, spec
 
 _CACHE_NAMES = ("layers", "batch", None, "kv_heads", "head_width")
@@ -35,9 +36,8 @@ class ModelCache(NamedTuple):
 
     def emptied(self, row_B: jax.Array, separator: int) -> "ModelCache":
         """Returns the cache with some rows empty: what they held is never seen again."""
-        length_B = jnp.where(row_B, 0, self.decoder.length_B)
         recent_BM = jnp.where(row_B[:, None], separator, self.recent_BM)
-        return ModelCache(self.decoder._replace(length_B=length_B), recent_BM)
+        return ModelCache(self.decoder.emptied(row_B), recent_BM)
 
     def with_entries_of(self, other: "ModelCache", row_B: jax.Array) -> "ModelCache":
         """Returns the cache with another's keys and values in some rows."""
@@ -106,7 +106,7 @@ class InterpolatedModel:
         shape = jax.eval_shape(lambda: self.empty_cache(num_prompts)).decoder.key.shape
         heads = NamedSharding(self.mesh, spec(_CACHE_NAMES, shape, self.mesh))
         everywhere: Any = replicated(self.mesh)
-        places: Any = (heads, heads, everywhere)
+        places: Any = (heads, heads, everywhere, everywhere)
         return ModelCache(Cache(*places), everywhere)
 
     def extend(
@@ -141,7 +141,7 @@ class InterpolatedModel:
         decoder: Any = nnx.merge(self._decoder, decoder_state)
         wanted = tuple(dict.fromkeys([*sites, *([self._site] if self._memory else [])]))
         final_BLD, states, read = decoder.extend(token_BL, cache.decoder, length_B, wanted)
-        recent_BM = _appended(cache.recent_BM, token_BL, length_B)
+        recent_BM = appended(cache.recent_BM, token_BL, length_B)
         last_B = jnp.maximum(length_B - 1, 0)
 
         def at_last(state_BLD: jax.Array) -> jax.Array:
@@ -160,11 +160,3 @@ class InterpolatedModel:
                 weight = memory.interpolation(input_BX)[:, None]
             logprob_BV = interpolate(memory_BV, logprob_BV, weight)
         return logprob_BV, {site: last[site] for site in sites}, ModelCache(read, recent_BM)
-
-
-def _appended(recent_BM: jax.Array, token_BL: jax.Array, length_B: jax.Array) -> jax.Array:
-    """Returns the last M tokens of each row, the newest first, after `length_B` more."""
-    num_recent = recent_BM.shape[1]
-    stream_BT = jnp.concatenate([recent_BM[:, ::-1], token_BL], axis=1)
-    place_BM = num_recent - 1 + length_B[:, None] - jnp.arange(num_recent)
-    return jnp.take_along_axis(stream_BT, place_BM, axis=1)

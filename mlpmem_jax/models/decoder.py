@@ -10,7 +10,7 @@ from flax import nnx
 
 from mlpmem_jax.config.data import StateSite
 from mlpmem_jax.config.networks import DecoderConfig
-from mlpmem_jax.models import layers
+from mlpmem_jax.models import layers, ngrams
 from mlpmem_jax.models.attention import cached_attention, causal_attention, rotary_angles, rotate
 from mlpmem_jax.models.layers import Arrays, norm_shapes, normalize, parameter, project
 from mlpmem_jax.parallel.sharding import constrain, gather_for_use
@@ -37,11 +37,20 @@ class Cache(NamedTuple):
         key: [layers, B, M, G, A] in the compute dtype.
         value: The same.
         length_B: int32, tokens read; entries from there on are garbage and never seen.
+        recent_BN: int32, the tokens read last that n-grams of the next take, the newest first.
     """
 
     key: jax.Array
     value: jax.Array
     length_B: jax.Array
+    recent_BN: jax.Array
+
+    def emptied(self, row_B: jax.Array) -> "Cache":
+        """Returns the cache with some rows empty: what they held is never seen again."""
+        return self._replace(
+            length_B=jnp.where(row_B, 0, self.length_B),
+            recent_BN=jnp.where(row_B[:, None], ngrams.NO_TOKEN, self.recent_BN),
+        )
 
 
 class Decoder(nnx.Module):
@@ -75,6 +84,12 @@ class Decoder(nnx.Module):
         self.final = layers.Parameters(norm_shapes("final", config.width, None, bias), rngs)
         if config.head == "untied":
             self.head = parameter(table, ("vocab", "embed"), scale, rngs)
+        if config.ngram_orders:
+            self.ngrams = ngrams.make_tables(config, rngs)
+            shape = (len(config.ngram_orders) * config.ngram_width, config.width)
+            # Keeps the scale of what is looked up: that of embeddings.
+            shapes = {"projection": (shape, (None, "embed"), 1 / math.sqrt(shape[0]))}
+            self.ngram = layers.Parameters(shapes, rngs)
 
     def _block_shapes(self) -> dict[str, Any]:
         config = self.config
@@ -146,7 +161,8 @@ class Decoder(nnx.Module):
                 query, key = rotate(query, angle), rotate(key, angle)
             return causal_attention(query, key, value, segment_BL, config.attention), cache
 
-        x_BLD = self._embed(tokens_BL, position_L)
+        before_BN = self._no_tokens(tokens_BL.shape[0])
+        x_BLD = self._embed(tokens_BL, position_L, before_BN, segment_BL)
         last = config.num_layers if final else max((s.block for s in sites), default=0)
         x_BLD, states, _ = self._run_blocks(x_BLD, None, attend, sites, last)
         return (self._finish(x_BLD) if final else None), states
@@ -155,7 +171,7 @@ class Decoder(nnx.Module):
         """Returns an empty cache for `batch` sequences of up to `max_tokens` tokens."""
         shape = (self.config.num_layers, batch, max_tokens, self.num_kv_heads, self.head_width)
         zeros = jnp.zeros(shape, self.dtype)
-        return Cache(zeros, zeros, jnp.zeros((batch,), jnp.int32))
+        return Cache(zeros, zeros, jnp.zeros((batch,), jnp.int32), self._no_tokens(batch))
 
     def extend(
         self,
@@ -192,17 +208,35 @@ class Decoder(nnx.Module):
             key_BMGA, value_BMGA = (cached[layer] for cached in pair)
             return cached_attention(query, key_BMGA, value_BMGA, position_BL), pair
 
-        x_BLD = self._embed(tokens_BL, position_BL)
+        x_BLD = self._embed(tokens_BL, position_BL, cache.recent_BN)
         pair = (cache.key, cache.value)
         x_BLD, states, (key, value) = self._run_blocks(
             x_BLD, pair, attend, sites, self.config.num_layers
         )
-        read_B = tokens_BL.shape[1] if length_B is None else length_B
-        return self._finish(x_BLD), states, Cache(key, value, cache.length_B + read_B)
+        read_B = jnp.full_like(cache.length_B, tokens_BL.shape[1]) if length_B is None else length_B
+        recent_BN = ngrams.appended(cache.recent_BN, tokens_BL, read_B)
+        return self._finish(x_BLD), states, Cache(key, value, cache.length_B + read_B, recent_BN)
 
-    def _embed(self, tokens_BL: jax.Array, position: jax.Array) -> jax.Array:
+    def _no_tokens(self, batch: int) -> jax.Array:
+        num_recent = max(self.config.ngram_orders, default=1) - 1
+        return jnp.full((batch, num_recent), ngrams.NO_TOKEN, jnp.int32)
+
+    def _embed(
+        self,
+        tokens_BL: jax.Array,
+        position: jax.Array,
+        before_BN: jax.Array,
+        segment_BL: jax.Array | None = None,
+    ) -> jax.Array:
         table_VD = gather_for_use(self.embedding[...], ("vocab", "embed"))
         x_BLD = jnp.take(table_VD, tokens_BL, axis=0, mode="clip")
+        if self.config.ngram_orders:
+            recent_BLM = ngrams.last_tokens(tokens_BL, before_BN, segment_BL)
+            row_BLO = ngrams.table_rows(recent_BLM, self.config)
+            found_BLX = ngrams.look_up(self.ngrams[...], row_BLO)
+            found_TX = found_BLX.reshape(-1, found_BLX.shape[-1]).astype(self.dtype)
+            y_TD = project(found_TX, self.ngram.arrays(), self.ngram.axes(), "projection")
+            x_BLD = x_BLD + y_TD.reshape(x_BLD.shape)
         if self.config.positions == "learned":
             x_BLD = x_BLD + jnp.take(self.position[...], position, axis=0, mode="clip")
         return constrain(x_BLD.astype(self.dtype), *RESIDUAL_NAMES)

@@ -16,11 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlpmem_jax.config.networks import MemoryConfig
-from mlpmem_jax.models import layers
+from mlpmem_jax.models import layers, ngrams
 from mlpmem_jax.models.layers import Arrays, norm_shapes, normalize, parameter, project
-from mlpmem_jax.parallel.sharding import Names, constrain, gather_for_use
-
-_TABLE_AXES: Names = ("vocab", "embed")
+from mlpmem_jax.parallel.sharding import constrain
 
 
 class InputStatistics(nnx.Variable):
@@ -69,14 +67,9 @@ class Memory(nnx.Module):
             self.projection = layers.Parameters(shapes, rngs)
         if config.recent_tokens and config.recent_table == "own":
             table = (self.padded_vocab, config.table_width(decoder_width))
-            self.recent = parameter(table, _TABLE_AXES, scale, rngs, "table")
+            self.recent = parameter(table, ngrams.TABLE_AXES, scale, rngs, "table")
         if config.ngram_orders:
-            # One after another: a single lookup, whose gradient is a single scatter.
-            tables = (
-                len(config.ngram_orders) * layers.padded_vocab_size(config.ngram_rows),
-                config.ngram_width,
-            )
-            self.ngrams = parameter(tables, _TABLE_AXES, scale, rngs, "table")
+            self.ngrams = ngrams.make_tables(config, rngs)
         hidden = layers.ffn_width(config.ffn_width, width, config.block)
         self.blocks = layers.Parameters(
             {
@@ -129,12 +122,9 @@ class Memory(nnx.Module):
         """
         if not self.config.num_read_tokens:
             return state_BLD
-        read = [state_BLD.astype(jnp.float32)]
-        for table_VW, index_BLM in self._lookups(recent_BLM, decoder_table_VD):
-            table_VW = gather_for_use(table_VW, _TABLE_AXES)
-            found_BLMW = jnp.take(table_VW, index_BLM, axis=0, mode="clip").astype(jnp.float32)
-            read.append(found_BLMW.reshape(*index_BLM.shape[:-1], -1))
-        return jnp.concatenate(read, axis=-1)
+        lookups = self._lookups(recent_BLM, decoder_table_VD)
+        read = [ngrams.look_up(table_VW, index_BLM) for table_VW, index_BLM in lookups]
+        return jnp.concatenate([state_BLD.astype(jnp.float32), *read], axis=-1)
 
     def _lookups(
         self, recent_BLM: jax.Array | None, decoder_table_VD: jax.Array | None
@@ -160,12 +150,7 @@ class Memory(nnx.Module):
                 )
             yield table_VW, recent_BLM[..., : config.recent_tokens]
         if config.ngram_orders:
-            rows = layers.padded_vocab_size(config.ngram_rows)
-            found = [
-                place * rows + ngram_rows(recent_BLM[..., :order], rows)
-                for place, order in enumerate(config.ngram_orders)
-            ]
-            yield self.ngrams[...], jnp.stack(found, axis=-1)
+            yield self.ngrams[...], ngrams.table_rows(recent_BLM, config)
 
     def set_input_statistics(self, mean_X: jax.Array, inverse_std_X: jax.Array) -> None:
         """Stores what was measured on the data (memory.input_norm=standardize only)."""
@@ -227,24 +212,6 @@ class Memory(nnx.Module):
             arrays, axes = self.projection.arrays(), self.projection.axes()
             x_TX = project(x_TX, arrays, axes, "projection")
         return constrain(x_TX, "tokens", "state")
-
-
-def ngram_rows(token_BLM: jax.Array, num_rows: int) -> jax.Array:
-    """Hashes n-grams to rows of a table (FNV-1a over tokens, then mixed).
-
-    Args:
-        token_BLM: int32 [..., n], the newest token first.
-        num_rows: Rows of the table.
-
-    Returns:
-        int32 [...] in [0, num_rows).
-    """
-    token_BLM = token_BLM.astype(jnp.uint32)
-    hash_BL = jnp.full(token_BLM.shape[:-1], 2166136261, jnp.uint32)
-    for place in range(token_BLM.shape[-1]):
-        hash_BL = (hash_BL ^ token_BLM[..., place]) * jnp.uint32(16777619)
-    hash_BL = (hash_BL ^ (hash_BL >> 15)) * jnp.uint32(2246822507)
-    return ((hash_BL ^ (hash_BL >> 13)) % jnp.uint32(num_rows)).astype(jnp.int32)
 
 
 def gate_logit(value: float, floor: float) -> float:

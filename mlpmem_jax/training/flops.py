@@ -61,7 +61,8 @@ def decoder_flops_per_token(
     ffn = _ffn_weights(config.width, hidden, config.activation)
     num_ffns = depth if last_ffn else depth - 1
     logits = config.width * layers.padded_vocab_size(vocab_size) if head else 0
-    return 2.0 * (depth * (projections + mixing) + num_ffns * ffn + logits)
+    ngrams = len(config.ngram_orders) * config.ngram_width * config.width
+    return 2.0 * (ngrams + depth * (projections + mixing) + num_ffns * ffn + logits)
 
 
 def memory_flops_per_token(
@@ -159,7 +160,7 @@ def joint_training_flops_per_token(
 def decoder_parameters(config: DecoderConfig, vocab_size: int) -> dict[str, int]:
     """Returns the numbers of parameters: "total" and "non_embedding" (no tables, no head)."""
     abstract = nnx.eval_shape(lambda: Decoder(config, vocab_size, rngs=nnx.Rngs(0)))
-    return _count(abstract, ("embedding", "position", "head"))
+    return _count(abstract, ("embedding", "position", "ngrams", "head"))
 
 
 def memory_parameters(config: MemoryConfig, decoder_width: int, vocab_size: int) -> dict[str, int]:

@@ -30,6 +30,7 @@ GPT2 = DECODER.model_copy(
     update={
         "norm": "layer", "positions": "learned", "activation": "gelu", "biases": "all",
         "head": "tied", "num_kv_heads": "auto",
+        "ngram_orders": (1, 2), "ngram_rows": 256, "ngram_width": 8,
     }
 )  # fmt: skip
 MEMORY = MemoryConfig(width=16, num_layers=2, ffn_width=32, init_scale=0.3)

@@ -186,6 +186,10 @@ def test_what_is_no_override(mistakes, override):
             "memory.ngram_orders=[2, 9]: 9 is more than half of decoder.context_tokens=16: at most",
         ),
         (["memory.ngram_orders=[2, 2]"], "memory.ngram_orders=[2, 2] names an order twice"),
+        (
+            ["decoder.ngram_orders=[9]", "decoder.context_tokens=16"],
+            "decoder.ngram_orders=[9]: 9 is more than half of decoder.context_tokens=16: at most",
+        ),
         (["train.mix_windows=4", "train.mode=joint"], "train.mix_windows=4 mixes stored rows"),
         (["train.mix_windows=4", "train.inputs=online"], "reads windows of tokens"),
         (["datastore.key.layer=7"], "datastore.key.layer=7 is beyond decoder.num_layers=6"),

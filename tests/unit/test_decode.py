@@ -26,10 +26,11 @@ WEIGHT = 0.4
 PROMPTS = {
     "": [], "b": [5, 9, 3], "c": list(range(1, 14)), "d": [7] * 40, "e": [8, 9, SEPARATOR, 4],
 }  # fmt: skip
+NGRAMS = {"ngram_orders": (2, 5), "ngram_rows": 128, "ngram_width": 7}
 MEMORIES = {
     "recent": {"recent_tokens": 3},
     "own": {"recent_tokens": 8, "recent_table": "own", "recent_width": 5, "gate": "learned"},
-    "ngrams": {"ngram_orders": (2, 5), "ngram_rows": 128, "ngram_width": 7},
+    "ngrams": NGRAMS,
 }
 
 
@@ -39,6 +40,7 @@ def _networks(family: str) -> tuple[Decoder, Memory]:
     config = DecoderConfig(
         width=32, num_layers=2, num_heads=4, num_kv_heads=2, context_tokens=CONTEXT,
         layer_loop="scan", **(gpt2 | {"head": "tied"} if family == "gpt2" else {}),
+        **(NGRAMS if family == "decoder-ngrams" else {}),
     )  # fmt: skip
     memory = MemoryConfig(width=16, num_layers=1, **MEMORIES.get(family, {}))
 
@@ -153,6 +155,7 @@ def _recomputed(family: str, with_memory: bool, prompt: list[int], num_tokens: i
         ("recent", True),
         ("own", True),
         ("ngrams", True),
+        ("decoder-ngrams", True),
     ],
 )
 def test_equals_recomputing_everything(family: str, with_memory: bool):

@@ -13,10 +13,12 @@ from mlpmem_jax.config.data import StateSite
 from mlpmem_jax.config.networks import DecoderConfig
 from mlpmem_jax.models.attention import causal_attention, rotary_angles, rotate
 from mlpmem_jax.models.decoder import Decoder, Site
+from mlpmem_jax.models.ngrams import hashed
 from mlpmem_jax.training.losses import lm_loss
 
 VOCAB, LENGTH = 50, 20
 LLAMA = {"num_kv_heads": 2}
+NGRAMS = {"ngram_orders": (2, 3), "ngram_rows": 128, "ngram_width": 5}
 GPT2 = {
     "norm": "layer", "positions": "learned", "activation": "gelu", "biases": "all", "head": "tied",
 }  # fmt: skip
@@ -73,7 +75,7 @@ def run_with_gradient(decoder: Decoder, tokens_BL, sites):
     return both(state)
 
 
-@FAMILIES
+@pytest.mark.parametrize("family", [LLAMA, GPT2, NGRAMS], ids=["llama", "gpt2", "ngrams"])
 def test_causal_by_gradient(family):
     """The state at a position has gradients into earlier embeddings only."""
     decoder = make_decoder(**family)
@@ -93,7 +95,8 @@ def test_causal_by_gradient(family):
 
 
 @pytest.mark.parametrize(
-    ("family", "attention"), [(LLAMA, "blocked"), (GPT2, "blocked"), (LLAMA, "xla")]
+    ("family", "attention"),
+    [(LLAMA, "blocked"), (GPT2, "blocked"), (LLAMA, "xla"), (LLAMA | NGRAMS, "blocked")],
 )
 def test_segments_are_isolated(family, attention):
     """Changing one document changes no state of another; its own start is as if alone."""
@@ -110,6 +113,31 @@ def test_segments_are_isolated(family, attention):
     if family is LLAMA:  # rotary positions are relative: a document does not notice its place
         alone, _ = run(decoder, tokens_BL[:, 8:])
         np.testing.assert_allclose(final[0, 8:], alone[0], atol=2e-5)
+
+
+def test_ngrams_of_a_window_and_of_its_documents():
+    """Each place adds the projected rows of the tokens up to it: its document's, its window's."""
+    decoder = make_decoder(num_layers=1, ngram_orders=(1, 3), ngram_rows=128, ngram_width=5)
+    plain = make_decoder(num_layers=1)
+    tokens_BL = make_tokens(2, 8)
+    segment_BL = jnp.array([[0, 0, 0, 1, 1, 1, 1, 1]] * 2)
+
+    def embedded(model, segment_BL):
+        before_BN = model._no_tokens(2)
+        return np.asarray(model._embed(tokens_BL, jnp.arange(8), before_BN, segment_BL))
+
+    table, projection = decoder.ngrams[...], decoder.ngram.arrays()["projection"]
+    for segments in (None, segment_BL):
+        expected = np.array(embedded(plain, None))
+        for b in range(2):
+            for place in range(8):
+                first = 3 if segments is not None and place >= 3 else 0
+                gram = [
+                    int(tokens_BL[b, i]) if i >= first else -1 for i in range(place, place - 3, -1)
+                ]
+                rows = [hashed(jnp.array(gram[:1]), 128), 128 + hashed(jnp.array(gram), 128)]
+                expected[b, place] += np.concatenate([table[row] for row in rows]) @ projection
+        np.testing.assert_allclose(embedded(decoder, segments), expected, atol=1e-5)
 
 
 @FAMILIES

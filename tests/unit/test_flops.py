@@ -99,7 +99,11 @@ def check_step(config, attention_passes):
     assert counted == pytest.approx(step.model_flops + unseen, rel=0.05)
 
 
-@pytest.mark.parametrize("family", [("decoder.num_kv_heads=2",), GPT2_KEYS], ids=["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "family",
+    [("decoder.num_kv_heads=2",), GPT2_KEYS, ("decoder.ngram_orders=[2,3]",)],
+    ids=["llama", "gpt2", "ngrams"],
+)
 def test_flops_of_a_pretraining_step_agree_with_xla(make_config, family):
     check_step(make_config(*STEP, *family, "compile.step=pretrain"), 3)
 

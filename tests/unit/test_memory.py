@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from mlpmem_jax.config.networks import MemoryConfig
-from mlpmem_jax.models.memory import InputStatistics, Memory, ngram_rows
+from mlpmem_jax.models.memory import InputStatistics, Memory
+from mlpmem_jax.models.ngrams import hashed
 from mlpmem_jax.training.input_statistics import Statistics, moments, statistics, together
 
 VOCAB, WIDTH = 50, 24
@@ -196,14 +197,14 @@ def test_ngrams_are_looked_up_whole():
 
 def test_hashed_rows_are_spread_over_the_table():
     pairs = np.stack(np.meshgrid(np.arange(300), np.arange(300)), -1).reshape(-1, 2)
-    count = np.bincount(np.asarray(ngram_rows(jnp.asarray(pairs), 1024)), minlength=1024)
+    count = np.bincount(np.asarray(hashed(jnp.asarray(pairs), 1024)), minlength=1024)
     # 88 a row by chance, with a deviation of 9.4.
     assert len(count) == 1024 and count.min() > 30 and count.max() < 160
 
 
 def test_the_hash_stays_what_trained_memories_were_trained_with():
     grams = jnp.array([[0, 0], [5, 3], [3, 5], [70_000, 65_536]])
-    assert ngram_rows(grams, 32768).tolist() == [11047, 15122, 16913, 29099]
+    assert hashed(grams, 32768).tolist() == [11047, 15122, 16913, 29099]
 
 
 def test_states_alone_are_refused_by_the_key_that_says_more():

@@ -16,10 +16,11 @@ GPT2 = {
     "norm": "layer", "positions": "learned", "activation": "gelu", "biases": "all",
     "head": "tied", "width": 48, "num_layers": 3, "num_heads": 4, "context_tokens": 32,
 }  # fmt: skip
+NGRAMS = {"width": 48, "ngram_orders": (2, 4), "ngram_rows": 300, "ngram_width": 6}
 LLAMA = {"width": 64, "num_layers": 2, "num_heads": 8, "num_kv_heads": 2, "ffn_width": 100}
 
 
-@pytest.mark.parametrize("keys", [GPT2, LLAMA, LLAMA | {"biases": "all", "head_width": 10}])
+@pytest.mark.parametrize("keys", [GPT2, LLAMA, LLAMA | {"biases": "all", "head_width": 10}, NGRAMS])
 def test_decoders_are_counted_as_they_are(keys):
     config = DecoderConfig(**keys)
     assert count_decoder(config, 300) == decoder_parameters(config, 300)["total"]

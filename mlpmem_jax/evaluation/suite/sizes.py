@@ -12,6 +12,7 @@ from typing import Any
 from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.models import layers
+from mlpmem_jax.models.ngrams import num_table_parameters
 
 _MOST_BLOCKS = 256
 
@@ -185,6 +186,8 @@ def count_decoder(config: DecoderConfig, vocab_size: int) -> int:
     tables = layers.padded_vocab_size(vocab_size) * width * (2 if config.head == "untied" else 1)
     if config.positions == "learned":
         tables += config.context_tokens * width
+    tables += num_table_parameters(config)
+    tables += len(config.ngram_orders) * config.ngram_width * width
     return tables + config.num_layers * block + _norm(width, biases)
 
 
@@ -205,10 +208,7 @@ def count_memory(config: MemoryConfig, decoder_width: int, vocab_size: int) -> i
         total += input_width + 1
     if config.recent_tokens and config.recent_table == "own":
         total += layers.padded_vocab_size(vocab_size) * config.table_width(decoder_width)
-    total += (
-        len(config.ngram_orders) * layers.padded_vocab_size(config.ngram_rows) * config.ngram_width
-    )
-    return total
+    return total + num_table_parameters(config)
 
 
 def _norm(width: int, bias: bool) -> int:
