@@ -19,8 +19,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mlpmem_jax.commands import COMMANDS
 from mlpmem_jax.config.keys import all_keys
-from mlpmem_jax.pipeline import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_SECS = 60.0

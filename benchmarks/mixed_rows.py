@@ -16,9 +16,9 @@ import time
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import quiet_libraries
-from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.input.feed import Feed
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.training.run_data import RunData
 
 

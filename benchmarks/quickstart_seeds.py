@@ -22,11 +22,11 @@ from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import quiet_libraries
 from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.datastore.files import read_json, write_json
-from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.pipeline import embed
 from mlpmem_jax.pipeline.stage import run_stages
+from mlpmem_jax.store.arrays import open_array, read_rows
+from mlpmem_jax.store.files import read_json, write_json
+from mlpmem_jax.store.layout import Layout
 
 ROWS = (
     "decoder", "longer decoder", "+ kNN-LM", "+ memory", "+ memory, state alone",

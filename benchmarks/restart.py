@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from mlpmem_jax.config.load import load_config
-from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.manifest import MANIFEST
+from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store.manifest import MANIFEST
 
 INTERVAL = 5
 LIMIT_SECS = 600.0

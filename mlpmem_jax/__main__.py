@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from mlpmem_jax import __version__
+from mlpmem_jax.commands import COMMANDS, run_command
 from mlpmem_jax.config.describe import describe
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.schema import Config
@@ -24,7 +25,7 @@ from mlpmem_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, PREEMPTED, User
 from mlpmem_jax.failures import explain, user_error_in
 from mlpmem_jax.parallel import multihost
 from mlpmem_jax.parallel.preemption import Preempted
-from mlpmem_jax.pipeline import COMMANDS, Options, run_command
+from mlpmem_jax.pipeline.options import Options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from mlpmem_jax import __main__ as command_line
 from mlpmem_jax.console import complain, note
-from mlpmem_jax.datastore.files import is_local
 from mlpmem_jax.errors import EXIT_USER_ERROR, UserError
 from mlpmem_jax.failures import explain
 from mlpmem_jax.parallel.cluster import (
@@ -28,6 +27,7 @@ from mlpmem_jax.parallel.cluster import (
     PROCESS_INDEX,
 )
 from mlpmem_jax.parallel.processes import run_processes
+from mlpmem_jax.store.files import is_local
 
 LOGS = "logs"
 

@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 from pydantic import ValidationInfo, model_validator
 
-from mlpmem_jax.config.analysis import AnalyzeConfig, CostConfig, SearchQualityConfig
 from mlpmem_jax.config.base import Section, runtime, setting
-from mlpmem_jax.config.compiling import CompileConfig
+from mlpmem_jax.config.compile import CompileConfig
 from mlpmem_jax.config.data import (
     CorpusConfig,
     DatastoreConfig,
@@ -25,6 +24,7 @@ from mlpmem_jax.config.stages import (
     PretrainConfig,
     TrainConfig,
 )
+from mlpmem_jax.config.studies import AnalyzeConfig, CostConfig, SearchQualityConfig
 from mlpmem_jax.config.suite import AblateConfig, CompareConfig, OverfittingConfig
 from mlpmem_jax.config.types import PathText, Seed
 from mlpmem_jax.errors import one_line

@@ -13,7 +13,7 @@ from mlpmem_jax.config.types import (
     Text,
 )
 
-# A row of the main table; what each is stands in `pipeline/rows.py`.
+# A row of the main table; what each is stands in `studies/tables/rows.py`.
 RowName = Literal[
     "decoder",
     "longer",

@@ -18,10 +18,10 @@ from etils import epath
 from mlpmem_jax.console import progress
 from mlpmem_jax.corpus.files import BLOCK_BYTES, opened
 from mlpmem_jax.corpus.sources import Part
-from mlpmem_jax.datastore.files import is_local, unreachable, write_bytes
-from mlpmem_jax.datastore.manifest import fingerprint_of
 from mlpmem_jax.errors import UserError
 from mlpmem_jax.failures import reason_of
+from mlpmem_jax.store.files import is_local, unreachable, write_bytes
+from mlpmem_jax.store.manifest import fingerprint_of
 
 FILE = "text-digests.json"
 _END_BYTES = 4096

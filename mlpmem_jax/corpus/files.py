@@ -10,9 +10,9 @@ from typing import Any
 from etils import epath
 
 from mlpmem_jax.corpus.retries import is_passing, wait_or_raise
-from mlpmem_jax.datastore.files import is_local, unreachable
 from mlpmem_jax.errors import UserError
 from mlpmem_jax.failures import reason_of
+from mlpmem_jax.store.files import is_local, unreachable
 
 BLOCK_BYTES = 1 << 20
 # A block of zstd holds at most 128 KiB however few bytes it takes: small bites bound memory.

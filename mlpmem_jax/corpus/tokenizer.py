@@ -14,9 +14,9 @@ import numpy as np
 from etils import epath
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.failures import reason_of
+from mlpmem_jax.store.manifest import Artifact
 
 TOKENIZER_FILE = "tokenizer.json"
 # Vocabulary dims are padded to this by the model, so that a mesh axis may cut them.

@@ -10,11 +10,11 @@ from typing import Protocol
 
 import numpy as np
 
-from mlpmem_jax.datastore import layout
-from mlpmem_jax.datastore.layout import ArraySpec, Split, token_dtype
-from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.datastore.reading import StoredArray
 from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.store import layout
+from mlpmem_jax.store.layout import ArraySpec, Split, token_dtype
+from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.stored_array import StoredArray
 
 # A smaller split is read once and kept: windows of it cost no further reads.
 _RESIDENT_BYTES = 256 << 20

@@ -8,11 +8,11 @@ import numpy as np
 from flax import nnx
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.store import DTYPES
-from mlpmem_jax.evaluation.compare import SYSTEMS
+from mlpmem_jax.evaluation.evaluate_table import SYSTEMS
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.store.arrays import DTYPES
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
 
 

@@ -7,18 +7,18 @@ import jax
 import numpy as np
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.evaluation.compare import SplitScores, compare
 from mlpmem_jax.evaluation.cost import costs
+from mlpmem_jax.evaluation.evaluate_table import SplitScores, compare
 from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
+from mlpmem_jax.evaluation.labels import StoredSplit
 from mlpmem_jax.evaluation.latency import retriever, time_tokens
-from mlpmem_jax.evaluation.remembered import remember
-from mlpmem_jax.evaluation.stored import StoredSplit
+from mlpmem_jax.evaluation.memory_scores import remember
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.retrieval.building import ExactCache, open_index
 from mlpmem_jax.retrieval.evidence import read_labels
+from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
+from mlpmem_jax.store.layout import Layout, Split
 from mlpmem_jax.training.networks import finished_networks, separator_id
 
 SCHEMA_VERSION = 1

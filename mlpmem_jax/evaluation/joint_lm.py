@@ -16,7 +16,7 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import progress
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import EmbeddingPlan
-from mlpmem_jax.datastore.embedding import computed_blocks, in_batches, scored_columns
+from mlpmem_jax.embedding.embed import computed_blocks, in_batches, scored_columns
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.sharing import whole

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from mlpmem_jax.console import say
-from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.evaluation.metrics import draw_rows
 from mlpmem_jax.retrieval.distributions import LabelEvidence
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
 from mlpmem_jax.retrieval.temperature import Tuned, tune
+from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.manifest import Artifact
 
 _NO_LABEL = -1  # of a neighbour that is missing
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from mlpmem_jax.evaluation.compare import SYSTEMS
-from mlpmem_jax.evaluation.timed_writer import CompiledSteps, Draw, TimedWriter, in_turns
+from mlpmem_jax.evaluation.evaluate_table import SYSTEMS
+from mlpmem_jax.evaluation.timed_decoding import CompiledSteps, Draw, TimedWriter, in_turns
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.retrieval.distributions import neighbor_weights

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.input.feed import Batch, Feed
 from mlpmem_jax.input.rows import RecentReader, RowReader, TargetReader, compare_labels
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.sharding import replicated
+from mlpmem_jax.store.layout import Layout, Split
 from mlpmem_jax.training.losses import means, memory_loss, token_logprob
 
 

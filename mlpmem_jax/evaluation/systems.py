@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mlpmem_jax.evaluation.metrics import DocumentCounts
-from mlpmem_jax.evaluation.mixing import mixture_of, solve_weights
+from mlpmem_jax.stats.mixing import mixture_of, solve_weights
 
 
 @dataclasses.dataclass(frozen=True)

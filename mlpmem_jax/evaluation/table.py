@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.datastore.files import human_bytes
+from mlpmem_jax.units import human_bytes
 
 Results = Mapping[str, Any]
 

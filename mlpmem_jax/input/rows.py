@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from mlpmem_jax.corpus.recent import after_start, recent_tokens
-from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.datastore.reading import PendingRead, StoredArray
 from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.stored_array import PendingRead, StoredArray
 
 
 class RowReader:

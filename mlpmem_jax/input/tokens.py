@@ -5,9 +5,9 @@ import numpy as np
 from mlpmem_jax.corpus.recent import read_recent
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import TokenWindows
-from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.input.rows import TargetReader, compare_labels
+from mlpmem_jax.store.layout import Layout, Split
 
 
 class TokensWithTargets:

@@ -87,8 +87,9 @@ class Decoder(nnx.Module):
         if config.ngram_orders:
             self.ngrams = ngrams.make_tables(config, rngs)
             shape = (len(config.ngram_orders) * config.ngram_width, config.width)
+            deviation = 1 / math.sqrt(shape[0])
             # Keeps the scale of what is looked up: that of embeddings.
-            shapes = {"projection": (shape, (None, "embed"), 1 / math.sqrt(shape[0]))}
+            shapes: dict[str, Any] = {"projection": (shape, (None, "embed"), deviation)}
             self.ngram = layers.Parameters(shapes, rngs)
 
     def _block_shapes(self) -> dict[str, Any]:

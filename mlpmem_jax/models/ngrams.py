@@ -4,12 +4,11 @@ Suffixes: B sequences, L tokens, M last tokens (the newest first), O orders of n
 a table.
 """
 
-from typing import Protocol
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
 from mlpmem_jax.models import layers
 from mlpmem_jax.parallel.sharding import Names, gather_for_use
 
@@ -18,13 +17,8 @@ TABLE_AXES: Names = ("vocab", "embed")
 NO_TOKEN = -1
 
 
-class NgramKeys(Protocol):
-    """The keys of a section of a network that reads n-grams."""
-
-    init_scale: float
-    ngram_orders: tuple[int, ...]
-    ngram_rows: int
-    ngram_width: int
+# The sections of the networks that read n-grams.
+NgramKeys = DecoderConfig | MemoryConfig
 
 
 def make_tables(config: NgramKeys, rngs: nnx.Rngs) -> nnx.Param:

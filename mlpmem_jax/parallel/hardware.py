@@ -8,9 +8,9 @@ from pathlib import Path
 
 from etils import epath
 
-from mlpmem_jax.datastore.files import human_bytes, is_local
 from mlpmem_jax.errors import UserError
 from mlpmem_jax.parallel.chips import chip_of
+from mlpmem_jax.units import human_bytes
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
@@ -100,7 +100,7 @@ def host_memory() -> int | None:
 
 def free_disk(workdir: str) -> int | None:
     """Returns the free bytes where a work directory lies or will lie; None: not known."""
-    if not is_local(workdir):
+    if "://" in workdir:
         return None
     existing = os.path.abspath(workdir)
     while not os.path.exists(existing):
@@ -111,7 +111,7 @@ def free_disk(workdir: str) -> int | None:
 def bytes_under(path: epath.Path) -> int:
     """Returns the size of the local files below a directory, 0 where there is none."""
     total = 0
-    if is_local(path):
+    if "://" not in os.fspath(path):
         for folder, _, files in os.walk(path):
             for name in files:
                 with contextlib.suppress(OSError):

@@ -2,8 +2,8 @@
 
 from mlpmem_jax.config.checks import without_keys
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.errors import ArtifactError, ConfigError, Mistakes
+from mlpmem_jax.store.layout import Layout, Split
 
 _WITH_TARGETS: tuple[Split, ...] = ("train", "valid")
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
-from mlpmem_jax.datastore.files import read_json, write_json
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.store.files import read_json, write_json
 
 EXIT_DOES_NOT_FIT = 3
 
@@ -18,8 +18,8 @@ def main(config: Config, options: Options) -> int:
     if options.dry_run:
         return execute(lambda _: [], config, options)
     output = _checked(options.output)
-    from mlpmem_jax.compiling.analysis import analyse
-    from mlpmem_jax.compiling.report import as_text, verdict
+    from mlpmem_jax.roofline.analysis import analyse
+    from mlpmem_jax.roofline.report import as_text, verdict
 
     report = analyse(config)
     say(as_text(report))

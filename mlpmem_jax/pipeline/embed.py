@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore.layout import SPLITS, Layout, Split
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.execute import execute
@@ -13,6 +12,7 @@ from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.resolve import compute_dtypes
 from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.store.layout import SPLITS, Layout, Split
 
 
 def recipe(config: Config) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def _estimate(config: Config, split: Split) -> Mapping[str, Any]:
 
 def _build(config: Config, split: Split) -> Completion:
     from mlpmem_jax.corpus.tokens import TokenSplit
-    from mlpmem_jax.datastore.embedding import EmbeddingSettings, embed_split
+    from mlpmem_jax.embedding.embed import EmbeddingSettings, embed_split
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.pipeline.estimates import embedding_estimate
     from mlpmem_jax.training.networks import finished_decoder

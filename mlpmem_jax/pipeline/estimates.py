@@ -3,9 +3,9 @@
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.corpus.expected import UNKNOWN_ROWS, count_rows, rows_entry
-from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.corpus.row_estimates import UNKNOWN_ROWS, count_rows, rows_entry
 from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.store.layout import Layout, Split
 from mlpmem_jax.training.flops import (
     TRAINING_FACTOR,
     decoder_flops_per_token,

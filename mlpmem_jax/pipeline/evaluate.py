@@ -6,11 +6,7 @@ from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import is_speaker, say
-from mlpmem_jax.datastore.files import read_json, write_bytes, write_json
-from mlpmem_jax.datastore.layout import SPLITS, Layout
-from mlpmem_jax.datastore.manifest import Artifact, differences
 from mlpmem_jax.errors import MadeOtherwise
-from mlpmem_jax.evaluation.bootstrap import INTERVALS
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline import embed, train
 from mlpmem_jax.pipeline.checks import check_devices, check_keys
@@ -18,6 +14,10 @@ from mlpmem_jax.pipeline.execute import execute_and_report
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.stats.bootstrap import INTERVALS
+from mlpmem_jax.store.files import read_json, write_bytes, write_json
+from mlpmem_jax.store.layout import SPLITS, Layout
+from mlpmem_jax.store.manifest import Artifact, differences
 
 # Scores, counts and curves: a function of the run directory, bit for bit on CPU.
 RESULTS = "evaluate.json"

@@ -7,12 +7,12 @@ from etils import epath
 from mlpmem_jax.config.load import dump_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.yaml_text import YamlError, parse_yaml, write_yaml
-from mlpmem_jax.datastore.files import absolute, write_bytes
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel.multihost import is_writer
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.plan import print_plan
 from mlpmem_jax.pipeline.stage import Rebuild, Stage, run_stages
+from mlpmem_jax.store.files import absolute, write_bytes
 
 CONFIG = "config.yaml"
 # Configurations that were written before they began with this line hold all of these sections.

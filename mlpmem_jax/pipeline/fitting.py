@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mlpmem_jax.console import warn
-from mlpmem_jax.corpus.expected import Rows, least_rows, likely_rows
-from mlpmem_jax.datastore.files import human_bytes
+from mlpmem_jax.corpus.row_estimates import Rows, least_rows, likely_rows
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.parallel.agreement import of_all
 from mlpmem_jax.parallel.hardware import Machine, bytes_under, this_machine
+from mlpmem_jax.units import human_bytes
 
 if TYPE_CHECKING:
     from mlpmem_jax.config.schema import Config

@@ -4,12 +4,12 @@ import sys
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import is_speaker, note, say
-from mlpmem_jax.datastore.files import read_json
-from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.pipeline.evaluate import RESULTS
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.store.files import read_json
+from mlpmem_jax.store.layout import Layout
 
 
 def main(config: Config, options: Options) -> int:

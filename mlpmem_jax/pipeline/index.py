@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_retrieval
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.store.layout import Layout
 
 # Keys of `retrieval` that decide the index; the others decide what is kept of a search.
 KEYS = (
@@ -58,7 +58,7 @@ def _estimate(config: Config) -> Mapping[str, Any]:
 
 def _build(config: Config) -> Completion:
     from mlpmem_jax.parallel.mesh import make_mesh
-    from mlpmem_jax.retrieval.building import build_index
+    from mlpmem_jax.retrieval.index_builder import build_index
 
     built = build_index(config, make_mesh(config.mesh))
     return Completion(counts=built.counts, files=built.files, measured=built.measured)

@@ -11,8 +11,7 @@ from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.stages import TUNING_ROWS
-from mlpmem_jax.corpus.expected import Rows
-from mlpmem_jax.datastore.layout import ArraySpec, Layout, Split, token_dtype
+from mlpmem_jax.corpus.row_estimates import Rows
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.parallel.mesh import mesh_sizes
@@ -20,6 +19,7 @@ from mlpmem_jax.pipeline.fitting import Moment, Need, RowCounter
 from mlpmem_jax.retrieval import approximate
 from mlpmem_jax.retrieval.engine import choose_engine
 from mlpmem_jax.retrieval.estimates import exact_bytes, held_index_bytes
+from mlpmem_jax.store.layout import ArraySpec, Layout, Split, token_dtype
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
 
 _STATE_BYTES = 12  # of a parameter that is trained: itself and two moments, float32

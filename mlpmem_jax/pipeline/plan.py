@@ -6,13 +6,13 @@ from typing import Any
 from mlpmem_jax.config.load import dump_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
-from mlpmem_jax.corpus.expected import likely_rows
-from mlpmem_jax.datastore.files import human_bytes
-from mlpmem_jax.datastore.manifest import Status
+from mlpmem_jax.corpus.row_estimates import likely_rows
 from mlpmem_jax.errors import ArtifactError, MadeOtherwise, UserError
 from mlpmem_jax.parallel.hardware import Machine, this_machine
 from mlpmem_jax.pipeline.fitting import counted, doubts
 from mlpmem_jax.pipeline.stage import Rebuild, Stage, check_stage
+from mlpmem_jax.store.manifest import Status
+from mlpmem_jax.units import human_bytes
 
 
 def print_plan(config: Config, stages: Sequence[Stage], rebuild: Rebuild) -> None:

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.store.layout import Layout
 
 
 def recipe(config: Config) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def _estimate(config: Config) -> Mapping[str, Any]:
 
 
 def _build(config: Config) -> Completion:
-    from mlpmem_jax.pipeline.training import train_task
+    from mlpmem_jax.pipeline.network_stage import train_task
     from mlpmem_jax.training.pretraining import PretrainTask
 
     return train_task(config, "pretrain", PretrainTask, Layout(config).decoder)

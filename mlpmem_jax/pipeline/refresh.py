@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore.layout import REFRESHED, Layout
-from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.pipeline import embed, index, retrieve
 from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.store.layout import REFRESHED, Layout
+from mlpmem_jax.store.manifest import Artifact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Phases:
 def phase_build(phases: Phases, phase: int) -> Completion:
     """Trains one phase."""
     from mlpmem_jax.parallel.mesh import make_mesh
-    from mlpmem_jax.pipeline.training import train_task
+    from mlpmem_jax.pipeline.network_stage import train_task
     from mlpmem_jax.retrieval.drift import neighbor_agreement
     from mlpmem_jax.training.joint_training import JointTask
     from mlpmem_jax.training.networks import finished_joint

@@ -5,7 +5,7 @@ from typing import Any
 from etils import epath
 
 from mlpmem_jax.console import is_speaker, say
-from mlpmem_jax.datastore.files import write_bytes, write_json
+from mlpmem_jax.store.files import write_bytes, write_json
 
 _ENDINGS = (".json", ".csv", ".png")
 

@@ -5,16 +5,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_retrieval
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.store.layout import Layout, Split
 
 if TYPE_CHECKING:
-    from mlpmem_jax.retrieval.building import ExactCache
+    from mlpmem_jax.retrieval.index_builder import ExactCache
 
 
 def stages(config: Config) -> list[Stage]:
@@ -23,7 +23,7 @@ def stages(config: Config) -> list[Stage]:
     Valid and test are searched exactly, whatever the engine: they tune and score the
     explicit kNN-LM that the memory is held against. Train is searched by the engine.
     """
-    from mlpmem_jax.retrieval.building import ExactCache
+    from mlpmem_jax.retrieval.index_builder import ExactCache
 
     layout = Layout(config)
     exact = ExactCache(config)

@@ -10,10 +10,6 @@ from typing import Any
 from etils import epath
 
 from mlpmem_jax.console import say, warn
-from mlpmem_jax.datastore import replacing
-from mlpmem_jax.datastore.lock import only_maker
-from mlpmem_jax.datastore.manifest import Artifact, Manifest, Status
-from mlpmem_jax.datastore.verification import verify_together
 from mlpmem_jax.errors import ArtifactError, Mistakes, RunFailed
 from mlpmem_jax.failures import of_stage
 from mlpmem_jax.parallel.agreement import of_first, refuse_different
@@ -23,6 +19,10 @@ from mlpmem_jax.parallel.preemption import Preempted, preempted, run_id
 from mlpmem_jax.parallel.sharing import process_index
 from mlpmem_jax.pipeline.fitting import Need, RowCounter, check_fit
 from mlpmem_jax.pipeline.stopwatch import Stopwatch
+from mlpmem_jax.store import replacement
+from mlpmem_jax.store.lock import only_maker
+from mlpmem_jax.store.manifest import Artifact, Manifest, Status
+from mlpmem_jax.store.verification import verify_together
 
 _VISIBLE_SECS = 120.0  # longer than file systems keep what they knew of a folder
 
@@ -170,7 +170,7 @@ def check_stage(stage: Stage, rebuild: Rebuild) -> None:
     if is_writer():  # Others may see an older listing.
         removes = _is_replaced(stage, rebuild)
         if removes or not stage.artifact.is_complete():
-            replacing.refuse_foreign(stage.artifact, removes=removes)
+            replacement.refuse_foreign(stage.artifact, removes=removes)
 
 
 def _is_replaced(stage: Stage, rebuild: Rebuild) -> bool:
@@ -259,7 +259,7 @@ def run_stage(
             if status is not Status.COMPLETE:
                 _make(stage, made_from, status, before_building)
                 return True
-    if is_writer() and replacing.is_left(stage.artifact):
+    if is_writer() and replacement.is_left(stage.artifact):
         # A kill came just after the new one was finished; or another run is about to remove it.
         with contextlib.suppress(ArtifactError), only_maker(stage.artifact):
             _drop_replaced(stage.artifact)
@@ -331,7 +331,7 @@ def _load_soon(artifact: Artifact) -> Manifest:
 
 def _set_aside(stage: Stage) -> None:
     if is_writer():
-        replacing.set_aside(stage.artifact)
+        replacement.set_aside(stage.artifact)
     barrier(f"{stage.name}: set aside")
 
 
@@ -341,7 +341,7 @@ def _telling_what_is_kept(artifact: Artifact) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        kept = replacing.replaced(artifact) if is_writer() else None
+        kept = replacement.replaced(artifact) if is_writer() else None
         if kept is not None:
             warn(
                 f"{artifact.path}: not rebuilt; the old one is kept in {kept} until it is; to have "
@@ -353,6 +353,6 @@ def _telling_what_is_kept(artifact: Artifact) -> Iterator[None]:
 def _drop_replaced(artifact: Artifact) -> None:
     """Removes what a finished artifact has replaced; where it cannot, the new one is no worse."""
     try:
-        replacing.drop_replaced(artifact)
+        replacement.drop_replaced(artifact)
     except (ArtifactError, OSError) as error:
         warn(f"{artifact.path}: the artifact that it replaced was not removed: {error}")

@@ -4,8 +4,8 @@ import contextlib
 import threading
 import time
 
-from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.parallel.multihost import is_writer
+from mlpmem_jax.store.manifest import Artifact
 
 _RECORD_SECS = 30.0
 

@@ -12,7 +12,7 @@ from mlpmem_jax.console import progress, say, warn
 from mlpmem_jax.corpus.checks import Scan, check_before, check_splits, check_window, tokenizer_for
 from mlpmem_jax.corpus.digests import Digests
 from mlpmem_jax.corpus.encoding import encoded
-from mlpmem_jax.corpus.expected import BYTES_PER_TOKEN
+from mlpmem_jax.corpus.row_estimates import BYTES_PER_TOKEN
 from mlpmem_jax.corpus.stream import Corpus, Position
 from mlpmem_jax.corpus.tokenizer import (
     TOKENIZER_FILE,
@@ -21,9 +21,6 @@ from mlpmem_jax.corpus.tokenizer import (
     read_tokenizer,
 )
 from mlpmem_jax.corpus.writer import PROGRESS_FILE, TokenWriter, batches, seen_by_first
-from mlpmem_jax.datastore.files import check_free_space, write_bytes
-from mlpmem_jax.datastore.layout import SPLITS, Layout, token_dtype
-from mlpmem_jax.datastore.manifest import Status
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.hardware import Machine
@@ -32,6 +29,9 @@ from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Builders, Completion, Stage
+from mlpmem_jax.store.files import check_free_space, write_bytes
+from mlpmem_jax.store.layout import SPLITS, Layout, token_dtype
+from mlpmem_jax.store.manifest import Status
 
 
 def stages(config: Config) -> list[Stage]:

@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_devices, check_teacher
 from mlpmem_jax.pipeline.execute import execute
@@ -15,6 +13,8 @@ from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.refresh import Phases, phase_build, refresh_stages
 from mlpmem_jax.pipeline.resolve import compute_dtypes
 from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store.manifest import Artifact
 
 
 def recipe(config: Config) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _estimate(config: Config, steps: range) -> Mapping[str, Any]:
 
 
 def _build(config: Config) -> Completion:
-    from mlpmem_jax.pipeline.training import train_task
+    from mlpmem_jax.pipeline.network_stage import train_task
     from mlpmem_jax.training.memory_training import MemoryTask
 
     return train_task(config, "train", MemoryTask, Layout(config).memory)

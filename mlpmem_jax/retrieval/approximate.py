@@ -19,9 +19,6 @@ import numpy as np
 from etils import epath
 
 from mlpmem_jax.config.data import RetrievalConfig
-from mlpmem_jax.datastore.checked import read_checked_json, write_checked_json
-from mlpmem_jax.datastore.files import is_foreign, is_local
-from mlpmem_jax.datastore.manifest import describe_file
 from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.sharing import is_mine, process_count, share_of
@@ -35,6 +32,9 @@ from mlpmem_jax.retrieval.merge import (
     sortable,
     unpack,
 )
+from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
+from mlpmem_jax.store.files import is_foreign, is_local
+from mlpmem_jax.store.manifest import describe_file
 
 SEARCH = "search.json"
 _MIN_LEAVES_TO_SEARCH = 8

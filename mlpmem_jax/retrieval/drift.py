@@ -9,16 +9,16 @@ import numpy as np
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import EmbeddingPlan
-from mlpmem_jax.datastore.embedding import (
+from mlpmem_jax.embedding.embed import (
     EmbeddingSettings,
     computed_blocks,
     in_batches,
     make_embed_step,
 )
-from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.reading import StoredArray
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.parallel.sharing import whole
+from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store.stored_array import StoredArray
 
 SAMPLE_ROWS = 8192
 NEIGHBORS = 10

@@ -8,10 +8,10 @@ from typing import Literal, Protocol
 import numpy as np
 
 from mlpmem_jax.config.data import RetrievalConfig
-from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.datastore.reading import StoredArray
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.retrieval.merge import Neighbors
+from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.stored_array import StoredArray
 
 EngineName = Literal["scann", "exact"]
 

@@ -4,9 +4,9 @@ from typing import Any
 
 from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.corpus.expected import UNKNOWN_ROWS, count_rows, rows_entry
-from mlpmem_jax.datastore.layout import Layout, Split
+from mlpmem_jax.corpus.row_estimates import UNKNOWN_ROWS, count_rows, rows_entry
 from mlpmem_jax.retrieval import approximate
+from mlpmem_jax.store.layout import Layout, Split
 
 
 def exact_bytes(num_rows: int, width: int, num_devices: int) -> int:

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.datastore.reading import StoredArray
 from mlpmem_jax.retrieval.distributions import LabelEvidence
 from mlpmem_jax.retrieval.engine import row_ranges
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
+from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.stored_array import StoredArray
 
 _READ_ROWS = 1 << 14
 

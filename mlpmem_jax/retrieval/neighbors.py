@@ -12,9 +12,6 @@ from typing import Any
 import numpy as np
 
 from mlpmem_jax.console import progress
-from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.datastore.reading import StoredArray
-from mlpmem_jax.datastore.shards import ShardWriter
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel.preemption import (
     Preempted,
@@ -26,6 +23,9 @@ from mlpmem_jax.parallel.sharing import is_mine, most_shared, share_of
 from mlpmem_jax.retrieval.engine import READ_ROWS, Engine, Keys, row_ranges
 from mlpmem_jax.retrieval.merge import Neighbors, drop_own_row
 from mlpmem_jax.retrieval.recall import recall
+from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.shards import ShardWriter
+from mlpmem_jax.store.stored_array import StoredArray
 
 # Rows of a batch (int64) and what was found for them, to arrays of the same rows.
 Consume = Callable[[np.ndarray, Neighbors], Mapping[str, np.ndarray]]

@@ -9,27 +9,27 @@ import numpy as np
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.stages import TUNING_ROWS
 from mlpmem_jax.console import say
-from mlpmem_jax.datastore.checked import read_checked_json, write_checked_json
-from mlpmem_jax.datastore.layout import ArraySpec, Layout, Split
-from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.datastore.reading import StoredArray
-from mlpmem_jax.datastore.shards import ShardWriter
-from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.parallel.agreement import of_all
 from mlpmem_jax.parallel.multihost import first_alone, is_writer
 from mlpmem_jax.parallel.sharing import share_of
 from mlpmem_jax.retrieval import recall, temperature
-from mlpmem_jax.retrieval.building import MEASUREMENT_SEED, ExactCache, open_index
 from mlpmem_jax.retrieval.distributions import (
     sparse_distributions,
     without_targets,
 )
 from mlpmem_jax.retrieval.engine import Engine, StoredKeys
 from mlpmem_jax.retrieval.evidence import label_evidence, read_labels
+from mlpmem_jax.retrieval.index_builder import MEASUREMENT_SEED, ExactCache, open_index
 from mlpmem_jax.retrieval.merge import Neighbors
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors, check_enough_rows, search_split
 from mlpmem_jax.retrieval.temperature import Tuned
+from mlpmem_jax.store.arrays import open_array, read_rows
+from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
+from mlpmem_jax.store.layout import ArraySpec, Layout, Split
+from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.shards import ShardWriter
+from mlpmem_jax.store.stored_array import StoredArray
 
 TEMPERATURE = "temperature.json"
 

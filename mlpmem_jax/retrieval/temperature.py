@@ -1,7 +1,7 @@
 """The temperature τ that serves the explicit kNN-LM best on validation.
 
 An untuned τ can make a kNN-LM worse than its decoder; for each τ the best λ is exact
-(:mod:`mlpmem_jax.evaluation.mixing`), so one dimension is left.
+(:mod:`mlpmem_jax.stats.mixing`), so one dimension is left.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ import math
 import numpy as np
 from scipy import optimize
 
-from mlpmem_jax.evaluation import mixing
 from mlpmem_jax.retrieval.distributions import LabelEvidence
+from mlpmem_jax.stats import mixing
 
 # τ lies between these multiples of the typical spread of distances: below, the nearest
 # neighbour takes all; above, all neighbours count the same.

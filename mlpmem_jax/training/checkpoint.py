@@ -20,18 +20,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mlpmem_jax.console import warn
-from mlpmem_jax.datastore.files import (
-    check_free_space,
-    has_locks,
-    is_local,
-    read_own_paths_literally,
-)
-from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.datastore.verification import verify_together
 from mlpmem_jax.errors import ArtifactError, RunFailed, UserError
 from mlpmem_jax.failures import os_error_in
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.multihost import barrier, is_writer
+from mlpmem_jax.store.files import check_free_space, has_locks, is_local, read_own_paths_literally
+from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.verification import verify_together
 from mlpmem_jax.training.checksums import read_checksums, write_checksums
 
 CHECKPOINTS = "checkpoints"

@@ -8,13 +8,13 @@ from typing import Any
 
 from etils import epath
 
-from mlpmem_jax.datastore.checked import read_checked_json, write_checked_json
-from mlpmem_jax.datastore.files import is_foreign
-from mlpmem_jax.datastore.manifest import describe_file
-from mlpmem_jax.datastore.verification import share_of_files
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.coordinator import Exchange
 from mlpmem_jax.parallel.multihost import is_writer
+from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
+from mlpmem_jax.store.files import is_foreign
+from mlpmem_jax.store.manifest import describe_file
+from mlpmem_jax.store.verification import share_of_files
 
 
 def write_checksums(file: epath.Path, root: epath.Path) -> None:

@@ -8,10 +8,10 @@ import jax
 from flax import nnx
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.input.feed import Batch
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.models.joint import Joint, scale_gradient
+from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.training.checkpoint import restore_finished
 from mlpmem_jax.training.flops import (
     decoder_flops_per_token,

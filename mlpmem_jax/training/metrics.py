@@ -12,8 +12,8 @@ from etils import epath
 from tensorboardX import SummaryWriter
 
 from mlpmem_jax.console import is_speaker, progress, warn
-from mlpmem_jax.datastore.files import is_local, write_bytes
 from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.store.files import is_local, write_bytes
 from mlpmem_jax.training.uploads import GrowingObject, Uploads, pieces_of
 
 METRICS = "metrics.jsonl"

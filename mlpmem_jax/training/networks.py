@@ -7,13 +7,13 @@ import jax
 from flax import nnx
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.manifest import Artifact, Manifest, differences
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.joint import Joint
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.sharding import abstract_state
+from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store.manifest import Artifact, Manifest, differences
 from mlpmem_jax.training.checkpoint import Checkpoints, restore_finished
 from mlpmem_jax.training.state import flatten, split_module, structure, unflatten
 

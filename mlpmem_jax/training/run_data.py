@@ -8,11 +8,11 @@ import jax
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import TokenWindows
-from mlpmem_jax.datastore.layout import Layout, Split
 from mlpmem_jax.input.rows import StoredRows
 from mlpmem_jax.input.tokens import TokensWithTargets
 from mlpmem_jax.input.windows import WindowSource
 from mlpmem_jax.models.decoder import Decoder
+from mlpmem_jax.store.layout import Layout, Split
 from mlpmem_jax.training.networks import finished_decoder
 
 

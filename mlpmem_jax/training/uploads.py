@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from etils import epath
 
 from mlpmem_jax.console import warn
-from mlpmem_jax.datastore.files import write_bytes
+from mlpmem_jax.store.files import write_bytes
 
 UPLOAD_SECS = 60.0
 

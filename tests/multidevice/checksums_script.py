@@ -15,9 +15,9 @@ def main():
     import jax
     from etils import epath
 
-    from mlpmem_jax.datastore import verification
     from mlpmem_jax.errors import ArtifactError
     from mlpmem_jax.parallel.multihost import barrier
+    from mlpmem_jax.store import verification
     from mlpmem_jax.training import checksums
 
     directory = Path(sys.argv[1])

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mlpmem_jax.compiling.collectives import Fabric
-from mlpmem_jax.compiling.hlo import Program
-from mlpmem_jax.compiling.schedule import Simulator, by_kind
 from mlpmem_jax.config.networks import MeshConfig
 from mlpmem_jax.parallel.mesh import make_mesh
+from mlpmem_jax.roofline.collectives import Fabric
+from mlpmem_jax.roofline.hlo import Program
+from mlpmem_jax.roofline.schedule import Simulator, by_kind
 
 LAYERS, WIDTH, ROWS = 5, 64, 16
 

@@ -11,8 +11,8 @@ from zlib import crc32
 import pytest
 from etils import epath
 
-from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.launching import environments_of
+from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.training.checksums import read_checksums
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlpmem_jax.__main__ import main
-from mlpmem_jax.datastore.files import read_json
+from mlpmem_jax.store.files import read_json
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 # Files of the library before all of it: duplicates of documents from before a kill, behind it.

@@ -13,11 +13,11 @@ def main():
     import jax
     import numpy as np
 
-    from mlpmem_jax.datastore.layout import ArraySpec
-    from mlpmem_jax.datastore.manifest import Artifact
-    from mlpmem_jax.datastore.reading import StoredArray
-    from mlpmem_jax.datastore.shards import ShardWriter
     from mlpmem_jax.parallel.multihost import barrier, is_writer
+    from mlpmem_jax.store.layout import ArraySpec
+    from mlpmem_jax.store.manifest import Artifact
+    from mlpmem_jax.store.shards import ShardWriter
+    from mlpmem_jax.store.stored_array import StoredArray
 
     directory = Path(sys.argv[1])
     artifact = Artifact(directory, "datastore/base/train", "datastore")

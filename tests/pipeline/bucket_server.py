@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from etils.epath import backend
 
-from mlpmem_jax.datastore.store import open_array, read_rows
+from mlpmem_jax.store.arrays import open_array, read_rows
 
 
 class Objects:

@@ -14,14 +14,14 @@ import pytest
 
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.load import load_config
-from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.store import open_array, read_rows
-from mlpmem_jax.evaluation.mixing import solve
+from mlpmem_jax.stats.mixing import solve
+from mlpmem_jax.store.arrays import open_array, read_rows
+from mlpmem_jax.store.layout import Layout
 from tests.pipeline.conftest import TINY
 
 HERE = Path(__file__).resolve().parent
 SAVE = "mlpmem_jax.training.checkpoint.Checkpoints.save"
-FINISH = "mlpmem_jax.datastore.manifest.Artifact.finish"
+FINISH = "mlpmem_jax.store.manifest.Artifact.finish"
 # As small as networks go: what is tested is the machinery.
 SMALL = (
     "corpus.max_bytes=80_000", "decoder.num_layers=1", "decoder.width=16", "memory.width=16",

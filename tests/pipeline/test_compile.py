@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from mlpmem_jax.compiling.blank import BlankRun, BlankTokens, abstract_batch
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import EmbeddingPlan
-from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.roofline.blank import BlankRun, BlankTokens, abstract_batch
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.training.memory_training import MemoryTask
 from mlpmem_jax.training.pretraining import PretrainTask
 

@@ -13,12 +13,12 @@ from scipy.special import xlogy
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.recent import read_recent
 from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.datastore.layout import Layout, Split
-from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline import evaluate
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.store.arrays import open_array, read_rows
+from mlpmem_jax.store.layout import Layout, Split
 from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 

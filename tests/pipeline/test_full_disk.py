@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.store.layout import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
 # A file system of its own in a name space of its own: no root needed where that is allowed.

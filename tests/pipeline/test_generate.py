@@ -14,16 +14,16 @@ import pytest
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.evaluation.mixing import mixture_logprob
-from mlpmem_jax.evaluation.remembered import remember
-from mlpmem_jax.evaluation.stored import StoredSplit
+from mlpmem_jax.evaluation.labels import StoredSplit
+from mlpmem_jax.evaluation.memory_scores import remember
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline import generate
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.stats.mixing import mixture_logprob
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.training.networks import check_shape, finished_networks
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"

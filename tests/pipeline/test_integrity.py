@@ -14,15 +14,15 @@ from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.corpus.tokenizer import load_tokenizer
 from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.datastore.layout import SPLITS, Layout
 from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.evaluation.stored import StoredSplit
+from mlpmem_jax.evaluation.labels import StoredSplit
 from mlpmem_jax.input.rows import RowReader, TargetReader
 from mlpmem_jax.parallel.mesh import make_mesh
 from mlpmem_jax.pipeline.generate import interpolation
-from mlpmem_jax.retrieval.building import ExactCache, open_index
 from mlpmem_jax.retrieval.engine import StoredKeys, read_all
+from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
+from mlpmem_jax.store.layout import SPLITS, Layout
 from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"

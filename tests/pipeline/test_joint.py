@@ -15,19 +15,19 @@ from flax import nnx
 
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.load import load_config
-from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.evaluation.stored import whole_array
+from mlpmem_jax.evaluation.labels import whole_array
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline.resolve import resolved
-from mlpmem_jax.pipeline.rows import model_parts
 from mlpmem_jax.pipeline.stage import run_stage
-from mlpmem_jax.pipeline.variants import Variant
+from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.studies.tables.rows import model_parts
+from mlpmem_jax.studies.tables.variants import Variant
 from mlpmem_jax.training.networks import finished_decoder, finished_networks
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parents[1] / "configs" / "tiny.yaml"
 SAVE = "mlpmem_jax.training.checkpoint.Checkpoints.save"
-FINISH = "mlpmem_jax.datastore.manifest.Artifact.finish"
+FINISH = "mlpmem_jax.store.manifest.Artifact.finish"
 JOINT = (
     "train.mode=joint",
     "train.decoder_optimizer.warmup_steps=2",
@@ -39,7 +39,7 @@ REFRESHED = (*JOINT, "train.name=refreshed", "train.refresh_interval_steps=3")
 KILLS = [
     (FINISH, 1, "before", "joint/refreshed.phase-0"),
     (FINISH, 2, "before", "decoder/refreshed.refresh-0"),
-    ("mlpmem_jax.datastore.shards.write_rows", 5, "after", "datastore/refreshed.refresh-0/train"),
+    ("mlpmem_jax.store.shards.write_rows", 5, "after", "datastore/refreshed.refresh-0/train"),
     (FINISH, 5, "before", "targets/refreshed.refresh-0/train"),
     (SAVE, 1, "after", "joint/refreshed"),
 ]

@@ -15,15 +15,15 @@ import pytest
 from flax import nnx
 
 from mlpmem_jax.config.load import load_config
-from mlpmem_jax.datastore.layout import SPLITS, Layout
-from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import PREEMPTED
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.store.arrays import open_array, read_rows
+from mlpmem_jax.store.layout import SPLITS, Layout
 from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parents[1] / "configs" / "tiny.yaml"
-SHARDS = "mlpmem_jax.datastore.shards.write_rows"
+SHARDS = "mlpmem_jax.store.shards.write_rows"
 SAVE = "mlpmem_jax.training.checkpoint.Checkpoints.save"
 SUMS = "mlpmem_jax.training.checkpoint.write_checksums"
 STEP = "mlpmem_jax.training.monitor.Monitor.dispatched"
@@ -32,8 +32,8 @@ INTERVAL = 4  # checkpoint_interval_steps of both networks in configs/tiny.yaml
 # In the order of the stages, all in one work directory: where the process is killed, and
 # the artifact that is then begun and not finished.
 KILLS = [
-    ("mlpmem_jax.datastore.appending.Appender.append", 5, "after", "tokens"),
-    ("mlpmem_jax.datastore.manifest.Artifact.finish", 1, "before", "tokens"),
+    ("mlpmem_jax.store.appender.Appender.append", 5, "after", "tokens"),
+    ("mlpmem_jax.store.manifest.Artifact.finish", 1, "before", "tokens"),
     (STEP, 3, "after", "decoder/base"),  # before the first checkpoint
     (SAVE, 1, "after", "decoder/base"),  # while it is being written
     (STEP, 2, "after", "decoder/base"),
@@ -42,21 +42,21 @@ KILLS = [
     (STEP, 2, "after", "decoder/base"),
     (SHARDS, 7, "after", "datastore/base/train"),
     (SHARDS, 100, "after", "datastore/base/train"),
-    ("mlpmem_jax.datastore.manifest.Artifact.finish", 3, "before", "datastore/base/test"),
-    ("mlpmem_jax.datastore.manifest.Artifact.finish", 2, "before", "index/base"),
+    ("mlpmem_jax.store.manifest.Artifact.finish", 3, "before", "datastore/base/test"),
+    ("mlpmem_jax.store.manifest.Artifact.finish", 2, "before", "index/base"),
     (SHARDS, 5, "after", "neighbors/base/valid"),
     (SHARDS, 90, "after", "targets/base/train"),
     (SAVE, 1, "after", "memory/base"),
     (STEP, 2, "after", "memory/base"),
     (SUMS, 1, "after", "memory/base"),
     (STEP, 3, "after", "memory/base"),
-    ("mlpmem_jax.datastore.manifest.Artifact.finish", 2, "before", "results/base"),
+    ("mlpmem_jax.store.manifest.Artifact.finish", 2, "before", "results/base"),
 ]
 
 
 # Where it is told to stop: before a loop that can, within one, while a checkpoint is saved.
 NOTICES = [
-    ("mlpmem_jax.datastore.appending.Appender.append", 5, "tokens"),
+    ("mlpmem_jax.store.appender.Appender.append", 5, "tokens"),
     (STEP, 3, "decoder/base"),
     (SAVE, 1, "decoder/base"),
     (SHARDS, 7, "datastore/base/train"),

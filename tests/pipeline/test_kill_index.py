@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore.files import read_json
+from mlpmem_jax.store.files import read_json
 from tests.pipeline.conftest import TINY
 
 HERE = Path(__file__).resolve().parent

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.config.load import load_config
-from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.store import open_array, read_rows
+from mlpmem_jax.store.arrays import open_array, read_rows
+from mlpmem_jax.store.layout import Layout
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parents[1] / "configs" / "tiny.yaml"
@@ -153,7 +153,7 @@ def test_training_that_runs_the_decoder_on_two_processes(
     assert texts[0].split("def f(")[1][:8] == texts[1].split("def f(")[1][:8]
 
 
-SHARDS = "mlpmem_jax.datastore.shards.write_rows"
+SHARDS = "mlpmem_jax.store.shards.write_rows"
 
 
 @pytest.mark.slow
@@ -188,7 +188,7 @@ def test_one_of_two_processes_is_told_to_stop(tiny_run, on_processes, tmp_path):
 
 FULL = """
 import errno, os, sys
-from mlpmem_jax.datastore import shards
+from mlpmem_jax.store import shards
 from mlpmem_jax.__main__ import main
 write, calls = shards.write_rows, 0
 def fails(*arguments):

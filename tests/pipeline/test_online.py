@@ -9,11 +9,11 @@ import pytest
 
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.load import load_config
-from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.reading import StoredArray
-from mlpmem_jax.datastore.store import open_array, write_rows
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.store.arrays import open_array, write_rows
+from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store.stored_array import StoredArray
 from mlpmem_jax.training.memory_training import MemoryTask
 from mlpmem_jax.training.optimizer import make_optimizer
 from mlpmem_jax.training.state import Blueprint

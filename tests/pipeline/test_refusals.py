@@ -11,10 +11,10 @@ from etils import epath
 
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore.contents import foreign_file
-from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.pipeline.compile import _checked
 from mlpmem_jax.retrieval import engine
+from mlpmem_jax.store.contents import foreign_file
+from mlpmem_jax.store.layout import Layout
 from tests.pipeline.conftest import TINY
 
 

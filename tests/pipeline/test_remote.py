@@ -13,13 +13,12 @@ from etils import epath
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.config.load import load_config
-from mlpmem_jax.datastore import replacing
-from mlpmem_jax.datastore.appending import Appender
-from mlpmem_jax.datastore.files import check_reachable
-from mlpmem_jax.datastore.layout import SPLITS, ArraySpec, Layout
-from mlpmem_jax.datastore.manifest import Artifact, Status
-from mlpmem_jax.datastore.shards import ShardWriter
-from mlpmem_jax.datastore.store import (
+from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.retrieval import approximate, index_files
+from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
+from mlpmem_jax.store import replacement
+from mlpmem_jax.store.appender import Appender
+from mlpmem_jax.store.arrays import (
     array_path,
     create_array,
     finished_shards,
@@ -27,9 +26,10 @@ from mlpmem_jax.datastore.store import (
     read_rows,
     write_rows,
 )
-from mlpmem_jax.errors import ArtifactError, UserError
-from mlpmem_jax.retrieval import approximate, index_files
-from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
+from mlpmem_jax.store.files import check_reachable
+from mlpmem_jax.store.layout import SPLITS, ArraySpec, Layout
+from mlpmem_jax.store.manifest import Artifact, Status
+from mlpmem_jax.store.shards import ShardWriter
 from mlpmem_jax.training.checkpoint import Checkpoints
 from tests.pipeline.bucket_server import Objects, assert_same
 
@@ -155,9 +155,9 @@ def test_a_removal_that_was_killed_is_finished_by_the_next_start(bucket, objects
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(replacing, "finish_removal", killed)
-        replacing.set_aside(artifact)
-    assert not artifact.is_complete() and replacing.replaced(artifact) is None
+        patched.setattr(replacement, "finish_removal", killed)
+        replacement.set_aside(artifact)
+    assert not artifact.is_complete() and replacement.replaced(artifact) is None
     assert artifact.status({"a": 1}, {}) is Status.MISSING  # Of what is left, nothing is used.
     artifact.begin({"a": 1}, {})
     (left,) = objects.below(bucket.removeprefix("gs://"))
@@ -174,7 +174,7 @@ def test_objects_of_somebody_else_are_not_removed(bucket, objects):
     artifact.finish()
     (artifact.path / "train" / "token" / "mine").write_bytes(b"mine")
     with pytest.raises(ArtifactError, match="tokens/train/token/mine: not written"):
-        replacing.set_aside(artifact)
+        replacement.set_aside(artifact)
     assert artifact.is_complete() and len(objects.below(bucket.removeprefix("gs://"))) == 2
 
 

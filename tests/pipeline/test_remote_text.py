@@ -14,9 +14,9 @@ from mlpmem_jax.config.data import CorpusConfig
 from mlpmem_jax.corpus import files, retries
 from mlpmem_jax.corpus.sources import find_parts
 from mlpmem_jax.corpus.stream import Corpus
-from mlpmem_jax.datastore.layout import SPLITS
-from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import PREEMPTED, TryAgain, UserError
+from mlpmem_jax.store.layout import SPLITS
+from mlpmem_jax.store.manifest import Artifact
 from tests.pipeline.bucket_server import Driver, assert_same
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"

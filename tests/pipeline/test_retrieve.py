@@ -6,15 +6,15 @@ import sys
 import numpy as np
 import pytest
 
-from mlpmem_jax.datastore.layout import SPLITS, Layout
-from mlpmem_jax.datastore.shards import ShardWriter
-from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline import index, retrieve
 from mlpmem_jax.pipeline.stage import run_stages
 from mlpmem_jax.retrieval import approximate, evidence, targets
-from mlpmem_jax.retrieval.building import ExactCache, open_index
 from mlpmem_jax.retrieval.distributions import knn_logprob
+from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
+from mlpmem_jax.store.arrays import open_array, read_rows
+from mlpmem_jax.store.layout import SPLITS, Layout
+from mlpmem_jax.store.shards import ShardWriter
 
 WIDTH, VOCAB, SEPARATOR = 32, 300, 0
 ROWS = {"train": 3000, "valid": 700, "test": 500}
@@ -306,14 +306,14 @@ def test_a_damaged_shard_of_an_interrupted_index_is_built_again(make_run, monkey
     pytest.importorskip("scann")
     config = make_run("retrieval.engine=scann", "retrieval.shard_rows=1600")
     with monkeypatch.context() as patch, pytest.raises(_Killed):
-        patch.setattr("mlpmem_jax.retrieval.building.choose_settings", _kill)
+        patch.setattr("mlpmem_jax.retrieval.index_builder.choose_settings", _kill)
         run_stages(index.stages(config))
     shard = Layout(config).index.path / "shard-00001"
     for name in ("dataset.npy", "shard.json"):
         whole = (shard / name).read_bytes()
         (shard / name).write_bytes(whole.replace(whole[-40:-20], whole[-20:]))
         with monkeypatch.context() as patch, pytest.raises(_Killed):
-            patch.setattr("mlpmem_jax.retrieval.building.choose_settings", _kill)
+            patch.setattr("mlpmem_jax.retrieval.index_builder.choose_settings", _kill)
             run_stages(index.stages(config))
         assert f"{shard / name}: damaged" in capsys.readouterr().err
         assert (shard / name).read_bytes() == whole

@@ -13,9 +13,9 @@ from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.datastore.layout import Layout
-from mlpmem_jax.datastore.store import open_array, read_rows
 from mlpmem_jax.retrieval.engine import is_approximate_installed
+from mlpmem_jax.store.arrays import open_array, read_rows
+from mlpmem_jax.store.layout import Layout
 from tests.pipeline.conftest import TINY
 
 # Where ScaNN has no wheels, the exact engine alone is measured.

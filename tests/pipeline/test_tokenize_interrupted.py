@@ -44,7 +44,7 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = [{root!r}]
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.datastore import files, store
+from mlpmem_jax.store import files, store
 from mlpmem_jax.pipeline.stage import run_stages
 from mlpmem_jax.pipeline.tokenize import stages
 from tests.pipeline.tokenizing import shrink

@@ -7,10 +7,10 @@ import numpy as np
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus import writer
-from mlpmem_jax.datastore import layout as layout_module
-from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.pipeline.stage import run_stages
 from mlpmem_jax.pipeline.tokenize import stages
+from mlpmem_jax.store import layout as layout_module
+from mlpmem_jax.store.layout import Layout
 
 WORDS = ["def", "class", "return", "for", "'é'", "🙂", "value", "(", ")", ":", "<|endoftext|>"]
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.evaluation import metrics
-from mlpmem_jax.evaluation.analysis import sharpness
-from mlpmem_jax.evaluation.analysis.frequency import Bins
-from mlpmem_jax.evaluation.analysis.groups import gains_by_group
-from mlpmem_jax.evaluation.analysis.ngrams import NgramCounts
 from mlpmem_jax.retrieval.distributions import sparse_distributions
+from mlpmem_jax.studies.analyze import sharpness
+from mlpmem_jax.studies.analyze.frequency import Bins
+from mlpmem_jax.studies.analyze.groups import gains_by_group
+from mlpmem_jax.studies.analyze.ngrams import NgramCounts
 
 SEPARATOR = 0
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlpmem_jax.evaluation import bootstrap
+from mlpmem_jax.stats import bootstrap
 
 
 def _documents(rng: np.random.Generator, num_documents: int) -> np.ndarray:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from mlpmem_jax.datastore import verification
 from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.failures import explain
+from mlpmem_jax.store import verification
 from mlpmem_jax.training import checkpoint, checksums
 from mlpmem_jax.training.checkpoint import Checkpoints
 from mlpmem_jax.training.checksums import read_checksums

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from mlpmem_jax import __main__ as cli
-from mlpmem_jax.datastore.files import write_bytes
-from mlpmem_jax.datastore.store import storage_error
+from mlpmem_jax.commands import COMMANDS
 from mlpmem_jax.errors import ArtifactError, RunFailed, UserError
 from mlpmem_jax.failures import explain, of_stage
-from mlpmem_jax.pipeline import COMMANDS, Options
+from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.store.arrays import storage_error
+from mlpmem_jax.store.files import write_bytes
 from tests.conftest import ROOT
 
 CONFIG = str(ROOT / "configs" / "tiny.yaml")

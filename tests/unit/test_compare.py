@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlpmem_jax.evaluation import compare as compare_module
+from mlpmem_jax.evaluation import evaluate_table as compare_module
 from mlpmem_jax.evaluation import metrics
-from mlpmem_jax.evaluation.compare import SplitScores, compare
+from mlpmem_jax.evaluation.evaluate_table import SplitScores, compare
 from mlpmem_jax.evaluation.picture import draw
 
 SEPARATOR = 0

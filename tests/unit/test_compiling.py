@@ -12,15 +12,15 @@ import pytest
 from flax import nnx
 
 from mlpmem_jax.__main__ import main
-from mlpmem_jax.compiling import memory as fitting
-from mlpmem_jax.compiling.collectives import Fabric, group_of
-from mlpmem_jax.compiling.hlo import Instruction, Program
-from mlpmem_jax.compiling.schedule import COMPUTE, INTERCONNECT, MEMORY, Simulator
-from mlpmem_jax.config.compiling import CompileConfig
+from mlpmem_jax.config.compile import CompileConfig
 from mlpmem_jax.config.networks import DecoderConfig
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.parallel.chips import CHIPS, Chip
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.roofline import memory as fitting
+from mlpmem_jax.roofline.collectives import Fabric, group_of
+from mlpmem_jax.roofline.hlo import Instruction, Program
+from mlpmem_jax.roofline.schedule import COMPUTE, INTERCONNECT, MEMORY, Simulator
 from mlpmem_jax.training.losses import lm_loss
 from tests.conftest import ROOT
 

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
+from mlpmem_jax.commands import COMMANDS
 from mlpmem_jax.config.describe import describe, markdown, select
 from mlpmem_jax.config.keys import all_keys
 from mlpmem_jax.config.load import dump_config, load_config
-from mlpmem_jax.pipeline import COMMANDS
 from tests.conftest import ROOT
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))

@@ -6,14 +6,14 @@ import pytest
 from flax import nnx
 
 from mlpmem_jax.config.networks import DecoderConfig
-from mlpmem_jax.datastore.embedding import EmbeddingSettings, embed_split
-from mlpmem_jax.datastore.layout import ArraySpec
-from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.datastore.shards import ShardWriter
-from mlpmem_jax.datastore.store import open_array, read_rows
+from mlpmem_jax.embedding.embed import EmbeddingSettings, embed_split
 from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.store.arrays import open_array, read_rows
+from mlpmem_jax.store.layout import ArraySpec
+from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.shards import ShardWriter
 
 VOCAB, WIDTH, SEPARATOR = 300, 16, 0
 KEY, INPUT = Site("ffn_input", 3), Site("residual", 2)

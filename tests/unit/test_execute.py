@@ -3,25 +3,17 @@
 import pytest
 
 from mlpmem_jax.__main__ import main
+from mlpmem_jax.commands import run_command
 from mlpmem_jax.config.load import dump_config, load_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.models import layers
-from mlpmem_jax.pipeline import (
-    analyze,
-    cost,
-    embed,
-    evaluate,
-    pretrain,
-    resolve,
-    run,
-    run_command,
-    search_quality,
-    tokenize,
-    train,
-)
+from mlpmem_jax.pipeline import embed, evaluate, pretrain, resolve, run, tokenize, train
 from mlpmem_jax.pipeline.execute import check_config_file, write_config
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.studies.analyze import command as analyze
+from mlpmem_jax.studies.cost import command as cost
+from mlpmem_jax.studies.search_quality import command as search_quality
 
 JOINT = ("train.mode=joint", "train.decoder_optimizer.warmup_steps=2")
 

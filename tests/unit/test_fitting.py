@@ -7,8 +7,7 @@ import pytest
 
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.load import load_config
-from mlpmem_jax.corpus.expected import least_rows, likely_rows
-from mlpmem_jax.datastore.manifest import Artifact
+from mlpmem_jax.corpus.row_estimates import least_rows, likely_rows
 from mlpmem_jax.errors import UserError
 from mlpmem_jax.parallel import hardware
 from mlpmem_jax.parallel.hardware import Machine
@@ -26,6 +25,7 @@ from mlpmem_jax.pipeline import (
 from mlpmem_jax.pipeline.fitting import Moment, Need, check_fit, shortages
 from mlpmem_jax.pipeline.stage import Completion, Stage, run_stages
 from mlpmem_jax.retrieval import engine
+from mlpmem_jax.store.manifest import Artifact
 from tests.conftest import ROOT
 
 GIB = 1 << 30

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
-from mlpmem_jax.compiling.costs import Costs
-from mlpmem_jax.compiling.hlo import Program
 from mlpmem_jax.config.networks import DecoderConfig
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import ConfigError
@@ -15,6 +13,8 @@ from mlpmem_jax.models import attention, flash
 from mlpmem_jax.models.attention import causal_attention, resolve_implementation
 from mlpmem_jax.models.layers import with_remat
 from mlpmem_jax.pipeline.checks import check_attention
+from mlpmem_jax.roofline.costs import Costs
+from mlpmem_jax.roofline.hlo import Program
 
 
 @pytest.fixture

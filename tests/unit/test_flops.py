@@ -4,14 +4,14 @@ import jax
 import pytest
 from flax import nnx
 
-from mlpmem_jax.compiling.blank import BlankRun, abstract_batch
-from mlpmem_jax.compiling.steps import lower_step
 from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
 from mlpmem_jax.config.stages import TrainConfig
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline.estimates import training_estimate
+from mlpmem_jax.roofline.blank import BlankRun, abstract_batch
+from mlpmem_jax.roofline.steps import lower_step
 from mlpmem_jax.training import flops
 from mlpmem_jax.training.joint_training import JointTask
 from mlpmem_jax.training.loop import assemble

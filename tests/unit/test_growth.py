@@ -7,15 +7,15 @@ import pytest
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.evaluation.growth import slopes
-from mlpmem_jax.evaluation.growth.growth import summarize
-from mlpmem_jax.evaluation.growth.measuring import sizes
-from mlpmem_jax.evaluation.growth.writers import CompiledModel, make_search
 from mlpmem_jax.evaluation.latency import retriever
-from mlpmem_jax.evaluation.timed_writer import in_turns
+from mlpmem_jax.evaluation.timed_decoding import in_turns
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.retrieval.engine import ArrayKeys
 from mlpmem_jax.retrieval.exact import ExactEngine, _MeshSearch
+from mlpmem_jax.studies.cost import slopes
+from mlpmem_jax.studies.cost.measurements import sizes
+from mlpmem_jax.studies.cost.study import summarize
+from mlpmem_jax.studies.cost.writers import CompiledModel, make_search
 
 ROWS = np.array([1000, 2000, 4000, 8000, 16_000])
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlpmem_jax.compiling.blank import BlankRun, abstract_batch
 from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
 from mlpmem_jax.config.schema import LossWeights
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.joint import Joint, scale_gradient
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.roofline.blank import BlankRun, abstract_batch
 from mlpmem_jax.training.joint_loss import DecoderHead, JointTerms, joint_loss
 from mlpmem_jax.training.joint_training import JointTask
 from mlpmem_jax.training.losses import means

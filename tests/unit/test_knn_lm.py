@@ -5,8 +5,8 @@ import pytest
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.evaluation import knn_lm
-from mlpmem_jax.evaluation.search_quality import searched
-from mlpmem_jax.evaluation.search_quality.searched import SearchedKnn
+from mlpmem_jax.studies.search_quality import search_scores
+from mlpmem_jax.studies.search_quality.search_scores import SearchedKnn
 
 
 class _Neighbors:
@@ -48,7 +48,7 @@ def test_searched_neighbours_are_bounded_alike(monkeypatch, scored_N):
         raise StopIteration
 
     monkeypatch.setattr(SearchedKnn, "_evidence", evidence)
-    monkeypatch.setattr(searched, "tune", None)
+    monkeypatch.setattr(search_scores, "tune", None)
 
     class Stored:
         counts = type("Counts", (), {"scored_N": scored_N})

@@ -11,10 +11,10 @@ import pytest
 from etils import epath
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from mlpmem_jax.datastore import files, store
-from mlpmem_jax.datastore.lock import LOCKS, only_maker
-from mlpmem_jax.datastore.manifest import Artifact
 from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.store import arrays, files
+from mlpmem_jax.store.lock import LOCKS, only_maker
+from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.training import checkpoint
 
 
@@ -83,15 +83,15 @@ def test_where_there_are_no_locks_arrays_are_written_without(
     assert line.startswith(f"warning: {tmp_path}/run: this file system does not lock files")
     assert not (tmp_path / "run").exists()
     path = tmp_path / "array"
-    assert store._kvstore(path)["file_io_locking"] == {"mode": "none"}
-    array = store.create_array(path, shape=(4,), dtype=np.int32, shard_rows=4, chunk_rows=4)
-    store.write_rows(array, 0, np.arange(4, dtype=np.int32)).result()
-    assert store.read_rows(store.open_array(path), 0, 4).tolist() == [0, 1, 2, 3]
+    assert arrays._kvstore(path)["file_io_locking"] == {"mode": "none"}
+    array = arrays.create_array(path, shape=(4,), dtype=np.int32, shard_rows=4, chunk_rows=4)
+    arrays.write_rows(array, 0, np.arange(4, dtype=np.int32)).result()
+    assert arrays.read_rows(arrays.open_array(path), 0, 4).tolist() == [0, 1, 2, 3]
 
 
 def test_where_there_are_locks_tensorstore_uses_them(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_has_locks", {})
-    assert "file_io_locking" not in store._kvstore(tmp_path / "array")
+    assert "file_io_locking" not in arrays._kvstore(tmp_path / "array")
 
 
 def test_checkpoints_are_written_without_locks_too(tmp_path, monkeypatch):

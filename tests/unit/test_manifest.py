@@ -8,9 +8,9 @@ from etils.epath import backend
 from fsspec import AbstractFileSystem
 
 from mlpmem_jax.config.keys import all_keys
-from mlpmem_jax.datastore.files import check_free_space, check_reachable, write_bytes
-from mlpmem_jax.datastore.manifest import Artifact, Status
 from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
+from mlpmem_jax.store.files import check_free_space, check_reachable, write_bytes
+from mlpmem_jax.store.manifest import Artifact, Status
 
 RECIPE = {"tokenizer": {"vocab_size": 4096}, "paths": ("a", "b")}
 

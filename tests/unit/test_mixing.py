@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlpmem_jax.evaluation.mixing import mixture_logprob, solve, solve_weights
+from mlpmem_jax.stats.mixing import mixture_logprob, solve, solve_weights
 
 
 @pytest.mark.parametrize("seed", range(6))

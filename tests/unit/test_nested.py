@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.evaluation import metrics
-from mlpmem_jax.evaluation.bootstrap import Draws
-from mlpmem_jax.evaluation.compare import SplitScores, chosen_weight, drawn_nats
-from mlpmem_jax.evaluation.mixing import mixture_of, solve_weights
-from mlpmem_jax.evaluation.nested import choose, sum_nats
+from mlpmem_jax.evaluation.evaluate_table import SplitScores, chosen_weight, drawn_nats
+from mlpmem_jax.stats.bootstrap import Draws
+from mlpmem_jax.stats.mixing import mixture_of, solve_weights
+from mlpmem_jax.stats.nested import choose, sum_nats
 
 
 def _models(seed: int, num_models: int, num_clusters: int = 12) -> tuple[np.ndarray, np.ndarray]:

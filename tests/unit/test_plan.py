@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.corpus.expected import count_rows
-from mlpmem_jax.datastore.layout import Layout
+from mlpmem_jax.corpus.row_estimates import count_rows
 from mlpmem_jax.pipeline import run, tokenize
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.store.layout import Layout
 
 DRY = Options(workdir="", dry_run=True)
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.config.data import RetrievalConfig
-from mlpmem_jax.datastore.files import read_json, write_json
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.retrieval import approximate, recall
@@ -13,6 +12,7 @@ from mlpmem_jax.retrieval.engine import ArrayKeys, choose_engine
 from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.merge import Neighbors
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
+from mlpmem_jax.store.files import read_json, write_json
 
 
 def _neighbors(distance, row):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.corpus.recent import read_recent, within_document
-from mlpmem_jax.datastore.layout import ArraySpec
-from mlpmem_jax.datastore.manifest import Artifact
-from mlpmem_jax.datastore.shards import ShardWriter
 from mlpmem_jax.input.rows import RecentReader
+from mlpmem_jax.store.layout import ArraySpec
+from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.shards import ShardWriter
 
 SEPARATOR = 9
 STREAM = np.array([9, 1, 2, 3, 9, 4, 9, 9, 5, 6, 7, 8, 1, 2, 9, 3], np.int32)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.config.load import load_config
-from mlpmem_jax.datastore.layout import Layout
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.evaluation.search_quality.divergence import SKEW, compare_neighbors
-from mlpmem_jax.evaluation.search_quality.settings import reference_of, with_setting
 from mlpmem_jax.retrieval.merge import Neighbors
+from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.studies.search_quality.divergence import SKEW, compare_neighbors
+from mlpmem_jax.studies.search_quality.settings import reference_of, with_setting
 from tests.conftest import ROOT
 
 VOCAB = 12

@@ -4,12 +4,7 @@ import pytest
 
 from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.evaluation.suite.sizes import (
-    count_decoder,
-    count_memory,
-    decoder_shape,
-    memory_shape,
-)
+from mlpmem_jax.studies.tables.sizes import count_decoder, count_memory, decoder_shape, memory_shape
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
 
 GPT2 = {

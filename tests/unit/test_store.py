@@ -4,15 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mlpmem_jax.datastore.appending import Appender
-from mlpmem_jax.datastore.store import (
-    create_array,
-    finished_shards,
-    open_array,
-    read_rows,
-    write_rows,
-)
 from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.store.appender import Appender
+from mlpmem_jax.store.arrays import create_array, finished_shards, open_array, read_rows, write_rows
 
 
 def _array(path, rows=2500, dtype=np.float32):

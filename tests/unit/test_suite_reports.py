@@ -7,10 +7,12 @@ import io
 import numpy as np
 import pytest
 
-from mlpmem_jax.evaluation.suite import epochs, report, sweeps
-from mlpmem_jax.evaluation.suite.drawn import Settings
-from mlpmem_jax.evaluation.suite.statistics import SeedScores, summarise
 from mlpmem_jax.evaluation.systems import SplitParts, System
+from mlpmem_jax.studies.ablate import sweeps
+from mlpmem_jax.studies.overfitting import epochs
+from mlpmem_jax.studies.tables import report
+from mlpmem_jax.studies.tables.draws import Settings
+from mlpmem_jax.studies.tables.statistics import SeedScores, summarise
 from tests.unit.test_suite_statistics import _split
 
 COST = {

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.evaluation.metrics import count_documents
-from mlpmem_jax.evaluation.mixing import solve
-from mlpmem_jax.evaluation.suite import epochs, report, sweeps
-from mlpmem_jax.evaluation.suite.drawn import Settings
-from mlpmem_jax.evaluation.suite.lines import correction_note
-from mlpmem_jax.evaluation.suite.pairs import spread
-from mlpmem_jax.evaluation.suite.report import _carried_by_one
-from mlpmem_jax.evaluation.suite.statistics import SeedScores, summarise
 from mlpmem_jax.evaluation.systems import SplitParts, System
+from mlpmem_jax.stats.mixing import solve
+from mlpmem_jax.studies.ablate import sweeps
+from mlpmem_jax.studies.overfitting import epochs
+from mlpmem_jax.studies.tables import report
+from mlpmem_jax.studies.tables.draws import Settings
+from mlpmem_jax.studies.tables.lines import correction_note
+from mlpmem_jax.studies.tables.pairs import spread
+from mlpmem_jax.studies.tables.report import _carried_by_one
+from mlpmem_jax.studies.tables.statistics import SeedScores, summarise
 
 SYSTEMS = (
     System("decoder", "decoder", ("base",)),

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.evaluation.metrics import count_documents
-from mlpmem_jax.evaluation.mixing import mixture_of, solve, solve_weights
 from mlpmem_jax.evaluation.systems import SplitParts, System
+from mlpmem_jax.stats.mixing import mixture_of, solve, solve_weights
 
 
 def _grid(steps: int) -> np.ndarray:

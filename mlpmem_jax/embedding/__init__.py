@@ -1,0 +1,1 @@
+"""The decoder over windows of the corpus: its states, stored or compared."""

@@ -1,0 +1,61 @@
+"""What `pretrain` and `train` share: a task, the loop, the manifest."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+from etils import epath
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import say
+from mlpmem_jax.parallel.mesh import make_mesh
+from mlpmem_jax.pipeline.stage import Completion
+from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.training.loop import fit
+
+
+def train_task(
+    config: Config,
+    section_name: Literal["pretrain", "train"],
+    make_task: Callable[[Config, jax.sharding.Mesh], Any],
+    artifact: Artifact,
+    *,
+    first_step: int = 0,
+    stop_step: int | None = None,
+) -> Completion:
+    """Trains a network into an artifact.
+
+    Args:
+        config: The whole configuration.
+        section_name: The section that says how.
+        make_task: Makes the task on a mesh.
+        artifact: Where checkpoints go.
+        first_step: Where a phase of a run in phases begins.
+        stop_step: Where it pauses; None: at the end.
+    """
+    section = getattr(config, section_name)
+    mesh = make_mesh(config.mesh)
+    task = make_task(config, mesh)
+    name = artifact.relative.replace("/", "-")
+    result = fit(
+        task,
+        section,
+        seed=config.seed,
+        mesh=mesh,
+        directory=artifact.path,
+        metrics_directory=epath.Path(config.workdir) / "results" / "metrics" / name,
+        first_step=first_step,
+        stop_step=stop_step,
+    )
+    shown = ", ".join(f"{k} {v:.4f}" for k, v in result.measured["validation"].items())
+    say(f"{artifact.relative}: validation {shown}")
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(result.state.params))
+    return Completion(
+        counts={
+            "steps": section.num_steps if stop_step is None else stop_step,
+            "parameters": num_parameters,
+            "vocab_size": task.vocab_size,
+        },
+        files=result.files,
+        measured=result.measured,
+    )

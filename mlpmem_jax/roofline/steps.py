@@ -1,0 +1,143 @@
+"""The steps that can be compiled: those of the pipeline, on shapes instead of arrays."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mlpmem_jax.config.compile import Step
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.corpus.windows import EmbeddingPlan
+from mlpmem_jax.embedding.embed import EmbeddingSettings, make_embed_step
+from mlpmem_jax.generation.decode import STEPS_PER_CALL, Generator
+from mlpmem_jax.generation.interpolated import InterpolatedModel
+from mlpmem_jax.generation.sampling import Sampling
+from mlpmem_jax.input.feed import Batch
+from mlpmem_jax.models.decoder import Site
+from mlpmem_jax.parallel.mesh import check_batch
+from mlpmem_jax.roofline.blank import BlankRun, BlankTokens, abstract_batch
+from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.training.flops import decoder_flops_per_token, memory_flops_per_token
+from mlpmem_jax.training.joint_training import JointTask
+from mlpmem_jax.training.loop import Task, assemble
+from mlpmem_jax.training.memory_training import MemoryTask
+from mlpmem_jax.training.networks import abstract_network, memory_builder
+from mlpmem_jax.training.pretraining import PretrainTask
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredStep:
+    """One step, ready to be compiled.
+
+    Attributes:
+        lowered: What JAX lowered.
+        arguments: Shapes and shardings of what the step is given, by name.
+        model_flops: Operations that the networks need for it, by formula.
+        num_tokens: Tokens (or rows) that it handles, over all devices.
+        inner_trips: Rounds of loops whose number is decided while they run.
+    """
+
+    lowered: jax.stages.Lowered
+    arguments: Mapping[str, Any]
+    model_flops: float
+    num_tokens: int
+    inner_trips: int = 1
+
+
+def lower_step(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
+    """Lowers the step that `compile.step` names, on a mesh whose devices need not exist.
+
+    Raises:
+        ConfigError: Its batch does not fit the mesh.
+    """
+    makers: dict[Step, Callable[[Config, jax.sharding.Mesh], LoweredStep]] = {
+        "pretrain": _pretrain,
+        "train": _train,
+        "embed": _embed,
+        "decode": _decode,
+    }
+    with jax.set_mesh(mesh):
+        return makers[config.compile.step](config, mesh)
+
+
+def _pretrain(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
+    task = PretrainTask(config, mesh, BlankRun(config))
+    return _training(config, mesh, "pretrain", task)
+
+
+def _train(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
+    make = JointTask if config.train.mode == "joint" else MemoryTask
+    task = make(config, mesh, BlankRun(config))
+    return _training(config, mesh, "train", task)
+
+
+def _training(config: Config, mesh: jax.sharding.Mesh, section: str, task: Any) -> LoweredStep:
+    settings = getattr(config, section)
+    size = settings.batch_size
+    check_batch(mesh, f"{section}.batch_size", size, settings.accumulation_steps)
+    typed: Task = task
+    blueprint, step = assemble(typed, settings, seed=config.seed, mesh=mesh)
+    batch: Batch = abstract_batch(task.source, size, mesh)  # type: ignore[assignment]
+    state = blueprint.abstract()
+    lowered = step.lower(state, task.frozen, batch)  # type: ignore[attr-defined]
+    arguments = {"state": state, "frozen": task.frozen, "batch": batch}
+    return LoweredStep(lowered, arguments, typed.flops_per_step, typed.tokens_per_step)
+
+
+def _embed(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
+    size = config.datastore.batch_size
+    check_batch(mesh, "datastore.batch_size", size)
+    run, specs = BlankRun(config), Layout(config).datastore_arrays()
+    settings = EmbeddingSettings.of(config, specs)
+    window, stride = settings.window_tokens, settings.stride_tokens
+    plan = EmbeddingPlan(1 << 40, window, stride)
+    step = make_embed_step(run.decoder(mesh), settings, specs)
+    batch = abstract_batch(_PlannedWindows(plan), size, mesh)
+    blocks = decoder_flops_per_token(config.decoder, run.vocab_size, window, head=False)
+    head = decoder_flops_per_token(config.decoder, run.vocab_size, window) - blocks
+    jitted: Any = step.func
+    return LoweredStep(
+        jitted.lower(*step.args, batch),
+        {"decoder": step.args[0], "batch": batch},
+        model_flops=size * (window * blocks + stride * head),
+        num_tokens=size * stride,
+    )
+
+
+class _PlannedWindows:
+    """Blank windows as the embedding reads them."""
+
+    num_windows = 1
+
+    def __init__(self, plan: EmbeddingPlan):
+        self._plan = plan
+
+    def read(self, windows: np.ndarray) -> dict[str, np.ndarray]:
+        return self._plan.read(BlankTokens(), windows)
+
+
+def _decode(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
+    run = BlankRun(config)
+    memory = abstract_network(memory_builder(config, run.vocab_size), mesh)
+    site = Site.of(config.datastore.input, config.decoder.num_layers)
+    model = InterpolatedModel(
+        run.decoder(mesh), memory, site=site, weight=0.5, separator=0, mesh=mesh
+    )
+    settings = config.generate
+    sampling = Sampling(settings.sampling, settings.temperature, settings.top_k, settings.top_p)
+    generator = Generator(model, sampling)
+    prompts, context = config.compile.num_prompts, config.decoder.context_tokens
+    # Attention reads the whole cache, full or not.
+    per_token = decoder_flops_per_token(
+        config.decoder, run.vocab_size, context, attention="full"
+    ) + memory_flops_per_token(config.memory, config.decoder.width, run.vocab_size)
+    jitted, arguments = generator.abstract_steps(prompts)
+    return LoweredStep(
+        jitted.lower(*arguments),
+        {"networks": arguments[0][:2], "progress": arguments[1]},
+        model_flops=prompts * STEPS_PER_CALL * per_token,
+        num_tokens=prompts * STEPS_PER_CALL,
+        inner_trips=STEPS_PER_CALL,
+    )

@@ -1,0 +1,361 @@
+"""Artifacts: directories whose manifest is written last.
+
+An artifact is *missing* (nothing there), *partial* (begun: `building.json` says with which
+settings, so that the next start continues) or *complete* (`manifest.json`). One that was
+made with other settings, or from other artifacts, is refused with both fingerprints.
+"""
+
+import dataclasses
+import enum
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.store import replacement
+from mlpmem_jax.store.checked_json import as_json as _as_json
+from mlpmem_jax.store.checked_json import fingerprint_of, without_checksum, write_checked_json
+from mlpmem_jax.store.contents import BUILDING, MANIFEST, holds_files
+from mlpmem_jax.store.files import absolute, crc32_of, read_json
+from mlpmem_jax.store.shard_records import forget_written, with_digests
+
+SCHEMA_VERSION = 2
+_SOFTWARE = ("mlpmem_jax", "jax", "flax", "orbax-checkpoint", "tensorstore", "scann", "tokenizers")
+
+
+class Status(enum.Enum):
+    """How far an artifact is."""
+
+    MISSING = "missing"
+    PARTIAL = "partial"
+    COMPLETE = "complete"
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What an artifact is and what it was made from.
+
+    Attributes:
+        kind: What sort of artifact, for example "tokens".
+        recipe: The settings that decide its content.
+        made_from: Fingerprint of each upstream artifact, by its path in the run directory.
+        counts: Numbers of rows, tokens, steps and the like.
+        arrays: Shape, dtype, chunking and the digests of the shards of each array, by path in the
+            artifact.
+        files: Bytes and CRC-32 of files whose format has no checksum, by path.
+        measured: What was observed while making it (seconds, recall); not fingerprinted.
+        fingerprint: Identifies kind, recipe, origin, counts, arrays and files.
+        software: Versions of what made it; not fingerprinted.
+        created: Seconds since the epoch; not fingerprinted.
+        run: Names the run that made it, restarts included, where it has a name; not fingerprinted.
+    """
+
+    kind: str
+    recipe: Mapping[str, Any]
+    made_from: Mapping[str, str]
+    counts: Mapping[str, Any]
+    arrays: Mapping[str, Any]
+    files: Mapping[str, Any]
+    measured: Mapping[str, Any]
+    fingerprint: str
+    software: Mapping[str, str]
+    created: float
+    run: str | None = None
+    schema_version: int = SCHEMA_VERSION
+
+
+def _content_fingerprint(manifest: Mapping[str, Any]) -> str:
+    names = ("schema_version", "kind", "recipe", "made_from", "counts", "arrays", "files")
+    return fingerprint_of({name: manifest[name] for name in names})
+
+
+def software_versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that decide results."""
+    versions = {"python": platform.python_version()}
+    for name in _SOFTWARE:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def differences(made: Any, asked: Any, path: str = "") -> list[str]:
+    """Returns where two recipes differ, "key=value, now value" each."""
+    if isinstance(made, Mapping) and isinstance(asked, Mapping):
+        lines = []
+        for name in sorted(set(made) | set(asked)):
+            inner = f"{path}.{name}" if path else name
+            lines += differences(made.get(name), asked.get(name), inner)
+        return lines
+    if made == asked:
+        return []
+    shown = [json.dumps(v, ensure_ascii=False) for v in (made, asked)]
+    shown = [text if len(text) <= 60 else text[:57] + "…" for text in shown]
+    return [f"{path}={shown[0]}, now {shown[1]}"]
+
+
+class Artifact:
+    """One artifact of a run directory."""
+
+    def __init__(self, workdir: str | epath.Path, relative: str, kind: str):
+        self.workdir = absolute(workdir)
+        self.relative = relative
+        self.kind = kind
+        self.path = self.workdir / relative
+
+    def __repr__(self) -> str:
+        return f"Artifact({str(self.path)!r}, kind={self.kind!r})"
+
+    def is_complete(self) -> bool:
+        """Whether there is a manifest, of whatever settings."""
+        return bool((self.path / MANIFEST).exists())
+
+    def load(self) -> Manifest:
+        """Reads the manifest.
+
+        Raises:
+            ArtifactError: The artifact is missing or incomplete, or its manifest is damaged.
+        """
+        file = self.path / MANIFEST
+        if not file.exists():
+            state = "is not finished" if (self.path / BUILDING).exists() else "does not exist"
+            raise ArtifactError(f"{self.path}: {state}; make it with the command `{self.command}`")
+        raw = self._record(MANIFEST)
+        version = raw.get("schema_version")
+        if version != SCHEMA_VERSION and isinstance(version, int):
+            raise ArtifactError(
+                f"{file}: schema version {version}, this software reads {SCHEMA_VERSION}; "
+                f"{self._way_out}"
+            )
+        manifest = Manifest(**without_checksum(file, raw, self._way_out))
+        if manifest.kind != self.kind:
+            raise ArtifactError(
+                f"{file}: is of kind {manifest.kind}, not {self.kind}; {self._way_out}"
+            )
+        return manifest
+
+    @property
+    def _way_out(self) -> str:
+        return f"make {self.relative} again with --rebuild"
+
+    def _record(self, name: str) -> dict[str, Any]:
+        """Reads the manifest, or what was recorded when the artifact was begun, unchecked.
+
+        Raises:
+            ArtifactError: The file is no JSON object; names it and the way out.
+        """
+        try:
+            raw = read_json(self.path / name)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error}; {self._way_out}") from None
+        if not isinstance(raw, dict):
+            raise ArtifactError(f"{self.path / name}: damaged, no JSON object; {self._way_out}")
+        return raw
+
+    def _begun(self) -> dict[str, Any]:
+        """Reads what was recorded when the artifact was begun.
+
+        Raises:
+            ArtifactError: The file is damaged; names it and the way out.
+        """
+        return without_checksum(self.path / BUILDING, self._record(BUILDING), self._way_out)
+
+    def _write_begun(self, begun: Mapping[str, Any]) -> None:
+        write_checked_json(self.path / BUILDING, begun)
+
+    @property
+    def command(self) -> str:
+        """The command that makes this kind of artifact."""
+        return {
+            "tokenizer": "tokenize",
+            "tokens": "tokenize",
+            "decoder": "pretrain",
+            "datastore": "embed",
+            "index": "index",
+            "neighbors": "retrieve",
+            "targets": "retrieve",
+            "memory": "train",
+            "joint": "train",
+            "results": "evaluate",
+            "analysis": "analyze",
+            "cost": "cost",
+            "search-quality": "search-quality",
+            "scores": "compare",
+            "machine": "compare",
+            "compare": "compare",
+            "overfitting": "overfitting",
+            "ablate": "ablate",
+        }[self.kind]
+
+    def verify(self) -> Manifest:
+        """Reads the manifest and compares the checksum of every file that it lists.
+
+        Raises:
+            ArtifactError: As `load`, or a file is missing, truncated or changed; it is named.
+        """
+        manifest = self.load()
+        for name, expected in manifest.files.items():
+            verify_file(self.path / name, expected)
+        return manifest
+
+    def status(self, recipe: Mapping[str, Any], made_from: Mapping[str, str]) -> Status:
+        """Tells how far the artifact is.
+
+        Raises:
+            ArtifactError: It was made, or begun, with another recipe or from other artifacts.
+        """
+        if (self.path / MANIFEST).exists():
+            manifest = self.load()
+            self._refuse_if_other("made", manifest.recipe, manifest.made_from, recipe, made_from)
+            return Status.COMPLETE
+        if (self.path / BUILDING).exists():
+            begun = self._begun()
+            if begun == replacement.REMOVING or not holds_files(self.path):
+                return Status.MISSING  # Nothing to continue: removed, or refused at once.
+            self._refuse_if_other("begun", begun["recipe"], begun["made_from"], recipe, made_from)
+            return Status.PARTIAL
+        return Status.MISSING
+
+    def _refuse_if_other(
+        self,
+        verb: str,
+        old_recipe: Mapping[str, Any],
+        old_from: Mapping[str, str],
+        recipe: Mapping[str, Any],
+        made_from: Mapping[str, str],
+    ) -> None:
+        old = {"recipe": old_recipe, "made_from": old_from}
+        new = _as_json({"recipe": recipe, "made_from": made_from})
+        if old == new:
+            return
+        lines = differences(old["recipe"], new["recipe"])
+        lines += [
+            f"from another {line}" for line in differences(old["made_from"], new["made_from"])
+        ]
+        shown = "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
+        raise ArtifactError(
+            f"{self.path}: was {verb} otherwise (fingerprint {fingerprint_of(old)}, asked for "
+            f"{fingerprint_of(new)}): {shown}; make it again with --rebuild, or use another workdir"
+        )
+
+    def begin(
+        self, recipe: Mapping[str, Any], made_from: Mapping[str, str], run: str | None = None
+    ) -> None:
+        """Records what is about to be made, and by which run, so that it can be continued.
+
+        Raises:
+            ArtifactError: The directory is not ours.
+        """
+        replacement.refuse_foreign(self, removes=False)
+        self.path.mkdir(parents=True, exist_ok=True)
+        begun = _as_json({"recipe": recipe, "made_from": made_from})
+        seconds = 0.0
+        if (self.path / BUILDING).exists():
+            before = self._begun()
+            if before == replacement.REMOVING:
+                replacement.finish_removal(self.path)
+            # What was tried otherwise, and left nothing, is no part of this.
+            if {name: before.get(name) for name in begun} == begun:
+                seconds = self.spent()
+        self._write_begun(begun | {"run": run, "seconds": seconds})
+
+    def spent(self) -> float:
+        """Returns the seconds that earlier starts have spent on it, as far as they recorded it."""
+        if not (self.path / BUILDING).exists():
+            return 0.0
+        return float(self._begun().get("seconds", 0.0))
+
+    def record_spent(self, seconds: float) -> None:
+        """Records the seconds spent so far, for the start after a kill."""
+        self._write_begun(self._begun() | {"seconds": seconds})
+
+    def is_of(self, run: str | None) -> bool:
+        """Returns whether this run made or began it; a run without a name made nothing."""
+        for name in (MANIFEST, BUILDING):
+            if run is not None and (self.path / name).exists():
+                try:
+                    return bool(self._record(name).get("run") == run)
+                except ArtifactError:
+                    return False  # Damaged, so not to be kept.
+        return False
+
+    def finish(
+        self,
+        *,
+        counts: Mapping[str, Any] | None = None,
+        arrays: Mapping[str, Any] | None = None,
+        files: Sequence[str] | Mapping[str, Any] = (),
+        measured: Mapping[str, Any] | None = None,
+    ) -> Manifest:
+        """Writes the manifest; from now on the artifact is complete.
+
+        Args:
+            counts: See `Manifest`.
+            arrays: See `Manifest`; digests of shards are added from what their writers recorded.
+            files: Paths in the artifact, or a mapping of them to bytes and CRC-32, where these are
+                known: those files are not read again.
+            measured: See `Manifest`.
+        """
+        begun = self._begun()
+        content: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": self.kind,
+            "recipe": begun["recipe"],
+            "made_from": begun["made_from"],
+            "counts": dict(counts or {}),
+            "arrays": with_digests(self.path, arrays or {}),
+            "files": dict(files)
+            if isinstance(files, Mapping)
+            else {name: describe_file(self.path / name) for name in files},
+        }
+        content = _as_json(content)
+        content["fingerprint"] = _content_fingerprint(content)
+        content |= {
+            "measured": _as_json(dict(measured or {})),
+            "software": software_versions(),
+            "created": time.time(),
+            "run": begun.get("run"),
+        }
+        write_checked_json(self.path / MANIFEST, content)
+        forget_written(self.path)
+        (self.path / BUILDING).unlink(missing_ok=True)
+        return Manifest(**content)
+
+    def remove(self) -> None:
+        """Removes the artifact; a kill leaves nothing that looks like one.
+
+        Raises:
+            ArtifactError: It holds what is not ours.
+        """
+        replacement.remove(self)
+
+
+def describe_file(path: epath.Path) -> dict[str, Any]:
+    """Returns size and CRC-32 of a file."""
+    size, crc = crc32_of(path)
+    return {"bytes": size, "crc32": f"{crc:08x}"}
+
+
+def verify_file(path: epath.Path, expected: Mapping[str, Any]) -> None:
+    """Compares a file with its recorded size and checksum.
+
+    Raises:
+        ArtifactError: It is missing, truncated or changed.
+    """
+    if not path.exists():
+        raise ArtifactError(f"{path}: missing, though its manifest lists it")
+    found = describe_file(path)
+    if found["bytes"] != expected["bytes"]:
+        raise ArtifactError(
+            f"{path}: truncated or changed, {found['bytes']} bytes and not {expected['bytes']}"
+        )
+    if found["crc32"] != expected["crc32"]:
+        raise ArtifactError(
+            f"{path}: damaged, checksum {found['crc32']} and not {expected['crc32']}"
+        )

@@ -1,0 +1,209 @@
+"""Sweeps of one key each around the configuration; only what depends on it is made again."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.suite import SweepConfig
+from mlpmem_jax.console import is_speaker, say
+from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.store.checked_json import fingerprint_of
+from mlpmem_jax.store.files import read_json, write_bytes, write_json
+from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.studies.ablate.sweeps import CONFIGURED, value_text
+from mlpmem_jax.studies.tables.rows import Row, SeedPlan, model_parts
+from mlpmem_jax.studies.tables.runner import (
+    RowsBySeed,
+    Work,
+    interval_settings,
+    rows_stage,
+    run_suite,
+)
+from mlpmem_jax.studies.tables.variants import Variant, changed_variant, label_of, taught_variant
+
+RESULTS = "ablate.json"
+MEASURED = "measured.json"
+TABLE = "ablate.csv"
+_HELD_KEY = "memory.num_layers"
+
+
+def check_sweeps(config: Config) -> None:
+    """Refuses sweeps that cannot be made, each with its place in the configuration.
+
+    Raises:
+        ConfigError: With one line for each mistake.
+    """
+    mistakes = []
+    if not config.ablate.sweeps:
+        mistakes.append("ablate.sweeps=[]: names no sweep (each has a key and values)")
+    plan = SeedPlan(config, config.ablate.seeds[0])
+    for place, sweep in enumerate(config.ablate.sweeps):
+        where = f"ablate.sweeps.{place}"
+        if not sweep.values:
+            mistakes.append(f"{where}.values=[]: needs at least one value of {sweep.key}")
+        texts = [value_text(value) for value in sweep.values]
+        if len(set(texts)) < len(texts):
+            mistakes.append(f"{where}.values={texts} names a value twice")
+        if sweep.hold != "none" and sweep.key != _HELD_KEY:
+            mistakes.append(f"{where}.hold={sweep.hold} goes with {where}.key={_HELD_KEY} alone")
+            continue
+        if sweep.hold != "none" and not all(isinstance(v, int) and v > 0 for v in sweep.values):
+            mistakes.append(f"{where}.values={texts} must be whole numbers of at least 1")
+            continue
+        variants = []
+        for value in sweep.values:
+            try:
+                variants.append(variant_of(plan, sweep, value))
+            except ConfigError as error:
+                mistakes += [f"{where}: {message}" for message in error.messages]
+        # Everything ends in what is trained: its name stays only where nothing is made anew.
+        names = {Layout(variant.config).trained.relative for variant in variants}
+        if len(variants) > 1 and names == {Layout(plan.base.config).trained.relative}:
+            mistakes.append(f"{where}.key={sweep.key} decides nothing that is made")
+    if mistakes:
+        raise ConfigError(mistakes)
+
+
+def variant_of(plan: SeedPlan, sweep: SweepConfig, value: Any) -> Variant:
+    """Returns the model for one value of one sweep.
+
+    Raises:
+        ConfigError: The key or the value is wrong.
+    """
+    overrides: dict[str, Any] = {sweep.key: value}
+    label = label_of(sweep.key, value)
+    if sweep.overrides:  # Not the artifacts of a sweep without them.
+        label = label_of(label, fingerprint_of(list(sweep.overrides))[:6])
+    if sweep.role == "teacher":
+        return taught_variant(plan.base, overrides, f"teacher-{label}", texts=sweep.overrides)
+    if sweep.hold == "memory_parameters":
+        from mlpmem_jax.studies.tables.sizes import memory_shape
+
+        config = plan.base.config
+        label = f"held-{label}"
+        if value != config.memory.num_layers:
+            width = config.decoder.width
+            overrides = memory_shape(config.memory, value, width, plan.vocab_size)
+    return changed_variant(plan.base, overrides, label, texts=sweep.overrides)
+
+
+def sweep_rows(plan: SeedPlan, sweep: SweepConfig) -> list[Row]:
+    """Returns the rows of one sweep for one seed: configured, its decoder, every value."""
+    return [
+        Row(CONFIGURED, "as configured", model_parts(plan.base)),
+        Row("decoder", "decoder", (plan.decoder,)),
+        *(value_row(plan, sweep, value) for value in sweep.values),
+    ]
+
+
+def value_row(plan: SeedPlan, sweep: SweepConfig, value: Any) -> Row:
+    """Returns the row of one value."""
+    text = value_text(value)
+    return Row(f"value={text}", text, model_parts(variant_of(plan, sweep, value)))
+
+
+def title_of(sweep: SweepConfig) -> str:
+    """Returns what a sweep is called."""
+    title = sweep.key
+    if sweep.role == "teacher":
+        title += " of the teacher"
+    if sweep.hold == "memory_parameters":
+        title += ", equal parameters"
+    return ", ".join([title, *sweep.overrides])
+
+
+def works(config: Config) -> list[Work]:
+    """Returns the configured model and every value of every sweep, for every seed."""
+    found = []
+    for seed in config.ablate.seeds:
+        plan = SeedPlan(config, seed)
+        configured = Row(CONFIGURED, "as configured", model_parts(plan.base))
+        found.append(Work(f"seed {seed}, decoder", plan.decoder.stages))
+        found.append(Work(f"seed {seed}, as configured", configured.stages))
+        for sweep in config.ablate.sweeps:
+            for value in sweep.values:
+                title = f"seed {seed}, {title_of(sweep)} = {value_text(value)}"
+                found.append(Work(title, functools.partial(_stages, plan, sweep, value)))
+    return found
+
+
+def _stages(plan: SeedPlan, sweep: SweepConfig, value: Any) -> list[Stage]:
+    return value_row(plan, sweep, value).stages()
+
+
+def table_stage(config: Config) -> Stage:
+    """Returns the stage that makes the tables."""
+    plans = {seed: SeedPlan(config, seed) for seed in config.ablate.seeds}
+    tables = {
+        str(place): {seed: sweep_rows(plan, sweep) for seed, plan in plans.items()}
+        for place, sweep in enumerate(config.ablate.sweeps)
+    }
+    recipe = {"sweeps": [sweep.recipe() for sweep in config.ablate.sweeps]}
+    artifact = Layout(config).table("ablate", config.ablate.name)
+    return rows_stage(config, artifact, tables, recipe, _build)
+
+
+def picture_name(place: int, sweep: SweepConfig) -> str:
+    """Returns the file of a sweep's picture."""
+    return f"ablate-{place}-{sweep.key}.png"
+
+
+def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
+    from mlpmem_jax.studies.ablate import sweeps
+    from mlpmem_jax.studies.tables.assemble import table_costs, table_results
+
+    settings = interval_settings(
+        config,
+        CONFIGURED,
+        family=sweeps.against_configured,
+        tables=len(config.ablate.sweeps),
+    )
+    found, costs, results = [], [], {}
+    for place, sweep in enumerate(config.ablate.sweeps):
+        rows = tables[str(place)]
+        results = table_results(config, rows, settings)
+        points = [(value, f"value={value_text(value)}") for value in sweep.values]
+        found.append(
+            {
+                "key": sweep.key,
+                "role": sweep.role,
+                "hold": sweep.hold,
+                "title": title_of(sweep),
+                **sweeps.sweep_results(results, points),
+                "documents": results["documents"]["test"],
+            }
+        )
+        costs.append(table_costs(config, rows))
+    names = ("seeds", "confidence", "bootstrap_samples", "valid", "test")
+    table = {name: results[name] for name in names} | {"sweeps": found}
+    measured = {"sweeps": costs}
+    path = Layout(config).table("ablate", config.ablate.name).path
+    if is_speaker():
+        write_json(path / RESULTS, table)
+        write_json(path / MEASURED, measured)
+        write_bytes(path / TABLE, sweeps.as_csv(table, measured).encode())
+        for place, sweep in enumerate(config.ablate.sweeps):
+            write_bytes(path / picture_name(place, sweep), sweeps.draw(table, found[place]))
+    return Completion(counts={"sweeps": len(found)}, files=[RESULTS], measured=measured)
+
+
+def main(config: Config, options: Options) -> int:
+    """Runs the command."""
+    check_sweeps(config)
+    code = run_suite(
+        "ablate", config, options, works(config), functools.partial(table_stage, config)
+    )
+    if code == 0 and not options.dry_run:
+        from mlpmem_jax.studies.ablate.sweeps import as_text
+
+        artifact = Layout(config).table("ablate", config.ablate.name)
+        measured = artifact.verify().measured
+        say()
+        say(as_text(read_json(artifact.path / RESULTS), measured))
+        pictures = [picture_name(*each) for each in enumerate(config.ablate.sweeps)]
+        for name in (RESULTS, TABLE, *pictures):
+            say(f"  {artifact.path / name}")
+    return code

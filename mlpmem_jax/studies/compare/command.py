@@ -1,0 +1,137 @@
+"""The main table: the memory beside its baselines and controls, several seeds."""
+
+import functools
+from collections.abc import Mapping
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.suite import RowName
+from mlpmem_jax.console import is_speaker, say
+from mlpmem_jax.pipeline.checks import check_trained_apart
+from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.store.files import read_json, write_bytes, write_json
+from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.studies.tables.rows import SeedPlan, check_recipes, planned_row, row_recipe
+from mlpmem_jax.studies.tables.runner import (
+    RowsBySeed,
+    Work,
+    interval_settings,
+    rows_stage,
+    run_suite,
+)
+
+RESULTS = "compare.json"
+MEASURED = "measured.json"
+TABLE = "compare.csv"
+PAIRS = "pairs.csv"
+DOCUMENTS = "documents.csv"
+PICTURE = "compare.png"
+
+REFERENCE: RowName = "decoder"
+FULL_GAIN: RowName = "knn"
+
+
+def row_names(config: Config) -> list[str]:
+    """Returns the rows of the table, the reference always among them."""
+    chosen = config.compare.rows
+    own = [recipe.name for recipe in config.compare.recipes]
+    return [*([] if REFERENCE in chosen else [REFERENCE]), *chosen, *own]
+
+
+def works(config: Config) -> list[Work]:
+    """Returns the rows of every seed, those last that are sized by what the memory cost."""
+    found = []
+    for seed in config.compare.seeds:
+        plan = SeedPlan(config, seed)
+        names = row_names(config)
+        if any(row_recipe(config, name).uses_costs for name in names) and "memory" not in names:
+            names.append("memory")
+        recipes = {name: row_recipe(config, name) for name in names}
+        for name in sorted(names, key=lambda name: recipes[name].uses_costs):
+            title = f"seed {seed}, {recipes[name].label}"
+            stages = functools.partial(_row_stages, plan, name)
+            found.append(Work(title, stages, recipes[name].uses_costs))
+    return found
+
+
+def _say_what_is_missing(config: Config) -> None:
+    plan = SeedPlan(config, config.compare.seeds[0])
+    for name in row_names(config):
+        if planned_row(plan, name) is None:
+            recipe = row_recipe(config, name)
+            say(f"compare: row {recipe.label!r} is left out: {recipe.missing}")
+
+
+def _row_stages(plan: SeedPlan, name: str) -> list[Stage]:
+    row = planned_row(plan, name)
+    return row.stages() if row else []
+
+
+def rows_by_seed(config: Config) -> RowsBySeed:
+    """Returns the rows as they are planned now, by seed."""
+    return {
+        seed: [
+            row
+            for name in row_names(config)
+            if (row := planned_row(SeedPlan(config, seed), name)) is not None
+        ]
+        for seed in config.compare.seeds
+    }
+
+
+def table_stage(config: Config) -> Stage:
+    """Returns the stage that makes the table from finished scores."""
+    layout = Layout(config)
+    rows = rows_by_seed(config)
+    return rows_stage(
+        config, layout.table("compare", config.compare.name), {"compare": rows}, {}, _build
+    )
+
+
+def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
+    from mlpmem_jax.studies.tables import report
+    from mlpmem_jax.studies.tables.assemble import table_costs, table_results
+    from mlpmem_jax.studies.tables.picture import draw
+
+    rows = tables["compare"]
+    results = table_results(config, rows, interval_settings(config, REFERENCE, FULL_GAIN))
+    documents = results.pop("documents")
+    measured = table_costs(config, rows)
+    path = Layout(config).table("compare", config.compare.name).path
+    if is_speaker():
+        write_json(path / RESULTS, results)
+        write_json(path / MEASURED, measured)
+        write_bytes(path / TABLE, report.rows_csv(results, measured).encode())
+        write_bytes(path / PAIRS, report.pairs_csv(results).encode())
+        write_bytes(path / DOCUMENTS, report.documents_csv(documents).encode())
+        write_bytes(path / PICTURE, draw(results, measured))
+    counts = {"test_tokens": results["test"]["tokens"], "rows": len(results["rows"])}
+    return Completion(counts, files=[RESULTS, PAIRS, DOCUMENTS], measured=measured)
+
+
+def print_report(config: Config) -> None:
+    """Prints the finished table and where its files lie."""
+    from mlpmem_jax.studies.tables.report import as_text
+
+    artifact = Layout(config).table("compare", config.compare.name)
+    measured = artifact.verify().measured
+    say()
+    say(as_text(read_json(artifact.path / RESULTS), measured))
+    say()
+    for name in (RESULTS, TABLE, PAIRS, DOCUMENTS, PICTURE):
+        say(f"  {artifact.path / name}")
+
+
+def main(config: Config, options: Options) -> int:
+    """Runs the command."""
+    check_trained_apart(
+        config, "compare", "joint training is a row of it: joint, joint_gate, compare.recipes"
+    )
+    check_recipes(config)
+    _say_what_is_missing(config)
+    code = run_suite(
+        "compare", config, options, works(config), functools.partial(table_stage, config)
+    )
+    if code == 0 and not options.dry_run:
+        print_report(config)
+    return code

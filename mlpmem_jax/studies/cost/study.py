@@ -1,0 +1,249 @@
+"""Cost of each system while the datastore grows by doublings.
+
+Suffixes: S sizes, R rounds, T values of a round.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import progress
+from mlpmem_jax.evaluation.cost import network_cost
+from mlpmem_jax.generation.interpolated import InterpolatedModel
+from mlpmem_jax.models.decoder import Site
+from mlpmem_jax.retrieval.approximate import AH_MIN_ROWS
+from mlpmem_jax.retrieval.evidence import read_labels
+from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.studies.cost import slopes
+from mlpmem_jax.studies.cost.measurements import PLAIN, Timer, sizes
+from mlpmem_jax.studies.cost.writers import CompiledModel
+from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
+from mlpmem_jax.training.networks import finished_decoder, finished_memory, separator_id
+
+SCHEMA_VERSION = 1
+LABELS = {
+    "decoder": "decoder",
+    "memory": "+ memory",
+    "scann": "+ kNN-LM, ScaNN",
+    "exact": "+ kNN-LM, exact",
+}
+
+
+def measure_growth(
+    config: Config, evaluated: Mapping[str, Any], mesh: jax.sharding.Mesh, path: epath.Path
+) -> dict[str, Any]:
+    """Measures, or continues to.
+
+    Args:
+        config: The whole configuration.
+        evaluated: What `evaluate.json` holds: λ and τ.
+        mesh: Devices.
+        path: Where files of the measurement lie.
+
+    Returns:
+        What `cost.json` holds, without quality.
+    """
+    timer, parameter_bytes = _timer(config, evaluated, mesh, path)
+    rows_S = sizes(len(timer.train_label), config.cost.doublings, config.retrieval.num_neighbors)
+    prepared = {rows: timer.prepare(rows) for rows in rows_S}
+    rounds: dict[int, list[dict[str, Any]]] = {rows: [] for rows in rows_S}
+    bar = progress(config.cost.rounds * len(rows_S), "size", "cost")
+    # Sizes inside rounds, in an order of each round's own: what the machine does meanwhile falls
+    # on all sizes alike, and no drift within a round looks like a slope.
+    for number in range(config.cost.rounds):
+        for rows in np.random.default_rng((config.seed, number)).permutation(rows_S).tolist():
+            rounds[rows].append(timer.time(number, rows, prepared[rows]))
+            bar.update(1)
+    bar.close()
+    timer.remove_indices()
+    names = [*PLAIN, *config.cost.engines]
+    value_SRT = {
+        name: {
+            what: np.asarray([[one[name][what] for one in rounds[rows]] for rows in rows_S])
+            for what in ("token", "search", "first", "step")
+        }
+        for name in names
+    }
+    about = _bytes(config, rows_S, prepared, parameter_bytes, names)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "rows": rows_S,
+        "labels": {name: LABELS[name] for name in names},
+        "confidence": config.cost.confidence,
+        "machine": machine(mesh),
+        "protocol": config.cost.model_dump(mode="json"),
+        "recall": [prepared[rows].get("recall") for rows in rows_S],
+        "settings": [prepared[rows].get("settings") for rows in rows_S],
+        "systems": summarize(config, rows_S, value_SRT, about),
+        "milliseconds": {
+            name: {what: value.tolist() for what, value in of.items()}
+            for name, of in value_SRT.items()
+        },
+        "notes": _notes(config, rows_S, prepared),
+    }
+
+
+def machine(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Returns what the times depend on besides the programme."""
+    device = mesh.devices.flat[0]
+    return {
+        "cores": os.cpu_count(),
+        "cores_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "devices": mesh.size,
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+    }
+
+
+def _timer(
+    config: Config, evaluated: Mapping[str, Any], mesh: jax.sharding.Mesh, path: epath.Path
+) -> tuple[Timer, dict[str, int]]:
+    """Returns the timer, and the bytes of the parameters of both models."""
+    layout = Layout(config)
+    decoder, memory = finished_decoder(config, mesh), finished_memory(config, mesh)
+    site = {
+        name: Site.of(getattr(config.datastore, name), config.decoder.num_layers)
+        for name in ("key", "input")
+    }
+    systems = evaluated["systems"]
+    knn_weight = float(systems["knn"]["interpolation"])
+    has_gate = config.memory.gate == "learned"
+    models = {
+        name: CompiledModel(
+            InterpolatedModel(
+                decoder,
+                each,
+                site=site["input"],
+                weight=None if has_gate else float(systems["memory"]["interpolation"]),
+                separator=separator_id(config),
+                mesh=mesh,
+            ),
+            site["key"],
+            knn_weight,
+        )
+        for name, each in zip(PLAIN, (None, memory), strict=True)
+    }
+    vocab = decoder.vocab_size
+    alone = network_cost(decoder, decoder_parameters(config.decoder, vocab))["parameter_bytes"]
+    counts = memory_parameters(config.memory, config.decoder.width, vocab)
+    both = alone + network_cost(memory, counts)["parameter_bytes"]
+    timer = Timer(
+        config,
+        mesh,
+        path,
+        models,
+        train_label=read_labels(layout, "train"),
+        temperature=float(systems["knn"]["temperature"]),
+        weight=knn_weight,
+    )
+    return timer, {"decoder": alone, "memory": both}
+
+
+def _bytes(
+    config: Config,
+    rows_S: Sequence[int],
+    prepared: Mapping[int, Mapping[str, Any]],
+    parameter_bytes: Mapping[str, int],
+    names: Sequence[str],
+) -> dict[str, list[int]]:
+    """Returns the bytes that each system keeps: weights, labels, and keys or index.
+
+    An index of ScaNN holds the keys.
+    """
+    specs = Layout(config).datastore_arrays()
+    key, label = specs["key"].row_bytes, specs["label"].row_bytes
+    kept = {}
+    for name in names:
+        base = parameter_bytes.get(name, parameter_bytes["decoder"])
+        if name in PLAIN:
+            kept[name] = [base] * len(rows_S)
+            continue
+        searched = [prepared[n]["index_bytes"] if name == "scann" else n * key for n in rows_S]
+        kept[name] = [base + n * label + s for n, s in zip(rows_S, searched, strict=True)]
+    return kept
+
+
+def summarize(
+    config: Config,
+    rows_S: Sequence[int],
+    value_SRT: Mapping[str, Mapping[str, np.ndarray]],
+    kept_bytes: Mapping[str, Sequence[int]],
+) -> dict[str, dict[str, Any]]:
+    """Returns percentiles at each size, and slopes with intervals.
+
+    Slopes stand beside their differences to the decoder's, paired by round: the decoder
+    searches nothing, so that its own slope is the clock's.
+
+    Args:
+        config: The whole configuration.
+        rows_S: Sizes.
+        value_SRT: Milliseconds of each system, "decoder" among them, and of each kind.
+        kept_bytes: Bytes of each system at each size.
+    """
+    summary: dict[str, dict[str, Any]] = {}
+    slope_R: dict[str, dict[str, np.ndarray]] = {}
+    for name, values in value_SRT.items():
+        summary[name] = {"bytes": list(kept_bytes[name])}
+        slope_R[name] = {}
+        for quantity, (what, statistic) in _quantities(config.cost.batch_size).items():
+            if not values[what].any():  # Nothing is searched.
+                summary[name][quantity] = [None] * len(rows_S)
+                continue
+            summary[name][quantity] = statistic(values[what].reshape(len(rows_S), -1)).tolist()
+            slope_R[name][quantity] = slopes.slope_by_round(
+                np.asarray(rows_S), values[what], statistic
+            )
+    for name, found in slope_R.items():
+        growth = float(slopes.fit(np.asarray(rows_S), np.asarray(kept_bytes[name])))
+        level, clock_R = config.cost.confidence, slope_R["decoder"]
+        summary[name]["slopes"] = {"bytes": _slope_json(slopes.Slope(growth, None))} | {
+            quantity: _slope_json(slopes.over_rounds(one, level)) for quantity, one in found.items()
+        }
+        summary[name]["slopes_above_decoder"] = {
+            quantity: _slope_json(slopes.over_rounds(one - clock_R[quantity], level))
+            for quantity, one in found.items()
+            if name != "decoder" and quantity in clock_R
+        }
+    return summary
+
+
+def _quantities(batch: int) -> dict[str, tuple[str, slopes.Statistic]]:
+    """Returns what is summarised: of which times, and how."""
+    return {
+        "token_ms_p50": ("token", slopes.percentile(50)),
+        "token_ms_p95": ("token", slopes.percentile(95)),
+        "search_ms_p50": ("search", slopes.percentile(50)),
+        "first_ms_p50": ("first", slopes.percentile(50)),
+        "first_ms_p95": ("first", slopes.percentile(95)),
+        "tokens_per_sec": ("step", lambda values: 1000 * batch / slopes.mean(values)),
+    }
+
+
+def _slope_json(slope: slopes.Slope) -> dict[str, float | None]:
+    low, high = (slope.interval.low, slope.interval.high) if slope.interval else (None, None)
+    return {"slope": slope.slope, "low": low, "high": high}
+
+
+def _notes(
+    config: Config, rows_S: Sequence[int], prepared: Mapping[int, Mapping[str, Any]]
+) -> list[str]:
+    notes = []
+    if "scann" in config.cost.engines:
+        notes.append("ScaNN searches a token, and a batch of up to 256, in one thread")
+        floor = config.retrieval.min_recall
+        low = [f"{rows:,}" for rows in rows_S if prepared[rows]["recall"] < floor]
+        if low:
+            notes.append(
+                f"ScaNN stays below retrieval.min_recall={floor} at {', '.join(low)} rows: sizes "
+                "are not compared at equal recall"
+            )
+        if rows_S[0] < AH_MIN_ROWS:
+            notes.append(f"below {AH_MIN_ROWS:,} rows ScaNN scores every row: it has no tree")
+    if "exact" in config.cost.engines:
+        notes.append("the exact engine uses all cores or devices")
+    return notes

@@ -1,0 +1,158 @@
+"""Does it overfit? Test nats by epoch, for a decoder and a memory trained for long.
+
+Each is one training run whose checkpoints are kept at the end of every epoch; the learning
+rate follows the schedule of the whole run.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import is_speaker, say
+from mlpmem_jax.pipeline.checks import check_trained_apart
+from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.store.files import read_json, write_bytes, write_json
+from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.studies.overfitting.epochs import LABELS, row_key
+from mlpmem_jax.studies.tables.part_scores import Part
+from mlpmem_jax.studies.tables.rows import Row, SeedPlan, model_parts
+from mlpmem_jax.studies.tables.runner import (
+    RowsBySeed,
+    Work,
+    interval_settings,
+    rows_stage,
+    run_suite,
+)
+from mlpmem_jax.studies.tables.variants import changed_variant
+
+RESULTS = "overfitting.json"
+MEASURED = "measured.json"
+TABLE = "overfitting.csv"
+DOCUMENTS = "documents.csv"
+PICTURE = "overfitting.png"
+
+Network = Literal["decoder", "memory"]
+_SECTIONS: dict[Network, Literal["pretrain", "train"]] = {"decoder": "pretrain", "memory": "train"}
+_REFERENCE = "decoder"
+
+
+def epoch_ends(config: Config, network: Network) -> list[int]:
+    """Returns the step at the end of each epoch.
+
+    Before there are tokens the length of an epoch is not known; that of the configured
+    training then stands for it, so that a plan can be shown.
+    """
+    section = getattr(config, _SECTIONS[network])
+    window = {"decoder": config.pretrain_window_tokens, "memory": config.train_window_tokens}
+    tokens = Layout(config).tokens
+    per_epoch = int(section.num_steps)
+    if tokens.is_complete():
+        num_rows = int(tokens.load().counts["train_tokens"]) - 1
+        per_epoch = max(1, round(num_rows / (window[network] * section.batch_size)))
+    num_epochs = {
+        "decoder": config.overfitting.decoder_epochs,
+        "memory": config.overfitting.memory_epochs,
+    }[network]
+    return [per_epoch * epoch for epoch in range(1, num_epochs + 1)]
+
+
+def _trained_long(plan: SeedPlan, network: Network) -> list[Part]:
+    """Returns the network after each epoch of one long run."""
+    config, section = plan.base.config, _SECTIONS[network]
+    ends = epoch_ends(config, network)
+    overrides: dict[str, Any] = {
+        f"{section}.num_steps": ends[-1],
+        f"{section}.checkpoint_interval_steps": ends[0],
+        f"{section}.keep_checkpoints": len(ends),
+    }
+    if getattr(config, section).optimizer.warmup_steps > ends[-1]:
+        overrides[f"{section}.optimizer.warmup_steps"] = ends[-1] // 2
+    variant = changed_variant(plan.base, overrides, f"{len(ends)}-epochs", always=(network,))
+    return [Part(network, variant, step=step) for step in ends]
+
+
+def seed_rows(plan: SeedPlan) -> list[Row]:
+    """Returns the rows of one seed: the configured decoder, and every epoch."""
+    rows = [Row(_REFERENCE, "decoder", (plan.decoder,))]
+    for epoch, part in enumerate(_trained_long(plan, "decoder"), 1):
+        rows.append(Row(row_key("decoder", epoch), f"decoder, epoch {epoch}", (part,)))
+    for epoch, part in enumerate(_trained_long(plan, "memory"), 1):
+        with_decoder, alone = model_parts(part.variant, part.step), (part,)
+        rows.append(Row(row_key("memory", epoch), f"+ memory, epoch {epoch}", with_decoder))
+        rows.append(Row(row_key("memory_alone", epoch), f"memory alone, epoch {epoch}", alone))
+    return rows
+
+
+def works(config: Config) -> list[Work]:
+    """Returns the two long runs of every seed, and their scores."""
+    found = []
+    for seed in config.overfitting.seeds:
+        plan = SeedPlan(config, seed)
+        for network in ("decoder", "memory"):
+            title = f"seed {seed}, {network} by epoch"
+            found.append(Work(title, functools.partial(_stages, plan, network)))
+    return found
+
+
+def _stages(plan: SeedPlan, network: str) -> list[Stage]:
+    rows = [row for row in seed_rows(plan) if row.key.startswith(network)]
+    return [stage for row in rows for stage in row.stages()]
+
+
+def table_stage(config: Config) -> Stage:
+    """Returns the stage that makes the table."""
+    rows = {seed: seed_rows(SeedPlan(config, seed)) for seed in config.overfitting.seeds}
+    artifact = Layout(config).table("overfitting", config.overfitting.name)
+    return rows_stage(config, artifact, {"overfitting": rows}, {}, _build)
+
+
+def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
+    from mlpmem_jax.studies.overfitting import epochs
+    from mlpmem_jax.studies.tables.assemble import table_costs, table_results
+    from mlpmem_jax.studies.tables.report import documents_csv
+
+    rows = tables["overfitting"]
+    ends = {network: epoch_ends(config, network) for network in _SECTIONS}
+    steps = {
+        "decoder": ends["decoder"],
+        "memory": ends["memory"],
+        "memory_alone": ends["memory"],
+    }
+    assert list(steps) == list(LABELS)
+    settings = interval_settings(config, _REFERENCE, family=epochs.last_against_best(steps))
+    found = table_results(config, rows, settings)
+    reference = next(row for row in found["rows"] if row["key"] == _REFERENCE)
+    names = ("seeds", "confidence", "bootstrap_samples", "valid", "test", "notes")
+    results = {name: found[name] for name in names} | {
+        "reference_nats": reference["test_nats"]["value"],
+        "networks": epochs.by_epoch(found, steps),
+    }
+    path = Layout(config).table("overfitting", config.overfitting.name).path
+    if is_speaker():
+        write_json(path / RESULTS, results)
+        write_json(path / MEASURED, table_costs(config, rows, with_costs=False))
+        write_bytes(path / TABLE, epochs.as_csv(results).encode())
+        write_bytes(path / DOCUMENTS, documents_csv(found["documents"]).encode())
+        write_bytes(path / PICTURE, epochs.draw(results))
+    counts = {"test_tokens": results["test"]["tokens"]}
+    return Completion(counts=counts, files=[RESULTS, TABLE, DOCUMENTS])
+
+
+def main(config: Config, options: Options) -> int:
+    """Runs the command."""
+    check_trained_apart(config, "overfitting", "nats by epoch of joint training are not made")
+    code = run_suite(
+        "overfitting", config, options, works(config), functools.partial(table_stage, config)
+    )
+    if code == 0 and not options.dry_run:
+        from mlpmem_jax.studies.overfitting.epochs import as_text
+
+        artifact = Layout(config).table("overfitting", config.overfitting.name)
+        artifact.verify()
+        say()
+        say(as_text(read_json(artifact.path / RESULTS)))
+        for name in (RESULTS, TABLE, DOCUMENTS, PICTURE):
+            say(f"  {artifact.path / name}")
+    return code

@@ -1,0 +1,193 @@
+"""From stored scores and manifests to what the files of a table hold."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.evaluation.labels import SplitLabels
+from mlpmem_jax.evaluation.systems import SplitParts, System
+from mlpmem_jax.retrieval.neighbors import StoredNeighbors
+from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.studies.tables.draws import Settings
+from mlpmem_jax.studies.tables.ledger import Ledger
+from mlpmem_jax.studies.tables.statistics import SeedScores, summarise
+from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
+
+
+class ScoredPart(Protocol):
+    """A part of a row, as `studies/tables/part_scores.py` makes it."""
+
+    @property
+    def kind(self) -> str:
+        """decoder, knn, knn_by_index, memory, mixture or joint."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Its name among the scores."""
+        ...
+
+    @property
+    def config(self) -> Config:
+        """The configuration that names it."""
+        ...
+
+    def scores(self, split: Split) -> Artifact:
+        """Where its scores lie."""
+        ...
+
+
+class TableRow(Protocol):
+    """A row of a table for one seed, as `studies/tables/rows.py` makes it."""
+
+    @property
+    def key(self) -> str:
+        """For files."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        ...
+
+    @property
+    def parts(self) -> Sequence[ScoredPart]:
+        """What is mixed, the base first."""
+        ...
+
+    def made_of(self) -> list[str]:
+        """The artifacts that it takes, by path."""
+        ...
+
+    def decoders(self) -> list[str]:
+        """The decoders among them."""
+        ...
+
+
+_SCORED: tuple[Split, ...] = ("valid", "test")
+Rows = Mapping[int, Sequence[TableRow]]
+
+
+def table_results(config: Config, rows: Rows, settings: Settings) -> dict[str, Any]:
+    """Returns the numbers of a table, from stored scores.
+
+    Args:
+        config: The configuration, for the tokens.
+        rows: The rows of each seed, the same keys in the same order.
+        settings: How intervals are made.
+    """
+    layout = Layout(config)
+    labels = {split: SplitLabels.open(layout, split) for split in _SCORED}
+    seeds = {}
+    for seed, of_seed in rows.items():
+        parts = {part.name: part for row in of_seed for part in row.parts}
+        read: dict[Split, SplitParts] = {}
+        for split, label in labels.items():
+            logprob = {
+                _alias(name, seed): label.read(part.scores(split)) for name, part in parts.items()
+            }
+            read[split] = SplitParts(label.counts, logprob)
+        seeds[seed] = SeedScores(read["valid"], read["test"])
+    first = next(iter(rows))
+    systems = [
+        System(row.key, row.label, tuple(_alias(part.name, first) for part in row.parts))
+        for row in rows[first]
+    ]
+    return summarise(systems, seeds, settings)
+
+
+def _alias(name: str, seed: int) -> str:
+    """Returns a part's name without its seed: the same for all seeds."""
+    return name.replace(f"seed-{seed}", "base", 1)
+
+
+def table_costs(config: Config, rows: Rows, *, with_costs: bool = True) -> dict[str, Any]:
+    """Returns sizes, costs and temperatures of every row and seed, from manifests.
+
+    Args:
+        config: The configuration, for the vocabulary and the measured peak.
+        rows: The rows of each seed.
+        with_costs: Off where rows are parts of a run: manifests know what the whole cost.
+    """
+    layout = Layout(config)
+    peak = float(layout.machine.load().counts["peak_flops"])
+    ledger = Ledger(layout.workdir, peak)
+    vocab_size = int(layout.tokens.load().counts["vocab_size"])
+    found: dict[str, dict[str, Any]] = {}
+    for seed, of_seed in rows.items():
+        for row in of_seed:
+            made_of = row.made_of()
+            found.setdefault(row.key, {})[str(seed)] = {
+                **_size(row, vocab_size),
+                **_temperature(row),
+                "trained_weight": _trained_weight(row),
+                "recall": _recall(row),
+                "recall_of_targets": _recall_of_targets(row),
+                "made_of": made_of,
+            }
+            if with_costs:
+                cost = ledger.cost(made_of, row.decoders())
+                added = {"steps": ledger.steps(made_of), "cost": cost.as_json()}
+                found[row.key][str(seed)] |= added
+    return {"peak_flops": peak, "rows": found}
+
+
+def _size(row: TableRow, vocab_size: int) -> dict[str, int]:
+    """Returns the parameters of all networks of a row."""
+    total = {"parameters": 0, "non_embedding_parameters": 0}
+    for part in row.parts:
+        config = part.config
+        counted = []
+        if part.kind in ("decoder", "mixture", "joint"):
+            counted.append(decoder_parameters(config.decoder, vocab_size))
+        if part.kind in ("memory", "mixture", "joint"):
+            counted.append(memory_parameters(config.memory, config.decoder.width, vocab_size))
+        for counts in counted:
+            total["parameters"] += counts["total"]
+            total["non_embedding_parameters"] += counts["non_embedding"]
+    return total
+
+
+def _temperature(row: TableRow) -> dict[str, Any]:
+    """Returns τ, and which end of its range it reached."""
+    names = ("temperature", "temperature_at_bound")
+    for part in row.parts:
+        if part.kind.startswith("knn"):
+            counts = part.scores("valid").load().counts
+            return {name: counts.get(name) for name in names}
+    return dict.fromkeys(names)
+
+
+def _trained_weight(row: TableRow) -> float | None:
+    """Returns λ of networks that were trained with one, the mean over test tokens."""
+    for part in row.parts:
+        if part.kind in ("mixture", "joint"):
+            return float(part.scores("test").load().counts["interpolation"])
+    return None
+
+
+def _recall(row: TableRow) -> float | None:
+    """Returns how many of the true neighbours of test rows the engine of a row finds.
+
+    Where the true ones were not searched it is the recall of a sample of training rows.
+    """
+    for part in row.parts:
+        if part.kind == "knn_by_index":
+            layout = Layout(part.config)
+            found, truth = layout.neighbors_by_index("test"), layout.neighbors("test")
+            if truth.is_complete():
+                return StoredNeighbors(found).recall(StoredNeighbors(truth))
+            return float(found.load().measured["recall"])
+    return None
+
+
+def _recall_of_targets(row: TableRow) -> float | None:
+    """Returns the recall of the search that made a memory's targets, on training rows."""
+    for part in row.parts:
+        if part.kind in ("memory", "mixture", "joint"):
+            targets = Layout(part.config).targets("train")
+            if targets.is_complete():
+                found = targets.load().measured.get("recall")
+                return None if found is None else float(found)
+    return None

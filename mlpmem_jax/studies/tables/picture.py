@@ -1,0 +1,209 @@
+"""The main table as a picture, drawn from what its files hold."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlpmem_jax.evaluation.style import (
+    COLORS,
+    DASHED,
+    as_png,
+    axis_labels,
+    plain,
+    wide_figure,
+    wide_title,
+)
+from mlpmem_jax.evaluation.table import number
+from mlpmem_jax.studies.tables.report import mean_cost
+
+Results = Mapping[str, Any]
+
+# Families of rows, by the kinds of their parts.
+_COLORS = {
+    **COLORS,
+    "ensemble": "#8a6d3b",
+    "memory and knn": "#6b4f9e",
+    "joint": "#3d7d44",
+}
+
+
+def color_of(row: Results) -> str:
+    """Returns the colour of a row's family."""
+    kinds = [part.split("-")[0] for part in row["parts"]]
+    if "joint" in kinds:
+        return _COLORS["joint"]
+    if "memory" in kinds or "mixture" in kinds:
+        return _COLORS["memory and knn" if "knn" in kinds else "memory"]
+    if "knn" in kinds:
+        return _COLORS["knn"]
+    return _COLORS["ensemble" if len(kinds) > 1 else "decoder"]
+
+
+def draw(results: Results, measured: Results) -> bytes:
+    """Draws test nats of each row, and what they cost.
+
+    Args:
+        results: What `compare.json` holds.
+        measured: What `measured.json` holds.
+
+    Returns:
+        A PNG.
+    """
+    rows = [row for row in results["rows"] if row["test_nats"]["value"] is not None]
+    figure = wide_figure(14.5, 2.0 + 0.5 * len(rows))
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1.0))
+    for axes in (left, right):
+        plain(axes)
+    _draw_rows(left, rows, results)
+    _draw_costs(right, rows, measured, results)
+    return as_png(figure)
+
+
+def _draw_rows(axes: Any, rows: Sequence[Results], results: Results) -> None:
+    """Mean over seeds, every seed, and the interval of the paired difference."""
+    reference = next(r for r in rows if r["key"] == results["reference"])["test_nats"]["value"]
+    axes.axvline(reference, color=_COLORS["decoder"], linewidth=1, linestyle=DASHED)
+    for height, row in enumerate(rows):
+        color, nats = color_of(row), row["test_nats"]["value"]
+        axes.plot([reference, nats], [height, height], color=color, linewidth=6, alpha=0.16,
+                  solid_capstyle="butt")  # fmt: skip
+        difference = row.get("difference")
+        if difference and difference["low"] is not None:
+            ends = [reference + difference["low"], reference + difference["high"]]
+            axes.plot(ends, [height, height], color=color, linewidth=2.2)
+            axes.plot(ends, [height, height], "|", color=color, markersize=11, markeredgewidth=2)
+        seeds = [one["test_nats"]["value"] for one in row["by_seed"].values()]
+        if len(seeds) > 1:
+            axes.plot(seeds, [height + 0.26] * len(seeds), "o", color=color, markersize=3.2,
+                      alpha=0.75, markeredgewidth=0)  # fmt: skip
+        axes.plot([nats], [height], "o", color=color, markersize=8, markeredgecolor="white")
+        shown = number(difference["value"], 3, sign=True) if difference else ""
+        axes.annotate(
+            number(nats, 3), (1, height), (10, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", va="center", fontsize=10, color=color,
+            fontweight="bold", annotation_clip=False,
+        )  # fmt: skip
+        axes.annotate(
+            shown, (1, height), (52, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", va="center", fontsize=9.5, color=color,
+            annotation_clip=False,
+        )  # fmt: skip
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=10.5)
+    for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
+        tick.set_color(color_of(row))
+        tick.set_fontweight("bold")
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(rows) - 0.45, -0.55)
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=False, axis="y")
+    axes.margins(x=0.06)
+    axis_labels(axes, "test nats per token (lower is better)")
+    level = f"{100 * results['confidence']:g} %"
+    several = "; dots below: each seed" if len(results["seeds"]) > 1 else ""
+    wide_title(
+        axes,
+        f"Test, {_seeds(results)}",
+        f"bars: {level} interval of the paired difference to the decoder{several}",
+    )
+
+
+def _seeds(results: Results) -> str:
+    count = len(results["seeds"])
+    return f"mean of {count} seeds" if count > 1 else f"seed {results['seeds'][0]}"
+
+
+def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, results: Results) -> None:
+    """Test nats against all that a row cost to make; area: parameters."""
+    costs = [mean_cost(measured, row["key"]) for row in rows]
+    largest = max(cost["parameters"] for cost in costs)
+    points = []
+    for row, cost in zip(rows, costs, strict=True):
+        nats, color = row["test_nats"]["value"], color_of(row)
+        area = 25 + 150 * cost["parameters"] / largest
+        axes.scatter([cost["flops"]], [nats], s=area, color=color, alpha=0.85, linewidth=0.8,
+                     edgecolor="white", zorder=4)  # fmt: skip
+        points.append((cost["flops"], nats, row["label"], color))
+    flops = [point[0] for point in points]
+    _log_ticks(axes, max(flops) / min(flops))
+    axes.set_xlim(min(flops) / 1.2, max(flops) * 1.2)
+    axes.margins(y=0.08)
+    reference = next(r for r in rows if r["key"] == results["reference"])["test_nats"]["value"]
+    axes.axhline(reference, color=_COLORS["decoder"], linewidth=1, linestyle=DASHED, zorder=1)
+    flops_label = "training flops, teacher, embedding and search included"
+    axis_labels(axes, flops_label, "test nats per token")
+    about = "area: parameters used at inference; a kNN-LM keeps its datastore besides"
+    wide_title(axes, "What it costs", about)
+    axes.figure.draw_without_rendering()
+    _label_points(axes, points)
+
+
+def _log_ticks(axes: Any, ratio: float) -> None:
+    """Makes the horizontal axis logarithmic, with ticks that do not touch.
+
+    Args:
+        axes: Where.
+        ratio: The largest value over the smallest.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 30 else (1.0,)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("+", "")))
+
+
+def _label_points(
+    axes: Any, points: Sequence[tuple[float, float, str, str]], gap: float = 14.0
+) -> None:
+    """Writes the labels beside the axes, each at the height of its point or near it.
+
+    Args:
+        axes: Where, its limits final.
+        points: x, y, label and color of each.
+        gap: Least distance of two labels, in points.
+    """
+    scale = 72.0 / axes.figure.dpi
+    low, high = (edge * scale for edge in axes.get_window_extent().intervaly)
+    heights = [y * scale for _, y in axes.transData.transform([(x, y) for x, y, *_ in points])]
+    for (x, y, label, color), height in zip(points, _apart(heights, gap, low, high), strict=True):
+        axes.annotate(
+            label, (x, y), (1.04, (height - low) / (high - low)), textcoords="axes fraction",
+            va="center", fontsize=9, color=color, annotation_clip=False, zorder=3,
+            arrowprops={
+                "arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.5,
+                "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 4,
+            },
+        )  # fmt: skip
+
+
+def _apart(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Moves heights apart until neighbours have a gap, as little as that takes.
+
+    Args:
+        heights: What is wanted.
+        gap: Least distance.
+        low: Where none may lie below, if they all fit.
+        high: Where none may lie above, if they all fit.
+    """
+    order = sorted(range(len(heights)), key=lambda place: heights[place])
+    # Groups of neighbours that touch share one shift: the mean of what each would want.
+    groups: list[list[int]] = []
+    for place in order:
+        groups.append([place])
+        while len(groups) > 1 and _start(groups[-1], heights, gap, low, high) < (
+            _start(groups[-2], heights, gap, low, high) + gap * len(groups[-2])
+        ):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    moved = list(heights)
+    for group in groups:
+        start = _start(group, heights, gap, low, high)
+        for step, place in enumerate(group):
+            moved[place] = start + gap * step
+    return moved
+
+
+def _start(
+    group: Sequence[int], heights: Sequence[float], gap: float, low: float, high: float
+) -> float:
+    """Returns the height of the lowest of a group whose members are a gap apart."""
+    start = sum(heights[place] - gap * step for step, place in enumerate(group)) / len(group)
+    return max(low, min(start, high - gap * (len(group) - 1)))

@@ -1,0 +1,168 @@
+"""Scores: what one model gives the labels of a split, stored so that tables are recombined
+without running a network again.
+
+Suffix: N rows of the split.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.corpus.tokens import TokenSplit
+from mlpmem_jax.embedding.embed import EmbeddingSettings, embed_split
+from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
+from mlpmem_jax.evaluation.labels import whole_array
+from mlpmem_jax.evaluation.memory_lm import SplitRows, score_memory
+from mlpmem_jax.evaluation.memory_scores import remember
+from mlpmem_jax.models.decoder import Decoder
+from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.retrieval.evidence import read_labels
+from mlpmem_jax.stats.mixing import mixture_logprob
+from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.shards import ShardWriter
+from mlpmem_jax.training.interpolation import at_step
+from mlpmem_jax.training.networks import finished_decoder, finished_memory, finished_networks
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What the manifest of finished scores says."""
+
+    counts: Mapping[str, Any]
+    arrays: Mapping[str, Any]
+
+
+def score_decoder(
+    config: Config, decoder: Decoder, split: Split, artifact: Artifact, mesh: jax.sharding.Mesh
+) -> Scored:
+    """Scores a decoder with the windows of `embed`; finished shards are skipped.
+
+    Args:
+        config: Its configuration.
+        decoder: On the mesh.
+        split: What is scored.
+        artifact: Where the scores go.
+        mesh: Devices.
+    """
+    layout = Layout(config)
+    tokens = TokenSplit.open(layout.tokens, split)
+    settings = EmbeddingSettings(
+        states={},
+        within=config.corpus.attention == "within",
+        window_tokens=config.embedding_window_tokens,
+        stride_tokens=config.embedding_stride_tokens,
+        batch_size=config.datastore.batch_size,
+    )
+    specs = layout.scores_arrays()
+    name = f"score {artifact.relative.removeprefix('scores/')}"
+    arrays = embed_split(decoder, tokens, artifact, specs, settings, mesh, name)
+    return Scored({"rows": tokens.num_rows}, arrays)
+
+
+def score_memory_alone(
+    config: Config, memory: Memory, split: Split, artifact: Artifact, mesh: jax.sharding.Mesh
+) -> Scored:
+    """Scores a memory on the stored inputs of its datastore."""
+    layout = Layout(config)
+    tokens = TokenSplit.open(layout.tokens, split)
+    source = SplitRows(
+        layout,
+        split,
+        config.datastore.chunk_rows,
+        config.evaluate.batch_size,
+        tokens.separator_id,
+        num_recent=config.memory.num_read_tokens,
+        with_targets=False,
+    )
+    decoder = finished_decoder(config, mesh) if config.memory.reads_decoder else None
+    chunk_tokens = config.train.loss_chunk_tokens
+    scores = score_memory(memory, decoder, source, mesh, chunk_tokens=chunk_tokens)
+    return _written(layout, artifact, scores.logprob_N, read_labels(layout, split), {})
+
+
+def score_mixture(
+    config: Config,
+    split: Split,
+    artifact: Artifact,
+    mesh: jax.sharding.Mesh,
+    step: int | None = None,
+) -> Scored:
+    """Scores decoder and memory mixed by the λ that they were trained with.
+
+    Args:
+        config: Their configuration.
+        split: What is scored.
+        artifact: Where the scores go.
+        mesh: Devices.
+        step: Of a memory beside a frozen decoder, a step before its last; None: the last.
+    """
+    layout = Layout(config)
+    decoder, memory = finished_networks(config, mesh)
+    if step is not None:
+        memory = finished_memory(config, mesh, step)
+        config = at_step(config, step)
+    scores = remember(config, split, decoder, memory, mesh)
+    assert scores.weight is not None
+    decoder_N = scores.decoder_N
+    if decoder_N is None:
+        decoder_N = whole_array(layout.datastore(split), "logprob")
+    logprob_N = mixture_logprob(scores.logprob_N, decoder_N, scores.weight)
+    tokens = TokenSplit.open(layout.tokens, split)
+    label_N = tokens.read(1, tokens.num_tokens)
+    weight_N = np.broadcast_to(scores.weight, label_N.shape)[label_N != tokens.separator_id]
+    counts = {"interpolation": float(np.mean(weight_N, dtype=np.float64))}
+    return _written(layout, artifact, logprob_N, label_N, counts)
+
+
+def score_knn(
+    config: Config, split: Split, artifact: Artifact, *, by_index: bool, temperature: float | None
+) -> Scored:
+    """Scores the kNN distribution over all K neighbours.
+
+    Args:
+        config: Its configuration.
+        split: What is scored.
+        artifact: Where the scores go.
+        by_index: Whether the neighbours are those that the engine of the index finds,
+            rather than the exact ones.
+        temperature: τ; None chooses it, together with λ, on this split.
+    """
+    layout = Layout(config)
+    label_N = read_labels(layout, split)
+    train_label = read_labels(layout, "train")
+    found = layout.neighbors_by_index(split) if by_index else layout.neighbors(split)
+    neighbors = LabelledNeighbors(layout, split, label_N, train_label, artifact=found)
+    separator_id = TokenSplit.open(layout.tokens, split).separator_id
+    scored_N = label_N != separator_id
+    counts: dict[str, Any] = {}
+    if temperature is None:
+        decoder_N = whole_array(layout.datastore(split), "logprob")
+        most = config.evaluate.knn_valid_rows
+        tuned = tune_knn_lm(neighbors, scored_N, decoder_N, most, config.seed)
+        temperature = tuned.temperature
+        counts["temperature_at_bound"] = tuned.at_bound
+    # No neighbour of a row may hold its label: −inf, which is a score like any other.
+    logprob_N = neighbors.logprob(scored_N, temperature)
+    counts["temperature"] = temperature
+    return _written(layout, artifact, logprob_N, label_N, counts)
+
+
+def _written(
+    layout: Layout,
+    artifact: Artifact,
+    logprob_N: np.ndarray,
+    label_N: np.ndarray,
+    counts: Mapping[str, Any],
+) -> Scored:
+    writer = ShardWriter(
+        artifact.path, layout.scores_arrays(), len(label_N), refuse_non_finite=False
+    )
+    for rows in writer.own_rows():
+        part = {"logprob": logprob_N[rows].astype(np.float32), "label": label_N[rows]}
+        writer.put(rows.start, part)
+    return Scored({"rows": len(label_N), **counts}, writer.close())

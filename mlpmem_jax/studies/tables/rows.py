@@ -1,0 +1,353 @@
+"""The rows of the main table: what each is made of, and how its controls are sized.
+
+To add a row, name it in `config/suite.py` (`RowName`) and give its recipe here.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.suite import RecipeConfig, RowName
+from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.pipeline.stage import Stage
+from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.studies.tables.ledger import Ledger
+from mlpmem_jax.studies.tables.part_scores import Part
+from mlpmem_jax.studies.tables.variants import (
+    Variant,
+    base_variant,
+    changed_variant,
+    taught_variant,
+    without_memory,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row for one seed.
+
+    Attributes:
+        key: For files.
+        label: For people.
+        parts: What is mixed, the base first.
+    """
+
+    key: str
+    label: str
+    parts: tuple[Part, ...]
+
+    def stages(self) -> list[Stage]:
+        """Returns all stages up to the scores of its parts."""
+        return [stage for part in self.parts for stage in part.stages()]
+
+    def made_of(self) -> list[str]:
+        """Returns the artifacts that it takes before it can be used, by path."""
+        return [name for part in self.parts for name in part.made_of()]
+
+    def decoders(self) -> list[str]:
+        """Returns the decoders among them, and those that joint training goes on from."""
+        found = []
+        for part in self.parts:
+            if part.kind == "decoder":
+                found += part.made_of()
+            elif part.kind == "mixture" or (
+                part.kind == "joint" and part.config.train.decoder_start == "checkpoint"
+            ):
+                found.append(Layout(part.config).decoder.relative)
+        return found
+
+
+class SeedPlan:
+    """What the rows of one seed are made from.
+
+    Attributes:
+        config: The configuration of the command.
+        base: Decoder, datastore, targets and memory as configured.
+    """
+
+    def __init__(self, config: Config, seed: int):
+        self.config = config
+        self.base = base_variant(config, seed)
+
+    @property
+    def decoder(self) -> Part:
+        """The decoder that all others are held against."""
+        return Part("decoder", self.base)
+
+    def knn(self) -> Part:
+        """The exact kNN distribution."""
+        return Part("knn", self.base)
+
+    def memory(self) -> Part:
+        """The memory."""
+        return Part("memory", self.base)
+
+    def with_memory(self, overrides: dict[str, Any], label: str) -> tuple[Part, ...]:
+        """The decoder with a memory that is trained otherwise."""
+        return model_parts(changed_variant(self.base, overrides, label))
+
+    def joint(self, gate: str, label: str) -> Part:
+        """Decoder and memory trained together for as many steps as the memory alone.
+
+        The memory is warmed up: the decoder, from its checkpoint, moves in the second half.
+        """
+        train = self.base.config.train
+        frozen = train.num_steps // 2
+        warmup = min(train.decoder_optimizer.warmup_steps, (train.num_steps - frozen) // 2)
+        overrides = {
+            "train.mode": "joint",
+            "train.mix_windows": "auto",
+            "memory.gate": gate,
+            "train.decoder_freeze_steps": frozen,
+            "train.decoder_optimizer.warmup_steps": warmup,
+        }
+        return Part("joint", changed_variant(self.base, overrides, label))
+
+    def changed(self, recipe: RecipeConfig) -> Variant:
+        """Returns the configuration with the changes of a row of one's own.
+
+        Raises:
+            ConfigError: A key or value is wrong.
+        """
+        base = self.base if recipe.teacher is None else self.taught(recipe.teacher)
+        if recipe.parts != "all":
+            base = without_memory(base)
+        return changed_variant(base, {}, recipe.name, texts=recipe.overrides)
+
+    def taught(self, name: str) -> Variant:
+        """Returns the configuration with its memory taught by another decoder.
+
+        Raises:
+            ConfigError: A key or value of the teacher is wrong, or it decides nothing.
+        """
+        (teacher,) = (one for one in self.config.compare.teachers if one.name == name)
+        variant = taught_variant(self.base, {}, name, texts=teacher.overrides)
+        if variant == self.base:
+            raise ConfigError(f"overrides={list(teacher.overrides)} decide nothing about targets")
+        return variant
+
+    @property
+    def vocab_size(self) -> int:
+        """V; before there is a tokenizer, the one that is asked for.
+
+        Asked anew each time: rows are planned before there are tokens, and again after.
+        """
+        layout = Layout(self.base.config)
+        if layout.tokens.is_complete():
+            return int(layout.tokens.load().counts["vocab_size"])
+        return self.config.tokenizer.vocab_size
+
+    def costs_are_known(self) -> bool:
+        """Whether the memory is finished, so that what it cost stands in manifests."""
+        layout = Layout(self.base.config)
+        return all(one.is_complete() for one in (layout.memory, layout.machine))
+
+    def extra_flops(self) -> float:
+        """Flops that the memory cost beyond its decoder, by manifests or by estimates."""
+        from mlpmem_jax.pipeline.estimates import embedding_estimate, training_estimate
+
+        config = self.base.config
+        if not self.costs_are_known():
+            known = [training_estimate(config), embedding_estimate(config, "train")]
+            return float(sum(estimate.get("model flops", 0.0) for estimate in known))
+        layout = Layout(config)
+        ledger = Ledger(layout.workdir, float(layout.machine.load().counts["peak_flops"]))
+        decoder = [layout.decoder.relative]
+        whole = ledger.cost([layout.memory.relative, *decoder], decoder)
+        alone = ledger.cost(decoder, decoder)
+        if self.config.compare.extra_flops == "networks":
+            return whole.network_flops - alone.network_flops
+        return whole.total_flops - alone.total_flops
+
+    def trained_longer(self) -> Part:
+        """The same decoder, trained from the start for as many more flops as the memory cost."""
+        config = self.base.config
+        extra = self.extra_flops() / _flops_per_step(config, self.vocab_size)
+        num_steps = config.pretrain.num_steps + round(extra)
+        return self._decoder({"pretrain.num_steps": num_steps}, "longer")
+
+    def of_equal_size(self) -> Part:
+        """A decoder with the parameters of decoder and memory together, on the same tokens."""
+        from mlpmem_jax.studies.tables.sizes import count_decoder, count_memory, decoder_shape
+
+        config = self.base.config
+        wanted = count_decoder(config.decoder, self.vocab_size)
+        wanted += count_memory(config.memory, config.decoder.width, self.vocab_size)
+        tolerance = self.config.compare.parameter_tolerance
+        _, overrides = decoder_shape(config.decoder, self.vocab_size, wanted, tolerance)
+        return self._decoder(overrides, "equal-size")
+
+    def small_lm(self) -> Part:
+        """A decoder with the parameters of the memory, trained for the flops that it cost."""
+        from mlpmem_jax.studies.tables.sizes import count_memory, decoder_shape
+
+        config = self.base.config
+        wanted = count_memory(config.memory, config.decoder.width, self.vocab_size)
+        tolerance = self.config.compare.parameter_tolerance
+        _, overrides = decoder_shape(config.decoder, self.vocab_size, wanted, tolerance)
+        shaped = changed_variant(without_memory(self.base), overrides, "small").config
+        num_steps = self.extra_flops() / _flops_per_step(shaped, self.vocab_size)
+        overrides["pretrain.num_steps"] = max(1, round(num_steps))
+        return self._decoder(overrides, "small")
+
+    def _decoder(self, overrides: dict[str, Any], label: str) -> Part:
+        config = self.base.config
+        num_steps = overrides.get("pretrain.num_steps", config.pretrain.num_steps)
+        if config.pretrain.optimizer.warmup_steps > num_steps // 2:
+            overrides["pretrain.optimizer.warmup_steps"] = num_steps // 2
+        return Part("decoder", changed_variant(without_memory(self.base), overrides, label))
+
+    def knn_scann(self) -> Part | None:
+        """The kNN distribution of what ScaNN finds, where it is installed."""
+        from mlpmem_jax.retrieval.engine import is_approximate_installed
+
+        if not is_approximate_installed():
+            return None
+        if self._engine() == "scann":
+            return Part("knn_by_index", self.base)
+        variant = changed_variant(self.base, {"retrieval.engine": "scann"}, "scann")
+        return Part("knn_by_index", variant)
+
+    def _engine(self) -> str:
+        """The engine of the base, as far as it is known."""
+        from mlpmem_jax.parallel.mesh import make_mesh
+        from mlpmem_jax.retrieval.engine import choose_engine
+
+        layout = Layout(self.base.config)
+        num_rows = 0
+        if layout.tokens.is_complete():
+            num_rows = int(layout.tokens.load().counts["train_tokens"]) - 1
+        platform = make_mesh(self.config.mesh).devices.flat[0].platform
+        return choose_engine(self.base.config.retrieval, num_rows, platform).engine
+
+
+def _flops_per_step(config: Config, vocab_size: int) -> float:
+    """Returns model flops of a step of pretraining."""
+    from mlpmem_jax.training.flops import TRAINING_FACTOR, decoder_flops_per_token
+
+    window = config.pretrain_window_tokens
+    forward = decoder_flops_per_token(config.decoder, vocab_size, window)
+    return TRAINING_FACTOR * forward * config.pretrain.batch_size * window
+
+
+Parts = tuple[Part, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RowRecipe:
+    """How a row is made.
+
+    Attributes:
+        label: For people.
+        parts: What it is made of for a seed; None where it cannot be made here.
+        missing: Why, in the latter case.
+        uses_costs: Whether it is sized by what the memory cost, and so made after it.
+    """
+
+    label: str
+    parts: Callable[[SeedPlan], Parts]
+    missing: str = ""
+    uses_costs: bool = False
+
+
+def _scann(plan: SeedPlan) -> Parts:
+    found = plan.knn_scann()
+    return None if found is None else (plan.decoder, found)
+
+
+ROWS: dict[RowName, RowRecipe] = {
+    "decoder": RowRecipe("decoder", lambda plan: (plan.decoder,)),
+    "longer": RowRecipe(
+        "decoder, equal flops", lambda plan: (plan.trained_longer(),), uses_costs=True
+    ),
+    "equal_size": RowRecipe("decoder, equal size", lambda plan: (plan.of_equal_size(),)),
+    "knn": RowRecipe("+ kNN-LM, exact", lambda plan: (plan.decoder, plan.knn())),
+    "knn_scann": RowRecipe("+ kNN-LM, ScaNN", _scann, missing="the package scann is not installed"),
+    "memory": RowRecipe("+ memory", lambda plan: model_parts(plan.base)),
+    "memory_ce": RowRecipe(
+        "+ memory, CE only", lambda plan: plan.with_memory({"train.alpha": 0.0}, "ce")
+    ),
+    "memory_kl": RowRecipe(
+        "+ memory, KL only", lambda plan: plan.with_memory({"train.alpha": 1.0}, "kl")
+    ),
+    "small_lm": RowRecipe(
+        "+ second small LM", lambda plan: (plan.decoder, plan.small_lm()), uses_costs=True
+    ),
+    "memory_knn": RowRecipe(
+        "+ memory + kNN-LM", lambda plan: (plan.decoder, plan.memory(), plan.knn())
+    ),
+    "joint": RowRecipe("joint", lambda plan: (plan.joint("none", "joint"),)),
+    "joint_gate": RowRecipe("joint, learned gate", lambda plan: (plan.joint("learned", "gate"),)),
+}
+
+
+def model_parts(variant: Variant, step: int | None = None) -> tuple[Part, ...]:
+    """Returns what is evaluated of a variant: its decoder with its memory.
+
+    Where λ was trained with them they are one part, else two whose λ is chosen on validation.
+
+    Args:
+        variant: How they are made.
+        step: Of the memory, one before its last; none: the last.
+    """
+    if variant.config.train.mode == "joint":
+        return (Part("joint", variant),)
+    if variant.config.brings_interpolation:
+        return (Part("mixture", variant, step),)
+    return (Part("decoder", variant), Part("memory", variant, step))
+
+
+def _own_parts(recipe: RecipeConfig, plan: SeedPlan) -> tuple[Part, ...]:
+    changed = plan.changed(recipe)
+    alone = Part("decoder", changed)
+    if recipe.parts == "decoder":
+        return (alone,)
+    return (plan.decoder, alone) if recipe.parts == "beside" else model_parts(changed)
+
+
+def row_recipe(config: Config, key: str) -> RowRecipe:
+    """Returns how a row of `compare` is made, one of ours or of the configuration's own."""
+    for recipe in config.compare.recipes:
+        if recipe.name == key:
+            return RowRecipe(recipe.label or recipe.name, functools.partial(_own_parts, recipe))
+    return ROWS[cast(RowName, key)]
+
+
+def planned_row(plan: SeedPlan, key: str) -> Row | None:
+    """Returns a row for a seed, or None where it cannot be made here."""
+    recipe = row_recipe(plan.config, key)
+    parts = recipe.parts(plan)
+    return None if parts is None else Row(key, recipe.label, parts)
+
+
+def check_recipes(config: Config) -> None:
+    """Refuses teachers and rows of one's own that cannot be made, each with its place.
+
+    Raises:
+        ConfigError: With one line for each mistake.
+    """
+    mistakes = []
+    plan = SeedPlan(config, config.compare.seeds[0])
+    configured = {part.name for part in (plan.decoder, *model_parts(plan.base))}
+    refused = set()
+    for place, teacher in enumerate(config.compare.teachers):
+        try:
+            plan.taught(teacher.name)
+        except ConfigError as error:
+            refused.add(teacher.name)
+            mistakes += [f"compare.teachers.{place}: {message}" for message in error.messages]
+    for place, recipe in enumerate(config.compare.recipes):
+        if recipe.teacher in refused:
+            continue
+        where = f"compare.recipes.{place}"
+        try:
+            parts = _own_parts(recipe, plan)
+        except ConfigError as error:
+            mistakes += [f"{where}: {message}" for message in error.messages]
+            continue
+        if {part.name for part in parts} <= configured:
+            mistakes.append(f"{where}.overrides={list(recipe.overrides)} decide nothing")
+    if mistakes:
+        raise ConfigError(mistakes)

@@ -1,0 +1,310 @@
+"""What the commands that make many runs share: plan, forecast, progress, and the end.
+
+Work is planned lazily: what one piece is sized by may be measured by the one before.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import say
+from mlpmem_jax.errors import ArtifactError, ConfigError
+from mlpmem_jax.parallel.hardware import this_machine
+from mlpmem_jax.pipeline import tokenize
+from mlpmem_jax.pipeline.execute import check_config_file, write_config
+from mlpmem_jax.pipeline.fitting import check_fit, doubts
+from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.plan import intention, skipped
+from mlpmem_jax.pipeline.stage import Completion, Rebuild, Stage, run_stages
+from mlpmem_jax.stats.bootstrap import INTERVALS
+from mlpmem_jax.store.checked_json import fingerprint_of
+from mlpmem_jax.store.layout import SPLITS, Layout
+from mlpmem_jax.store.manifest import Artifact, differences
+from mlpmem_jax.studies.tables.draws import Family, Settings
+from mlpmem_jax.studies.tables.forecast import Expected, Forecast, Forecaster, duration
+from mlpmem_jax.studies.tables.part_scores import SCORED
+from mlpmem_jax.studies.tables.rows import Row
+from mlpmem_jax.studies.tables.variants import made_by
+
+_PEAK_SECONDS = 2.0
+# Of the forecast before the machine is measured; a dry run makes nothing.
+_DRY_PEAK_SECONDS = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One piece of a suite.
+
+    Attributes:
+        title: For people, for example "seed 0, + memory".
+        stages: Returns its stages; asked for when it is its turn.
+        uses_costs: Whether they change as costs become known.
+    """
+
+    title: str
+    stages: Callable[[], list[Stage]]
+    uses_costs: bool = False
+
+
+RowsBySeed = dict[int, list[Row]]
+
+
+def rows_stage(
+    config: Config,
+    artifact: Artifact,
+    tables: Mapping[str, RowsBySeed],
+    recipe: Mapping[str, Any],
+    build: Callable[[Config, Mapping[str, RowsBySeed]], Completion],
+) -> Stage:
+    """Returns the stage that makes tables from the finished scores of their rows.
+
+    Args:
+        config: The configuration of the command.
+        artifact: Where the tables go.
+        tables: The rows, by table and seed.
+        recipe: What else decides the content.
+        build: Makes them.
+    """
+    layout = Layout(config)
+    rows = [row for table in tables.values() for of_seed in table.values() for row in of_seed]
+    scores = {
+        part.scores(split).relative: part.scores(split)
+        for row in rows
+        for part in row.parts
+        for split in SCORED
+    }
+    named = {
+        name: {
+            # A list: tables show labels, and have an order.
+            str(seed): [[row.key, row.label, [part.name for part in row.parts]] for row in of_seed]
+            for seed, of_seed in table.items()
+        }
+        for name, table in tables.items()
+    }
+    evaluate = config.evaluate.recipe()
+    keys = ("bootstrap_samples", "confidence")
+    intervals = {key: evaluate[key] for key in keys} | {"intervals": INTERVALS}
+    return Stage(
+        artifact=artifact,
+        recipe={"seed": config.seed, "rows": named, "evaluate": intervals, **recipe},
+        upstream=(layout.tokens, layout.machine, *scores.values()),
+        build=functools.partial(build, config, tables),
+    )
+
+
+def interval_settings(
+    config: Config,
+    reference: str,
+    full_gain: str = "",
+    family: Family | None = None,
+    tables: int = 1,
+) -> Settings:
+    """Returns how intervals are made, as configured; the rest is as in `Settings`."""
+    return Settings(
+        bootstrap_samples=config.evaluate.bootstrap_samples,
+        confidence=config.evaluate.confidence,
+        seed=config.seed,
+        reference=reference,
+        full_gain=full_gain,
+        family=family,
+        tables=tables,
+    )
+
+
+def machine_stage(config: Config) -> Stage:
+    """Returns the stage that measures the machine, once, so that costs stay the same."""
+    return Stage(artifact=Layout(config).machine, recipe={}, upstream=(), build=_measure_machine)
+
+
+def _measure_machine() -> Completion:
+    return Completion(counts={"peak_flops": cpu_peak_flops(_PEAK_SECONDS)})
+
+
+def cpu_peak_flops(seconds: float) -> float:
+    """Returns the float32 flop/s of this machine's CPU, where searches run."""
+    import jax
+
+    from mlpmem_jax.training.flops import measure_cpu_flops
+
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return measure_cpu_flops(seconds)
+
+
+def run_suite(
+    command: str,
+    config: Config,
+    options: Options,
+    works: Sequence[Work],
+    table: Callable[[], Stage],
+) -> int:
+    """Plans or does all the work and makes the table; returns the exit code.
+
+    Args:
+        command: Its name, for what is said.
+        config: The configuration of the command.
+        options: Flags.
+        works: The pieces, in an order in which each finds what it is sized by.
+        table: Returns the last stage.
+    """
+    rebuild = Rebuild.STALE if options.rebuild else Rebuild.REFUSE
+    check_config_file(config)
+    tokens = tokenize.stages(config)
+    # Planned once before anything is made, so that a mistake costs a second, not an hour.
+    planned = [work.stages() for work in works]
+    _refuse_clashes(works, planned)
+    if options.dry_run:
+        _print_plan(command, config, [*tokens, machine_stage(config)], works, table, rebuild)
+        return 0
+
+    def run(stages: Sequence[Stage], rebuild: Rebuild = rebuild) -> None:
+        run_stages(stages, rebuild, before_building=lambda: write_config(config))
+
+    check_fit([*tokens, *_each_once(planned)])
+    run([*tokens, machine_stage(config)])
+    # Again, and before networks are trained: the vocabulary is known now.
+    planned = [work.stages() for work in works]
+    _refuse_clashes(works, planned)
+    _refuse_other_table(table(), rebuild)
+    check_fit(_each_once(planned))
+    peak = float(Layout(config).machine.load().counts["peak_flops"])
+    done: dict[str, None] = {}
+    estimates = Estimates()
+    for place, work in enumerate(works):
+        for later in range(place, len(works)):
+            if later == place or works[later].uses_costs:
+                planned[later] = works[later].stages()
+        stages = [stage for stage in made_by(planned[place]) if stage.name not in done]
+        rest = [stage for later in planned[place:] for stage in later]
+        forecast = _forecast(config, made_by(rest), peak, estimates, done)
+        if place == 0:
+            say(f"{command}: {_in_words(forecast)}")
+        if forecast.num_missing:
+            left = duration(forecast.total_seconds)
+            say(f"{command}: {place + 1} of {len(works)}, {work.title}; {left} left (estimated)")
+        run(stages)
+        done |= dict.fromkeys(stage.name for stage in stages)
+    run([table()], _of_table(rebuild))
+    return 0
+
+
+def _of_table(rebuild: Rebuild) -> Rebuild:
+    """Returns what happens to a table that is there: it takes seconds, and may be damaged."""
+    return Rebuild.ALWAYS if rebuild is Rebuild.STALE else rebuild
+
+
+def _refuse_other_table(table: Stage, rebuild: Rebuild) -> None:
+    """Refuses a finished table of other rows before hours are spent on them.
+
+    Raises:
+        ArtifactError: Names what differs.
+    """
+    if rebuild is Rebuild.REFUSE and table.artifact.is_complete():
+        table.artifact.status(table.recipe, table.artifact.load().made_from)
+
+
+def _refuse_clashes(works: Sequence[Work], planned: Sequence[Sequence[Stage]]) -> None:
+    """Refuses rows that would make one artifact in two ways: the second would use the first's.
+
+    Raises:
+        ConfigError: Names the artifact, both rows, and what differs.
+    """
+    mistakes: dict[str, str] = {}
+    seen: dict[str, tuple[Stage, str]] = {}
+    for work, stages in zip(works, planned, strict=True):
+        for stage in stages:
+            first, title = seen.setdefault(stage.name, (stage, work.title))
+            differing = differences(first.recipe, stage.recipe)
+            if differing:
+                keys = ", ".join(one.partition("=")[0] for one in differing)
+                mistakes[stage.name] = (
+                    f"{title!r} and {work.title!r} would both make {stage.name}, with different "
+                    f"{keys}: they cannot be rows of one table, unless another name keeps them "
+                    "apart"
+                )
+    if mistakes:
+        raise ConfigError(list(mistakes.values()))
+
+
+def _intention_of_table(table: Stage, rebuild: Rebuild) -> str:
+    try:
+        _refuse_other_table(table, rebuild)
+    except ArtifactError as error:
+        return f"REFUSED: {error}"
+    return intention(table, _of_table(rebuild))
+
+
+def _each_once(planned: Sequence[Sequence[Stage]]) -> list[Stage]:
+    return made_by([stage for piece in planned for stage in piece])
+
+
+class Estimates:
+    """What stages say beforehand, asked once for each recipe: to trace networks takes time."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], Mapping[str, Any]] = {}
+
+    def of(self, stage: Stage) -> Expected:
+        """Returns a stage's artifact with its estimate, if it is not finished."""
+        if stage.artifact.is_complete():
+            return Expected(stage.artifact, {})
+        key = (stage.name, fingerprint_of(stage.recipe))
+        if key not in self._known or "model flops" not in self._known[key]:
+            self._known[key] = stage.estimate()
+        return Expected(stage.artifact, self._known[key])
+
+
+def _forecast(
+    config: Config,
+    stages: Sequence[Stage],
+    peak: float,
+    estimates: Estimates,
+    others: Iterable[str] = (),
+) -> Forecast:
+    layout = Layout(config)
+    num_rows: dict[str, int] | None = None
+    if layout.tokens.is_complete():
+        counts = layout.tokens.load().counts
+        num_rows = {split: int(counts[f"{split}_tokens"]) - 1 for split in SPLITS}
+    forecaster = Forecaster(layout.workdir, peak, num_rows, config.decoder.width)
+    needed = [stage for stage in stages if skipped(stage) is None]
+    return forecaster.forecast([estimates.of(stage) for stage in needed], others)
+
+
+def _in_words(forecast: Forecast) -> str:
+    text = f"{forecast.num_artifacts} artifacts, {forecast.num_missing} to be made"
+    if not forecast.num_missing:
+        return text
+    text += (
+        f"; networks {forecast.flops:.3g} model flops; about "
+        f"{duration(forecast.total_seconds)} in all (estimated)"
+    )
+    if forecast.unknown:
+        unknown = ", ".join(forecast.unknown)
+        text += f", and {unknown}, known once there are tokens (command `tokenize`)"
+    return text
+
+
+def _print_plan(
+    command: str,
+    config: Config,
+    first: Sequence[Stage],
+    works: Sequence[Work],
+    table: Callable[[], Stage],
+    rebuild: Rebuild,
+) -> None:
+    peak = cpu_peak_flops(_DRY_PEAK_SECONDS)
+    say(f"# plan of {command} for workdir {config.workdir}")
+    everything = made_by([*first, *(stage for work in works for stage in work.stages())])
+    for stage in everything:
+        say(f"{stage.name:<44} {intention(stage, rebuild)}")
+    last = table()
+    say(f"{last.name:<44} {_intention_of_table(last, rebuild)}")
+    for line in doubts(everything, this_machine(config.workdir)):
+        say(line)
+    forecast = _forecast(config, everything, peak, Estimates())
+    say()
+    for kind, seconds in forecast.seconds.items():
+        say(f"  {kind:<12} {duration(seconds)} (estimated)")
+    say(f"{command}: {_in_words(forecast)}")
