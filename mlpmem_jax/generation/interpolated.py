@@ -3,6 +3,7 @@
 Suffixes: B prompts, L tokens, M recent tokens, D decoder width, V padded vocabulary.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,9 +17,11 @@ from mlpmem_jax.corpus.recent import within_document
 from mlpmem_jax.models.decoder import Cache, Decoder, Site
 from mlpmem_jax.models.interpolation import interpolate
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.models.ngrams import appended
+from mlpmem_jax.models.ngrams import appended, last_tokens
 from mlpmem_jax.parallel.sharding import replicated, spec
+from mlpmem_jax.training.losses import token_logprob
 
+_SCORE_CHUNK_TOKENS = 1024
 _CACHE_NAMES = ("layers", "batch", None, "kv_heads", "head_width")
 
 
@@ -160,3 +163,40 @@ class InterpolatedModel:
                 weight = memory.interpolation(input_BX)[:, None]
             logprob_BV = interpolate(memory_BV, logprob_BV, weight)
         return logprob_BV, {site: last[site] for site in sites}, ModelCache(read, recent_BM)
+
+    def score(self, parameters: Any, token_BL: jax.Array, label_BL: jax.Array) -> jax.Array:
+        """Returns log p(label) of every place of windows, without a cache.
+
+        Args:
+            parameters: As in `parameters`.
+            token_BL: int32 ids; the first of a window is read as the first of its document.
+            label_BL: int32, what follows each.
+
+        Returns:
+            float32 [B, L] log-probabilities of the interpolated distribution.
+        """
+        decoder_state, memory_state, weight = parameters
+        decoder: Any = nnx.merge(self._decoder, decoder_state)
+        sites = [self._site] if self._memory else []
+        final_BLD, states = decoder.hidden(token_BL, sites=sites)
+        label_logprob = functools.partial(
+            token_logprob,
+            label_BL=label_BL,
+            vocab_size=self.vocab_size,
+            chunk_tokens=_SCORE_CHUNK_TOKENS,
+        )
+        logprob_BL = label_logprob(final_BLD, decoder.head_VD())
+        if self._memory is None:
+            return logprob_BL
+        memory: Any = nnx.merge(self._memory, memory_state)
+        before_BM = jnp.full(
+            (len(token_BL), max(0, self._num_recent - 1)), self.separator, jnp.int32
+        )
+        recent_BLM = within_document(last_tokens(token_BL, before_BM), self.separator)
+        input_BLX = memory.inputs(
+            states[self._site], recent_BLM[..., : self._num_recent], decoder.embedding[...]
+        )
+        memory_BL = label_logprob(memory.hidden(input_BLX), memory.head_VE(decoder.head_VD()))
+        if weight is None:
+            weight = memory.interpolation(input_BLX)
+        return interpolate(memory_BL, logprob_BL, weight)

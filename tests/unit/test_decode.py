@@ -166,6 +166,21 @@ def test_equals_recomputing_everything(family: str, with_memory: bool):
         assert found[name] == _recomputed(family, with_memory, prompt, 40), name
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "own", "ngrams", "decoder-ngrams"])
+@pytest.mark.parametrize("with_memory", [True, False])
+def test_scores_of_windows_are_those_of_tokens_read_one_by_one(family: str, with_memory: bool):
+    model = _model(family, with_memory)
+    tokens = np.array([[SEPARATOR, 5, 9, 3, 5, 9, 3, 3], [SEPARATOR, 8, SEPARATOR, 4, 8, 2, 4, 1]])
+    score, extend = jax.jit(model.score), jax.jit(model.extend)
+    found_BL = score(model.parameters, jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]))
+    cache, one_B = model.empty_cache(2), jnp.array([1, 1])
+    for place in range(tokens.shape[1] - 1):
+        token_B1 = jnp.asarray(tokens[:, place, None], jnp.int32)
+        logprob_BV, cache = extend(model.parameters, cache, token_B1, one_B)
+        expected_B = np.asarray(logprob_BV)[[0, 1], tokens[:, place + 1]]
+        np.testing.assert_allclose(np.asarray(found_BL)[:, place], expected_B, atol=2e-4)
+
+
 def test_the_memory_matters():
     with_memory = _generate(_model(), list(PROMPTS), GREEDY, tokens=40)
     assert with_memory != _generate(_model("llama", False), list(PROMPTS), GREEDY, tokens=40)
