@@ -43,7 +43,9 @@ class DecoderConfig(Section):
     norm: Literal["rms", "layer"] = setting("rms", "rms: Llama; layer: GPT-2")
     positions: Literal["rope", "learned"] = setting("rope", "rope: Llama; learned: GPT-2")
     activation: Literal["swiglu", "gelu"] = setting("swiglu", "swiglu: Llama; gelu: GPT-2")
-    biases: Literal["none", "all"] = setting("none", "none: Llama; all: GPT-2")
+    biases: Literal["none", "qkv", "all"] = setting(
+        "none", "none: Llama; qkv: of query, key and value alone (Qwen2); all: GPT-2"
+    )
     head: Literal["tied", "untied"] = setting("untied", "untied: Llama; tied to embeddings: GPT-2")
     rope_theta: float = setting(10000.0, "base wavelength of rotary positions", ge=1, le=1e12)
     norm_epsilon: Epsilon = setting(1e-5, "added to the variance in norms")

@@ -112,10 +112,11 @@ class Decoder(nnx.Module):
                 scale / math.sqrt(2 * num),
             ),
         }
-        if bias:
+        if config.biases != "none":
             for name in ("query", "key", "value"):
                 shape, axes, _ = shapes[name]
                 shapes[f"{name}_bias"] = ((num, *shape[2:]), ("layers", *axes[2:]), 0.0)
+        if bias:
             shapes["out_bias"] = ((num, width), ("layers", "state"), 0.0)
         return {
             **shapes,

@@ -179,8 +179,10 @@ def count_decoder(config: DecoderConfig, vocab_size: int) -> int:
     groups = heads if config.num_kv_heads == "auto" else config.num_kv_heads
     head_width = width // heads if config.head_width == "auto" else config.head_width
     projections = width * head_width * (2 * heads + 2 * groups)
+    if config.biases != "none":
+        projections += head_width * (heads + 2 * groups)
     if biases:
-        projections += head_width * (heads + 2 * groups) + width
+        projections += width
     hidden = layers.ffn_width(config.ffn_width, width, config.activation)
     block = projections + 2 * _norm(width, biases) + _ffn(width, hidden, config.activation, biases)
     tables = layers.padded_vocab_size(vocab_size) * width * (2 if config.head == "untied" else 1)

@@ -1,0 +1,110 @@
+"""Tensors of a Hugging Face directory: one or many safetensors files, read one at a time."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mlpmem_jax.errors import UserError
+
+_ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+class TensorFiles:
+    """The tensors of a directory by name.
+
+    Attributes:
+        shapes: Shape of each.
+    """
+
+    def __init__(self, path: str):
+        """Opens the files; reads their headers alone.
+
+        Raises:
+            UserError: There are none, one is missing or damaged, or weights are pickled.
+        """
+        self._folder = Path(path).expanduser()
+        self._handles: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name in self.files():
+            try:
+                handle = safe_open(self._folder / name, framework="np")
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"{self._folder / name}: cannot be read as safetensors ({error})"
+                ) from None
+            self._handles[name] = handle
+            for tensor in handle.keys():  # noqa: SIM118 (no mapping)
+                self._file_of[tensor] = name
+                self.shapes[tensor] = tuple(handle.get_slice(tensor).get_shape())
+
+    def files(self) -> list[str]:
+        """Returns the names of the files.
+
+        Raises:
+            UserError: There are none.
+        """
+        index = self._folder / _INDEX
+        if index.is_file():
+            try:
+                named = set(json.loads(index.read_bytes())["weight_map"].values())
+            except (ValueError, KeyError, AttributeError):
+                raise UserError(f"{index}: damaged, it has no weight_map") from None
+            missing = sorted(name for name in named if not (self._folder / name).is_file())
+            if missing:
+                raise UserError(f"{self._folder}: {', '.join(missing)} missing ({_INDEX})")
+            return sorted(named)
+        if (self._folder / _ONE_FILE).is_file():
+            return [_ONE_FILE]
+        pickled = [p.name for p in self._folder.glob("*.bin")] if self._folder.is_dir() else []
+        raise UserError(
+            f"{self._folder}: has neither {_ONE_FILE} nor {_INDEX}"
+            + (f"; {pickled[0]} is a pickle, which is never read" if pickled else "")
+        )
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor, in the dtype of its file (bfloat16 included)."""
+        return np.asarray(self._handles[self._file_of[name]].get_tensor(name))
+
+    def digest(self) -> str:
+        """Returns a digest of names, shapes, sizes and samples of the bytes of each file."""
+        found = hashlib.blake2b(digest_size=8)
+        for name in self.files():
+            file = self._folder / name
+            size = os.path.getsize(file)
+            found.update(f"{name} {size} ".encode())
+            with contextlib.closing(open(file, "rb")) as opened:
+                for sample in range(_SAMPLES):
+                    opened.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                    found.update(opened.read(_SAMPLE_BYTES))
+        return found.hexdigest()
+
+
+def check_names(
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], path: str
+) -> None:
+    """Refuses tensors that are missing, unexpected, or of another shape.
+
+    Raises:
+        UserError: Names all of them.
+    """
+    lines = []
+    if missing := sorted(wanted.keys() - found.keys()):
+        lines.append("missing: " + ", ".join(missing))
+    if unexpected := sorted(found.keys() - wanted.keys()):
+        lines.append("unexpected: " + ", ".join(unexpected))
+    lines += [
+        f"{name} has the shape {list(found[name])}, config.json asks for {list(wanted[name])}"
+        for name in sorted(wanted.keys() & found.keys())
+        if tuple(found[name]) != tuple(wanted[name])
+    ]
+    if lines:
+        raise UserError(f"decoder.pretrained={path}: " + "; ".join(lines))
