@@ -10,7 +10,10 @@ RUNTIME = "runtime"
 class Section(BaseModel):
     """A frozen group of keys that refuses unknown ones."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    # Strict: `"3"` and `true` are no numbers. Lists and whole floats are, see `types.py`.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
+    )
 
     def recipe(self) -> dict[str, Any]:
         """Returns the keys that decide what is computed, as JSON-ready values.
@@ -34,6 +37,14 @@ def setting(default: Any, description: str, **constraints: Any) -> Any:
     return Field(default, description=description, **constraints)
 
 
-def runtime(default: Any, description: str, **constraints: Any) -> Any:
-    """Declares a key that changes how a stage runs, never what it makes."""
-    return Field(default, description=description, json_schema_extra={RUNTIME: True}, **constraints)
+def runtime(default: Any, description: str, hint: str | None = None, **constraints: Any) -> Any:
+    """Declares a key that changes how a stage runs, never what it makes.
+
+    Args:
+        default: Its default.
+        description: Its meaning.
+        hint: What to do instead, where a value is refused.
+        **constraints: Bounds, as pydantic's.
+    """
+    extra: dict[str, Any] = {RUNTIME: True} | ({"hint": hint} if hint else {})
+    return Field(default, description=description, json_schema_extra=extra, **constraints)

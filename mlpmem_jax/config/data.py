@@ -7,12 +7,14 @@ from pydantic import Field, field_validator
 
 from mlpmem_jax.config.base import Section, runtime, setting
 from mlpmem_jax.config.types import (
+    WHOLE,
     Auto,
     Bytes,
     Count,
     Fraction,
     GlobText,
     Layer,
+    ListOf,
     Name,
     PathText,
     PositiveInt,
@@ -28,14 +30,14 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 class SplitPaths(Section):
     """Files of one split, when the splits are given and not drawn by hash."""
 
-    paths: tuple[GlobText, ...] = setting((), "files or globs of this split")
+    paths: ListOf[GlobText] = setting((), "files or globs of this split")
 
 
 class Source(Section):
     """One more place that text comes from."""
 
     source: Literal["stdlib", "text", "jsonl", "huggingface"] = setting("text", "kind of source")
-    paths: tuple[GlobText, ...] = setting((), "files or globs (plain, .gz, .zst, .zstd)")
+    paths: ListOf[GlobText] = setting((), "files or globs (plain, .gz, .zst, .zstd)")
     field: Text = setting("text", "field of a JSONL record or dataset row that holds the text")
     dataset: Text | None = setting(None, "name of a Hugging Face dataset")
     dataset_config: Text | None = setting(None, "configuration of that dataset")
@@ -51,7 +53,7 @@ class CorpusConfig(Source):
     source: Literal["stdlib", "text", "jsonl", "huggingface"] = setting(
         "stdlib", "stdlib: source code of the running Python's standard library"
     )
-    more: tuple[Source, ...] = setting((), "further sources; all together make one row space")
+    more: ListOf[Source] = setting((), "further sources; all together make one row space")
     document_regex: Text | None = setting(
         None, "a document begins wherever this regular expression matches a line's start"
     )
@@ -88,8 +90,8 @@ class TokenizerConfig(Section):
     path: PathText | None = setting(
         None, "an existing tokenizer.json; none trains one on the corpus"
     )
-    vocab_size: int = setting(
-        4096, "entries of a trained tokenizer, separator included", ge=257, le=10**7
+    vocab_size: Annotated[int, Field(ge=257, le=10**7), WHOLE] = setting(
+        4096, "entries of a trained tokenizer, separator included"
     )
     separator: Text = setting("<|endoftext|>", "token that starts each document")
     train_bytes: Bytes = setting(32_000_000, "bytes of training text that BPE is trained on")
@@ -120,7 +122,7 @@ class DatastoreConfig(Section):
     name: Name = setting("base", "name of the datastore")
     key: StateSite = setting(StateSite(), "the state that is searched (kNN-LM's key)")
     input: StateSite = setting(StateSite(layer=0.7), "the state that the memory reads")
-    arrays: tuple[Literal["key", "input", "label", "logprob"], ...] = setting(
+    arrays: ListOf[Literal["key", "input", "label", "logprob"]] = setting(
         ("key", "input", "label", "logprob"), "what is stored of each row"
     )
     dtype: Dtype = setting("float16", "storage type of keys and inputs")
@@ -148,7 +150,9 @@ class RetrievalConfig(Section):
     )
     num_neighbors: Width = setting(256, "neighbours of each row, K; own row excluded")
     min_recall: Fraction = setting(0.95, "a measured recall@K below this is an error")
-    recall_queries: int = setting(1024, "rows sampled to measure recall", ge=1000, le=10**7)
+    recall_queries: Annotated[int, Field(ge=1000, le=10**7), WHOLE] = setting(
+        1024, "rows sampled to measure recall"
+    )
     shard_rows: PositiveInt = setting(4_000_000, "rows in an index shard")
     num_leaves: PositiveInt | Auto = setting(
         "auto", "leaves of the tree; auto: square root of rows"

@@ -7,7 +7,6 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from mlpmem_jax.config.base import Section
 from mlpmem_jax.config.keys import INDEX, Key, all_keys, type_text
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.yaml_text import short
@@ -38,11 +37,7 @@ This page is generated from the schema: `python -m mlpmem_jax.config.describe`.
 
 def default_text(key: Key) -> str:
     """Returns a key's default as it would be written in an override."""
-    if isinstance(key.default, tuple):
-        return short(
-            [item.model_dump() if isinstance(item, Section) else item for item in key.default]
-        )
-    return '""' if key.default == "" else short(key.default)
+    return short(key.default)
 
 
 def select(patterns: Sequence[str]) -> list[Key]:
@@ -72,7 +67,7 @@ def describe(patterns: Sequence[str], width: int | None = None) -> str:
         name_width = min(40, max(len(key.path) for key in members))
         for key in members:
             left = f"  {key.path:<{name_width}}"
-            facts = f"{type_text(key.alternatives)}, default {default_text(key)}"
+            facts = f"{type_text(key.schema)}, default {default_text(key)}"
             lines.append(f"{left}  {facts}")
             lines += textwrap.wrap(
                 key.description,
@@ -94,7 +89,7 @@ def markdown() -> str:
             mark = " †" if key.runtime else ""
             cells = (
                 f"`{key.path}`{mark}",
-                f"`{type_text(key.alternatives)}`",
+                f"`{type_text(key.schema)}`",
                 f"`{default_text(key)}`",
                 key.description,
             )

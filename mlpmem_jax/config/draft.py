@@ -1,290 +1,242 @@
-"""Values on their way to a `Config`: merging, overrides, and the words for mistakes."""
+"""Values on their way to a `Config`: merging, validation, and the words for mistakes."""
 
+import copy
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
-from mlpmem_jax.config.base import Section
+from mlpmem_jax.config.checks import cross_section_mistakes
 from mlpmem_jax.config.keys import (
-    Alternative,
+    KeyPath,
     allowed_text,
-    alternatives_of,
-    item_section_of,
+    alternatives,
+    dotted_path,
+    is_free_text,
+    is_section,
+    key_path,
     nearest,
-    section_of,
+    schema_at,
 )
-from mlpmem_jax.config.overrides import KeyPath, key_path, override_value
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.config.yaml_text import YamlError, flow, short
+from mlpmem_jax.config.yaml_text import YamlError, flow, parse_yaml, short
 from mlpmem_jax.errors import ConfigError
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_REFUSED = object()  # stands for an entry that a list does not have
+_QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 
 class Draft:
     """A tree of values on its way to a `Config`, with the mistakes met so far."""
 
     def __init__(self, base: Config | None = None) -> None:
-        self.tree: dict[str, Any] = _plain((base or Config()).model_dump())
-        self.mistakes: list[str] = []
-        self.doubtful: set[str] = set()  # keys whose meant value is unknown
+        self._tree: dict[str, Any] = (base or Config()).model_dump(mode="json")
+        self._mistakes: list[str] = []
+        self._doubtful: set[str] = set()  # keys whose intended value is unknown
+
+    def note(self, mistake: str) -> None:
+        """Adds a mistake."""
+        self._mistakes.append(mistake)
+
+    def merge(self, values: Mapping[Any, Any]) -> None:
+        """Takes the sections and keys of a file."""
+        _merge(self._tree, values)
 
     def override(self, text: str) -> None:
         """Takes one `section.key=value`."""
         dotted, equals, raw = text.partition("=")
         if not equals or not dotted.strip():
-            self.mistakes.append(f"{text}: not an override; write section.key=value")
+            self.note(f"{text}: not an override; write section.key=value")
             return
         keys = key_path(dotted)
+        schema = schema_at(keys)
         try:
-            self.put(keys, override_value(_alternatives_at(keys) or (), raw))
+            self.put(keys, _typed(schema, raw))
         except YamlError as error:
-            self._refuse(keys, raw, f"the value is not YAML: {error}")
+            if schema is None:
+                self._unknown(keys, raw)
+            else:
+                self._refuse(keys, raw, f"the value is not YAML: {error}")
 
     def put(self, keys: KeyPath, value: Any) -> None:
-        """Sets a key or, key by key, a section; notes what is wrong."""
-        self._descend(self.tree, Config, keys, 0, value)
-
-    def _descend(
-        self, container: Any, section: type[Section], keys: KeyPath, position: int, value: Any
-    ) -> None:
-        """Sets `keys[position:]` in a section's values."""
-        name, last = keys[position], position == len(keys) - 1
-        field = section.model_fields.get(str(name))
-        if field is None:
-            self._unknown(keys[: position + 1], keys, section, value)
+        """Sets a key or, key by key, a section."""
+        if schema_at(keys) is None:
+            self._unknown(keys, value)
             return
-        alternatives = alternatives_of(field)
-        nested = section_of(alternatives)
-        if nested and last:
-            self._put_section(keys, alternatives, value)
-        elif nested:
-            self._descend(container[name], nested, keys, position + 1, value)
-        elif last:
-            self._put_value(container, keys, alternatives, value)
-        elif alternatives[0].kind == "list":
-            entries = container[name] = list(container[name])
-            self._descend_list(entries, alternatives, keys, position + 1, value)
+        container: Any = self._tree
+        for position, key in enumerate(keys):
+            if not _has(container, key):
+                return  # An earlier value of the wrong type, which is refused.
+            if isinstance(key, int) and key > len(container):
+                self._unknown(keys, value, keys[:position])
+                return
+            if isinstance(key, int) and key == len(container):
+                container.append({})
+            if position < len(keys) - 1:
+                if isinstance(key, str):
+                    container.setdefault(key, [] if isinstance(keys[position + 1], int) else {})
+                # A copy: anchors of YAML may share what is set here.
+                container[key] = container = copy.copy(container[key])
+        if isinstance(container, dict):
+            _merge(container, {keys[-1]: value})
         else:
-            self._refuse(keys, value, f"unknown key; {_dotted(keys[: position + 1])} is a value")
-
-    def _descend_list(
-        self,
-        entries: list[Any],
-        alternatives: tuple[Alternative, ...],
-        keys: KeyPath,
-        position: int,
-        value: Any,
-    ) -> None:
-        """Sets `keys[position:]` in a list's values, where `keys[position]` is a number."""
-        index, last = keys[position], position == len(keys) - 1
-        if not isinstance(index, int) or index > len(entries):
-            self._refuse(
-                keys,
-                value,
-                f"{_dotted(keys[:position])} is a list of {len(entries)}: "
-                f"name an entry by its number, 0 to {len(entries)} (the last adds one)",
-            )
-            return
-        section = item_section_of(alternatives)
-        if section is None and not last:
-            self._refuse(keys, value, f"unknown key; {_dotted(keys[: position + 1])} is a value")
-            return
-        if index == len(entries):
-            entries.append(_plain(section().model_dump()) if section else _REFUSED)
-        if not last:
-            assert section is not None
-            self._descend(entries[index], section, keys, position + 1, value)
-            return
-        self._put_value(entries, keys, alternatives[0].items, value)
-        if entries[index] is _REFUSED:
-            entries.pop()
-
-    def _put_section(
-        self, keys: KeyPath, alternatives: tuple[Alternative, ...], value: Any
-    ) -> None:
-        if value is None:  # `decoder:` with nothing below
-            return
-        if not isinstance(value, dict):
-            self._refuse(keys, value, f"must be {allowed_text(alternatives)}")
-            return
-        for key, part in value.items():
-            self.put((*keys, str(key)), part)
-
-    def _put_value(
-        self, container: Any, keys: KeyPath, alternatives: tuple[Alternative, ...], value: Any
-    ) -> None:
-        if isinstance(value, tuple):
-            value = list(value)
-        entry_section = item_section_of(alternatives) or section_of(alternatives)
-        if entry_section:
-            self._put_entries(container, keys, alternatives, entry_section, value)
-            return
-        if not any(alternative.allows(value) for alternative in alternatives):
-            self._refuse(keys, value, f"must be {allowed_text(alternatives)}")
-            return
-        if not _is_writable(value):
-            self._refuse(keys, value, "holds what is no UTF-8 text")
-            return
-        whole = any(a.kind == "int" and a.has_type_of(value) for a in alternatives)
-        if whole and not any(a.kind == "float" for a in alternatives):
-            value = int(value)
-        container[keys[-1]] = value
-
-    def _put_entries(
-        self,
-        container: Any,
-        keys: KeyPath,
-        alternatives: tuple[Alternative, ...],
-        section: type[Section],
-        value: Any,
-    ) -> None:
-        """Sets a list of sections, or one of its entries, from their defaults on."""
-        if not any(alternative.has_type_of(value) for alternative in alternatives):
-            self._refuse(keys, value, f"must be {allowed_text(alternatives)}")
-            return
-        if isinstance(value, dict):
-            container[keys[-1]] = _plain(section().model_dump())
-            for key, part in value.items():
-                self.put((*keys, str(key)), part)
-            return
-        container[keys[-1]] = []
-        for index, part in enumerate(value):
-            self.put((*keys, index), part)
-
-    def _unknown(self, wrong: KeyPath, keys: KeyPath, section: type[Section], value: Any) -> None:
-        dotted = _dotted(wrong if isinstance(value, dict) else keys)
-        meant = nearest(dotted, sections=isinstance(value, dict))
-        if "." in str(wrong[-1]):  # A file's `train.alpha: 0.3`: dots are for overrides.
-            dotted = _dotted(keys)
-            known = _alternatives_at(key_path(dotted)) is not None
-            meant = [dotted] if known else nearest(dotted, sections=False)
-            if known:
-                reason = f"write it nested: {_nested(keys, value)}"
-            elif meant:
-                reason = f"unknown key; did you mean {_nested((meant[0],), value)}?"
-        elif meant:
-            reason = f"unknown key; did you mean {' or '.join(meant)}?"
-        if not meant:
-            parent = _dotted(wrong[:-1])
-            fields = short(", ".join(section.model_fields), 240)
-            reason = f"unknown key; {f'{parent} has' if parent else 'the sections are'}: {fields}"
-        self.doubtful.update(meant)
-        self.mistakes.append(f"{short(dotted)}={short(value)}: {reason}")
-
-    def _refuse(self, keys: KeyPath, value: Any, reason: str) -> None:
-        self.doubtful.add(_dotted(keys))
-        self.mistakes.append(f"{short(_dotted(keys))}={short(value)}: {reason}")
+            container[keys[-1]] = value
 
     def finish(self) -> Config:
-        """Validates; what is wrong falls back to its default so that the rest is checked."""
-        for _ in range(100):
-            try:
-                config = Config.model_validate(self.tree)
-            except ValidationError as error:
-                if self._note(error):
-                    continue
-            else:
-                if not self.mistakes:
-                    return config
-            break
-        raise ConfigError(list(dict.fromkeys(self.mistakes)))
+        """Returns the configuration.
 
-    def _note(self, error: ValidationError) -> bool:
-        """Notes pydantic's findings; returns whether another round can find more."""
-        defaults = _plain(Config().model_dump())
-        found = _by_key(error)
-        for message in filter(None, found.pop((), "").split("\n")):  # rules that span sections
-            if not self._is_doubtful(message):
-                self.mistakes.append(message)
-        for keys, message in found.items():
-            allowed = f"must be {allowed_text(_alternatives_at(keys) or ())}"
-            self._refuse(keys, _look_up(self.tree, keys), message or allowed)
-        for keys in found:
-            _restore(self.tree, defaults, keys)
-        return bool(found)
+        A refused value is replaced by its default, so that the rest is checked too.
+
+        Raises:
+            ConfigError: With one line for each mistake.
+        """
+        try:
+            config = Config.model_validate(self._tree)
+        except ValidationError as error:
+            self._note_all(error)
+            config = Config.model_validate(self._tree)
+        for mistake in cross_section_mistakes(config):
+            if not self._is_doubtful(mistake):
+                self.note(mistake)
+        if self._mistakes:
+            raise ConfigError(list(dict.fromkeys(self._mistakes)))
+        return config
+
+    def _note_all(self, error: ValidationError) -> None:
+        """Notes the findings of pydantic, one for each key, and drops the values."""
+        wrong: dict[KeyPath, None] = {}
+        reasons: dict[KeyPath, str] = {}  # other than the type
+        for item in error.errors(include_url=False):
+            keys = item["loc"]
+            if item["type"] in ("extra_forbidden", "invalid_key"):
+                self._unknown(keys, _look_up(self._tree, keys))
+            else:
+                while schema_at(keys) is None:  # the member of a union
+                    keys = keys[:-1]
+            wrong[keys] = None
+            if item["type"] == "value_error":  # a validator of ours
+                reasons[keys] = str(item["ctx"]["error"])
+            elif item["type"] == "string_unicode":
+                reasons[keys] = "is not valid UTF-8 text"
+        for keys in wrong:
+            if schema := schema_at(keys):
+                reason = reasons.get(keys, f"must be {allowed_text(schema)}")
+                self._refuse(keys, _look_up(self._tree, keys), reason)
+        for keys in wrong:
+            *parents, last = _named(keys)
+            _look_up(self._tree, tuple(parents)).pop(last, None)  # The default takes its place.
+
+    def _unknown(self, keys: KeyPath, value: Any, known: KeyPath | None = None) -> None:
+        """Notes a key that the schema does not have, or an entry that a list cannot have yet."""
+        known = keys[:-1] if known is None else known
+        while (schema := schema_at(known)) is None:
+            known = known[:-1]
+        dotted, parent = dotted_path(keys), dotted_path(known)
+        if "items" in schema:
+            entries = _look_up(self._tree, known)
+            count = len(entries) if isinstance(entries, list) else 0
+            plural = "entry" if count == 1 else "entries"
+            reason = f"{parent} is a list of {count} {plural}; {parent}.{count} adds one"
+            self._refuse(keys, value, reason)
+            return
+        if not is_section(schema):
+            self._refuse(keys, value, f"unknown key; {parent} is a value")
+            return
+        in_file = "." in str(keys[len(known)])  # Dots are for overrides.
+        if in_file and schema_at(key_path(dotted)) is not None:
+            self._refuse(key_path(dotted), value, f"write it nested: {_nested(dotted, value)}")
+            return
+        meant = nearest(dotted, sections=isinstance(value, dict) and not in_file)
+        self._doubtful.update(meant)
+        if meant:
+            words = [_nested(meant[0], value)] if in_file else meant
+            reason = f"did you mean {' or '.join(words)}?"
+        else:
+            names = short(", ".join(schema["properties"]), 240)
+            reason = f"{parent} has: {names}" if known else f"the sections are: {names}"
+        self.note(f"{short(dotted)}={short(value)}: unknown key; {reason}")
+
+    def _refuse(self, keys: KeyPath, value: Any, reason: str) -> None:
+        self._doubtful.add(dotted_path(_named(keys)))
+        self.note(f"{short(dotted_path(keys))}={short(value)}: {reason}")
 
     def _is_doubtful(self, mistake: str) -> bool:
         return any(
-            re.search(rf"(?<![\w.]){re.escape(path)}(?![\w]|\.\w)", mistake)
-            for path in self.doubtful
+            re.search(rf"(?<![\w.]){re.escape(path)}(?!\w)", mistake) for path in self._doubtful
         )
 
 
-def _by_key(error: ValidationError) -> dict[KeyPath, str]:
-    """Groups pydantic's errors by key: one line for a union, not one a member.
+def _typed(schema: Mapping[str, Any] | None, raw: str) -> Any:
+    """Returns the value that is typed after `section.key=`.
 
-    Returns:
-        An own message where a validator of ours gave one, else an empty text.
+    Text is taken as typed, up to the end; everything else is YAML. Two things are not text:
+    `null`, where a key may be without a value, and one whole quoted text, which YAML reads (so
+    `'"null"'` is the text null, and a shell's leftover quotes do no harm).
+
+    Args:
+        schema: The key's; None where there is no such key.
+        raw: As typed.
+
+    Raises:
+        YamlError: It is not the YAML that the key needs.
     """
-    found: dict[KeyPath, str] = {}
-    for item in error.errors(include_url=False):
-        keys = item["loc"]
-        while keys and _alternatives_at(keys) is None:
-            keys = keys[:-1]
-        found.setdefault(keys, "")
-        if item["type"] == "value_error":
-            found[keys] = str(item["ctx"]["error"])
-    return found
+    members = alternatives(schema or {})
+    if not any(map(is_free_text, members)):
+        value, repeated = parse_yaml(raw)
+        if repeated:
+            raise YamlError(f"key {repeated[0][0]} is given twice")
+        return value
+    kinds = {member.get("type") for member in members}
+    if _QUOTED.fullmatch(raw):
+        try:
+            return parse_yaml(raw)[0]
+        except YamlError as error:
+            raise YamlError(
+                f"{error}; single quotes keep backslashes as they are, no quotes keep everything"
+            ) from None
+    if raw == "null" and "null" in kinds:
+        return None
+    if "number" in kinds:
+        try:
+            value = parse_yaml(raw)[0]
+        except YamlError:
+            return raw
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value
+    return raw
 
 
-def _is_writable(value: Any) -> bool:
-    """Returns whether texts can be written as UTF-8; bytes that are none come as surrogates."""
-    texts = value if isinstance(value, list) else [value]
-    return not any(isinstance(text, str) and _SURROGATE.search(text) for text in texts)
+def _merge(tree: dict[str, Any], values: Mapping[Any, Any]) -> None:
+    """Sets keys; of a section only those that are given."""
+    for given, value in values.items():
+        key = str(given).encode(errors="backslashreplace").decode()
+        old = tree.get(key)
+        if isinstance(old, dict) and isinstance(value, Mapping):
+            _merge(old, value)
+        elif not isinstance(old, dict) or value is not None:  # `decoder:` with nothing below
+            tree[key] = value
 
 
-def _nested(keys: KeyPath, value: Any) -> str:
-    """Returns a key, dotted or not, and its value as a file has them, in one line."""
-    for key in reversed(key_path(_dotted(keys))):
-        value = [value] if isinstance(key, int) else {key: value}
-    return short(flow(value).removeprefix("{").removesuffix("}"), 160)
+def _named(keys: KeyPath) -> KeyPath:
+    """Returns a key; of an entry, the key of its list."""
+    return keys[: next((n for n, key in enumerate(keys) if isinstance(key, int)), len(keys))]
 
 
-def _alternatives_at(keys: KeyPath) -> tuple[Alternative, ...] | None:
-    """Returns what the key at a path takes, or None where the schema has no such key."""
-    section: type[Section] | None = Config
-    found: tuple[Alternative, ...] | None = None
-    for key in keys:
-        if isinstance(key, int):
-            if found is None or found[0].kind != "list":
-                return None
-            found = found[0].items
-        else:
-            if section is None or key not in section.model_fields:
-                return None
-            found = alternatives_of(section.model_fields[key])
-        section = section_of(found)
-    return found
+def _has(container: Any, key: str | int) -> bool:
+    """Returns whether a value can have an entry (a number) or a key."""
+    return isinstance(container, list if isinstance(key, int) else dict)
 
 
 def _look_up(tree: Any, keys: KeyPath) -> Any:
+    """Returns a value, or None where there is none yet."""
     for key in keys:
-        tree = tree[key]
+        known = tree if isinstance(tree, dict) else dict(enumerate(tree or ()))
+        tree = known.get(key)
     return tree
 
 
-def _restore(tree: Any, defaults: Any, keys: KeyPath) -> None:
-    """Puts a key back to its default; an entry of a list takes the list with it."""
-    for key in keys[:-1]:
-        if isinstance(tree[key], list):
-            break
-        tree, defaults = tree[key], defaults[key]
-    else:
-        key = keys[-1]
-    tree[key] = defaults[key]
-
-
-def _plain(value: Any) -> Any:
-    """Returns nested tuples as lists, as YAML has them."""
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return value
-
-
-def _dotted(keys: KeyPath) -> str:
-    return ".".join(str(key) for key in keys)
+def _nested(dotted: str, value: Any) -> str:
+    """Returns a dotted key and its value as a file has them, in one line."""
+    for key in reversed(key_path(dotted)):
+        value = [value] if isinstance(key, int) else {key: value}
+    return short(flow(value).removeprefix("{").removesuffix("}"), 160)

@@ -4,12 +4,12 @@ The file is merged into the schema's defaults key by key. Every mistake is one l
 `key=value: what is allowed`, and independent mistakes are reported together.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlpmem_jax.config.draft import Draft
-from mlpmem_jax.config.overrides import KeyPath, key_path
+from mlpmem_jax.config.keys import key_path
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.types import checked_path
 from mlpmem_jax.config.yaml_text import YamlError, parse_yaml, short, write_yaml
@@ -27,7 +27,7 @@ def load_config(
 
     Args:
         path: YAML file; what it leaves out keeps its default.
-        overrides: `section.key=value` each, read by `config/overrides.py`; later ones win.
+        overrides: `section.key=value` each; later ones win.
         assigned: Values by dotted path that win over everything, already parsed.
 
     Returns:
@@ -37,13 +37,11 @@ def load_config(
         ConfigError: With one line for each mistake.
     """
     draft = Draft()
-    for keys, value in _read_file(config_path(path), draft.mistakes):
-        draft.put(keys, value)
-    for override in overrides:
-        draft.override(override)
-    for dotted, value in (assigned or {}).items():
-        draft.put(key_path(dotted), value)
-    return draft.finish()
+    values, mistakes = _read_file(config_path(path))
+    for mistake in mistakes:
+        draft.note(mistake)
+    draft.merge(values)
+    return _finished(draft, overrides, assigned or {})
 
 
 def changed_config(
@@ -59,16 +57,15 @@ def changed_config(
     Raises:
         ConfigError: With one line for each mistake.
     """
-    draft = Draft(config)
+    return _finished(Draft(config), overrides, assigned)
+
+
+def _finished(draft: Draft, overrides: Sequence[str], assigned: Mapping[str, Any]) -> Config:
     for override in overrides:
         draft.override(override)
     for dotted, value in assigned.items():
         draft.put(key_path(dotted), value)
     return draft.finish()
-
-
-def _sets_something(part: Any) -> bool:
-    return part is not None and part != {}
 
 
 def dump_config(config: Config) -> str:
@@ -88,7 +85,8 @@ def config_path(path: str | Path) -> Path:
         raise ConfigError(f"--config {short(str(path))}: {error}") from None
 
 
-def _read_file(path: Path, mistakes: list[str]) -> Iterator[tuple[KeyPath, Any]]:
+def _read_file(path: Path) -> tuple[dict[Any, Any], list[str]]:
+    """Returns what a file sets, and a line for each key that it gives twice."""
     try:
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
@@ -107,13 +105,12 @@ def _read_file(path: Path, mistakes: list[str]) -> Iterator[tuple[KeyPath, Any]]
         value, repeated = parse_yaml(text)
     except YamlError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
-    mistakes += [f"{path}: line {line}: key {key} is given twice" for key, line in repeated]
-    if value is None or (isinstance(value, dict) and not any(map(_sets_something, value.values()))):
+    sections = value.values() if isinstance(value, dict) else [value]
+    if all(section is None or section == {} for section in sections):
         # Its defaults would begin a run that nobody asked for: such a file was cut off.
         raise ConfigError(f"{path}: sets no key; configs/quickstart.yaml is one to start from")
     if not isinstance(value, dict):
         raise ConfigError(
             f"{path}: holds {short(value)!r} and must hold sections (`decoder:` and so on)"
         )
-    for key, part in value.items():
-        yield (str(key),), part
+    return value, [f"{path}: line {line}: key {key} is given twice" for key, line in repeated]

@@ -8,6 +8,7 @@ from mlpmem_jax.config.types import (
     Blocks,
     Count,
     Epsilon,
+    ListOf,
     Name,
     NgramOrder,
     RecentTokens,
@@ -33,7 +34,7 @@ class DecoderConfig(Section):
         "auto", "feed-forward width, F; auto: 4 D for gelu, 8/3 D rounded up to 64 for swiglu"
     )
     context_tokens: Tokens = setting(256, "longest window that the decoder reads")
-    ngram_orders: tuple[NgramOrder, ...] = setting(
+    ngram_orders: ListOf[NgramOrder] = setting(
         (),
         "lengths n of the n-grams that the decoder looks up beside each token, in a hashed table "
         "for each n; a control for memory.ngram_orders",
@@ -88,7 +89,7 @@ class MemoryConfig(Section):
     recent_width: Width | Auto = setting(
         "auto", "width of the memory's own table (memory.recent_table=own); auto: memory.width"
     )
-    ngram_orders: tuple[NgramOrder, ...] = setting(
+    ngram_orders: ListOf[NgramOrder] = setting(
         (),
         "lengths n of the n-grams that the memory looks up besides: the last n tokens of the "
         "document, in a hashed table for each n",

@@ -1,12 +1,10 @@
-"""The whole configuration and the checks that span sections.
+"""The whole configuration.
 
 Defaults live here and in the section modules, nowhere else. Nothing in this package
 imports JAX: a mistake is reported before a device is touched.
 """
 
 from typing import NamedTuple
-
-from pydantic import ValidationInfo, model_validator
 
 from mlpmem_jax.config.base import Section, runtime, setting
 from mlpmem_jax.config.compile import CompileConfig
@@ -27,7 +25,6 @@ from mlpmem_jax.config.stages import (
 from mlpmem_jax.config.studies import AnalyzeConfig, CostConfig, SearchQualityConfig
 from mlpmem_jax.config.suite import AblateConfig, CompareConfig, OverfittingConfig
 from mlpmem_jax.config.types import PathText, Seed
-from mlpmem_jax.errors import one_line
 
 __all__ = ["Config", "LossWeights"]
 
@@ -147,13 +144,3 @@ class Config(Section):
     def joint_name(self) -> str:
         """Name of the jointly trained model."""
         return self.memory.name if self.train.name == "auto" else self.train.name
-
-    @model_validator(mode="after")
-    def _check_across_sections(self, info: ValidationInfo) -> "Config":
-        # Imported here: the checks read this class.
-        from mlpmem_jax.config.checks import cross_section_mistakes
-
-        mistakes = cross_section_mistakes(self)
-        if mistakes:
-            raise ValueError("\n".join(map(one_line, mistakes)))
-        return self

@@ -6,12 +6,14 @@ from pydantic import Field
 
 from mlpmem_jax.config.base import Section, runtime, setting
 from mlpmem_jax.config.types import (
+    WHOLE,
+    AnyText,
     Auto,
     Count,
     Decay,
     Epsilon,
     Fraction,
-    Mark,
+    ListOf,
     Name,
     NonNegativeInt,
     OpenFraction,
@@ -144,8 +146,8 @@ class EvaluateConfig(Section):
     """The table."""
 
     batch_size: Count = runtime(32, "windows evaluated at once, over all devices")
-    bootstrap_samples: int = setting(
-        2000, "draws of the paired bootstrap over documents", ge=100, le=10**6
+    bootstrap_samples: Annotated[int, Field(ge=100, le=10**6), WHOLE] = setting(
+        2000, "draws of the paired bootstrap over documents"
     )
     confidence: OpenFraction = setting(0.95, "level of the intervals")
     knn_valid_rows: Rows | None = setting(
@@ -158,12 +160,16 @@ class EvaluateConfig(Section):
 class GenerateConfig(Section):
     """Sampling."""
 
-    prompts: tuple[str, ...] = runtime(("def ",), "texts to continue", min_length=1)
+    prompts: ListOf[AnyText] = runtime(("def ",), "texts to continue", min_length=1)
     max_new_tokens: PositiveInt = runtime(64, "tokens to generate")
     sampling: Literal["greedy", "random"] = runtime("random", "greedy takes the most probable")
-    temperature: Annotated[
-        float, Field(ge=1e-6, le=1e6), Mark(hint="generate.sampling=greedy takes no temperature")
-    ] = runtime(0.8, "divides the log-probabilities")
+    temperature: float = runtime(
+        0.8,
+        "divides the log-probabilities",
+        hint="generate.sampling=greedy takes no temperature",
+        ge=1e-6,
+        le=1e6,
+    )
     top_k: PositiveInt | None = runtime(None, "keep so many most probable tokens")
     top_p: Annotated[float, Field(ge=1e-6, le=1)] | None = runtime(
         0.95, "keep the fewest tokens with this mass"

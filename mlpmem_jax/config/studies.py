@@ -6,9 +6,11 @@ from pydantic import Field
 
 from mlpmem_jax.config.base import Section, runtime, setting
 from mlpmem_jax.config.types import (
+    WHOLE,
     Auto,
     Count,
     Fraction,
+    ListOf,
     Name,
     OpenFraction,
     PositiveInt,
@@ -17,20 +19,20 @@ from mlpmem_jax.config.types import (
     Width,
 )
 
-NgramOrder = Annotated[int, Field(ge=2, le=16)]
+NgramOrder = Annotated[int, Field(ge=2, le=16), WHOLE]
 
 
 class AnalyzeConfig(Section):
     """Where the gains come from, and how sharp the distributions are."""
 
-    frequency_base: int = setting(
-        4, "frequency bins begin at 0, 1 and the powers of this number", ge=2, le=10**6
+    frequency_base: Annotated[int, Field(ge=2, le=10**6), WHOLE] = setting(
+        4, "frequency bins begin at 0, 1 and the powers of this number"
     )
-    ngram_orders: tuple[NgramOrder, ...] = setting(
+    ngram_orders: ListOf[NgramOrder] = setting(
         (2, 3, 4), "n: whether the n tokens that end with the label occur in the training text"
     )
     sharpness_rows: Rows | None = setting(4096, "test tokens drawn to measure sharpness; none: all")
-    masses: tuple[OpenFraction, ...] = setting(
+    masses: ListOf[OpenFraction] = setting(
         (0.5, 0.75, 0.9, 0.95, 0.99), "probability masses whose number of tokens is counted"
     )
     read_tokens: PositiveInt = runtime(1 << 20, "training tokens read at once")
@@ -42,14 +44,14 @@ class AnalyzeConfig(Section):
 class CostConfig(Section):
     """Cost while the datastore grows by doublings."""
 
-    doublings: int = setting(
-        6, "sizes: all rows, and the first half, quarter, … of them, so many times", ge=1, le=40
+    doublings: Annotated[int, Field(ge=1, le=40), WHOLE] = setting(
+        6, "sizes: all rows, and the first half, quarter, … of them, so many times"
     )
-    engines: tuple[Literal["scann", "exact"], ...] = setting(
+    engines: ListOf[Literal["scann", "exact"]] = setting(
         ("scann", "exact"), "engines of the kNN-LM that are measured"
     )
-    rounds: int = setting(
-        8, "times that each size is measured; intervals are over them", ge=3, le=10**6
+    rounds: Annotated[int, Field(ge=3, le=10**6), WHOLE] = setting(
+        8, "times that each size is measured; intervals are over them"
     )
     num_tokens: Count = setting(64, "tokens timed in a round, one text at a time")
     num_prompts: Count = setting(8, "times to the first token taken in a round")
@@ -78,7 +80,7 @@ class SearchSetting(Section):
 class SearchQualityConfig(Section):
     """What approximate search costs the kNN-LM and the memory."""
 
-    settings: tuple[SearchSetting, ...] = setting(
+    settings: ListOf[SearchSetting] = setting(
         (
             SearchSetting(name="leaves-1", num_leaves_to_search=1),
             SearchSetting(name="leaves-4", num_leaves_to_search=4),

@@ -4,7 +4,9 @@ from typing import Literal, get_args
 
 from mlpmem_jax.config.base import Section, setting
 from mlpmem_jax.config.types import (
+    AnyText,
     Epochs,
+    ListOf,
     Name,
     OpenFraction,
     Seed,
@@ -35,7 +37,7 @@ class TeacherConfig(Section):
     """Another decoder whose states make targets: the configuration's with some keys changed."""
 
     name: Name = setting("teacher", "what rows call it")
-    overrides: tuple[str, ...] = setting(
+    overrides: ListOf[AnyText] = setting(
         (), "what is different about it, section.key=value each, as on the command line"
     )
 
@@ -45,7 +47,7 @@ class RecipeConfig(Section):
 
     name: Name = setting("recipe", "name of the row")
     label: Text | None = setting(None, "what tables and pictures call it; none: its name")
-    overrides: tuple[str, ...] = setting(
+    overrides: ListOf[AnyText] = setting(
         (), "what is different, section.key=value each, as on the command line"
     )
     parts: Literal["all", "decoder", "beside"] = setting(
@@ -62,12 +64,12 @@ class CompareConfig(Section):
     """The main table: the memory beside its baselines and controls, several seeds."""
 
     name: Name = setting("compare", "name of the table in results/")
-    seeds: tuple[Seed, ...] = setting((0, 1, 2), "seeds; each trains every row anew", min_length=1)
-    rows: tuple[RowName, ...] = setting(
+    seeds: ListOf[Seed] = setting((0, 1, 2), "seeds; each trains every row anew", min_length=1)
+    rows: ListOf[RowName] = setting(
         ALL_ROWS, "rows of the table, in its order; the decoder is always one", min_length=1
     )
-    recipes: tuple[RecipeConfig, ...] = setting((), "rows of one's own, after the others")
-    teachers: tuple[TeacherConfig, ...] = setting(
+    recipes: ListOf[RecipeConfig] = setting((), "rows of one's own, after the others")
+    teachers: ListOf[TeacherConfig] = setting(
         (), "other decoders, of the same tokenizer, that rows of one's own learn from"
     )
     extra_flops: Literal["all", "networks"] = setting(
@@ -84,7 +86,7 @@ class OverfittingConfig(Section):
     """Test nats by epoch, for a decoder and a memory that are trained for long."""
 
     name: Name = setting("overfitting", "name of the table in results/")
-    seeds: tuple[Seed, ...] = setting((0,), "seeds", min_length=1)
+    seeds: ListOf[Seed] = setting((0,), "seeds", min_length=1)
     decoder_epochs: Epochs = setting(6, "epochs that the decoder is trained for")
     memory_epochs: Epochs = setting(8, "epochs that the memory is trained for")
 
@@ -93,8 +95,8 @@ class SweepConfig(Section):
     """One key of the configuration, and the values that it takes."""
 
     key: Text = setting("train.alpha", "dotted key of the configuration")
-    values: tuple[SweptInt | SweptFloat | str | None, ...] = setting((), "its values")
-    overrides: tuple[str, ...] = setting(
+    values: ListOf[SweptInt | SweptFloat | AnyText | None] = setting((), "its values")
+    overrides: ListOf[AnyText] = setting(
         (), "what else is different for all of its values, section.key=value each"
     )
     role: Literal["model", "teacher"] = setting(
@@ -113,5 +115,5 @@ class AblateConfig(Section):
     """Sweeps of one key each, around the configuration."""
 
     name: Name = setting("ablate", "name of the table in results/")
-    seeds: tuple[Seed, ...] = setting((0,), "seeds", min_length=1)
-    sweeps: tuple[SweepConfig, ...] = setting((), "the sweeps, in order")
+    seeds: ListOf[Seed] = setting((0,), "seeds", min_length=1)
+    sweeps: ListOf[SweepConfig] = setting((), "the sweeps, in order")

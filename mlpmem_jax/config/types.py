@@ -7,48 +7,60 @@ that people write. What is within them may still be too much for a machine.
 import functools
 import glob
 import os
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, WithJsonSchema
 
 _LONGEST_PATH, _LONGEST_NAME = 4096, 255  # bytes, of Linux
 
 
-@dataclass(frozen=True)
-class Mark:
-    """What a type says besides its limits.
+T = TypeVar("T")
 
-    Attributes:
-        is_path: Whether its text is a path or a glob.
-        hint: What to do instead, where a value is refused.
+
+def _whole(value: Any) -> Any:
+    """Returns 2000 for 2e3; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _writable(text: str) -> str:
+    """Returns a text that can be written as UTF-8; bytes that are not come as surrogates.
+
+    Raises:
+        ValueError: It cannot.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not valid UTF-8 text") from None
+    return text
 
-    is_path: bool = False
-    hint: str | None = None
 
-
+# Lists of YAML become tuples.
+ListOf = Annotated[tuple[T, ...], Strict(False)]
+# Of every whole number, behind its bounds (in front of them, pydantic's schema loses them).
+WHOLE = BeforeValidator(_whole)
 Auto = Literal["auto"]
+AnyText = Annotated[str, AfterValidator(_writable)]
 Text = Annotated[str, Field(min_length=1)]
 # Names become directories, and other names are made of them.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=100)]
 
-PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
+PositiveInt = Annotated[int, Field(ge=1, le=10**9), WHOLE]
+NonNegativeInt = Annotated[int, Field(ge=0, le=10**9), WHOLE]
 # JAX keeps 32 bits of a seed: beyond them, different seeds would give the same numbers.
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1), WHOLE]
 # What is held at the same time, or done again and again.
-Count = Annotated[int, Field(ge=1, le=10**6)]
+Count = Annotated[int, Field(ge=1, le=10**6), WHOLE]
 # Each is a checkpoint, and a row of a table.
-Epochs = Annotated[int, Field(ge=1, le=1000)]
-Blocks = Annotated[int, Field(ge=1, le=10**4)]
-Width = Annotated[int, Field(ge=1, le=10**6)]
-Tokens = Annotated[int, Field(ge=1, le=10**7)]
-RecentTokens = Annotated[int, Field(ge=0, le=64)]
-NgramOrder = Annotated[int, Field(ge=1, le=64)]
-TableRows = Annotated[int, Field(ge=128, le=2**30)]
-Rows = Annotated[int, Field(ge=1, le=10**12)]
-Bytes = Annotated[int, Field(ge=1, le=10**15)]
+Epochs = Annotated[int, Field(ge=1, le=1000), WHOLE]
+Blocks = Annotated[int, Field(ge=1, le=10**4), WHOLE]
+Width = Annotated[int, Field(ge=1, le=10**6), WHOLE]
+Tokens = Annotated[int, Field(ge=1, le=10**7), WHOLE]
+RecentTokens = Annotated[int, Field(ge=0, le=64), WHOLE]
+NgramOrder = Annotated[int, Field(ge=1, le=64), WHOLE]
+TableRows = Annotated[int, Field(ge=128, le=2**30), WHOLE]
+Rows = Annotated[int, Field(ge=1, le=10**12), WHOLE]
+Bytes = Annotated[int, Field(ge=1, le=10**15), WHOLE]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
@@ -62,10 +74,7 @@ Scale = Annotated[float, Field(ge=1e-9, le=1e9)]
 SweptInt = Annotated[int, Field(ge=-(10**15), le=10**15)]
 SweptFloat = Annotated[float, Field(ge=-1e15, le=1e15)]
 # A whole number counts blocks from 1; a number with a point is a share of the depth.
-Layer = (
-    Annotated[int, Field(ge=1, le=10**4, strict=True)]
-    | Annotated[float, Field(gt=0, le=1, strict=True)]
-)
+Layer = Annotated[int, Field(ge=1, le=10**4)] | Annotated[float, Field(gt=0, le=1)]
 
 
 def checked_path(path: str, *, is_glob: bool = False) -> str:
@@ -78,7 +87,7 @@ def checked_path(path: str, *, is_glob: bool = False) -> str:
     Raises:
         ValueError: It cannot be the path of a file; says why.
     """
-    head, slash, rest = path.partition("/")
+    head, slash, rest = _writable(path).partition("/")
     if not path.strip():
         raise ValueError("must be a path, and this one is empty")
     if any(ord(character) < 32 or ord(character) == 127 for character in path):
@@ -98,7 +107,8 @@ def checked_path(path: str, *, is_glob: bool = False) -> str:
     return expanded
 
 
-PathText = Annotated[str, AfterValidator(checked_path), Mark(is_path=True)]
+_PATH_SCHEMA = WithJsonSchema({"type": "string", "format": "path"})
+PathText = Annotated[str, AfterValidator(checked_path), _PATH_SCHEMA]
 GlobText = Annotated[
-    str, AfterValidator(functools.partial(checked_path, is_glob=True)), Mark(is_path=True)
+    str, AfterValidator(functools.partial(checked_path, is_glob=True)), _PATH_SCHEMA
 ]

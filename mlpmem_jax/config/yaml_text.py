@@ -1,8 +1,7 @@
 """YAML as this project reads and writes it.
 
-The reader is PyYAML's safe one with the rules of YAML 1.2's core schema: `1e-3` is a
-number, `no` and `2026-01-01` are text, and a key given twice is a mistake instead of
-the last one winning.
+The reader is PyYAML's safe one with the rules of YAML 1.2's core schema: `1e-3` is a number, `no`
+and `2026-01-01` are text. It reports keys that are given twice.
 """
 
 import re
@@ -10,15 +9,23 @@ from typing import Any
 
 import yaml
 
-_BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
-_INT = re.compile(r"^[-+]?[0-9][0-9_]*$")
-_FLOAT = re.compile(
-    r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
-    r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
-)
+_TAG = "tag:yaml.org,2002:"
+# What plain scalars mean, and the characters that they begin with.
+_PLAIN = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9][0-9_]*", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "merge": (r"<<", "<"),
+}
+# No timestamps, binary data or sets.
+_CONSTRUCTED = ("null", "bool", "float", "seq", "map", "str")
 _DEEPEST = 30
 _MOST_DIGITS = 1000  # Python itself refuses 4,300
-_NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 
 
 class YamlError(ValueError):
@@ -29,6 +36,10 @@ class _Reader(yaml.SafeLoader):
     """Safe loader that collects repeated keys and refuses deep nesting."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_constructors = {
+        tag: yaml.SafeLoader.yaml_constructors[tag]
+        for tag in (None, *(_TAG + name for name in _CONSTRUCTED))
+    }
 
     def __init__(self, text: str):
         super().__init__(text)
@@ -44,32 +55,19 @@ class _Reader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        if isinstance(node, yaml.MappingNode):
-            seen = set()
-            for key_node, _ in node.value:
-                if not isinstance(key_node, yaml.ScalarNode):
-                    continue  # refused by the reader itself
-                if key_node.value in seen:
-                    self.repeated.append((key_node.value, key_node.start_mark.line + 1))
-                seen.add(key_node.value)
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):  # the reader itself refuses any other
+                if key.value in seen:
+                    self.repeated.append((key.value, key.start_mark.line + 1))
+                seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
-
-def _read_int(reader: _Reader, node: yaml.ScalarNode) -> int:
-    digits = reader.construct_scalar(node).replace("_", "")
-    if len(digits) > _MOST_DIGITS:
-        raise YamlError(f"line {node.start_mark.line + 1}: a number of {len(digits)} digits")
-    return int(digits)
-
-
-# Tags of the core schema alone: no timestamps, binary data or sets.
-_CORE = ("null", "bool", "float", "seq", "map", "str")
-_TAG = "tag:yaml.org,2002:"
-_Reader.yaml_constructors = {
-    None: yaml.SafeLoader.yaml_constructors[None],
-    **{f"{_TAG}{name}": yaml.SafeLoader.yaml_constructors[f"{_TAG}{name}"] for name in _CORE},
-    f"{_TAG}int": _read_int,
-}
+    def read_int(self, node: yaml.ScalarNode) -> int:
+        digits = self.construct_scalar(node).replace("_", "")
+        if len(digits) > _MOST_DIGITS:
+            raise YamlError(f"line {node.start_mark.line + 1}: a number of {len(digits)} digits")
+        return int(digits)
 
 
 class _Writer(yaml.SafeDumper):
@@ -79,17 +77,10 @@ class _Writer(yaml.SafeDumper):
         return super().increase_indent(flow, False)
 
 
-_PLAIN = (
-    ("bool", _BOOL, list("tTfF")),
-    ("int", _INT, list("-+0123456789")),
-    ("float", _FLOAT, list("-+0123456789.")),
-    ("null", _NULL, ["~", "n", "N", ""]),
-    ("merge", re.compile("^<<$"), ["<"]),
-)
-for _name, _pattern, _first in _PLAIN:
-    _Reader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, _first)
-    # The writer keeps PyYAML's own rules too, and so quotes what either would misread.
-    _Writer.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, _first)
+_Reader.add_constructor(f"{_TAG}int", _Reader.read_int)
+for _name, (_pattern, _first) in _PLAIN.items():
+    for _class in (_Reader, _Writer):  # The writer keeps PyYAML's own rules too.
+        _class.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
 def parse_yaml(text: str) -> tuple[Any, list[tuple[str, int]]]:
@@ -106,10 +97,7 @@ def parse_yaml(text: str) -> tuple[Any, list[tuple[str, int]]]:
     """
     try:
         reader = _Reader(text)
-        try:
-            value = reader.get_single_data()
-        finally:
-            reader.dispose()
+        return reader.get_single_data(), reader.repeated
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -122,39 +110,27 @@ def parse_yaml(text: str) -> tuple[Any, list[tuple[str, int]]]:
         raise YamlError(f"a value does not fit its tag: {error}") from None
     except RecursionError:  # `a: &a {<<: *a}`
         raise YamlError("it is nested in itself") from None
-    return value, reader.repeated
 
 
-def write_yaml(value: Any) -> str:
+def write_yaml(value: Any, **style: Any) -> str:
     """Returns a JSON-like value as a YAML document, keys in the order given."""
-    return yaml.dump(
-        value, Dumper=_Writer, sort_keys=False, allow_unicode=True, default_flow_style=False
-    )
+    style = {"default_flow_style": False, **style}
+    return yaml.dump(value, Dumper=_Writer, sort_keys=False, allow_unicode=True, **style)
+
+
+def flow(value: Any) -> str:
+    """Returns a list or mapping as one line of YAML."""
+    return write_yaml(value, default_flow_style=True, width=10**6).strip()
 
 
 def short(value: Any, longest: int = 80) -> str:
     """Returns a value as one line of a message, cut where it is long."""
+    if isinstance(value, list | tuple):
+        value = value[:longest]  # each entry takes a character or more
     if value is None or value == "":
         return "null" if value is None else '""'
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, list | tuple):
-        value = value[:longest]  # each entry takes a character or more
-    text = value if isinstance(value, str) else flow(value)
+    text = flow(value) if isinstance(value, dict | list | tuple) else str(value)
     text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= longest else text[: longest - 3] + "..."
-
-
-def flow(value: Any) -> str:
-    """Returns a value as one line of YAML."""
-    if isinstance(value, dict | list | tuple):
-        plain = list(value) if isinstance(value, tuple) else value
-        return yaml.dump(
-            plain,
-            Dumper=_Writer,
-            default_flow_style=True,
-            sort_keys=False,
-            allow_unicode=True,
-            width=10**6,
-        ).strip()
-    return str(value)

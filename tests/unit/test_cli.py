@@ -111,7 +111,7 @@ def test_flags_find_the_home_directory(calls, tmp_path, monkeypatch):
         (["--config", "~nobody-here/x"], "--config ~nobody-here/x: ~nobody-here: no such user"),
         (["--topology", ""], 'compile.topology="": must be local or'),
         (["--step", ""], 'compile.step="": must be pretrain, train, embed or decode'),
-        (["--workdir", "\udcff"], "workdir=\\udcff: holds what is no UTF-8 text"),
+        (["--workdir", "\udcff"], "workdir=\\udcff: is not valid UTF-8 text"),
         (["compile.nowhere=1", "x" * 20_000], "x: not an override; write section.key=value"),
         (["--" + "x" * 20_000], "unrecognized arguments: --xxx"),
     ],

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.config.base import Section
-from mlpmem_jax.config.draft import Draft
-from mlpmem_jax.config.keys import INDEX, Alternative, Key, all_keys
+from mlpmem_jax.config.keys import INDEX, Key, Schema, all_keys, alternatives
+from mlpmem_jax.config.load import changed_config
+from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import ConfigError
 
 
@@ -18,58 +19,59 @@ class Number:
     """One kind of number that a key, or an entry of its list, takes."""
 
     key: Key
-    alternative: Alternative
+    schema: Schema
 
     @property
     def path(self) -> str:
-        in_list = self.key.alternatives[0].kind == "list"
+        in_list = "items" in self.key.schema
         # A list of sections has one entry more than there are: a new one.
         path = self.key.path + ".0" * in_list
         return path.replace(f".{INDEX}.", ".0.")
 
     @property
+    def is_whole(self) -> bool:
+        return self.schema["type"] == "integer"
+
+    @property
     def low(self) -> tuple[float, float]:
         """The least value that is allowed, and the next one below."""
-        alternative = self.alternative
-        if alternative.kind == "int":
-            return alternative.ge, alternative.ge - 1
-        if alternative.gt is not None:
-            return math.nextafter(alternative.gt, math.inf), alternative.gt
-        return alternative.ge, math.nextafter(alternative.ge, -math.inf)
+        if self.is_whole:
+            return self.schema["minimum"], self.schema["minimum"] - 1
+        if "exclusiveMinimum" in self.schema:
+            bound = self.schema["exclusiveMinimum"]
+            return math.nextafter(bound, math.inf), bound
+        return self.schema["minimum"], math.nextafter(self.schema["minimum"], -math.inf)
 
     @property
     def high(self) -> tuple[float, float]:
         """The greatest value that is allowed, and the next one above."""
-        alternative = self.alternative
-        if alternative.kind == "int":
-            return alternative.le, alternative.le + 1
-        if alternative.lt is not None:
-            return math.nextafter(alternative.lt, -math.inf), alternative.lt
-        return alternative.le, math.nextafter(alternative.le, math.inf)
+        if self.is_whole:
+            return self.schema["maximum"], self.schema["maximum"] + 1
+        if "exclusiveMaximum" in self.schema:
+            bound = self.schema["exclusiveMaximum"]
+            return math.nextafter(bound, -math.inf), bound
+        return self.schema["maximum"], math.nextafter(self.schema["maximum"], math.inf)
 
 
 def _numbers() -> list[Number]:
     return [
-        Number(key, alternative)
+        Number(key, schema)
         for key in all_keys().values()
-        for kind in key.alternatives
-        for alternative in (kind.items if kind.kind == "list" else (kind,))
-        if alternative.kind in ("int", "float")
+        for schema in alternatives(key.schema.get("items", key.schema))
+        if schema.get("type") in ("integer", "number")
     ]
 
 
 NUMBERS = _numbers()
 each_number = pytest.mark.parametrize(
-    "number", NUMBERS, ids=lambda n: f"{n.key.path}-{n.alternative.kind}"
+    "number", NUMBERS, ids=lambda n: f"{n.key.path}-{n.schema['type']}"
 )
 
 
 def _refused(path: str, value: Any) -> list[str]:
     """Returns what is said about the key itself; how it fits others is not asked here."""
-    draft = Draft()
-    draft.override(f"{path}={value!r}")
     try:
-        draft.finish()
+        changed_config(Config(), {}, [f"{path}={value!r}"])
     except ConfigError as error:
         return [line for line in error.messages if line.startswith(f"{path}={value!r}: must be")]
     return []
@@ -84,16 +86,15 @@ def test_there_are_numbers_in_lists_and_unions_too():
 
 @each_number
 def test_every_number_has_two_bounds(number):
-    a = number.alternative
-    assert a.ge is not None or a.gt is not None
-    assert a.le is not None or a.lt is not None
+    assert "minimum" in number.schema or "exclusiveMinimum" in number.schema
+    assert "maximum" in number.schema or "exclusiveMaximum" in number.schema
 
 
 @each_number
 def test_bounds_are_allowed_and_what_lies_beyond_is_refused(number):
     (least, below), (greatest, above) = number.low, number.high
     if number.path.endswith(".layer"):  # a union of two: 0 and 1.5 are beyond both
-        below, above = (0, 10_001) if number.alternative.kind == "int" else (0.0, 1.5)
+        below, above = (0, 10_001) if number.is_whole else (0.0, 1.5)
     assert not _refused(number.path, least)
     assert not _refused(number.path, greatest)
     for value in (below, above):
@@ -104,10 +105,10 @@ def test_bounds_are_allowed_and_what_lies_beyond_is_refused(number):
 @each_number
 def test_floats_can_be_held_in_float32(number):
     """Else 1e-50 is 0 on the devices, and 0 / 0 follows."""
-    if number.alternative.kind == "int":
+    if number.is_whole:
         assert abs(number.high[0]) < 2**62
         return
-    for bound, inner in ((number.alternative.ge, number.low[0]), (None, number.high[0])):
+    for bound, inner in ((number.schema.get("minimum"), number.low[0]), (None, number.high[0])):
         assert np.isfinite(np.float32(inner))
         if bound:
             assert abs(np.float32(bound)) >= np.finfo(np.float32).tiny
@@ -123,10 +124,8 @@ def test_floats_can_be_held_in_float32(number):
              "targets.temperature", "datastore.key.layer", "generate.top_p"],
 )  # fmt: skip
 def test_numbers_of_any_length_are_one_short_line(path, value):
-    draft = Draft()
-    draft.override(f"{path}={value}")
     with pytest.raises(ConfigError) as caught:
-        draft.finish()
+        changed_config(Config(), {}, [f"{path}={value}"])
     (line,) = caught.value.messages
     assert line.startswith(f"{path}=") and len(line) < 300
 
@@ -148,17 +147,13 @@ def test_the_issue_s_numbers_are_refused_with_the_configuration():
         ("evaluate.bootstrap_samples=1e12", "from 100 to 1e6"),
         ("pretrain.optimizer.epsilon=1e-50", "from 1e-15 to 1"),
     ):
-        draft = Draft()
-        draft.override(override)
         with pytest.raises(ConfigError) as caught:
-            draft.finish()
+            changed_config(Config(), {}, [override])
         (line,) = caught.value.messages
         assert expected in line
 
 
 def test_every_section_is_walked():
     sections = {key.path.split(".")[0] for key in all_keys().values() if "." in key.path}
-    from mlpmem_jax.config.schema import Config
-
     fields = Config.model_fields
     assert sections == {name for name in fields if isinstance(fields[name].default, Section)}

@@ -133,7 +133,8 @@ def test_issue_example_reports_both(mistakes):
         ("tokenizer.vocab_size=256", "must be a whole number from 257 to 1e7"),
         ("tokenizer.separator=", "must be text that is not empty"),
         ("corpus.paths=a.txt", "must be a list of texts"),
-        ("datastore.arrays=[keys]", "must be a list of key, input, label or logprob"),
+        ("datastore.arrays=key", "must be a list of key, input, label or logprob"),
+        ("datastore.arrays=[key, keys]", ".arrays.1=keys: must be key, input, label or logprob"),
         ("datastore.name=a/b", "must be text that matches ^[A-Za-z0-9._-]+$"),
         ("train.interpolation=1.5", "must be"),
         (
@@ -244,7 +245,7 @@ def test_a_wrong_key_does_not_break_the_rules_it_takes_part_in(mistakes):
     # The meant value is unknown, so nothing is said about how it fits others.
     assert len(mistakes("decoder.context_tokens=0", "pretrain.window_tokens=512")) == 1
     assert len(mistakes("decoder.contxt_tokens=512", "pretrain.window_tokens=512")) == 1
-    assert len(mistakes("corpus.more=[{weight: 2, paths: [a]}, {weight: 3, paths: [a]}]")) == 2
+    assert len(mistakes("corpus.more=[{weight: 2, paths: [a]}, {weight: 3, wight: 1}]")) == 3
 
 
 def test_unknown_section_in_the_file_is_one_mistake(mistakes):
@@ -296,3 +297,29 @@ def test_resolved_configuration_round_trips(load, tmp_path):
     path.write_text(dump_config(config), encoding="utf-8")
     assert load_config(path) == config
     assert isinstance(load_config(path).datastore.key.layer, float)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["corpus.more.0.paths.first=b"], ["corpus.more.0.paths is a list of 0 entries"]),
+        (
+            ["corpus.more.0.paths.5=b", "corpus.more.2.weight=1"],
+            ["corpus.more.0.paths.0 adds one", "a list of 1 entry; corpus.more.1 adds one"],
+        ),
+        (["corpus.paths=a.txt", "corpus.paths.0=b"], ["corpus.paths=a.txt: must be a list"]),
+        (["train=3", "train.alpha=0.5"], ["train=3: must be a section"]),
+        (["corpus.more=[{1: 2}]"], ["corpus.more.0.1=2: unknown key; corpus.more.0 has: source"]),
+        (["corpus.more.0=null"], ["corpus.more.0=null: must be a section"]),
+    ],
+)
+def test_entries_and_sections_of_the_wrong_type(mistakes, overrides, expected):
+    found = mistakes(*overrides)
+    assert len(found) == len(expected)
+    assert all(text in message for text, message in zip(expected, found, strict=True))
+
+
+def test_values_that_an_anchor_shares_are_set_one_by_one(load):
+    text = "corpus: {train: {paths: &p [a]}, valid: {paths: *p}, test: {paths: *p}, source: text}"
+    corpus = load("corpus.valid.paths.0=b", text=text).corpus
+    assert (corpus.train.paths, corpus.valid.paths) == (("a",), ("b",))

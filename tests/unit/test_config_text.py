@@ -169,7 +169,7 @@ def test_the_schema_knows_its_paths():
 
 
 def _override(path, value):
-    is_list = all_keys()[path].alternatives[0].kind == "list"
+    is_list = "items" in all_keys()[path].schema
     return f"{path.replace('.N', '.0')}{'.0' * is_list}={value}"
 
 
@@ -204,7 +204,7 @@ def test_the_home_directory_is_found_in_every_path(load, refused, path, monkeypa
         ("a\0b", "holds a line break or another control character"),
         ("a/" * 3000, "longer than the 4096 bytes of a path"),
         ("a/" + "b" * 256, "holds a name of more than 255 bytes"),
-        ("a\udcff", "holds what is no UTF-8 text"),
+        ("a\udcff", "is not valid UTF-8 text"),
     ):
         line = refused(*others, _override(path, typed))[0]
         assert expected in line and len(line) < 300 and line.isprintable()
