@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from mlpmem_jax.config.pretrained import longest_context, pretrained_keys
 from mlpmem_jax.config.table_checks import table_mistakes
 from mlpmem_jax.config.training_checks import training_mistakes
+from mlpmem_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from mlpmem_jax.config.schema import Config
@@ -15,8 +17,8 @@ if TYPE_CHECKING:
 def cross_section_mistakes(config: Config) -> list[str]:
     """Returns one line for each rule that is broken."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
-        _sources, _separator, _heads, _recent, _layers, _windows, _storage, _batches, _arrays,
-        _mesh, _names, _candidates, training_mistakes, table_mistakes,
+        _sources, _separator, _heads, _pretrained, _recent, _layers, _windows, _storage, _batches,
+        _arrays, _mesh, _names, _candidates, training_mistakes, table_mistakes,
     )  # fmt: skip
     return [mistake for rule in rules for mistake in rule(config)]
 
@@ -97,6 +99,31 @@ def _heads(config: Config) -> Iterator[str]:
         yield (
             f"memory.head=tied needs memory.width={config.memory.width} equal to "
             f"decoder.width={decoder.width}"
+        )
+
+
+def _pretrained(config: Config) -> Iterator[str]:
+    """A pretrained decoder has the shape that it has; its context may be cut."""
+    path = config.decoder.pretrained
+    if path is None:
+        return
+    try:
+        wanted = pretrained_keys(path)
+    except ConfigError as error:
+        yield from error.messages
+        return
+    for dotted, value in wanted.items():
+        section, key = dotted.split(".")
+        given = getattr(getattr(config, section), key)
+        if section == "decoder" and key != "context_tokens" and given != value:
+            yield f"{dotted}={given}: the decoder in decoder.pretrained={path} has {value}"
+    if config.decoder.ngram_orders:
+        yield f"decoder.ngram_orders: the decoder in decoder.pretrained={path} has none"
+    most = longest_context(path)
+    if config.decoder.context_tokens > most:
+        yield (
+            f"decoder.context_tokens={config.decoder.context_tokens}: the decoder in "
+            f"decoder.pretrained={path} reads at most {most}"
         )
 
 

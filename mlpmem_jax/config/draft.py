@@ -82,6 +82,10 @@ class Draft:
         else:
             container[keys[-1]] = value
 
+    def value(self, *keys: str | int) -> Any:
+        """Returns a value that is not checked yet; None where there is none."""
+        return _look_up(self._tree, keys)
+
     def finish(self) -> Config:
         """Returns the configuration.
 

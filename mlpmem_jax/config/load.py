@@ -10,6 +10,7 @@ from typing import Any
 
 from mlpmem_jax.config.draft import Draft
 from mlpmem_jax.config.keys import key_path
+from mlpmem_jax.config.pretrained import pretrained_keys
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.types import checked_path
 from mlpmem_jax.config.yaml_text import YamlError, parse_yaml, short, write_yaml
@@ -36,12 +37,20 @@ def load_config(
     Raises:
         ConfigError: With one line for each mistake.
     """
-    draft = Draft()
     values, mistakes = _read_file(config_path(path))
-    for mistake in mistakes:
-        draft.note(mistake)
-    draft.merge(values)
-    return _finished(draft, overrides, assigned or {})
+
+    def draft(base: Config | None = None) -> Draft:
+        draft = Draft(base)
+        for mistake in mistakes:
+            draft.note(mistake)
+        draft.merge(values)
+        return _changed(draft, overrides, assigned or {})
+
+    # What a pretrained decoder decides stands below what the file and the command line set.
+    pretrained = draft().value("decoder", "pretrained")
+    if isinstance(pretrained, str) and pretrained:
+        return draft(changed_config(Config(), pretrained_keys(pretrained))).finish()
+    return draft().finish()
 
 
 def changed_config(
@@ -57,15 +66,15 @@ def changed_config(
     Raises:
         ConfigError: With one line for each mistake.
     """
-    return _finished(Draft(config), overrides, assigned)
+    return _changed(Draft(config), overrides, assigned).finish()
 
 
-def _finished(draft: Draft, overrides: Sequence[str], assigned: Mapping[str, Any]) -> Config:
+def _changed(draft: Draft, overrides: Sequence[str], assigned: Mapping[str, Any]) -> Draft:
     for override in overrides:
         draft.override(override)
     for dotted, value in assigned.items():
         draft.put(key_path(dotted), value)
-    return draft.finish()
+    return draft
 
 
 def dump_config(config: Config) -> str:

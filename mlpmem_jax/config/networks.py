@@ -11,6 +11,7 @@ from mlpmem_jax.config.types import (
     ListOf,
     Name,
     NgramOrder,
+    PathText,
     RecentTokens,
     Scale,
     TableRows,
@@ -25,6 +26,12 @@ class DecoderConfig(Section):
     """A decoder-only Transformer of the GPT-2 or the Llama family, by these keys."""
 
     name: Name = setting("base", "name of the decoder")
+    pretrained: PathText | None = runtime(
+        None,
+        "a Hugging Face directory (config.json, *.safetensors, tokenizer.json) of GPT-2, Llama, "
+        "Mistral or Qwen2: its decoder is used as it is, `pretrain` imports it, and it sets the "
+        "keys of the shape and of the tokenizer; not set: the decoder is trained on the corpus",
+    )
     width: Width = setting(128, "width of the residual stream, D")
     num_layers: Blocks = setting(6, "blocks")
     num_heads: Width = setting(4, "attention heads, H")

@@ -59,6 +59,14 @@ def pretrained_keys(path: str) -> dict[str, Any]:
     return found
 
 
+def longest_context(path: str) -> int:
+    """Returns the longest window that a pretrained decoder reads, in tokens."""
+    settings = _read_json(Path(path).expanduser() / HF_CONFIG, path)
+    window = settings.get("sliding_window") if settings["model_type"] == "mistral" else None
+    longest = settings.get("max_position_embeddings") or settings["n_positions"]
+    return int(min(longest, window or longest))
+
+
 def _gpt2(settings: Settings, refuse: Callable[[str], None]) -> dict[str, Any]:
     activation = settings.get("activation_function", "gelu_new")
     if activation not in _GELU:
@@ -116,12 +124,10 @@ def _llama(settings: Settings, refuse: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _mistral(settings: Settings, refuse: Callable[[str], None]) -> dict[str, Any]:
+    # Within its window (`longest_context`) attention is that of any other decoder.
     shape = _llama(settings, refuse)
-    window = settings.get("sliding_window")
-    if window is not None:
-        # Within its window attention is that of any other decoder.
-        shape["context_tokens"] = min(shape["context_tokens"], window)
-    return shape
+    window = settings.get("sliding_window") or shape["context_tokens"]
+    return shape | {"context_tokens": min(shape["context_tokens"], window)}
 
 
 def _qwen2(settings: Settings, refuse: Callable[[str], None]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from mlpmem_jax.training.state import flatten, split_module, unflatten
 # The model that stands before the head, in some files a part of each name.
 _PREFIXES = ("model.", "transformer.")
 # Masks and frequencies: no parameters.
-_IGNORED = ("attn.bias", "attn.masked_bias", "rotary_emb.inv_freq")
+_IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 _HEAD = "lm_head.weight"
 
 Turn = Callable[[np.ndarray], np.ndarray]

@@ -1,10 +1,11 @@
-"""The decoder, trained on the corpus."""
+"""The decoder: trained on the corpus, or read from files of a pretrained one."""
 
 import functools
 from collections.abc import Mapping
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import say
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.execute import execute
@@ -27,6 +28,8 @@ def recipe(config: Config) -> dict[str, Any]:
 def stages(config: Config) -> list[Stage]:
     """Returns the one stage of this command."""
     layout = Layout(config)
+    if config.decoder.pretrained is not None:
+        return [_import_stage(config, config.decoder.pretrained)]
     return [
         Stage(
             artifact=layout.decoder,
@@ -38,6 +41,37 @@ def stages(config: Config) -> list[Stage]:
             need=functools.partial(_need, config),
         )
     ]
+
+
+def _import_stage(config: Config, path: str) -> Stage:
+    from mlpmem_jax.interop.tensors import TensorFiles
+
+    return Stage(
+        artifact=Layout(config).decoder,
+        recipe={"decoder": config.decoder.recipe(), "weights": TensorFiles(path).digest()},
+        upstream=(Layout(config).tokens,),
+        build=functools.partial(_import, config, path),
+        check=functools.partial(check_devices, config, "pretrain"),
+        estimate=lambda: {"model flops": 0.0},
+    )
+
+
+def _import(config: Config, path: str) -> Completion:
+    import jax
+    from flax import nnx
+
+    from mlpmem_jax.interop.huggingface import load_decoder
+    from mlpmem_jax.parallel.mesh import make_mesh
+    from mlpmem_jax.training.networks import save_network, vocab_size
+
+    mesh, size = make_mesh(config.mesh), vocab_size(config)
+    decoder = load_decoder(path, config.decoder, size, mesh)
+    artifact = Layout(config).decoder
+    files = save_network(decoder, artifact, 0, mesh)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(decoder, nnx.Param)))
+    say(f"{artifact.relative}: {parameters:,} parameters read from {path}")
+    counts = {"steps": 0, "parameters": parameters, "vocab_size": size}
+    return Completion(counts=counts, files=files, measured={"model_flops": 0.0})
 
 
 def _estimate(config: Config) -> Mapping[str, Any]:

@@ -1,0 +1,197 @@
+"""Decoders of Hugging Face directories: logits of `transformers`, and refusals.
+
+The directories under golden/pretrained, and the logits in them, are made by the script there.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.config.networks import DecoderConfig
+from mlpmem_jax.config.pretrained import pretrained_keys
+from mlpmem_jax.errors import ConfigError, UserError
+from mlpmem_jax.interop.huggingface import load_decoder
+from mlpmem_jax.interop.tensors import TensorFiles
+from mlpmem_jax.parallel.mesh import single_device_mesh
+
+MODELS = Path(__file__).with_name("golden") / "pretrained"
+VOCAB = 40
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A copy of a model, to be changed."""
+    return Path(shutil.copytree(MODELS / "llama", tmp_path / "llama"))
+
+
+def _edit(file: Path, **settings: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def _config(folder: Path, **changed: object) -> DecoderConfig:
+    keys = {key.removeprefix("decoder."): v for key, v in pretrained_keys(str(folder)).items()}
+    return DecoderConfig(**keys | changed)
+
+
+def _logits(folder: Path, tokens: np.ndarray, **changed: object) -> np.ndarray:
+    decoder = load_decoder(str(folder), _config(folder, **changed), VOCAB, single_device_mesh())
+    graphdef, state = nnx.split(decoder)
+
+    @jax.jit
+    def run(state, tokens_BL):
+        decoder = nnx.merge(graphdef, state)
+        return decoder.logits(decoder.hidden(tokens_BL)[0])
+
+    return np.asarray(run(state, tokens.astype(np.int32)))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama-tied", "mistral", "qwen2"])
+def test_logits_are_those_of_transformers(name: str):
+    stored = np.load(MODELS / name / "logits.npz")
+    found = _logits(MODELS / name, stored["tokens"])
+    np.testing.assert_allclose(found[..., :VOCAB], stored["logits"], atol=1e-4)
+    assert np.isneginf(found[..., VOCAB:]).all()
+
+
+def test_shards_bfloat16_prefixes_and_spare_rows(llama: Path):
+    """Other files of the same decoder: two shards, no prefix, more embeddings than tokens."""
+    tensors = load_file(llama / "model.safetensors")
+    stored = np.load(llama / "logits.npz")
+    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        renamed[name] = np.concatenate([renamed[name], np.ones((24, 16), np.float32)])
+    renamed["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    shards = {"a.safetensors": {}, "b.safetensors": {}}
+    for place, (name, tensor) in enumerate(renamed.items()):
+        shards[list(shards)[place % 2]][name] = tensor
+    (llama / "model.safetensors").unlink()
+    index = {name: file for file, held in shards.items() for name in held}
+    for file, held in shards.items():
+        save_file(held, llama / file)
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    found = _logits(llama, stored["tokens"])
+    np.testing.assert_allclose(found[..., :VOCAB], stored["logits"], atol=1e-4)
+
+    rounded = {name: tensor.astype(jax.numpy.bfloat16) for name, tensor in tensors.items()}
+    (llama / "model.safetensors.index.json").unlink()
+    save_file(rounded, llama / "model.safetensors")
+    wide = {name: tensor.astype(np.float32) for name, tensor in rounded.items()}
+    half = _logits(llama, stored["tokens"])
+    save_file(wide, llama / "model.safetensors")
+    np.testing.assert_array_equal(half, _logits(llama, stored["tokens"]))
+
+
+def test_a_shorter_context_takes_the_first_positions():
+    stored = np.load(MODELS / "gpt2" / "logits.npz")
+    found = _logits(MODELS / "gpt2", stored["tokens"], context_tokens=24)
+    np.testing.assert_allclose(found[..., :VOCAB], stored["logits"], atol=1e-4)
+
+
+def test_wrong_tensors_are_all_named(llama: Path):
+    tensors = load_file(llama / "model.safetensors")
+    del tensors["model.norm.weight"]
+    tensors["model.layers.9.mlp.up_proj.weight"] = np.zeros(3, np.float32)
+    tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((24, 15), np.float32)
+    save_file(tensors, llama / "model.safetensors")
+    with pytest.raises(UserError) as caught:
+        load_decoder(str(llama), _config(llama), VOCAB, single_device_mesh())
+    message = str(caught.value)
+    assert "missing: norm.weight" in message
+    assert "unexpected: layers.9.mlp.up_proj.weight" in message
+    assert "layers.1.mlp.up_proj.weight has the shape [24, 15], config.json asks for [24, 16]" in (
+        message
+    )
+
+
+def test_fewer_embeddings_than_tokens(llama: Path):
+    with pytest.raises(UserError, match="40 embeddings for a tokenizer of 41 tokens"):
+        load_decoder(str(llama), _config(llama), 41, single_device_mesh())
+
+
+def test_files_that_cannot_be_read(llama: Path):
+    (llama / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read as safetensors"):
+        TensorFiles(str(llama))
+    (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is a pickle, which is never read"):
+        TensorFiles(str(llama))
+    weight_map = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (llama / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+    with pytest.raises(UserError, match=r"one\.safetensors, two\.safetensors missing"):
+        TensorFiles(str(llama))
+
+
+def test_other_weights_have_another_digest(llama: Path):
+    before = TensorFiles(str(llama)).digest()
+    assert before == TensorFiles(str(MODELS / "llama")).digest()
+    tensors = load_file(llama / "model.safetensors")
+    save_file(
+        {name: tensor * 1.001 for name, tensor in tensors.items()}, llama / "model.safetensors"
+    )
+    assert TensorFiles(str(llama)).digest() != before
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"model_type": "bert"}, "model_type='bert'; supported are gpt2, llama, mistral, qwen2"),
+        ({"hidden_act": "gelu", "mlp_bias": True}, "hidden_act=gelu: supported is silu"),
+        ({"hidden_act": "gelu", "mlp_bias": True}, "mlp_bias=True is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rotary positions of type yarn"),
+        ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "of type linear"),
+    ],
+)
+def test_what_is_not_supported_is_refused(llama: Path, settings, expected: str):
+    _edit(llama / "config.json", **settings)
+    with pytest.raises(ConfigError) as caught:
+        pretrained_keys(str(llama))
+    assert any(expected in line for line in caught.value.messages)
+
+
+def test_a_directory_without_its_configuration(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read \(No such file"):
+        pretrained_keys(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match=r"has no 'num_attention_heads'"):
+        pretrained_keys(str(tmp_path))
+
+
+@pytest.fixture
+def yaml(llama: Path, tmp_path: Path) -> Path:
+    tokenizer = {"added_tokens": [{"id": 0, "content": "<s>"}, {"id": 1, "content": "</s>"}]}
+    (llama / "tokenizer.json").write_text(json.dumps(tokenizer))
+    file = tmp_path / "run.yaml"
+    file.write_text(f"decoder: {{pretrained: {llama}}}\nmemory: {{width: 16, head: tied}}\n")
+    return file
+
+
+def test_a_configuration_takes_the_shape_from_it(yaml: Path, llama: Path):
+    config = load_config(yaml, ["decoder.context_tokens=32"])
+    assert config.decoder.width == 16 and config.decoder.num_kv_heads == 2
+    assert config.decoder.rope_theta == 500.0 and config.decoder.context_tokens == 32
+    assert config.tokenizer.path == str(llama / "tokenizer.json")
+    assert config.tokenizer.separator == "<s>"
+    assert load_config(yaml, ["tokenizer.separator=</s>"]).tokenizer.separator == "</s>"
+    assert load_config(yaml, ["decoder.pretrained=null", "memory.head=untied"]).decoder.width == 128
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("decoder.width=32", "decoder.width=32: the decoder in decoder.pretrained="),
+        ("decoder.context_tokens=65", "reads at most 64"),
+        ("decoder.ngram_orders=[2]", "decoder.ngram_orders: the decoder in"),
+        ("decoder.pretrained=/nowhere", "decoder.pretrained=/nowhere: config.json cannot be read"),
+    ],
+)
+def test_keys_that_it_does_not_have_are_refused(yaml: Path, override: str, expected: str):
+    with pytest.raises(ConfigError) as caught:
+        load_config(yaml, [override, "memory.head=untied"])
+    assert any(expected in line for line in caught.value.messages)
