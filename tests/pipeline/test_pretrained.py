@@ -1,0 +1,102 @@
+"""A run whose decoder is read from a Hugging Face directory in place of pretraining."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from mlpmem_jax.__main__ import main
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.corpus.tokenizer import train_tokenizer
+from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store.stored_array import StoredArray
+from mlpmem_jax.training.networks import finished_decoder
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
+VOCAB, WIDTH, HIDDEN, LAYERS = 300, 24, 40, 2
+
+
+def _write_llama(folder: Path, vocab_size: int, seed: int) -> None:
+    """Writes a random decoder with tied embeddings."""
+    rng = np.random.default_rng(seed)
+    shapes = {"model.embed_tokens.weight": (vocab_size, WIDTH), "model.norm.weight": (WIDTH,)}
+    for layer in range(LAYERS):
+        shapes |= {
+            f"model.layers.{layer}.{name}.weight": shape
+            for name, shape in {
+                "input_layernorm": (WIDTH,),
+                "post_attention_layernorm": (WIDTH,),
+                "self_attn.q_proj": (WIDTH, WIDTH),
+                "self_attn.k_proj": (WIDTH // 2, WIDTH),
+                "self_attn.v_proj": (WIDTH // 2, WIDTH),
+                "self_attn.o_proj": (WIDTH, WIDTH),
+                "mlp.gate_proj": (HIDDEN, WIDTH),
+                "mlp.up_proj": (HIDDEN, WIDTH),
+                "mlp.down_proj": (WIDTH, HIDDEN),
+            }.items()
+        }
+    tensors = {name: rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    settings = {
+        "model_type": "llama", "hidden_size": WIDTH, "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": HIDDEN,
+        "max_position_embeddings": 32, "tie_word_embeddings": True, "bos_token_id": 0,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A configuration like tiny, with a decoder of a directory."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    tokenizer = train_tokenizer([TINY.read_text()], VOCAB, "<|endoftext|>")
+    (folder / "tokenizer.json").write_bytes(tokenizer.to_json())
+    assert tokenizer.vocab_size == VOCAB
+    _write_llama(folder, VOCAB, seed=0)
+    settings = yaml.safe_load(TINY.read_text())
+    settings |= {"decoder": {"pretrained": str(folder)}, "workdir": str(tmp_path / "run")}
+    settings["memory"]["width"] = 24
+    settings.pop("tokenizer")
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def test_its_states_and_its_losses_are_stored(run: Path, capsys: pytest.CaptureFixture[str]):
+    for command in ("tokenize", "pretrain", "embed"):
+        assert main([command, "--config", str(run)]) == 0
+    assert "parameters read from" in capsys.readouterr().out
+    config = load_config(run)
+    decoder = finished_decoder(config, single_device_mesh())
+    table = load_file(run.parent / "llama" / "model.safetensors")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(np.asarray(decoder.embedding[...])[:VOCAB], table)
+    label = StoredArray(Layout(config).datastore("test"), "label").read(0, 15)
+    logprob = StoredArray(Layout(config).datastore("test"), "logprob").read(0, 15)
+    token = [0, *label[:-1].tolist()]  # the first token of a split is the separator
+    final, _ = decoder.hidden(np.array([token], np.int32))
+    logits = jax.nn.log_softmax(decoder.logits(final))[0]
+    np.testing.assert_allclose(logprob, np.asarray(logits)[range(15), label], atol=1e-4)
+
+    # Nothing is read twice; other weights are noticed, and refused without --rebuild.
+    assert main(["pretrain", "--config", str(run)]) == 0
+    assert "parameters read from" not in capsys.readouterr().out
+    _write_llama(run.parent / "llama", VOCAB, seed=1)
+    assert main(["pretrain", "--config", str(run)]) == 2
+    assert "weights" in capsys.readouterr().err
+
+
+def test_a_missing_tensor_leaves_nothing(run: Path, capsys: pytest.CaptureFixture[str]):
+    file = run.parent / "llama" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file)
+    assert main(["tokenize", "--config", str(run)]) == 0
+    assert main(["pretrain", "--config", str(run)]) == 2
+    assert "missing: norm.weight" in capsys.readouterr().err
+    assert not Layout(load_config(run)).decoder.is_complete()
