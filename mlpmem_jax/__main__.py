@@ -222,6 +222,8 @@ def _parser(command: str) -> _Parser:
             "--step", metavar="STEP", help="pretrain, train, embed or decode (compile.step)"
         )
         parser.add_value("--output", metavar="FILE", help="write the report as JSON too")
+    if command == "export":
+        parser.add_value("--output", metavar="DIR", help="the directory to write, a new one")
     parser.add_argument(
         "overrides",
         metavar="section.key=value",

@@ -118,6 +118,12 @@ COMMANDS: dict[str, Command] = {
             "train.joint_weight", "generate",
         ),
     ),
+    "export": Command(
+        "pipeline.export",
+        "write the decoder as a directory that transformers loads",
+        (*_RUN, "decoder", "memory", "mesh", "datastore.input", *_MODEL, "train.joint_weight"),
+        alone=True,
+    ),
     "compile": Command(
         "pipeline.compile",
         "check ahead of time whether a step fits its devices, and what bounds it",

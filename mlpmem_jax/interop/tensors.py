@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlpmem_jax.errors import UserError
 
-_ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
@@ -52,7 +52,7 @@ class TensorFiles:
         Raises:
             UserError: There are none.
         """
-        index = self._folder / _INDEX
+        index = self._folder / INDEX
         if index.is_file():
             try:
                 named = set(json.loads(index.read_bytes())["weight_map"].values())
@@ -60,13 +60,13 @@ class TensorFiles:
                 raise UserError(f"{index}: damaged, it has no weight_map") from None
             missing = sorted(name for name in named if not (self._folder / name).is_file())
             if missing:
-                raise UserError(f"{self._folder}: {', '.join(missing)} missing ({_INDEX})")
+                raise UserError(f"{self._folder}: {', '.join(missing)} missing ({INDEX})")
             return sorted(named)
-        if (self._folder / _ONE_FILE).is_file():
-            return [_ONE_FILE]
+        if (self._folder / ONE_FILE).is_file():
+            return [ONE_FILE]
         pickled = [p.name for p in self._folder.glob("*.bin")] if self._folder.is_dir() else []
         raise UserError(
-            f"{self._folder}: has neither {_ONE_FILE} nor {_INDEX}"
+            f"{self._folder}: has neither {ONE_FILE} nor {INDEX}"
             + (f"; {pickled[0]} is a pickle, which is never read" if pickled else "")
         )
 

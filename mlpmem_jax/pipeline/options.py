@@ -12,7 +12,7 @@ class Options:
         dry_run: Print the resolved configuration and the plan, make nothing.
         rebuild: Remove and make again what is stale, instead of refusing.
         without_memory: `generate` only: the decoder alone.
-        output: `compile` only: where the report goes as JSON.
+        output: Where the report of `compile` goes as JSON, or what `export` writes.
     """
 
     workdir: str

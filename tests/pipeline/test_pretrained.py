@@ -83,6 +83,15 @@ def test_its_states_and_its_losses_are_stored(run: Path, capsys: pytest.CaptureF
     logits = jax.nn.log_softmax(decoder.logits(final))[0]
     np.testing.assert_allclose(logprob, np.asarray(logits)[range(15), label], atol=1e-4)
 
+    out = run.parent / "out"
+    assert main(["export", "--config", str(run), "--output", str(out)]) == 0
+    written, read = load_file(out / "model.safetensors"), run.parent / "llama"
+    for name, tensor in load_file(read / "model.safetensors").items():
+        np.testing.assert_array_equal(written[name], tensor, err_msg=name)
+    assert (out / "tokenizer.json").read_bytes() == (read / "tokenizer.json").read_bytes()
+    assert main(["export", "--config", str(run), "--output", str(out)]) == 2
+    assert "exists; export writes a new directory" in capsys.readouterr().err
+
     # Nothing is read twice; other weights are noticed, and refused without --rebuild.
     assert main(["pretrain", "--config", str(run)]) == 0
     assert "parameters read from" not in capsys.readouterr().out

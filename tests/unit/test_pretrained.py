@@ -17,7 +17,8 @@ from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.networks import DecoderConfig
 from mlpmem_jax.config.pretrained import pretrained_keys
 from mlpmem_jax.errors import ConfigError, UserError
-from mlpmem_jax.interop.huggingface import load_decoder
+from mlpmem_jax.interop.huggingface import load_decoder, save_decoder
+from mlpmem_jax.interop.settings import huggingface_settings
 from mlpmem_jax.interop.tensors import TensorFiles
 from mlpmem_jax.parallel.mesh import single_device_mesh
 
@@ -86,6 +87,34 @@ def test_shards_bfloat16_prefixes_and_spare_rows(llama: Path):
     half = _logits(llama, stored["tokens"])
     save_file(wide, llama / "model.safetensors")
     np.testing.assert_array_equal(half, _logits(llama, stored["tokens"]))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama-tied", "qwen2"])
+@pytest.mark.parametrize("file_bytes", [1 << 30, 5000], ids=["one-file", "many-files"])
+def test_what_is_written_is_what_was_read(name: str, file_bytes: int, tmp_path: Path):
+    """Every tensor bit for bit, and the same shape by its configuration."""
+    config = _config(MODELS / name)
+    decoder = load_decoder(str(MODELS / name), config, VOCAB, single_device_mesh())
+    settings = huggingface_settings(config, VOCAB, separator_id=0)
+    save_decoder(decoder, tmp_path, settings, file_bytes)
+    assert _config(tmp_path) == config
+    before, after = TensorFiles(str(MODELS / name)), TensorFiles(str(tmp_path))
+    assert (len(after.files()) > 1) == (file_bytes == 5000)
+    assert after.shapes == before.shapes
+    for tensor in before.shapes:
+        np.testing.assert_array_equal(after.read(tensor), before.read(tensor), err_msg=tensor)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"ngram_orders": (2,)}, r"ngram_orders=\[2\]: no Hugging Face family"),
+        ({"norm": "layer"}, "decoder.norm=layer, .* no supported Hugging Face family"),
+    ],
+)
+def test_decoders_of_no_family_are_not_written(keys, expected: str):
+    with pytest.raises(ConfigError, match=expected):
+        huggingface_settings(DecoderConfig(**keys), VOCAB, 0)
 
 
 def test_a_shorter_context_takes_the_first_positions():
