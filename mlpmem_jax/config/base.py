@@ -38,13 +38,6 @@ def setting(default: Any, description: str, **constraints: Any) -> Any:
 
 
 def runtime(default: Any, description: str, hint: str | None = None, **constraints: Any) -> Any:
-    """Declares a key that changes how a stage runs, never what it makes.
-
-    Args:
-        default: Its default.
-        description: Its meaning.
-        hint: What to do instead, where a value is refused.
-        **constraints: Bounds, as pydantic's.
-    """
+    """Declares a key that changes how a stage runs, never its result; a hint follows errors."""
     extra: dict[str, Any] = {RUNTIME: True} | ({"hint": hint} if hint else {})
     return Field(default, description=description, json_schema_extra=extra, **constraints)

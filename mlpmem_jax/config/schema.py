@@ -44,8 +44,8 @@ class LossWeights(NamedTuple):
 class Config(Section):
     """Everything that can be set."""
 
-    workdir: PathText = runtime("runs/quickstart", "the run's directory, local or gs://")
-    seed: Seed = setting(0, "seed of initial weights and of the data order")
+    workdir: PathText = runtime("runs/quickstart", "run directory, local or gs://")
+    seed: Seed = setting(0, "seed of weight initialization and data order")
     corpus: CorpusConfig = setting(CorpusConfig(), CorpusConfig.__doc__ or "")
     tokenizer: TokenizerConfig = setting(TokenizerConfig(), TokenizerConfig.__doc__ or "")
     decoder: DecoderConfig = setting(DecoderConfig(), DecoderConfig.__doc__ or "")
