@@ -60,18 +60,20 @@ def describe(patterns: Sequence[str], width: int | None = None) -> str:
         patterns: Sections or dotted keys.
         width: Columns; the terminal's where not given.
     """
-    width = width or shutil.get_terminal_size((100, 24)).columns
+    columns = max(60, width or shutil.get_terminal_size((100, 24)).columns)
+
+    def wrap(text: str, first: str = "", rest: str = "") -> list[str]:
+        return textwrap.wrap(text, columns, initial_indent=first, subsequent_indent=rest)
+
     lines = []
     for section, members in _by_section(select(patterns)):
-        lines += ["", f"{section or 'run'}: {_title(section)}"]
-        name_width = min(40, max(len(key.path) for key in members))
-        indent = " " * (name_width + 4)
+        lines += ["", *wrap(f"{section or 'run'}: {_title(section)}")]
+        longest = min(40, max(len(key.path) for key in members))
+        indent = " " * (longest + 4)
         for key in members:
             facts = f"{type_text(key.schema)}, default {short(key.default)}"
-            lines.append(f"  {key.path:<{name_width}}  {facts}")
-            lines += textwrap.wrap(
-                key.description, max(40, width), initial_indent=indent, subsequent_indent=indent
-            )
+            lines += wrap(f"{key.path:<{longest}}  {facts}", "  ", indent)
+            lines += wrap(key.description, indent, indent)
     return "\n".join(lines).lstrip("\n")
 
 

@@ -78,7 +78,7 @@ class OverfittingConfig(Section):
     """Test loss (nats) by epoch of a decoder and a memory trained for many epochs."""
 
     name: Name = setting("overfitting", "name of the table in results/")
-    seeds: ListOf[Seed] = setting((0,), "seeds", min_length=1)
+    seeds: ListOf[Seed] = setting((0,), "seeds; one run for each", min_length=1)
     decoder_epochs: Epochs = setting(6, "training epochs of the decoder")
     memory_epochs: Epochs = setting(8, "training epochs of the memory")
 
@@ -105,5 +105,5 @@ class AblateConfig(Section):
     """Sweeps over one key each, starting from the configuration."""
 
     name: Name = setting("ablate", "name of the table in results/")
-    seeds: ListOf[Seed] = setting((0,), "seeds", min_length=1)
+    seeds: ListOf[Seed] = setting((0,), "seeds; one run for each", min_length=1)
     sweeps: ListOf[SweepConfig] = setting((), "the sweeps, in order")
