@@ -169,7 +169,7 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"argument {flag}: expected one argument")
         if value.partition("=")[0] in self._option_string_actions:
             self.error(
-                f"argument {flag}: expected one argument before {value}; where that is the value, "
+                f"argument {flag}: expected one argument before {value}; if that is the value, "
                 f"write {flag}={value}"
             )
         return value

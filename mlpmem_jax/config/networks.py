@@ -108,32 +108,32 @@ class MemoryConfig(Section):
 
     @property
     def num_read_tokens(self) -> int:
-        """Last tokens of the document that the memory reads in any form, M."""
+        """Last tokens of the document among the memory's inputs, M."""
         return max((self.recent_tokens, *self.ngram_orders))
 
     @property
     def reads_decoder_table(self) -> bool:
-        """Whether the memory reads embeddings of the decoder."""
+        """Whether embeddings of the decoder are inputs of the memory."""
         return self.recent_tokens > 0 and self.recent_table == "decoder"
 
     @property
     def has_tables(self) -> bool:
-        """Whether tables of its own stand before the first matrix."""
+        """Whether the memory has embedding tables."""
         return bool(self.ngram_orders or (self.recent_tokens and self.recent_table == "own"))
 
     @property
     def reads_decoder(self) -> bool:
-        """Whether the memory shares a table with the decoder, or its head."""
+        """Whether the memory uses the embeddings or the head of the decoder."""
         return self.reads_decoder_table or self.head == "tied"
 
     def table_width(self, decoder_width: int) -> int:
-        """Returns the width of the table of recent tokens, whosever it is."""
+        """Returns the width of the embeddings of recent tokens."""
         if self.recent_table == "decoder":
             return decoder_width
         return self.width if self.recent_width == "auto" else self.recent_width
 
     def input_width(self, decoder_width: int) -> int:
-        """Returns the width of what the memory reads: a state, and embeddings of tokens.
+        """Returns the width of the memory's inputs: a state, and embeddings of tokens.
 
         Args:
             decoder_width: Width of the decoder's states and embeddings, D.

@@ -25,8 +25,8 @@ from mlpmem_jax.config.types import (
     Weight,
 )
 
-# Validation rows on which τ and λ are chosen: more make them no surer, and all K neighbours of
-# each are held in memory.
+# Validation rows for tuning τ and λ: more do not improve them, and all K neighbours of each row
+# are held in memory.
 TUNING_ROWS = 1 << 17
 
 
