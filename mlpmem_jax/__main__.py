@@ -32,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: Arguments without the program's name; those of the process by default.
+        argv: Arguments without the program's name; defaults to those of the process.
 
     Returns:
-        The exit code: 0, 1 for a run that failed, 2 for a mistake of the user, 3 for a
-        compiled step that does not fit, 75 for one that was saved and wants to be started
-        again, 130 after an interrupt.
+        The exit code: 0; 1 for a failed run, 2 for a user error, 3 for a compiled step that
+        does not fit, 75 for a run that was saved and is to be started again, 130 after an
+        interrupt.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -95,10 +95,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, Options]:
         arguments: The command, its flags and overrides.
 
     Returns:
-        The command's name, the validated configuration and what else was said.
+        The command's name, the validated configuration and the other flags.
 
     Raises:
-        UserError: A mistake in any of them.
+        UserError: An error in any of them.
     """
     command, *rest = arguments
     if command not in COMMANDS:
@@ -131,23 +131,23 @@ def _output_path(output: str | None) -> str | None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that takes values as typed, and whose mistakes are user errors like any other."""
+    """A parser that takes values as typed, and whose errors are user errors like any other."""
 
     def __init__(self, **about: Any) -> None:
         super().__init__(**about)
         self._taking: set[str] = set()
         self._values: list[str] = []
 
-    def add_value(self, flag: str, **about: Any) -> None:
+    def add_value(self, group: argparse._ArgumentGroup, flag: str, **about: Any) -> None:
         """Declares a flag that takes a value."""
         self._taking.add(flag)
-        self.add_argument(flag, type=lambda place: self._values[int(place)], **about)
+        group.add_argument(flag, type=lambda place: self._values[int(place)], **about)
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Reads flags and overrides in any order.
 
         Argparse refuses values that begin with a dash, which texts and paths may, and loses
-        `--`: it is given the places of values in their stead.
+        `--`: it receives the places of values in their stead.
         """
         words, given = iter(arguments), []
         for word in words:
@@ -169,7 +169,7 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"argument {flag}: expected one argument")
         if value.partition("=")[0] in self._option_string_actions:
             self.error(
-                f"argument {flag}: expected one argument before {value}; where that is the value, "
+                f"argument {flag}: expected one argument before {value}; if that is the value, "
                 f"write {flag}={value}"
             )
         return value
@@ -178,7 +178,7 @@ class _Parser(argparse.ArgumentParser):
         dashed = re.search(r"unrecognized arguments:.*?--([a-z_]+\.[\w.]+)(=\S*)?", message)
         if dashed:
             message += f"; write {dashed[1]}{dashed[2] or '=value'} without dashes"
-        raise UserError(f"{message} (`{self.prog} --help` lists what there is)")
+        raise UserError(f"{message} (`{self.prog} --help` lists flags and keys)")
 
 
 def _parser(command: str) -> _Parser:
@@ -188,50 +188,73 @@ def _parser(command: str) -> _Parser:
         prog=f"mlpmem {command}",
         usage=f"mlpmem {command} --config FILE [--workdir DIR] [flags] [section.key=value ...]",
         description=f"{command}: {entry.summary}.",
+        epilog=f"keys, those of {command} first (null: not set):\n\n{describe(entry.sections)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
-    parser.add_value("--config", metavar="FILE", required=True, help="YAML file")
-    parser.add_value("--workdir", metavar="DIR", help="the run's directory (sets workdir)")
-    parser.add_argument(
+    _add_own_flags(parser, command)
+    shared = parser.add_argument_group("flags of every command")
+    parser.add_value(
+        shared, "--config", metavar="FILE", required=True, help="configuration, a YAML file"
+    )
+    parser.add_value(shared, "--workdir", metavar="DIR", help="run directory (sets workdir)")
+    shared.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved configuration, the plan and its cost; make nothing",
+        help="print the resolved configuration, the plan and its cost, then exit",
     )
-    parser.add_argument(
+    shared.add_argument(
         "--rebuild",
         action="store_true",
-        help="make again: with run, search-quality and tables of several runs, what was made "
-        "otherwise (and the table); else this command's artifacts",
+        help="rebuild the artifacts of this command; for run, search-quality and tables of several "
+        "runs: the artifacts built with different settings, and the table",
     )
-    if command == "generate":
-        parser.add_value(
-            "--prompt",
-            metavar="TEXT",
-            action="append",
-            help="text to continue, may be repeated (sets generate.prompts)",
-        )
-        parser.add_argument(
-            "--without-memory", action="store_true", help="the decoder alone, to compare"
-        )
-    if command == "compile":
-        parser.add_value(
-            "--topology", metavar="NAME", help="local, or for example v5p:4x4x4 (compile.topology)"
-        )
-        parser.add_value(
-            "--step", metavar="STEP", help="pretrain, train, embed or decode (compile.step)"
-        )
-        parser.add_value("--output", metavar="FILE", help="write the report as JSON too")
-    if command == "export":
-        parser.add_value("--output", metavar="DIR", help="the directory to write, a new one")
-    parser.add_argument(
+    shared.add_argument("-h", "--help", action="help", help="print this help, then exit")
+    overrides = parser.add_argument_group("overrides")
+    overrides.add_argument(
         "overrides",
         metavar="section.key=value",
         nargs="*",
-        help="overrides; text is taken as typed, all else is YAML",
+        help="set a key; a text or path is taken as typed, any other value is YAML",
     )
-    parser.epilog = f"keys that {command} reads:\n\n{describe(entry.sections)}"
     return parser
+
+
+def _add_own_flags(parser: _Parser, command: str) -> None:
+    if command not in ("generate", "compile", "export"):
+        return
+    own = parser.add_argument_group(f"flags of {command}")
+    if command == "generate":
+        parser.add_value(
+            own,
+            "--prompt",
+            metavar="TEXT",
+            action="append",
+            help="text to continue; may be repeated (sets generate.prompts)",
+        )
+        own.add_argument(
+            "--without-memory",
+            action="store_true",
+            help="use the decoder alone, for comparison",
+        )
+        return
+    if command == "export":
+        parser.add_value(own, "--output", metavar="DIR", help="new directory to write")
+        return
+    parser.add_value(
+        own,
+        "--topology",
+        metavar="NAME",
+        help="local, or a TPU slice such as v5p:4x4x4 (sets compile.topology)",
+    )
+    parser.add_value(
+        own,
+        "--step",
+        metavar="STEP",
+        help="pretrain, train, embed or decode (sets compile.step)",
+    )
+    parser.add_value(own, "--output", metavar="FILE", help="also write the report to a JSON file")
 
 
 def _overview() -> str:
@@ -239,10 +262,14 @@ def _overview() -> str:
     commands = "\n".join(f"  {name:<{width}}  {c.summary}" for name, c in COMMANDS.items())
     return (
         "usage: mlpmem COMMAND --config FILE [--workdir DIR] [--dry-run] [--rebuild] "
-        "[section.key=value ...]\n\n"
-        "Language models with an MLP Memory, from text to a table that compares them.\n\n"
+        "[section.key=value ...]\n"
+        "       mlpmem COMMAND --help\n"
+        "       mlpmem --version\n\n"
+        "Trains a language model with an MLP Memory, from text to a table that compares it with "
+        "the\ndecoder alone and the kNN-LM.\n\n"
         f"commands:\n{commands}\n\n"
-        "`mlpmem COMMAND --help` lists the keys that a command reads, with types and defaults."
+        "`mlpmem COMMAND --help` lists the keys of a command, with types and defaults. To start:\n"
+        "`mlpmem run --config configs/quickstart.yaml`."
     )
 
 

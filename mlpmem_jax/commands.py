@@ -1,7 +1,7 @@
 """The registry of commands, a module each in `pipeline/` or `studies/`.
 
-This registry imports none of them, so `--help` and mistakes in the configuration are
-answered without starting JAX. A command's module has `main(config, options) -> int`.
+This registry imports none of them, so `--help` and configuration errors do not start JAX.
+A command's module has `main(config, options) -> int`.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ class Command:
     Attributes:
         module: Its module.
         summary: One line for `--help`.
-        sections: The sections, or single keys, of the configuration that it reads.
-        alone: Whether it is for one process.
+        sections: The sections, or single keys, of the configuration that it reads; its own first.
+        alone: Whether it runs in a single process.
     """
 
     module: str
@@ -41,81 +41,69 @@ class Command:
     alone: bool = False
 
 
+# Of every command; behind what is a command's own, as in its help.
 _RUN = ("workdir", "seed")
-# What says which trained model is meant, and with which λ it was trained.
+# Which trained model is meant, and with which λ it was trained.
 _MODEL = ("train.mode", "train.name", "train.interpolation", "train.interpolation_final")
-# What commands read that run every stage, some of them several times.
+# Read by commands that run every stage, some of them several times.
 _EVERY_STAGE = (
     *_RUN, "corpus", "tokenizer", "decoder", "memory", "mesh", "datastore", "retrieval", "targets",
     "pretrain", "train", "evaluate",
 )  # fmt: skip
 
 COMMANDS: dict[str, Command] = {
+    "run": Command(
+        "pipeline.run",
+        "all stages from tokenize to evaluate, then a sample; complete artifacts are reused",
+        tuple(Config.model_fields),
+    ),
     "tokenize": Command(
         "pipeline.tokenize",
-        "text into documents, splits and tokens",
-        (*_RUN, "corpus", "tokenizer", "decoder.context_tokens", "pretrain.window_tokens"),
+        "split text into documents and train, valid and test; tokenize it",
+        ("corpus", "tokenizer", *_RUN, "decoder.context_tokens", "pretrain.window_tokens"),
     ),
     "pretrain": Command(
         "pipeline.pretrain",
         "train the decoder on the tokens",
-        (*_RUN, "corpus.attention", "decoder", "mesh", "pretrain"),
+        ("pretrain", "decoder", *_RUN, "corpus.attention", "mesh"),
     ),
     "embed": Command(
         "pipeline.embed",
-        "run the decoder over the corpus and store its states",
-        (*_RUN, "corpus.attention", "decoder", "mesh", "datastore"),
+        "run the decoder over the tokens and store its states (the datastore)",
+        ("datastore", *_RUN, "corpus.attention", "decoder", "mesh"),
     ),
     "index": Command(
         "pipeline.index",
-        "build the search index over the stored keys",
-        (*_RUN, "mesh", "datastore", "retrieval"),
+        "build the search index over the datastore",
+        ("retrieval", *_RUN, "mesh", "datastore"),
     ),
     "retrieve": Command(
         "pipeline.retrieve",
-        "find neighbours and turn them into next-token distributions",
-        (*_RUN, "mesh", "datastore", "retrieval", "targets"),
+        "find neighbours and turn them into next-token distributions (the targets)",
+        ("retrieval", "targets", *_RUN, "mesh", "datastore"),
     ),
     "train": Command(
         "pipeline.train",
-        "train the MLP Memory on those distributions",
+        "train the MLP Memory on the targets",
         (
-            *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore", "retrieval",
-            "targets", "train",
+            "train", "memory", *_RUN, "corpus.attention", "decoder", "mesh", "datastore",
+            "retrieval", "targets",
         ),
     ),
     "evaluate": Command(
         "pipeline.evaluate",
         "compare decoder, kNN-LM and memory on held-out text",
         (
-            *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore", "retrieval",
-            "targets", *_MODEL, "train.joint_weight", "train.loss_chunk_tokens", "evaluate",
+            "evaluate", *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore",
+            "retrieval", "targets", *_MODEL, "train.joint_weight", "train.loss_chunk_tokens",
         ),
-    ),
-    "compare": Command(
-        "studies.compare.command",
-        "the main table: baselines, controls and memories, several seeds",
-        (*_EVERY_STAGE, "compare"),
-        alone=True,
-    ),
-    "overfitting": Command(
-        "studies.overfitting.command",
-        "test nats by epoch, for a decoder and a memory trained for long",
-        (*_EVERY_STAGE, "overfitting"),
-        alone=True,
-    ),
-    "ablate": Command(
-        "studies.ablate.command",
-        "sweeps of one key each around the configuration",
-        (*_EVERY_STAGE, "ablate"),
-        alone=True,
     ),
     "generate": Command(
         "pipeline.generate",
         "continue prompts with decoder and memory",
         (
-            *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore.input", *_MODEL,
-            "train.joint_weight", "generate",
+            "generate", *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore.input",
+            *_MODEL, "train.joint_weight",
         ),
     ),
     "export": Command(
@@ -124,46 +112,56 @@ COMMANDS: dict[str, Command] = {
         (*_RUN, "decoder", "memory", "mesh", "datastore.input", *_MODEL, "train.joint_weight"),
         alone=True,
     ),
-    "compile": Command(
-        "pipeline.compile",
-        "check ahead of time whether a step fits its devices, and what bounds it",
-        (
-            *_RUN, "corpus.attention", "tokenizer.vocab_size", "decoder", "memory", "mesh",
-            "datastore", "targets", "pretrain", "train", "compile",
-        ),
+    "compare": Command(
+        "studies.compare.command",
+        "the main table: baselines, controls and memories, over several seeds",
+        ("compare", *_EVERY_STAGE),
+        alone=True,
+    ),
+    "overfitting": Command(
+        "studies.overfitting.command",
+        "test loss by epoch, of a decoder and a memory trained for many epochs",
+        ("overfitting", *_EVERY_STAGE),
+        alone=True,
+    ),
+    "ablate": Command(
+        "studies.ablate.command",
+        "sweeps over one key each, starting from the configuration",
+        ("ablate", *_EVERY_STAGE),
         alone=True,
     ),
     "analyze": Command(
         "studies.analyze.command",
-        "where a finished run helps: by token frequency, by n-gram, by sharpness",
+        "gains of a finished run by token frequency and n-gram, and sharpness",
         (
-            *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore", "retrieval",
-            "train.loss_chunk_tokens", "evaluate", "analyze",
+            "analyze", *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore",
+            "retrieval", "train.loss_chunk_tokens", "evaluate",
         ),
         alone=True,
     ),
     "cost": Command(
         "studies.cost.command",
-        "latency, throughput and bytes while the datastore grows by doublings",
+        "latency, throughput and storage as the datastore grows",
         (
-            *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore", "retrieval",
-            "targets", "train", "evaluate", "cost",
+            "cost", *_RUN, "corpus.attention", "decoder", "memory", "mesh", "datastore",
+            "retrieval", "targets", "train", "evaluate",
         ),
         alone=True,
     ),
     "search-quality": Command(
         "studies.search_quality.command",
-        "what approximate search costs the kNN-LM and the memory",
-        (
-            *_RUN, "corpus", "tokenizer", "decoder", "memory", "mesh", "datastore", "retrieval",
-            "targets", "pretrain", "train", "evaluate", "search_quality",
-        ),
+        "loss in quality from approximate search, of the kNN-LM and the memory",
+        ("search_quality", *_EVERY_STAGE),
         alone=True,
     ),
-    "run": Command(
-        "pipeline.run",
-        "tokenize to evaluate in order, then the table and a sample; what is there is kept",
-        tuple(Config.model_fields),
+    "compile": Command(
+        "pipeline.compile",
+        "check ahead of time whether a step fits its devices, and what limits its speed",
+        (
+            "compile", *_RUN, "corpus.attention", "tokenizer.vocab_size", "decoder", "memory",
+            "mesh", "datastore", "targets", "pretrain", "train",
+        ),
+        alone=True,
     ),
 }  # fmt: skip
 
@@ -180,7 +178,7 @@ def run_command(name: str, config: Config, options: Options) -> int:
         started_with = {"command": name, "flags": options.flags(), "software": software_versions()}
         refuse_different(started_with | config.model_dump(mode="json"))
         if COMMANDS[name].alone and multihost.is_active():
-            raise ConfigError(f"{name}: is for one process, without --processes")
+            raise ConfigError(f"{name}: runs in a single process, without --processes")
         module = importlib.import_module(f"{__package__}.{COMMANDS[name].module}")
         # `compile` is about the devices of its topology, not of this machine.
         if "mesh" in COMMANDS[name].sections and name != "compile":

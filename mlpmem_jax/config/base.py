@@ -1,4 +1,4 @@
-"""What every section of the configuration shares."""
+"""The base class of sections, and the declaration of keys."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ RUNTIME = "runtime"
 
 
 class Section(BaseModel):
-    """A frozen group of keys that refuses unknown ones."""
+    """A frozen group of keys; unknown keys are errors."""
 
-    # Strict: `"3"` and `true` are no numbers. Lists and whole floats are, see `types.py`.
+    # Strict: `"3"` and `true` are not numbers. `types.py` relaxes this for lists and 2e3.
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
     )
@@ -18,8 +18,8 @@ class Section(BaseModel):
     def recipe(self) -> dict[str, Any]:
         """Returns the keys that decide what is computed, as JSON-ready values.
 
-        Keys marked :func:`runtime` (logging intervals, buffer sizes) change how a
-        stage runs and not what it makes, so they do not enter fingerprints.
+        Keys marked :func:`runtime` (logging intervals, buffer sizes) change how a stage runs
+        and have no effect on its result, so they do not enter fingerprints.
         """
         values = self.model_dump(mode="json")
         recipe = {}
@@ -38,13 +38,6 @@ def setting(default: Any, description: str, **constraints: Any) -> Any:
 
 
 def runtime(default: Any, description: str, hint: str | None = None, **constraints: Any) -> Any:
-    """Declares a key that changes how a stage runs, never what it makes.
-
-    Args:
-        default: Its default.
-        description: Its meaning.
-        hint: What to do instead, where a value is refused.
-        **constraints: Bounds, as pydantic's.
-    """
+    """Declares a key that changes how a stage runs, never its result; a hint follows errors."""
     extra: dict[str, Any] = {RUNTIME: True} | ({"hint": hint} if hint else {})
     return Field(default, description=description, json_schema_extra=extra, **constraints)

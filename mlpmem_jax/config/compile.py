@@ -23,17 +23,13 @@ _NAME = re.compile(r"(\w+):([1-9][0-9]?(?:x[1-9][0-9]?)+)", re.ASCII)
 
 
 class CompileConfig(Section):
-    """What is compiled ahead of time, and for which devices; no stage depends on it."""
+    """The step that `compile` analyzes, and its devices; no stage depends on it."""
 
-    topology: str = runtime(
-        "local", "local: the devices at hand; or a TPU slice in chips, such as v5p:4x4x4"
-    )
-    step: Step = runtime(
-        "train", "pretrain; train, as train.mode and train.inputs say; embed; decode"
-    )
-    num_prompts: Count = runtime(32, "prompts that the step decode continues at once")
+    topology: str = runtime("local", "this machine's devices, or a TPU slice in chips (v5p:4x4x4)")
+    step: Step = runtime("train", "step to compile; train follows train.mode and train.inputs")
+    num_prompts: Count = runtime(32, "prompts that the decode step continues at once")
     memory_bytes: Bytes | Auto = runtime(
-        "auto", "memory of a device that the step must fit in; auto: as its data sheet says"
+        "auto", "limit per device for the step; auto: from the device's data sheet"
     )
 
     @field_validator("topology")

@@ -28,48 +28,45 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 
 
 class SplitPaths(Section):
-    """Files of one split, when the splits are given and not drawn by hash."""
+    """Files of one split, for explicit splits."""
 
     paths: ListOf[GlobText] = setting((), "files or globs of this split")
 
 
 class Source(Section):
-    """One more place that text comes from."""
+    """A further source of text."""
 
     source: Literal["stdlib", "text", "jsonl", "huggingface"] = setting("text", "kind of source")
-    paths: ListOf[GlobText] = setting((), "files or globs (plain, .gz, .zst, .zstd)")
+    paths: ListOf[GlobText] = setting((), "files or globs (plain, .gz, .zst or .zstd)")
     field: Text = setting("text", "field of a JSONL record or dataset row that holds the text")
     dataset: Text | None = setting(None, "name of a Hugging Face dataset")
-    dataset_config: Text | None = setting(None, "configuration of that dataset")
-    dataset_split: Text = setting("train", "split of that dataset to stream")
-    weight: float = setting(
-        1.0, "share of its documents that is kept, by content hash", ge=1e-9, le=1
-    )
+    dataset_config: Text | None = setting(None, "configuration of the dataset")
+    dataset_split: Text = setting("train", "split of the dataset to stream")
+    weight: float = setting(1.0, "share of its documents to keep, by content hash", ge=1e-9, le=1)
 
 
 class CorpusConfig(Source):
-    """Where text comes from and how it is cut into documents and splits."""
+    """Sources of text, and its division into documents and splits."""
 
     source: Literal["stdlib", "text", "jsonl", "huggingface"] = setting(
         "stdlib", "stdlib: source code of the running Python's standard library"
     )
-    more: ListOf[Source] = setting((), "further sources; all together make one row space")
+    more: ListOf[Source] = setting((), "further sources, joined with the first")
     document_regex: Text | None = setting(
-        None, "a document begins wherever this regular expression matches a line's start"
+        None, "regular expression that matches the first line of each document"
     )
     train: SplitPaths = setting(SplitPaths(), "explicit training files")
     valid: SplitPaths = setting(SplitPaths(), "explicit validation files")
     test: SplitPaths = setting(SplitPaths(), "explicit test files")
     valid_fraction: Fraction = setting(0.05, "share of documents drawn for validation")
     test_fraction: Fraction = setting(0.05, "share of documents drawn for test")
-    max_bytes: Bytes | None = setting(
-        None, "stop after this many bytes of text; what is left out does not count"
-    )
+    max_bytes: Bytes | None = setting(None, "stop after this many bytes of kept text; not set: all")
     on_error: Literal["error", "skip"] = setting(
-        "error", "what to do with a file that is not UTF-8 text, or a record without usable text"
+        "error", "on a file that is not UTF-8 or a record without usable text: exit, or skip it"
     )
     attention: Literal["across", "within"] = setting(
-        "across", "whether attention crosses document boundaries inside a window"
+        "across",
+        "across: attention crosses document boundaries inside a window; within: it does not",
     )
 
     @field_validator("document_regex")
@@ -85,16 +82,14 @@ class CorpusConfig(Source):
 
 
 class TokenizerConfig(Section):
-    """Byte-level BPE, trained on the corpus or given."""
+    """Byte-level BPE, trained on the corpus or loaded."""
 
-    path: PathText | None = setting(
-        None, "an existing tokenizer.json; none trains one on the corpus"
-    )
+    path: PathText | None = setting(None, "existing tokenizer.json; not set: trained on the corpus")
     vocab_size: Annotated[int, Field(ge=257, le=10**7), WHOLE] = setting(
         4096, "entries of a trained tokenizer, separator included"
     )
     separator: Text = setting("<|endoftext|>", "token that starts each document")
-    train_bytes: Bytes = setting(32_000_000, "bytes of training text that BPE is trained on")
+    train_bytes: Bytes = setting(32_000_000, "bytes of training text for training BPE")
 
 
 class StateSite(Section):
@@ -102,11 +97,9 @@ class StateSite(Section):
 
     site: Literal["ffn_input", "residual"] = setting(
         "ffn_input",
-        "ffn_input: what the block's feed-forward reads, after its norm; residual: its output",
+        "ffn_input: input of the feed-forward layer, after its norm; residual: output of the block",
     )
-    layer: Layer = setting(
-        1.0, "block: a whole number counts from 1, a decimal is a share of depth"
-    )
+    layer: Layer = setting(1.0, "block, by number (1: first) or share of the depth (1.0: last)")
 
     def block(self, num_layers: int) -> int:
         """Returns the block's number counted from 1 (a fraction f is ceil(f·num_layers))."""
@@ -117,72 +110,61 @@ class StateSite(Section):
 
 
 class DatastoreConfig(Section):
-    """Which states of which tokens are stored, and how."""
+    """Storage of the decoder's states."""
 
     name: Name = setting("base", "name of the datastore")
-    key: StateSite = setting(StateSite(), "the state that is searched (kNN-LM's key)")
-    input: StateSite = setting(StateSite(layer=0.7), "the state that the memory reads")
+    key: StateSite = setting(StateSite(), "searched state (the kNN-LM's key)")
+    input: StateSite = setting(StateSite(layer=0.7), "input of the memory")
     arrays: ListOf[Literal["key", "input", "label", "logprob"]] = setting(
-        ("key", "input", "label", "logprob"), "what is stored of each row"
+        ("key", "input", "label", "logprob"), "arrays stored for each row"
     )
-    dtype: Dtype = setting("float16", "storage type of keys and inputs")
-    window_tokens: Tokens | Auto = setting(
-        "auto", "tokens that the decoder reads at once; auto: decoder.context_tokens"
-    )
-    stride_tokens: Tokens | Auto = setting(
-        "auto", "rows scored by each window; auto: half a window"
-    )
-    batch_size: Count = runtime(32, "windows embedded at once, over all devices")
-    shard_rows: PositiveInt = setting(32768, "rows in a storage shard (one file an array)")
+    dtype: Dtype = setting("float16", "storage dtype of keys and inputs")
+    window_tokens: Tokens | Auto = setting("auto", "window size; auto: decoder.context_tokens")
+    stride_tokens: Tokens | Auto = setting("auto", "rows scored per window; auto: half a window")
+    batch_size: Count = runtime(32, "windows per batch, over all devices")
+    shard_rows: PositiveInt = setting(32768, "rows per storage shard (one file per array)")
     chunk_rows: PositiveInt = setting(256, "rows in the smallest readable piece of a shard")
 
 
 class RetrievalConfig(Section):
-    """How neighbours are found (paper, section 2)."""
+    """Search for neighbours (paper, section 2)."""
 
     name: Name = setting("auto", "name of index and neighbours; auto: datastore.name")
     exact_name: Name = setting(
         "auto",
-        "name of the exact neighbours of valid and test, which depend on K alone; auto: name",
+        "name of the exact neighbours of valid and test; auto: retrieval.name",
     )
     engine: Literal["auto", "scann", "exact"] = setting(
-        "auto", "scann: approximate, re-ranked exactly; exact: brute force on the mesh"
+        "auto",
+        "scann: approximate, re-ranked exactly; exact: brute force; auto: by the number of rows",
     )
-    num_neighbors: Width = setting(256, "neighbours of each row, K; own row excluded")
-    min_recall: Fraction = setting(0.95, "a measured recall@K below this is an error")
+    num_neighbors: Width = setting(256, "neighbours per row, K, without the row itself")
+    min_recall: Fraction = setting(0.95, "exit with an error if the measured recall@K is lower")
     recall_queries: Annotated[int, Field(ge=1000, le=10**7), WHOLE] = setting(
         1024, "rows sampled to measure recall"
     )
-    shard_rows: PositiveInt = setting(4_000_000, "rows in an index shard")
-    num_leaves: PositiveInt | Auto = setting(
-        "auto", "leaves of the tree; auto: square root of rows"
-    )
+    shard_rows: PositiveInt = setting(4_000_000, "rows per index shard")
+    num_leaves: PositiveInt | Auto = setting("auto", "tree leaves; auto: square root of rows")
     num_leaves_to_search: PositiveInt | Auto = setting(
-        "auto", "leaves visited by a query; auto: raised until the recall suffices"
+        "auto", "leaves visited per query; auto: raised until the recall suffices"
     )
     num_reorder: PositiveInt | Auto = setting(
-        "auto", "candidates whose distance is computed exactly; auto: 2 (K + 1), raised if needed"
+        "auto", "candidates re-ranked by exact distance; auto: 2 (K + 1), raised if needed"
     )
     dims_per_block: Width = setting(2, "dimensions quantised together")
-    training_rows: Rows = setting(100_000, "most rows on which the index is trained")
+    training_rows: Rows = setting(100_000, "rows for training the index, at most")
     query_batch: PositiveInt = runtime(8192, "queries searched at once")
-    key_chunk_rows: PositiveInt = runtime(
-        65536, "keys that one device of the exact engine scores at once"
-    )
-    keep_train: Literal["none", "all"] = setting(
-        "none", "whether neighbours of training rows are kept"
-    )
+    key_chunk_rows: PositiveInt = runtime(65536, "keys scored at once per device (exact engine)")
+    keep_train: Literal["none", "all"] = setting("none", "neighbours of training rows to keep")
 
 
 class TargetsConfig(Section):
     """kNN next-token distributions (paper, Eq. 3)."""
 
     name: Name = setting("base", "name of the targets")
-    workdir: PathText | None = setting(
-        None, "run directory of the teacher whose targets are read; none: this run makes them"
-    )
+    workdir: PathText | None = setting(None, "run directory of the teacher; not set: this run")
     temperature: Annotated[float, Field(ge=1e-6, le=1e9)] | Auto = setting(
-        "auto", "τ of the distance softmax; auto: chosen on validation for the kNN-LM"
+        "auto", "τ of the softmax over distances; auto: tuned on validation for the kNN-LM"
     )
-    num_tokens: Width = setting(32, "most probable tokens kept of each distribution, S")
-    dtype: Literal["float16", "bfloat16"] = setting("float16", "storage type of probabilities")
+    num_tokens: Width = setting(32, "most probable tokens kept per distribution, S")
+    dtype: Literal["float16", "bfloat16"] = setting("float16", "storage dtype of probabilities")

@@ -16,39 +16,41 @@ _INTRODUCTION = """\
 
 A run is configured by one YAML file and by overrides on the command line:
 
-    mlpmem pretrain --config configs/quickstart.yaml decoder.num_layers=8 corpus.paths='["a.txt"]'
+    bash launch/run.sh run --config configs/quickstart.yaml --workdir runs/deep decoder.num_layers=8
 
-What neither sets keeps its default; a file that sets nothing is refused. A key inside a list's
-entry is named by the entry's number (`corpus.more.0.weight=0.5`); in a file, keys are nested and
-not dotted. Every mistake is reported at once, before anything is read or written.
+A key that neither of them sets keeps its default; a file that sets no key is an error. Keys are
+nested in a file and dotted in an override, where an entry of a list goes by its number
+(`corpus.more.0.weight=0.5`). All configuration errors are reported at once, before anything is read
+or written.
 
-The value of an override is YAML, except where a key takes `text` or a `path`: these are taken as
-typed, with `#`, `:`, quotes and blanks. Two things are read as YAML there too: `null`, where the
-type allows it, and a value that is one quoted text (`corpus.dataset='"null"'` is the text null).
-A list of texts is YAML (`corpus.paths='["a.txt", "b #1.txt"]'`), its entries are text
-(`corpus.paths.1='b #1.txt'`). `~` and `~user` at the beginning of a path are home directories.
+The value of an override is YAML, except for keys of type `text` or `path`: their values are taken
+as typed, with `#`, `:`, quotes and blanks. Two values of such a key are YAML too: `null`, where the
+type allows it (the key is then not set), and a value that is one quoted text
+(`corpus.dataset='"null"'` is the text null). A list of texts is YAML
+(`corpus.paths='["a.txt", "b #1.txt"]'`), its entries are text (`corpus.paths.1='b #1.txt'`). `~`
+and `~user` at the beginning of a path are home directories.
 
-Keys marked † change how a stage runs and never what it makes: to change them does not make an
-artifact stale.
+Keys marked † change how a stage runs and have no effect on its result: artifacts built with other
+values of them are reused.
 
-This page is generated from the schema: `python -m mlpmem_jax.config.describe`.
+A `layer` is a block of the decoder. A whole number counts from 1, a decimal is a share of the
+depth: `1` is the first block, `1.0` the last.
+
+This page is generated from the schema: `.venv/bin/python -m mlpmem_jax.config.describe`.
 """
 
 
-def default_text(key: Key) -> str:
-    """Returns a key's default as it would be written in an override."""
-    return short(key.default)
-
-
 def select(patterns: Sequence[str]) -> list[Key]:
-    """Returns the keys that sections (`decoder`) or single keys (`corpus.attention`) name."""
-    chosen = [
-        key
-        for key in all_keys().values()
-        if any(key.path == p or key.path.startswith(f"{p}.") for p in patterns)
-    ]
-    assert all(any(f"{k.path}.".startswith(f"{p}.") for k in chosen) for p in patterns), patterns
-    return chosen
+    """Returns the keys that sections (`decoder`) or single keys (`corpus.attention`) name.
+
+    They come in the order of the patterns, within a section in the order of declaration.
+    """
+    chosen: dict[str, Key] = {}
+    for pattern in patterns:
+        found = {p: k for p, k in all_keys().items() if f"{p}.".startswith(f"{pattern}.")}
+        assert found, pattern
+        chosen |= found
+    return list(chosen.values())
 
 
 def describe(patterns: Sequence[str], width: int | None = None) -> str:
@@ -58,23 +60,20 @@ def describe(patterns: Sequence[str], width: int | None = None) -> str:
         patterns: Sections or dotted keys.
         width: Columns; the terminal's where not given.
     """
-    width = width or shutil.get_terminal_size((100, 24)).columns
-    keys = select(patterns)
+    columns = max(60, width or shutil.get_terminal_size((100, 24)).columns)
+
+    def wrap(text: str, first: str = "", rest: str = "") -> list[str]:
+        return textwrap.wrap(text, columns, initial_indent=first, subsequent_indent=rest)
+
     lines = []
-    for section, members in _by_section(keys):
-        title = Config.model_fields[section].description if section else "Of the whole run."
-        lines += ["", f"{section or 'run'}: {_first_line(title)}"]
-        name_width = min(40, max(len(key.path) for key in members))
+    for section, members in _by_section(select(patterns)):
+        lines += ["", *wrap(f"{section or 'run'}: {_title(section)}")]
+        longest = min(40, max(len(key.path) for key in members))
+        indent = " " * (longest + 4)
         for key in members:
-            left = f"  {key.path:<{name_width}}"
-            facts = f"{type_text(key.schema)}, default {default_text(key)}"
-            lines.append(f"{left}  {facts}")
-            lines += textwrap.wrap(
-                key.description,
-                max(40, width),
-                initial_indent=" " * (name_width + 4),
-                subsequent_indent=" " * (name_width + 4),
-            )
+            facts = f"{type_text(key.schema)}, default {short(key.default)}"
+            lines += wrap(f"{key.path:<{longest}}  {facts}", "  ", indent)
+            lines += wrap(key.description, indent, indent)
     return "\n".join(lines).lstrip("\n")
 
 
@@ -82,17 +81,11 @@ def markdown() -> str:
     """Returns docs/configuration.md."""
     parts = [_INTRODUCTION]
     for section, members in _by_section(list(all_keys().values())):
-        title = Config.model_fields[section].description if section else "Of the whole run."
-        parts.append(f"## {section or 'Run'}\n\n{_first_line(title)}\n")
+        parts.append(f"## {section or 'Run'}\n\n{_title(section)}\n")
         rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
         for key in members:
-            mark = " †" if key.runtime else ""
-            cells = (
-                f"`{key.path}`{mark}",
-                f"`{type_text(key.schema)}`",
-                f"`{default_text(key)}`",
-                key.description,
-            )
+            path, types = f"`{key.path}`{' †' * key.runtime}", f"`{type_text(key.schema)}`"
+            cells = (path, types, f"`{short(key.default)}`", key.description)
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("\n".join(rows) + "\n")
     parts.append(f"`{INDEX}` stands for the number of a list's entry, counted from 0.\n")
@@ -106,8 +99,8 @@ def _by_section(keys: Sequence[Key]) -> Iterator[tuple[str, list[Key]]]:
     yield from groups.items()
 
 
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().splitlines()[0] if text else ""
+def _title(section: str) -> str:
+    return Config.model_fields[section].description or "" if section else "The whole run."
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Values on their way to a `Config`: merging, validation, and the words for mistakes."""
 
+import contextlib
 import copy
 import re
 from collections.abc import Mapping
@@ -173,41 +174,29 @@ class Draft:
 def _typed(schema: Mapping[str, Any] | None, raw: str) -> Any:
     """Returns the value that is typed after `section.key=`.
 
-    Text is taken as typed, up to the end; everything else is YAML. Two things are not text:
-    `null`, where a key may be without a value, and one whole quoted text, which YAML reads (so
-    `'"null"'` is the text null, and a shell's leftover quotes do no harm).
-
-    Args:
-        schema: The key's; None where there is no such key.
-        raw: As typed.
+    Text is taken as typed, up to the end; everything else is YAML. Two texts are YAML too: `null`,
+    where a key may be without a value, and one that is quoted as a whole (so `'"null"'` is the
+    text null, and a shell's leftover quotes do no harm).
 
     Raises:
-        YamlError: It is not the YAML that the key needs.
+        YamlError: The key requires YAML, and this is none.
     """
     members = alternatives(schema or {})
-    if not any(map(is_free_text, members)):
-        value, repeated = parse_yaml(raw)
-        if repeated:
-            raise YamlError(f"key {repeated[0][0]} is given twice")
-        return value
     kinds = {member.get("type") for member in members}
-    if _QUOTED.fullmatch(raw):
-        try:
-            return parse_yaml(raw)[0]
-        except YamlError as error:
-            raise YamlError(
-                f"{error}; single quotes keep backslashes as they are, no quotes keep everything"
-            ) from None
-    if raw == "null" and "null" in kinds:
-        return None
-    if "number" in kinds:
-        try:
-            value = parse_yaml(raw)[0]
-        except YamlError:
-            return raw
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return value
-    return raw
+    takes_text = any(map(is_free_text, members))
+    if takes_text and not _QUOTED.fullmatch(raw) and not (raw == "null" and "null" in kinds):
+        with contextlib.suppress(YamlError):
+            value = parse_yaml(raw)[0] if "number" in kinds else raw
+            return value if type(value) in (int, float) else raw
+        return raw
+    try:
+        value, repeated = parse_yaml(raw)
+    except YamlError as error:
+        hint = "; single quotes keep backslashes as they are, no quotes keep everything"
+        raise YamlError(f"{error}{hint if takes_text else ''}") from None
+    if repeated:
+        raise YamlError(f"key {repeated[0][0]} is given twice")
+    return value
 
 
 def _merge(tree: dict[str, Any], values: Mapping[Any, Any]) -> None:

@@ -159,16 +159,16 @@ def _short(schema: Schema) -> str:
         return "sections"
     if _choices(schema):
         return " | ".join(_choices(schema))
-    kind = schema["type"]
-    if kind == "array":
-        items = type_text(schema["items"])
-        return f"list of ({items})" if "anyOf" in schema["items"] else f"list of {items}"
-    if kind == "string":
-        return schema.get("format", "text")
-    if kind == "null":
-        return "null"
-    limits = _limits(schema, ("≥ {}", "> {}", "≤ {}", "< {}", "{} to {}"), ", ")
-    return f"{'int' if kind == 'integer' else 'float'} {limits}".strip()
+    match schema["type"]:
+        case "array":
+            items = type_text(schema["items"])
+            return f"list of ({items})" if "anyOf" in schema["items"] else f"list of {items}"
+        case "string":
+            return schema.get("format", "text")
+        case "null":
+            return "null"
+        case kind:
+            return f"{'int' if kind == 'integer' else 'float'} {_limits(schema)}"
 
 
 def _words(schema: Schema) -> str:
@@ -177,18 +177,21 @@ def _words(schema: Schema) -> str:
     if _choices(schema):
         *first, last = _choices(schema)
         return f"{', '.join(first)} or {last}" if first else last
-    kind = schema["type"]
-    if kind == "array":
-        least = ", at least one" if schema.get("minItems") else ""
-        return f"a list of {_plural(schema['items'])}{least}"
-    if kind == "string":
-        return _text_words(schema)
-    if kind == "null":
-        return "null"
-    limits = _limits(
-        schema, ("of at least {}", "above {}", "at most {}", "below {}", "from {} to {}"), ", "
-    )
-    return f"{'a whole number' if kind == 'integer' else 'a number'} {limits}".strip()
+    match schema["type"]:
+        case "array":
+            least = ", at least one" if schema.get("minItems") else ""
+            return f"a list of {_plural(schema['items'])}{least}"
+        case "string" if "pattern" in schema:
+            most = f"at most {schema['maxLength']} characters"
+            return f"text that matches {schema['pattern']} and has {most}"
+        case "string":
+            text = "text that is not empty" if schema.get("minLength") else "text"
+            return "a path" if "format" in schema else text
+        case "null":
+            return "null"
+        case kind:
+            number = "a whole number" if kind == "integer" else "a number"
+            return f"{number} {'from ' if 'minimum' in schema else ''}{_limits(schema)}"
 
 
 def _plural(items: Schema) -> str:
@@ -199,26 +202,13 @@ def _plural(items: Schema) -> str:
     return re.sub("^a (whole )?number", r"\1numbers", _words(alternatives(items)[0]))
 
 
-def _text_words(schema: Schema) -> str:
-    if "pattern" in schema:
-        longest = schema.get("maxLength")
-        limit = f" and has at most {longest} characters" if longest else ""
-        return f"text that matches {schema['pattern']}{limit}"
-    if schema.get("format") == "path":
-        return "a path"
-    return "text that is not empty" if schema.get("minLength") else "text"
-
-
-def _limits(schema: Schema, words: tuple[str, ...], comma: str) -> str:
-    """Returns the bounds of a number: the words for least, above, most, below, and both ends."""
-    names = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
-    if "minimum" in schema and "maximum" in schema:
-        return words[4].format(_number(schema["minimum"]), _number(schema["maximum"]))
-    return comma.join(
-        word.format(_number(schema[name]))
-        for name, word in zip(names, words[:4], strict=True)
-        if name in schema
-    )
+def _limits(schema: Schema) -> str:
+    """Returns the bounds of a number; every number has two."""
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum", schema.get("exclusiveMaximum"))
+    if "minimum" in schema:
+        return f"{_number(low)} to {_number(high)}"
+    return f"above {_number(low)}, {'at most' if 'maximum' in schema else 'below'} {_number(high)}"
 
 
 def _number(value: float) -> str:

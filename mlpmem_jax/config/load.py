@@ -37,7 +37,7 @@ def load_config(
     Raises:
         ConfigError: With one line for each mistake.
     """
-    values, mistakes = _read_file(config_path(path))
+    values, mistakes = _read_file(str(path))
 
     def draft(base: Config | None = None) -> Draft:
         draft = Draft(base)
@@ -82,44 +82,28 @@ def dump_config(config: Config) -> str:
     return write_yaml(config.model_dump(mode="json"))
 
 
-def config_path(path: str | Path) -> Path:
-    """Returns the path of a configuration, the home directory in its place.
-
-    Raises:
-        ConfigError: No file can have such a path.
-    """
-    try:
-        return Path(checked_path(str(path)))
-    except ValueError as error:
-        raise ConfigError(f"--config {short(str(path))}: {error}") from None
-
-
-def _read_file(path: Path) -> tuple[dict[Any, Any], list[str]]:
+def _read_file(path: str) -> tuple[dict[Any, Any], list[str]]:
     """Returns what a file sets, and a line for each key that it gives twice."""
     try:
-        with path.open("rb") as file:
+        path = checked_path(path)
+        with open(path, "rb") as file:
             content = file.read(_MOST_BYTES + 1)
-        text = content.decode("utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file (--config wants a YAML file)") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: a directory (--config wants a YAML file)") from None
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"larger than {_MOST_BYTES >> 20} MiB, so not a configuration")
+        value, repeated = parse_yaml(content.decode("utf-8"))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"{path}: {reason} (--config requires a YAML file)") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
-    if len(content) > _MOST_BYTES:
-        raise ConfigError(f"{path}: larger than {_MOST_BYTES >> 20} MiB, so no configuration")
-    try:
-        value, repeated = parse_yaml(text)
     except YamlError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"--config {short(path)}: {error}") from None
     sections = value.values() if isinstance(value, dict) else [value]
     if all(section is None or section == {} for section in sections):
-        # Its defaults would begin a run that nobody asked for: such a file was cut off.
-        raise ConfigError(f"{path}: sets no key; configs/quickstart.yaml is one to start from")
+        # Its defaults would start a run that nobody asked for: such a file was cut off.
+        raise ConfigError(f"{path}: sets no key; configs/quickstart.yaml is an example")
     if not isinstance(value, dict):
-        raise ConfigError(
-            f"{path}: holds {short(value)!r} and must hold sections (`decoder:` and so on)"
-        )
+        raise ConfigError(f"{path}: must hold sections (`decoder:` and so on), not {short(value)}")
     return value, [f"{path}: line {line}: key {key} is given twice" for key, line in repeated]

@@ -28,8 +28,8 @@ from mlpmem_jax.config.types import PathText, Seed
 
 __all__ = ["Config", "LossWeights"]
 
-# Windows that are dealt out together, and how many of a whole batch at most: their rows, and as
-# many that are read ahead, are held in the hosts' memory.
+# Windows whose rows are shuffled together, and their limit for a whole batch: these rows, and as
+# many that are read ahead, are held in host memory.
 _MIX_WINDOWS, _MOST_MIXED = 8, 4096
 
 
@@ -44,8 +44,8 @@ class LossWeights(NamedTuple):
 class Config(Section):
     """Everything that can be set."""
 
-    workdir: PathText = runtime("runs/quickstart", "the run's directory, local or gs://")
-    seed: Seed = setting(0, "seed of initial weights and of the data order")
+    workdir: PathText = runtime("runs/quickstart", "run directory, local or gs://")
+    seed: Seed = setting(0, "seed of weight initialization and data order")
     corpus: CorpusConfig = setting(CorpusConfig(), CorpusConfig.__doc__ or "")
     tokenizer: TokenizerConfig = setting(TokenizerConfig(), TokenizerConfig.__doc__ or "")
     decoder: DecoderConfig = setting(DecoderConfig(), DecoderConfig.__doc__ or "")
@@ -70,7 +70,7 @@ class Config(Section):
 
     @property
     def embedding_window_tokens(self) -> int:
-        """Tokens that the decoder reads at once when it embeds."""
+        """Tokens in a window of `embed`."""
         window = self.datastore.window_tokens
         return self.decoder.context_tokens if window == "auto" else window
 
@@ -82,7 +82,7 @@ class Config(Section):
 
     @property
     def retrieval_name(self) -> str:
-        """Name of the index and of the neighbours."""
+        """Name of index and neighbours."""
         return self.datastore.name if self.retrieval.name == "auto" else self.retrieval.name
 
     @property
@@ -112,7 +112,7 @@ class Config(Section):
 
     @property
     def train_mix_windows(self) -> int:
-        """Windows of stored rows that are dealt out together in `train`."""
+        """Windows whose stored rows are shuffled together in `train`."""
         if self.train.mix_windows != "auto":
             return self.train.mix_windows
         if self.decoder_runs:
@@ -129,7 +129,7 @@ class Config(Section):
 
     @property
     def trained_interpolation(self) -> float | None:
-        """λ that the networks were trained with at the end; None: chosen on validation."""
+        """Final λ of training; None if λ is tuned on validation."""
         if self.loss_weights.joint == 0:
             return None
         final = self.train.interpolation_final
@@ -137,7 +137,7 @@ class Config(Section):
 
     @property
     def brings_interpolation(self) -> bool:
-        """Whether λ was trained with the networks: fixed in their loss, or by a gate."""
+        """Whether λ is part of training: fixed in the loss, or given by a gate."""
         return self.memory.gate == "learned" or self.trained_interpolation is not None
 
     @property

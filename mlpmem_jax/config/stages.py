@@ -25,8 +25,8 @@ from mlpmem_jax.config.types import (
     Weight,
 )
 
-# Validation rows on which τ and λ are chosen: more make them no surer, and all K neighbours of
-# each are held in memory.
+# Validation rows for tuning τ and λ: more do not improve them, and all K neighbours of each row
+# are held in memory.
 TUNING_ROWS = 1 << 17
 
 
@@ -36,41 +36,35 @@ class OptimizerConfig(Section):
     learning_rate: float = setting(2e-3, "peak learning rate", ge=1e-12, le=1e3)
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "decay after the warm-up")
     warmup_steps: NonNegativeInt = setting(50, "steps of linear warm-up")
-    final_fraction: Fraction = setting(0.1, "learning rate at the end, as a share of the peak")
-    weight_decay: Weight = setting(0.1, "decoupled weight decay of matrices")
+    final_fraction: Fraction = setting(0.1, "final learning rate, as a share of the peak")
+    weight_decay: Weight = setting(0.1, "decoupled weight decay, on matrices only")
     beta1: Decay = setting(0.9, "decay of the first moment")
     beta2: Decay = setting(0.95, "decay of the second moment")
-    epsilon: Epsilon = setting(1e-8, "added to the root of the second moment")
-    clip_norm: Scale | None = setting(1.0, "largest gradient norm")
+    epsilon: Epsilon = setting(1e-8, "constant added to the root of the second moment")
+    clip_norm: Scale | None = setting(1.0, "largest gradient norm; not set: no clipping")
 
 
 class TrainingConfig(Section):
-    """What both training commands share."""
+    """Keys of both training commands."""
 
     num_steps: PositiveInt = setting(600, "optimiser steps")
-    batch_size: Count = setting(16, "windows in a step, over all devices")
-    window_tokens: Tokens | Auto = setting("auto", "tokens in a window")
+    batch_size: Count = setting(16, "windows per step, over all devices")
+    window_tokens: Tokens | Auto = setting("auto", "tokens per window")
     optimizer: OptimizerConfig = setting(OptimizerConfig(), "optimiser")
-    accumulation_steps: Count = setting(1, "parts of a batch whose gradients are summed")
-    loss_chunk_tokens: PositiveInt = runtime(
-        1024, "tokens on a device whose logits exist at the same time"
-    )
-    log_interval_steps: PositiveInt = runtime(10, "steps between two lines of metrics")
-    eval_interval_steps: PositiveInt = runtime(200, "steps between two validations")
-    eval_batches: Count = runtime(
-        8, "most batches of a validation during training, from the whole split"
-    )
-    checkpoint_interval_steps: PositiveInt = runtime(200, "steps between two checkpoints")
-    keep_checkpoints: Count = runtime(2, "newest checkpoints that are kept")
+    accumulation_steps: Count = setting(1, "parts of a batch, for gradient accumulation")
+    loss_chunk_tokens: PositiveInt = runtime(1024, "tokens per device with logits held at once")
+    log_interval_steps: PositiveInt = runtime(10, "steps between lines of metrics")
+    eval_interval_steps: PositiveInt = runtime(200, "steps between validations")
+    eval_batches: Count = runtime(8, "batches per validation in training, over the split")
+    checkpoint_interval_steps: PositiveInt = runtime(200, "steps between checkpoints")
+    keep_checkpoints: Count = runtime(2, "number of checkpoints to keep")
     prefetch_batches: Count = runtime(4, "batches read ahead")
 
 
 class PretrainConfig(TrainingConfig):
     """Training of the decoder on the corpus."""
 
-    window_tokens: Tokens | Auto = setting(
-        "auto", "tokens in a window; auto: decoder.context_tokens"
-    )
+    window_tokens: Tokens | Auto = setting("auto", "window size; auto: decoder.context_tokens")
 
 
 LossWeight = Weight | Auto
@@ -81,100 +75,98 @@ class TrainConfig(TrainingConfig):
     """Training of the memory, alone (paper, section 3.2) or jointly with the decoder."""
 
     mode: Literal["memory", "joint"] = setting(
-        "memory", "memory: the decoder is frozen (the paper); joint: both are trained"
+        "memory", "memory: frozen decoder (paper); joint: both trained"
     )
     name: Name = setting("auto", "name of a joint model; auto: memory.name")
     inputs: Literal["stored", "online"] = setting(
         "stored",
-        "stored: rows of the datastore; online: the frozen decoder runs in the step (mode=memory)",
+        "stored: rows of the datastore; online: the frozen decoder runs in each step (mode=memory)",
     )
     joint_weight: LossWeight = setting(
-        "auto", "weight of -log p of the interpolated distribution; auto: 1 joint, 0 otherwise"
+        "auto",
+        "weight of the interpolated cross-entropy; auto: 1 if mode=joint, else 0",
     )
     lm_weight: LossWeight = setting(
-        "auto", "weight of the decoder's own cross-entropy; auto: 1 joint, 0 otherwise"
+        "auto", "weight of the decoder's loss; auto: 1 if mode=joint, else 0"
     )
-    memory_weight: LossWeight = setting("auto", "weight of the memory's own loss; auto: 1")
-    interpolation: Fraction = setting(
-        0.3, "λ in the joint loss: fixed, where its schedule begins, or where the gate begins"
-    )
+    memory_weight: LossWeight = setting("auto", "weight of the memory's loss; auto: 1")
+    interpolation: Fraction = setting(0.3, "λ in the joint loss; initial λ with a schedule or gate")
     interpolation_final: Fraction | None = setting(
-        None, "λ at the last step, reached linearly; none: it stays (not with a gate)"
+        None, "final λ of a linear schedule; not set: constant λ"
     )
-    gate_prior: Weight = setting(
-        0.0, "weight of KL(train.interpolation ‖ gate), which keeps the gate from collapsing"
-    )
+    gate_prior: Weight = setting(0.0, "weight of KL(train.interpolation ‖ gate), against collapse")
     decoder_start: Start = setting("checkpoint", "mode=joint: the run's decoder, or a fresh one")
-    memory_start: Start = setting("fresh", "mode=joint: a fresh memory, or the run's memory")
+    memory_start: Start = setting("fresh", "mode=joint: initial memory, a fresh one or the run's")
     decoder_gradient: Weight = setting(
-        1.0, "factor of the gradient from the memory into the decoder; 0: none (mode=joint)"
+        1.0, "mode=joint: factor of the memory's gradient into the decoder"
     )
     decoder_freeze_steps: NonNegativeInt = setting(
-        0, "steps before the decoder moves (mode=joint); its schedule begins then"
+        0, "mode=joint: steps with a frozen decoder, before its schedule"
     )
     memory_freeze_steps: NonNegativeInt = setting(
-        0, "steps before the memory moves (mode=joint); its schedule begins then"
+        0, "mode=joint: steps with a frozen memory, before its schedule"
     )
     refresh_interval_steps: PositiveInt | None = setting(
-        None, "mode=joint: steps after which the targets are made anew; none: never"
+        None, "mode=joint: steps between rebuilds of the targets; not set: none"
     )
     refresh_agreement: Fraction = setting(
-        1.0, "targets stay while this share of sampled neighbours is the same; 1: always anew"
+        1.0,
+        "keep the targets while this share of sampled neighbours is unchanged; 1: always rebuild",
     )
     decoder_optimizer: OptimizerConfig = setting(
         OptimizerConfig(learning_rate=5e-4), "optimiser of the decoder (mode=joint)"
     )
     num_steps: PositiveInt = setting(1000, "optimiser steps")
-    batch_size: Count = setting(32, "windows in a step, over all devices")
+    batch_size: Count = setting(32, "windows per step, over all devices")
     window_tokens: Tokens | Auto = setting(
-        "auto", "rows in a window; auto: datastore.chunk_rows stored, context_tokens online"
+        "auto",
+        "rows per window; auto: datastore.chunk_rows if inputs=stored, else decoder.context_tokens",
     )
     optimizer: OptimizerConfig = setting(OptimizerConfig(weight_decay=0.0), "optimiser")
     alpha: Fraction = setting(0.4, "weight of KL(p_kNN ‖ p_MEM) against cross-entropy (Eq. 6)")
     mix_windows: Count | Auto = setting(
         "auto",
-        "windows whose rows are dealt out together, so that a batch holds rows of up to "
-        "batch_size * mix_windows windows; 1: whole windows; auto: 8 for stored rows (less where "
-        "that would be more than 4096 windows), 1 where the decoder runs",
+        "shuffle rows across batch_size * mix_windows windows; 1: whole windows; auto: 8 for "
+        "stored rows (fewer, if that is more than 4096 windows), 1 if the decoder runs",
     )
-    normalizer_batches: Count = setting(
-        4, "batches that memory.input_norm=standardize is measured on"
-    )
+    normalizer_batches: Count = setting(4, "batches for memory.input_norm=standardize")
 
 
 class EvaluateConfig(Section):
-    """The table."""
+    """The table of `evaluate`."""
 
-    batch_size: Count = runtime(32, "windows evaluated at once, over all devices")
+    batch_size: Count = runtime(32, "windows per batch, over all devices")
     bootstrap_samples: Annotated[int, Field(ge=100, le=10**6), WHOLE] = setting(
-        2000, "draws of the paired bootstrap over documents"
+        2000, "resamples of the paired bootstrap over documents"
     )
-    confidence: OpenFraction = setting(0.95, "level of the intervals")
+    confidence: OpenFraction = setting(0.95, "level of the confidence intervals")
     knn_valid_rows: Rows | None = setting(
         TUNING_ROWS,
-        "most validation rows on which the kNN-LM is tuned, drawn at random; none: all, in memory",
+        "random validation rows for tuning the kNN-LM, at most; not set: all, held in memory",
     )
-    latency_tokens: Count = runtime(64, "tokens decoded to measure milliseconds per token")
+    latency_tokens: Count = runtime(64, "tokens to decode when measuring milliseconds per token")
 
 
 class GenerateConfig(Section):
-    """Sampling."""
+    """Sampling of `generate`."""
 
     prompts: ListOf[AnyText] = runtime(("def ",), "texts to continue", min_length=1)
     max_new_tokens: PositiveInt = runtime(64, "tokens to generate")
-    sampling: Literal["greedy", "random"] = runtime("random", "greedy takes the most probable")
+    sampling: Literal["greedy", "random"] = runtime(
+        "random", "greedy: most probable token; random: sample"
+    )
     temperature: float = runtime(
         0.8,
-        "divides the log-probabilities",
+        "divisor of the log-probabilities",
         hint="generate.sampling=greedy takes no temperature",
         ge=1e-6,
         le=1e6,
     )
-    top_k: PositiveInt | None = runtime(None, "keep so many most probable tokens")
+    top_k: PositiveInt | None = runtime(None, "sample from the k most probable; not set: from all")
     top_p: Annotated[float, Field(ge=1e-6, le=1)] | None = runtime(
-        0.95, "keep the fewest tokens with this mass"
+        0.95, "sample from the fewest tokens with this mass; not set: from all"
     )
     interpolation: Fraction | Auto = runtime(
-        "auto", "λ, the memory's weight; auto: as trained, else as evaluate chose it on validation"
+        "auto", "λ of the memory; auto: as trained, else by evaluate"
     )
-    seed: Seed | None = runtime(None, "seed of the sampler; none: the run's seed")
+    seed: Seed | None = runtime(None, "seed of the sampler; not set: the run's seed")

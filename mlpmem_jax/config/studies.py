@@ -23,62 +23,60 @@ NgramOrder = Annotated[int, Field(ge=2, le=16), WHOLE]
 
 
 class AnalyzeConfig(Section):
-    """Where the gains come from, and how sharp the distributions are."""
+    """Sources of the gains, and sharpness of the distributions."""
 
     frequency_base: Annotated[int, Field(ge=2, le=10**6), WHOLE] = setting(
-        4, "frequency bins begin at 0, 1 and the powers of this number"
+        4, "base of the frequency bins, which start at 0, 1 and its powers"
     )
     ngram_orders: ListOf[NgramOrder] = setting(
-        (2, 3, 4), "n: whether the n tokens that end with the label occur in the training text"
+        (2, 3, 4),
+        "orders n; tokens are split by whether the n-gram that ends there occurs in training text",
     )
-    sharpness_rows: Rows | None = setting(4096, "test tokens drawn to measure sharpness; none: all")
+    sharpness_rows: Rows | None = setting(4096, "random test tokens for sharpness; not set: all")
     masses: ListOf[OpenFraction] = setting(
-        (0.5, 0.75, 0.9, 0.95, 0.99), "probability masses whose number of tokens is counted"
+        (0.5, 0.75, 0.9, 0.95, 0.99),
+        "probability masses; the tokens needed to reach each are counted",
     )
     read_tokens: PositiveInt = runtime(1 << 20, "training tokens read at once")
-    chunk_rows: PositiveInt = runtime(
-        256, "rows whose whole distributions exist at the same time, over all devices"
-    )
+    chunk_rows: PositiveInt = runtime(256, "rows with full distributions held at once, all devices")
 
 
 class CostConfig(Section):
-    """Cost while the datastore grows by doublings."""
+    """Cost as the datastore grows by doublings."""
 
     doublings: Annotated[int, Field(ge=1, le=40), WHOLE] = setting(
-        6, "sizes: all rows, and the first half, quarter, … of them, so many times"
+        6, "number of halvings: sizes are all rows, the first half, the first quarter and so on"
     )
     engines: ListOf[Literal["scann", "exact"]] = setting(
-        ("scann", "exact"), "engines of the kNN-LM that are measured"
+        ("scann", "exact"), "kNN-LM engines to measure"
     )
     rounds: Annotated[int, Field(ge=3, le=10**6), WHOLE] = setting(
-        8, "times that each size is measured; intervals are over them"
+        8, "measurements of each size, for the intervals"
     )
-    num_tokens: Count = setting(64, "tokens timed in a round, one text at a time")
-    num_prompts: Count = setting(8, "times to the first token taken in a round")
-    prompt_tokens: Tokens = setting(128, "tokens of a prompt, for the time to the first")
-    batch_size: Count = setting(16, "texts continued together, for tokens per second")
-    batch_steps: Count = setting(8, "tokens of each of these texts timed in a round")
-    confidence: OpenFraction = setting(0.95, "level of the intervals")
+    num_tokens: Count = setting(64, "tokens timed per round, one text at a time")
+    num_prompts: Count = setting(8, "prompts timed per round, to their first token")
+    prompt_tokens: Tokens = setting(128, "tokens per prompt, for the time to the first token")
+    batch_size: Count = setting(16, "texts per batch, for tokens per second")
+    batch_steps: Count = setting(8, "tokens of each text of the batch timed per round")
+    confidence: OpenFraction = setting(0.95, "level of the confidence intervals")
     quality: Literal["none", "train"] = setting(
-        "none", "train: a memory of the same size for each size of the datastore, and its nats"
+        "none", "train: train a memory of the same size for each size of the datastore"
     )
 
 
 class SearchSetting(Section):
-    """One way to search."""
+    """One search setting."""
 
-    name: Name = setting("setting", "ending of the names of index, targets and memory")
+    name: Name = setting("setting", "suffix of the names of index, targets and memory")
     engine: Literal["scann", "exact"] = setting("scann", "as retrieval.engine")
     num_leaves_to_search: PositiveInt | Auto = setting("auto", "as in retrieval")
     num_reorder: PositiveInt | Auto = setting("auto", "as in retrieval")
     dims_per_block: Width = setting(2, "as in retrieval")
-    min_recall: Fraction = setting(
-        0.0, "as in retrieval: what is auto is raised until this recall; 0 raises nothing"
-    )
+    min_recall: Fraction = setting(0.0, "raise auto values until this recall; 0: do not raise")
 
 
 class SearchQualityConfig(Section):
-    """What approximate search costs the kNN-LM and the memory."""
+    """Loss in quality of the kNN-LM and the memory from approximate search."""
 
     settings: ListOf[SearchSetting] = setting(
         (
@@ -88,8 +86,6 @@ class SearchQualityConfig(Section):
             SearchSetting(name="leaves-64", num_leaves_to_search=64),
             SearchSetting(name="exact", engine="exact"),
         ),
-        "settings to compare; the last one that is exact is what the others are held against",
+        "settings to compare; the last exact one is the reference",
     )
-    sample_rows: Rows = setting(
-        2048, "training rows on which recall and KL to the exact distribution are measured"
-    )
+    sample_rows: Rows = setting(2048, "training rows for recall and KL to the exact distribution")

@@ -34,86 +34,76 @@ ALL_ROWS: tuple[RowName, ...] = get_args(RowName)
 
 
 class TeacherConfig(Section):
-    """Another decoder whose states make targets: the configuration's with some keys changed."""
+    """Another decoder, whose states give the targets: the configuration with changed keys."""
 
-    name: Name = setting("teacher", "what rows call it")
-    overrides: ListOf[AnyText] = setting(
-        (), "what is different about it, section.key=value each, as on the command line"
-    )
+    name: Name = setting("teacher", "name, for compare.recipes.N.teacher")
+    overrides: ListOf[AnyText] = setting((), "changed keys, section.key=value each")
 
 
 class RecipeConfig(Section):
-    """A row of one's own: the configuration with some keys changed."""
+    """An additional row: the configuration with changed keys."""
 
     name: Name = setting("recipe", "name of the row")
-    label: Text | None = setting(None, "what tables and pictures call it; none: its name")
-    overrides: ListOf[AnyText] = setting(
-        (), "what is different, section.key=value each, as on the command line"
-    )
+    label: Text | None = setting(None, "label in tables and figures; not set: the name")
+    overrides: ListOf[AnyText] = setting((), "changed keys, section.key=value each")
     parts: Literal["all", "decoder", "beside"] = setting(
         "all",
-        "all: decoder with memory, or joint; decoder: the decoder alone; beside: the decoder mixed "
-        "with that of the configuration",
+        "all: decoder with memory; decoder: the decoder alone; beside: the decoder interpolated "
+        "with the configuration's decoder",
     )
-    teacher: Text | None = setting(
-        None, "which of compare.teachers makes the targets; none: the row's own decoder"
-    )
+    teacher: Text | None = setting(None, "one of compare.teachers; not set: the row's decoder")
 
 
 class CompareConfig(Section):
-    """The main table: the memory beside its baselines and controls, several seeds."""
+    """The main table: the memory, its baselines and controls, over several seeds."""
 
     name: Name = setting("compare", "name of the table in results/")
-    seeds: ListOf[Seed] = setting((0, 1, 2), "seeds; each trains every row anew", min_length=1)
+    seeds: ListOf[Seed] = setting((0, 1, 2), "seeds; every row is trained for each", min_length=1)
     rows: ListOf[RowName] = setting(
-        ALL_ROWS, "rows of the table, in its order; the decoder is always one", min_length=1
+        ALL_ROWS, "rows of the table, in order; the decoder is always included", min_length=1
     )
-    recipes: ListOf[RecipeConfig] = setting((), "rows of one's own, after the others")
-    teachers: ListOf[TeacherConfig] = setting(
-        (), "other decoders, of the same tokenizer, that rows of one's own learn from"
-    )
+    recipes: ListOf[RecipeConfig] = setting((), "additional rows, after the others")
+    teachers: ListOf[TeacherConfig] = setting((), "further decoders, teachers of additional rows")
     extra_flops: Literal["all", "networks"] = setting(
         "all",
-        "what the controls of equal cost are given: all that the memory cost beyond the decoder "
-        "(search and index count seconds × peak), or only what networks computed",
+        "FLOPs of the equal-cost controls; all: everything the memory costs beyond the decoder "
+        "(search and index count seconds × peak); networks: FLOPs of the networks only",
     )
     parameter_tolerance: OpenFraction = setting(
-        0.01, "how far the parameters of controls of equal size may be off, as a share"
+        0.01, "allowed difference in parameters of the equal-size controls, as a share"
     )
 
 
 class OverfittingConfig(Section):
-    """Test nats by epoch, for a decoder and a memory that are trained for long."""
+    """Test loss (nats) by epoch of a decoder and a memory trained for many epochs."""
 
     name: Name = setting("overfitting", "name of the table in results/")
-    seeds: ListOf[Seed] = setting((0,), "seeds", min_length=1)
-    decoder_epochs: Epochs = setting(6, "epochs that the decoder is trained for")
-    memory_epochs: Epochs = setting(8, "epochs that the memory is trained for")
+    seeds: ListOf[Seed] = setting((0,), "seeds; one run for each", min_length=1)
+    decoder_epochs: Epochs = setting(6, "training epochs of the decoder")
+    memory_epochs: Epochs = setting(8, "training epochs of the memory")
 
 
 class SweepConfig(Section):
-    """One key of the configuration, and the values that it takes."""
+    """One key of the configuration, and its values."""
 
     key: Text = setting("train.alpha", "dotted key of the configuration")
-    values: ListOf[SweptInt | SweptFloat | AnyText | None] = setting((), "its values")
-    overrides: ListOf[AnyText] = setting(
-        (), "what else is different for all of its values, section.key=value each"
-    )
+    values: ListOf[SweptInt | SweptFloat | AnyText | None] = setting((), "values of the key")
+    overrides: ListOf[AnyText] = setting((), "changed keys for all values, section.key=value each")
     role: Literal["model", "teacher"] = setting(
         "model",
-        "model: the key changes what is evaluated; teacher: only the decoder whose states make "
-        "the targets, the model stays",
+        "model: the key changes the evaluated model; teacher: only the decoder whose states give "
+        "the targets",
     )
     hold: Literal["none", "memory_parameters"] = setting(
         "none",
-        "memory_parameters (for key memory.num_layers): memory.width and memory.ffn_width are "
-        "chosen so that the memory keeps its parameters",
+        "memory_parameters (only for memory.num_layers): choose memory.width and memory.ffn_width "
+        "for a constant number of parameters",
     )
 
 
 class AblateConfig(Section):
-    """Sweeps of one key each, around the configuration."""
+    """Sweeps over one key each, starting from the configuration."""
 
     name: Name = setting("ablate", "name of the table in results/")
-    seeds: ListOf[Seed] = setting((0,), "seeds", min_length=1)
+    seeds: ListOf[Seed] = setting((0,), "seeds; one run for each", min_length=1)
     sweeps: ListOf[SweepConfig] = setting((), "the sweeps, in order")

@@ -1,4 +1,4 @@
-"""Rules about studies and tables of several runs. They name the keys and their values."""
+"""Rules about studies and tables of several runs."""
 
 from __future__ import annotations
 
@@ -14,75 +14,77 @@ _TABLES = ("compare", "overfitting", "ablate")
 
 
 def table_mistakes(config: Config) -> Iterator[str]:
-    """Yields one line for each rule that is broken."""
-    for rule in (_studies, _tables):
+    """Yields one line for each broken rule."""
+    for rule in (_lists, _settings, _names, _recipes, _teachers):
         yield from rule(config)
 
 
-def _studies(config: Config) -> Iterator[str]:
-    if not config.cost.engines:
-        yield "cost.engines=[] must name at least one engine (scann, exact)"
-    for key, values in (
-        ("cost.engines", config.cost.engines),
-        ("analyze.ngram_orders", config.analyze.ngram_orders),
-        ("analyze.masses", config.analyze.masses),
-    ):
+def _lists(config: Config) -> Iterator[str]:
+    filled = {
+        "cost.engines": config.cost.engines,
+        "analyze.masses": config.analyze.masses,
+        "search_quality.settings": config.search_quality.settings,
+    }
+    distinct = {
+        "cost.engines": config.cost.engines,
+        "analyze.ngram_orders": config.analyze.ngram_orders,
+        "analyze.masses": config.analyze.masses,
+        "compare.rows": config.compare.rows,
+        **{f"{section}.seeds": getattr(config, section).seeds for section in _TABLES},
+    }
+    yield from (f"{key}=[] must have at least one entry" for key, v in filled.items() if not v)
+    for key, values in distinct.items():
         if len(set(values)) < len(values):
-            yield f"{key}={list(values)} names something twice"
-    if not config.analyze.masses:
-        yield "analyze.masses=[] must hold at least one mass between 0 and 1"
+            yield f"{key}={list(values)} repeats an entry"
+
+
+def _settings(config: Config) -> Iterator[str]:
     settings = config.search_quality.settings
-    if not settings:
-        yield "search_quality.settings=[] must hold at least one setting"
     names = [setting.name for setting in settings]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"search_quality.settings: the name {name} is given twice"
+    least = config.retrieval.num_neighbors
     for place, setting in enumerate(settings):
-        wanted, least = setting.num_reorder, config.retrieval.num_neighbors + 1
-        if wanted != "auto" and wanted < least:
+        if setting.num_reorder != "auto" and setting.num_reorder <= least:
             yield (
-                f"search_quality.settings.{place}.num_reorder={wanted} must be more than "
-                f"retrieval.num_neighbors={config.retrieval.num_neighbors} (the own row is found "
-                "too)"
+                f"search_quality.settings.{place}.num_reorder={setting.num_reorder} must be more "
+                f"than retrieval.num_neighbors={least} (a row finds itself too)"
             )
 
 
-def _tables(config: Config) -> Iterator[str]:
+def _names(config: Config) -> Iterator[str]:
     tables = {f"{section}.name": getattr(config, section).name for section in _TABLES}
     for key, name in tables.items():
         if name in (".", "..", "metrics"):
-            yield f"{key}={name} must be the name of a directory to make in results/"
+            yield f"{key}={name} must be the name of a new directory in results/"
         for other, taken in {"memory.name": config.memory.name, **tables}.items():
             if other != key and taken == name and (other == "memory.name" or other < key):
-                yield f"{key}={name} and {other}={taken} must differ: both lie in results/"
-    for section in _TABLES:
-        seeds = getattr(config, section).seeds
-        if len(set(seeds)) < len(seeds):
-            yield f"{section}.seeds={list(seeds)} names a seed twice"
-    if len(set(config.compare.rows)) < len(config.compare.rows):
-        yield f"compare.rows={list(config.compare.rows)} names a row twice"
-    names: list[str] = list(ALL_ROWS)
-    for place, recipe in enumerate(config.compare.recipes):
-        if recipe.name in names:
-            yield f"compare.recipes.{place}.name={recipe.name} is the name of another row"
-        if not recipe.overrides and recipe.teacher is None:
-            yield f"compare.recipes.{place}.overrides=[] must change at least one key"
-        names.append(recipe.name)
-    yield from _teachers(config, names)
+                yield f"{key}={name} and {other}={taken} must differ: both are in results/"
 
 
-def _teachers(config: Config, rows: list[str]) -> Iterator[str]:
+def _recipes(config: Config) -> Iterator[str]:
+    rows: list[str] = list(ALL_ROWS)
     teachers = [teacher.name for teacher in config.compare.teachers]
+    for place, recipe in enumerate(config.compare.recipes):
+        where, teacher = f"compare.recipes.{place}", recipe.teacher
+        if recipe.name in rows:
+            yield f"{where}.name={recipe.name} is the name of another row"
+        if not recipe.overrides and teacher is None:
+            yield f"{where}.overrides=[] must change at least one key"
+        if teacher is not None and teacher not in teachers:
+            known = ", ".join(teachers) or "there are none"
+            yield f"{where}.teacher={teacher} is none of compare.teachers ({known})"
+        if teacher is not None and recipe.parts != "all":
+            yield f"{where}.teacher={teacher} teaches a memory: {where}.parts must be all"
+        rows.append(recipe.name)
+
+
+def _teachers(config: Config) -> Iterator[str]:
+    taken = {*ALL_ROWS, *(recipe.name for recipe in config.compare.recipes)}
     for place, teacher in enumerate(config.compare.teachers):
         where = f"compare.teachers.{place}"
-        if teacher.name in rows or teacher.name in teachers[:place]:
+        if teacher.name in taken:
             yield f"{where}.name={teacher.name} is the name of a row or of another teacher"
         if not teacher.overrides:
             yield f"{where}.overrides=[] must change at least one key"
-    for place, recipe in enumerate(config.compare.recipes):
-        where = f"compare.recipes.{place}"
-        if recipe.teacher is not None and recipe.teacher not in teachers:
-            known = ", ".join(teachers) or "there are none"
-            yield f"{where}.teacher={recipe.teacher} is none of compare.teachers ({known})"
-        if recipe.teacher is not None and recipe.parts != "all":
-            yield f"{where}.teacher={recipe.teacher} teaches a memory: {where}.parts must be all"
+        taken.add(teacher.name)

@@ -1,4 +1,4 @@
-"""Rules about training: schedules, losses, starts. They name the keys and their values."""
+"""Rules about training: schedules, losses, starts."""
 
 from __future__ import annotations
 
@@ -8,39 +8,35 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mlpmem_jax.config.schema import Config
 
-
 _LEAST_WEIGHT = 1e-6  # of a loss; float32 gradients of smaller ones vanish
 _MOST_PHASES = 1000
 
 
 def training_mistakes(config: Config) -> Iterator[str]:
-    """Yields one line for each rule that is broken."""
-    for rule in (_schedules, _losses, _rows, _starts):
+    """Yields one line for each broken rule."""
+    for rule in (_schedules, _losses, _gate, _rows, _starts, _refreshes):
         yield from rule(config)
 
 
 def _schedules(config: Config) -> Iterator[str]:
     train = config.train
-    schedules = [
-        ("pretrain", "optimizer", 0),
-        ("train", "optimizer", train.memory_freeze_steps if train.mode == "joint" else 0),
-    ]
+    freezes = (train.decoder_freeze_steps, train.memory_freeze_steps)
+    decoder_frozen, memory_frozen = freezes if train.mode == "joint" else (0, 0)
+    schedules = [("pretrain", "optimizer", 0), ("train", "optimizer", memory_frozen)]
     if train.mode == "joint":
-        schedules.append(("train", "decoder_optimizer", train.decoder_freeze_steps))
-        freezes = (train.decoder_freeze_steps, train.memory_freeze_steps)
+        schedules.append(("train", "decoder_optimizer", decoder_frozen))
         if min(freezes) >= train.num_steps:
             yield (
                 f"train.decoder_freeze_steps={freezes[0]} and train.memory_freeze_steps="
-                f"{freezes[1]}: nothing would move in train.num_steps={train.num_steps}"
+                f"{freezes[1]}: nothing is trained in train.num_steps={train.num_steps}"
             )
     for name, key, frozen in schedules:
         section = getattr(config, name)
         warmup = getattr(section, key).warmup_steps
         if warmup + frozen > section.num_steps:
-            added = f" and the {frozen} steps that it is frozen" if frozen else ""
-            less = "is" if not added else "are"
+            added = f" plus {frozen} frozen steps" if frozen else ""
             yield (
-                f"{name}.{key}.warmup_steps={warmup}{added} {less} more than "
+                f"{name}.{key}.warmup_steps={warmup}{added} is more than "
                 f"{name}.num_steps={section.num_steps}"
             )
 
@@ -55,42 +51,48 @@ def _losses(config: Config) -> Iterator[str]:
     for name, weight in zip(weights._fields, weights, strict=True):
         if 0 < weight < _LEAST_WEIGHT:
             yield f"train.{name}_weight={weight} must be 0 or at least {_LEAST_WEIGHT}"
-    if train.mode == "memory" and weights.lm > 0:
+    if train.mode == "joint":
+        return
+    if weights.lm > 0:
         yield (
-            f"train.lm_weight={weights.lm} needs train.mode=joint: the decoder is frozen in "
-            "train.mode=memory"
+            f"train.lm_weight={weights.lm} requires train.mode=joint: train.mode=memory freezes "
+            "the decoder"
         )
-    if train.mode == "memory" and train.inputs == "online" and weights.joint > 0:
+    if train.inputs == "online" and weights.joint > 0:
         yield (
-            f"train.joint_weight={weights.joint} needs train.inputs=stored (which keeps "
-            "log p of the decoder) or train.mode=joint, not train.inputs=online"
+            f"train.joint_weight={weights.joint} requires train.inputs=stored (with the decoder's "
+            "log p) or train.mode=joint, not train.inputs=online"
         )
-    learned = config.memory.gate == "learned"
-    if learned and weights.joint == 0:
+
+
+def _gate(config: Config) -> Iterator[str]:
+    train, floor = config.train, config.memory.gate_floor
+    if config.memory.gate != "learned":
+        return
+    if config.loss_weights.joint == 0:
         yield (
             "memory.gate=learned is trained by the joint loss: set train.joint_weight above 0 "
             f"(train.mode={train.mode}, train.joint_weight={train.joint_weight})"
         )
-    if learned and train.interpolation_final is not None:
+    if train.interpolation_final is not None:
         yield (
-            f"train.interpolation_final={train.interpolation_final} is a schedule, and "
+            f"train.interpolation_final={train.interpolation_final} is a schedule of λ, and "
             "memory.gate=learned learns λ: use one of the two"
         )
-    floor = config.memory.gate_floor
-    if learned and not floor <= train.interpolation <= 1 - floor:
+    if not floor <= train.interpolation <= 1 - floor:
         yield (
-            f"train.interpolation={train.interpolation}, where the gate begins, must be from "
-            f"memory.gate_floor={floor} to {1 - floor}"
+            f"train.interpolation={train.interpolation}, the initial value of the gate, must be "
+            f"from memory.gate_floor={floor} to {1 - floor}"
         )
 
 
 def _rows(config: Config) -> Iterator[str]:
-    mixed = config.train_mix_windows
+    mixed, train = config.train_mix_windows, config.train
     if mixed > 1 and config.decoder_runs:
         yield (
-            f"train.mix_windows={mixed} mixes stored rows, and train.mode={config.train.mode}, "
-            f"train.inputs={config.train.inputs} reads windows of tokens: leave it at auto there, "
-            "and take a shorter train.window_tokens and a larger train.batch_size instead"
+            f"train.mix_windows={mixed} mixes stored rows, and train.mode={train.mode}, "
+            f"train.inputs={train.inputs} reads windows of tokens: use train.mix_windows=auto, a "
+            "shorter train.window_tokens and a larger train.batch_size instead"
         )
 
 
@@ -99,25 +101,26 @@ def _starts(config: Config) -> Iterator[str]:
     starts = (train.decoder_start, train.memory_start)
     if train.mode == "joint" and starts == ("fresh", "checkpoint"):
         yield (
-            "train.memory_start=checkpoint needs train.decoder_start=checkpoint: a memory "
-            "reads the states of the decoder that it was trained on"
+            "train.memory_start=checkpoint requires train.decoder_start=checkpoint: a memory reads "
+            "the states of the decoder that it was trained with"
         )
-    if train.refresh_interval_steps is None:
+
+
+def _refreshes(config: Config) -> Iterator[str]:
+    train, interval = config.train, config.train.refresh_interval_steps
+    if interval is None:
         return
+    key = f"train.refresh_interval_steps={interval}"
     if train.mode != "joint":
-        yield (
-            f"train.refresh_interval_steps={train.refresh_interval_steps} needs "
-            "train.mode=joint: a frozen decoder's targets do not age"
-        )
-    phases = -(-train.num_steps // train.refresh_interval_steps)
+        yield f"{key} requires train.mode=joint: the targets of a frozen decoder stay valid"
+    phases = -(-train.num_steps // interval)
     if phases > _MOST_PHASES:
         yield (
-            f"train.refresh_interval_steps={train.refresh_interval_steps} cuts train.num_steps="
-            f"{train.num_steps} into {phases} phases, each with files of its own: at most "
-            f"{_MOST_PHASES}"
+            f"{key} divides train.num_steps={train.num_steps} into {phases} phases, each with its "
+            f"own artifacts: at most {_MOST_PHASES}"
         )
     if config.targets.workdir is not None:
         yield (
-            f"train.refresh_interval_steps={train.refresh_interval_steps} makes targets from "
-            f"the current decoder: drop targets.workdir={config.targets.workdir}"
+            f"{key} builds targets from the current decoder: remove "
+            f"targets.workdir={config.targets.workdir}"
         )

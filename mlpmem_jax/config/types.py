@@ -1,7 +1,7 @@
 """Types of keys: the bounds of numbers, names and paths. Every section takes them from here.
 
 Bounds are those of the arithmetic behind a key (int32 on devices, float32), rounded to numbers
-that people write. What is within them may still be too much for a machine.
+that people write. A value within them may still be too much for a machine.
 """
 
 import functools
@@ -12,8 +12,6 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, WithJsonSchema
 
 _LONGEST_PATH, _LONGEST_NAME = 4096, 255  # bytes, of Linux
-
-
 T = TypeVar("T")
 
 
@@ -37,19 +35,19 @@ def _writable(text: str) -> str:
 
 # Lists of YAML become tuples.
 ListOf = Annotated[tuple[T, ...], Strict(False)]
-# Of every whole number, behind its bounds (in front of them, pydantic's schema loses them).
+# For every whole number, after its bounds: before them, it would hide them from the JSON schema.
 WHOLE = BeforeValidator(_whole)
 Auto = Literal["auto"]
 AnyText = Annotated[str, AfterValidator(_writable)]
 Text = Annotated[str, Field(min_length=1)]
-# Names become directories, and other names are made of them.
+# Names become directories, and parts of other names.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=100)]
 
 PositiveInt = Annotated[int, Field(ge=1, le=10**9), WHOLE]
 NonNegativeInt = Annotated[int, Field(ge=0, le=10**9), WHOLE]
 # JAX keeps 32 bits of a seed: beyond them, different seeds would give the same numbers.
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1), WHOLE]
-# What is held at the same time, or done again and again.
+# What is held in memory at the same time, or repeated.
 Count = Annotated[int, Field(ge=1, le=10**6), WHOLE]
 # Each is a checkpoint, and a row of a table.
 Epochs = Annotated[int, Field(ge=1, le=1000), WHOLE]

@@ -341,7 +341,7 @@ def test_overfitting_by_epoch(compared: Path, capsys: pytest.CaptureFixture[str]
             ["ablate.sweeps=[{key: train.log_interval_steps, values: [1, 2]}]"],
             "ablate.sweeps.0.key=train.log_interval_steps decides nothing that is made",
         ),
-        (["ablate.seeds=[1,1]"], "ablate.seeds=[1, 1] names a seed twice"),
+        (["ablate.seeds=[1,1]"], "ablate.seeds=[1, 1] repeats an entry"),
         (["ablate.name=base"], "ablate.name=base and memory.name=base must differ"),
         (
             ["compare.recipes=[{name: memory, overrides: [train.alpha=1]}]"],
@@ -430,7 +430,7 @@ def test_overfitting_by_epoch(compared: Path, capsys: pytest.CaptureFixture[str]
                 "train.decoder_freeze_steps=4",
                 "train.memory_freeze_steps=5",
             ],
-            "train.memory_freeze_steps=5: nothing would move in train.num_steps=4",
+            "train.memory_freeze_steps=5: nothing is trained in train.num_steps=4",
         ),
         (
             [

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -134,7 +135,7 @@ def test_prompt_belongs_to_generate_alone(calls, capsys):
     ("arguments", "expected"),
     [
         (["pretrian", "--config", CONFIG], "pretrian: unknown command; did you mean pretrain?"),
-        (["xyz"], "xyz: unknown command; commands: tokenize, pretrain, embed"),
+        (["xyz"], "xyz: unknown command; commands: run, tokenize, pretrain"),
         (["train"], "the following arguments are required: --config"),
         (["train", "--config"], "argument --config: expected one argument"),
         (["train", "--config", CONFIG, "--train.alpha=1"], "write train.alpha=1"),
@@ -173,6 +174,8 @@ def test_help_of_each_command(capsys, name):
     text = capsys.readouterr().out
     assert COMMANDS[name].summary in text
     assert "workdir" in text and "--dry-run" in text
+    own = COMMANDS[name].sections[0]
+    assert re.search(rf"\(null: not set\):\n\n{'run' if own == 'workdir' else own}: ", text)
     assert ("--prompt" in text) == (name == "generate")
 
 
@@ -192,6 +195,7 @@ def test_overview_and_version(capsys):
         assert cli.main(arguments) == code
         text = capsys.readouterr().out
         assert all(f"  {name} " in text for name in COMMANDS)
+        assert "commands:\n  run " in text and "--version" in text
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("mlpmem_jax ")
 

@@ -146,7 +146,7 @@ def test_dots_in_a_file_are_nested_instead(refused, text, expected):
 def test_a_file_that_sets_nothing_is_refused(refused, text):
     """Else the defaults begin: a run that nobody asked for, in runs/quickstart."""
     (line,) = refused("seed=1", text=text)
-    assert line.endswith("config.yaml: sets no key; configs/quickstart.yaml is one to start from")
+    assert line.endswith("config.yaml: sets no key; configs/quickstart.yaml is an example")
 
 
 def test_an_endless_file_is_refused():

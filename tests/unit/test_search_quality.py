@@ -80,12 +80,12 @@ def test_each_setting_has_names_of_its_own_and_shares_the_rest():
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("search_quality.settings=[]", "must hold at least one setting"),
+        ("search_quality.settings=[]", "must have at least one entry"),
         ("search_quality.settings=[{name: a}, {name: a}]", "the name a is given twice"),
         ("search_quality.settings=[{name: a, num_reorder: 16}]", "num_reorder=16 must be more"),
-        ("cost.engines=[]", "must name at least one engine"),
-        ("analyze.ngram_orders=[2, 2]", "names something twice"),
-        ("analyze.masses=[]", "at least one mass"),
+        ("cost.engines=[]", "must have at least one entry"),
+        ("analyze.ngram_orders=[2, 2]", "repeats an entry"),
+        ("analyze.masses=[]", "must have at least one entry"),
         ("analyze.masses=[1.0]", "analyze.masses"),
     ],
 )

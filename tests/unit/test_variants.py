@@ -183,7 +183,7 @@ def test_decoders_that_no_memory_reads_need_not_fit_one(make_config: Callable[..
     assert plan.small_lm().config.decoder.name == "seed-0-small"
     wide = taught_variant(plan.base, {"decoder.width": 64}, "wide")
     assert wide.teacher.decoder.width == 64 and wide.config.memory.head == "tied"
-    with pytest.raises(ConfigError, match=r"memory\.head=tied needs"):
+    with pytest.raises(ConfigError, match=r"memory\.head=tied requires"):
         changed_variant(plan.base, {"decoder.width": 64}, "x")  # Its own memory reads it.
     short = ["decoder.context_tokens=16", "datastore.window_tokens=16"]
     recipe = RecipeConfig(name="short", parts="decoder", overrides=tuple(short))
