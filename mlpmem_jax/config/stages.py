@@ -1,6 +1,6 @@
 """Sections about training and what follows: pretrain, train, evaluate, generate."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,8 @@ from mlpmem_jax.config.types import (
 # Validation rows on which τ and λ are chosen: more make them no surer, and all K neighbours of
 # each are held in memory.
 TUNING_ROWS = 1 << 17
+# Steps of warm-up where none are set and the run is long enough.
+WARMUP_STEPS = 50
 
 
 class OptimizerConfig(Section):
@@ -33,13 +35,21 @@ class OptimizerConfig(Section):
 
     learning_rate: float = setting(2e-3, "peak learning rate", ge=1e-12, le=1e3)
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "decay after the warm-up")
-    warmup_steps: NonNegativeInt = setting(50, "steps of linear warm-up")
+    warmup_steps: NonNegativeInt | Auto = setting(
+        "auto", "steps of linear warm-up; auto: 50, at most half of the steps"
+    )
     final_fraction: Fraction = setting(0.1, "learning rate at the end, as a share of the peak")
     weight_decay: Weight = setting(0.1, "decoupled weight decay of matrices")
     beta1: Decay = setting(0.9, "decay of the first moment")
     beta2: Decay = setting(0.95, "decay of the second moment")
     epsilon: Epsilon = setting(1e-8, "added to the root of the second moment")
     clip_norm: Scale | None = setting(1.0, "largest gradient norm")
+
+    def warmup_of(self, num_steps: int) -> int:
+        """Returns the steps of warm-up, where the parameters move in so many steps."""
+        if self.warmup_steps == "auto":
+            return min(WARMUP_STEPS, num_steps // 2)
+        return self.warmup_steps
 
 
 class TrainingConfig(Section):
@@ -61,6 +71,17 @@ class TrainingConfig(Section):
     checkpoint_interval_steps: PositiveInt = runtime(200, "steps between two checkpoints")
     keep_checkpoints: Count = runtime(2, "newest checkpoints that are kept")
     prefetch_batches: Count = runtime(4, "batches read ahead")
+
+    def moving_steps(self) -> dict[str, int]:
+        """Returns by optimiser the steps in which its parameters move."""
+        return {"optimizer": self.num_steps}
+
+    def recipe(self) -> dict[str, Any]:
+        """Returns the keys that decide what is computed, the warm-up as a number of steps."""
+        recipe = super().recipe()
+        for name, steps in self.moving_steps().items():
+            recipe[name]["warmup_steps"] = getattr(self, name).warmup_of(steps)
+        return recipe
 
 
 class PretrainConfig(TrainingConfig):
@@ -139,6 +160,13 @@ class TrainConfig(TrainingConfig):
         4, "batches that memory.input_norm=standardize is measured on"
     )
 
+    def moving_steps(self) -> dict[str, int]:
+        """Returns by optimiser the steps in which its parameters move."""
+        frozen = (self.memory_freeze_steps, self.decoder_freeze_steps)
+        memory, decoder = frozen if self.mode == "joint" else (0, 0)
+        steps = self.num_steps
+        return {"optimizer": max(0, steps - memory), "decoder_optimizer": max(0, steps - decoder)}
+
 
 class EvaluateConfig(Section):
     """The table."""
@@ -158,7 +186,9 @@ class EvaluateConfig(Section):
 class GenerateConfig(Section):
     """Sampling."""
 
-    prompts: tuple[str, ...] = runtime(("def ",), "texts to continue", min_length=1)
+    prompts: tuple[str, ...] = runtime(
+        (), "texts to continue; empty: the first words of a validation document, drawn at random"
+    )
     max_new_tokens: PositiveInt = runtime(64, "tokens to generate")
     sampling: Literal["greedy", "random"] = runtime("random", "greedy takes the most probable")
     temperature: Annotated[

@@ -36,7 +36,7 @@ def _schedules(config: Config) -> Iterator[str]:
     for name, key, frozen in schedules:
         section = getattr(config, name)
         warmup = getattr(section, key).warmup_steps
-        if warmup + frozen > section.num_steps:
+        if warmup != "auto" and warmup + frozen > section.num_steps:
             added = f" and the {frozen} steps that it is frozen" if frozen else ""
             less = "is" if not added else "are"
             yield (

@@ -58,7 +58,7 @@ def interpolation(config: Config) -> float | None:
 
 
 def generate(config: Config, weight: float | None, *, with_memory: bool) -> None:
-    """Continues the configured prompts on the terminal.
+    """Continues the prompts on the terminal.
 
     Args:
         config: The whole configuration.
@@ -75,10 +75,12 @@ def generate(config: Config, weight: float | None, *, with_memory: bool) -> None
     from mlpmem_jax.generation.stream import Screen, TextStream
     from mlpmem_jax.models.decoder import Site
     from mlpmem_jax.parallel.mesh import make_mesh
+    from mlpmem_jax.pipeline.prompts import prompts_of
     from mlpmem_jax.training.networks import finished_decoder, finished_networks
 
     layout, settings = Layout(config), config.generate
     tokenizer = load_tokenizer(layout.tokenizer)
+    prompts = prompts_of(config, tokenizer)
     mesh = make_mesh(config.mesh)
     memory = None
     if with_memory or config.train.mode == "joint":
@@ -101,7 +103,6 @@ def generate(config: Config, weight: float | None, *, with_memory: bool) -> None
     )
     sampling = Sampling(settings.sampling, settings.temperature, settings.top_k, settings.top_p)
     generator = Generator(model, sampling)
-    prompts = list(settings.prompts)
     ids = [list(map(int, each)) for each in tokenizer.encode(prompts)]
     how = "decoder alone"
     if with_memory:
