@@ -274,8 +274,10 @@ def sentence(results: Results) -> str:
     nothing = memory["interpolation"] == 0 and memory["difference_nats"] == 0
     if nothing and memory["interpolation_source"] == "validation":
         return "On validation the memory got no weight (λ = 0): on test it changes nothing."
-    better = f"better than the decoder by {number(gain, 3)} nats per token"
-    worse = f"worse than the decoder by {number(-gain, 3)} nats per token"
+    # Trained jointly, the memory has a decoder of its own beside it.
+    decoder = "the decoder" + " before joint training" * ("joint_decoder" in results["systems"])
+    better = f"better than {decoder} by {number(gain, 3)} nats per token"
+    worse = f"worse than {decoder} by {number(-gain, 3)} nats per token"
     if low is None:
         verdict = f"is {better if gain >= 0 else worse} (no interval)"
     elif high < 0:
@@ -284,7 +286,7 @@ def sentence(results: Results) -> str:
         verdict = f"is {worse} ({level} interval {bracket_text(low, high, 3)})"
     else:
         verdict = (
-            "is not significantly different from the decoder "
+            f"is not significantly different from {decoder} "
             f"({level} interval of the gain {bracket_text(-high, -low, 3)} nats per token)"
         )
     text = f"On test, decoder + memory {verdict}"

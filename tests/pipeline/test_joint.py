@@ -30,7 +30,6 @@ SAVE = "mlpmem_jax.training.checkpoint.Checkpoints.save"
 FINISH = "mlpmem_jax.store.manifest.Artifact.finish"
 JOINT = (
     "train.mode=joint",
-    "train.decoder_optimizer.warmup_steps=2",
     "memory.gate=learned",
     "train.num_steps=5",
 )
@@ -117,6 +116,9 @@ def test_evaluation_and_generation_use_the_gate(refreshed, capsys):
     beside = results["diagnostics"]["test"]["decoder_beside_memory_nats"]
     assert beside != pytest.approx(results["systems"]["decoder"]["test_nats"], abs=1e-6)
     assert memory["test_nats"] == pytest.approx(beside, abs=0.1)
+    row = results["systems"]["joint_decoder"]
+    assert row["test_nats"] == pytest.approx(beside, rel=1e-6)
+    assert row["parameters"] == results["systems"]["decoder"]["parameters"]
     assert _main(refreshed, "generate", *REFRESHED) == 0
     assert "λ of the gate" in capsys.readouterr().out
 
@@ -261,10 +263,10 @@ def test_a_gate_is_trained_offline_from_stored_logprobs(tiny_run, tmp_path, caps
 
 def test_another_interpolation_than_the_trained_one_is_refused(tiny_run, tmp_path, capsys):
     workdir = _copy(tiny_run, tmp_path / "run")
-    joint = ("train.mode=joint", "train.decoder_optimizer.warmup_steps=2", "train.num_steps=2")
+    joint = ("train.mode=joint", "train.num_steps=2")
     assert _main(workdir, "train", *joint, "train.optimizer.warmup_steps=1") == 0
     capsys.readouterr()
-    same = ("train.mode=joint", "train.decoder_optimizer.warmup_steps=2")
+    same = ("train.mode=joint",)
     assert _main(workdir, "generate", *same, "train.interpolation=0.9") == 2
     message = capsys.readouterr().err
     assert "was trained with λ = 0.3, and the configuration says λ = 0.9" in message
@@ -276,7 +278,7 @@ def test_another_interpolation_than_the_trained_one_is_refused(tiny_run, tmp_pat
 
 @pytest.mark.parametrize("command", ["analyze", "cost", "search-quality"])
 def test_what_is_about_a_frozen_decoder_refuses_joint_training(tmp_path, capsys, command):
-    assert _main(tmp_path / "none", command, *JOINT[:2], "train.num_steps=5") == 2
+    assert _main(tmp_path / "none", command, *JOINT[:1], "train.num_steps=5") == 2
     message = capsys.readouterr().err
     assert f"train.mode=joint: {command} is about a memory beside a frozen decoder" in message
     assert not (tmp_path / "none").exists()

@@ -5,8 +5,10 @@ import io
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_hex
 
 from mlpmem_jax.evaluation import picture, table
+from mlpmem_jax.evaluation.style import COLORS, new_figure
 
 
 def _system(label: str, nats: float, **more: Any) -> dict[str, Any]:
@@ -135,6 +137,17 @@ def test_csv_has_the_same_systems_in_full():
     assert tuple(rows[0]) == table.COLUMNS
     assert float(rows[2]["ms_per_token"]) == 0.52
     assert rows[0]["difference_nats"] == ""
+
+
+def test_what_the_memory_gains_has_the_memory_s_colour():
+    axes = new_figure(4, 4).subplots()
+    picture._draw_documents(axes, make_results())
+    shown = [to_hex(text.get_color()) for text in axes.texts]
+    shown += [to_hex(line.get_color()) for line in axes.lines]
+    shown += [to_hex(color[:3]) for each in axes.collections for color in each.get_facecolor()]
+    assert COLORS["memory"] in shown
+    others = {color for name, color in COLORS.items() if name not in ("memory", "decoder")}
+    assert others.isdisjoint(shown)
 
 
 def test_the_picture_is_a_png_and_can_be_drawn_again():
