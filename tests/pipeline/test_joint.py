@@ -114,6 +114,10 @@ def test_evaluation_and_generation_use_the_gate(refreshed, capsys):
     assert 0 < memory["interpolation"] < 1
     # The decoder of the joint model, not the one that it began with.
     beside = results["diagnostics"]["test"]["decoder_beside_memory_nats"]
+    for command in (["generate"], ["evaluate", "--rebuild"]):  # also where a gate makes λ
+        assert _main(refreshed, *command, *REFRESHED, "train.interpolation=0.7") == 2
+        told = capsys.readouterr().err
+        assert "λ = 0.3 where the gate begins, and the configuration says λ = 0.7" in told
     assert beside != pytest.approx(results["systems"]["decoder"]["test_nats"], abs=1e-6)
     assert memory["test_nats"] == pytest.approx(beside, abs=0.1)
     row = results["systems"]["joint_decoder"]
@@ -272,8 +276,11 @@ def test_another_interpolation_than_the_trained_one_is_refused(tiny_run, tmp_pat
     assert "was trained with λ = 0.3, and the configuration says λ = 0.9" in message
     assert _main(workdir, "generate", *same) == 0
     offline = ("train.joint_weight=1", "train.interpolation=0.9")
-    assert _main(workdir, "generate", *offline) == 2
-    assert "was trained with a λ that is chosen on validation" in capsys.readouterr().err
+    results = (workdir / "results/base/manifest.json").read_bytes()
+    for command in (["generate"], ["evaluate", "--rebuild"], ["analyze"], ["cost"]):
+        assert _main(workdir, *command, *offline) == 2
+        assert "was trained with a λ that is chosen on validation" in capsys.readouterr().err
+    assert (workdir / "results/base/manifest.json").read_bytes() == results
 
 
 @pytest.mark.parametrize("command", ["analyze", "cost", "search-quality"])
