@@ -160,8 +160,8 @@ def compare(
         } | _against_decoder(values_DM, sums_RM, place, confidence, num_clusters)
     if systems["memory"]["gain_recovered"] is None:
         notes.append("the kNN-LM gains nothing on test: a share of its gain is not defined")
-    elif systems["memory"]["gain_recovered_low"] is None and num_clusters > 1:
-        notes.append("the kNN-LM's gain is too uncertain for an interval of the share recovered")
+    elif num_clusters > 1:
+        notes += _share_notes(sums_RM, systems["memory"]["gain_recovered_low"] is not None)
     return {
         "valid": valid.counts.summary,
         "test": test.counts.summary,
@@ -173,6 +173,21 @@ def compare(
         "documents": _documents(test, test_D),
         "notes": notes,
     }
+
+
+def _share_notes(sums_RM: np.ndarray, has_interval: bool) -> list[str]:
+    """Says in how many draws the share of the kNN-LM's gain is undefined, if in any."""
+    # Not the opposite of a gain: a label without probability leaves no number.
+    without = int(np.count_nonzero(~(sums_RM[:, 0] - sums_RM[:, 1] > 0)))
+    if not without:
+        return []
+    gains_nothing = (
+        f"the kNN-LM gains nothing in {without:,} of {len(sums_RM):,} bootstrap draws, where the "
+        "share recovered is undefined"
+    )
+    if has_interval:
+        return [f"{gains_nothing}: its interval counts them at both ends"]
+    return [f"{gains_nothing}: it has no interval"]
 
 
 def drawn_nats(

@@ -154,7 +154,7 @@ def as_text(results: Results, measured: Mapping[str, Any]) -> str:
             number(row["word_perplexity"], 1),
             number(row["bits_per_byte"], 4),
             share_text(row["gain_recovered"]),
-            bracket_text(row["gain_recovered_low"], row["gain_recovered_high"], 1, "%"),
+            _share_interval(row),
         ]
         for row in rows
     ]
@@ -206,6 +206,13 @@ def as_text(results: Results, measured: Mapping[str, Any]) -> str:
         *paragraph(sentence(results)),
     ]
     return "\n".join(blocks)
+
+
+def _share_interval(row: Mapping[str, Any]) -> str:
+    """Returns the interval of a share; where it has none and should, a note says why."""
+    bracket = bracket_text(row["gain_recovered_low"], row["gain_recovered_high"], 1, "%")
+    wanted = row["gain_recovered"] not in (None, 1.0) and row["difference_low"] is not None
+    return "undefined" if wanted and not bracket else bracket
 
 
 def test_line(test: Mapping[str, Any]) -> str:

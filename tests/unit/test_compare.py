@@ -120,6 +120,23 @@ def test_a_useless_retriever_leaves_nothing_to_recover():
     assert any("gains nothing" in note for note in found["notes"])
 
 
+@pytest.mark.parametrize(("knn_gain", "has_interval"), [(-1.1, True), (-1.3, False)])
+def test_draws_in_which_the_share_is_undefined_are_counted(knn_gain: float, has_interval: bool):
+    """Some of them leave an interval, many none; both are said, and no cell is empty."""
+    scores = [make_scores(seed, knn_gain=knn_gain) for seed in (1, 2)]
+    scores = [dataclasses.replace(one, memory_weight=0.3) for one in scores]
+    found = run(*scores)
+    memory = found["systems"]["memory"]
+    (note,) = (note for note in found["notes"] if "bootstrap draws" in note)
+    count = int(note.split(" in ")[1].split(" of 200 ")[0])
+    assert (memory["gain_recovered_low"] is not None) == has_interval
+    assert (0 < count < 10) if has_interval else count >= 10
+    assert note.endswith("both ends" if has_interval else "no interval")
+    if has_interval:
+        assert memory["gain_recovered_low"] < memory["gain_recovered"]
+        assert memory["gain_recovered"] < memory["gain_recovered_high"]
+
+
 def test_a_label_without_probability_is_reported_and_drawn():
     """λ = 1 on validation, and a test label that no neighbour has."""
     valid, test = make_scores(1), make_scores(2)

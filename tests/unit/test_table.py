@@ -125,6 +125,19 @@ def test_the_sentence_without_weight():
     assert "the memory got no weight (λ = 0)" in table.sentence(results)
 
 
+def test_a_share_without_interval_is_no_empty_cell():
+    results = make_results()
+    memory = results["systems"]["memory"]
+    memory |= {"gain_recovered_low": None, "gain_recovered_high": None}
+    lines = table.as_text(results, MEASURED).splitlines()
+    of_memory, of_knn = (
+        next(line.rstrip(" │") for line in lines if share in line)
+        for share in ("70.3 %", "100.0 %")
+    )
+    assert of_memory.endswith("undefined")
+    assert of_knn.endswith("100.0 %")  # by definition
+
+
 def test_the_sentence_without_a_gain_to_recover():
     results = make_results()
     results["systems"]["memory"]["gain_recovered"] = None
