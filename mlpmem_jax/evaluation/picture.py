@@ -106,10 +106,8 @@ def _draw_weights(axes: Any, results: Mapping[str, Any]) -> None:
     axes.set_xlim(0, 1)
     axis_labels(axes, "weight λ of the kNN distribution or the memory")
     legend(axes, size=9, place="upper center")
-    start = "the decoder"
-    if JOINT_DECODER in systems:
-        start += ", for the memory the one trained jointly"
-    title(axes, "Validation", f"nats per token; at λ = 0: {start}")
+    each = "the decoder of each" if JOINT_DECODER in systems else "the decoder"
+    title(axes, "Validation", f"nats per token; dashed: {each} (λ = 0)")
 
 
 def _alignment(weight: float) -> str:
