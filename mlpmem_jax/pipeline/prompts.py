@@ -17,22 +17,24 @@ _FIRST_WORDS = re.compile(rf"\s*(?:\S+\s+){{0,{_WORDS - 1}}}\S+")
 
 
 def prompts_of(config: Config, tokenizer: TextTokenizer) -> list[str]:
-    """Returns the texts to continue, and logs what they have that was not typed.
+    """Returns the texts to continue; logs where they differ from what was typed.
 
     Raises:
         ArtifactError: `generate.prompts` is not set and there is no validation split.
     """
     typed = list(config.generate.prompts) or [_beginning(config, tokenizer)]
-    prompts = [tokenizer.without_open_blank(text) for text in typed]
+    prompts = [tokenizer.without_trailing_space(text) for text in typed]
     if not is_speaker():
         return prompts
     if not config.generate.prompts:
-        note(f"prompt: {prompts[0]!r} (generate.prompts is not set: from the validation split)")
+        note(
+            f"prompt: {prompts[0]!r} (generate.prompts is not set: taken from the validation split)"
+        )
     for text, prompt in zip(typed, prompts, strict=True):
         if prompt != text and config.generate.prompts:
             note(
-                f"prompt {text!r}: the blank at its end is not encoded, because the tokenizer "
-                "makes it part of the next word"
+                f"prompt {text!r}: its trailing space is left out, because the tokenizer makes it "
+                "part of the next word"
             )
     return prompts
 

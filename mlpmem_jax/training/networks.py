@@ -244,8 +244,8 @@ def check_interpolation(config: Config, artifact: Artifact) -> None:
     if trained != config.trained_interpolation:
         begun = " where the gate begins" if config.memory.gate == "learned" else ""
         raise ArtifactError(
-            f"{artifact.path}: was trained with {_in_words(trained)}{begun}, and the configuration "
-            f"says {_in_words(config.trained_interpolation)}: give train.interpolation, "
+            f"{artifact.path}: was trained with {_in_words(trained)}{begun}, but the configuration "
+            f"has {_in_words(config.trained_interpolation)}; set train.interpolation, "
             "train.interpolation_final and train.joint_weight as in training"
         )
 

@@ -92,7 +92,7 @@ def test_a_prompt_is_taken_as_typed(tiny_run: Config, capsys, prompt: str):
     assert f"\n{prompt}" in capsys.readouterr().out
 
 
-def test_a_blank_at_the_end_is_left_to_the_next_token(
+def test_a_trailing_space_is_left_to_the_next_token(
     tiny_run: Config, capsys: pytest.CaptureFixture[str]
 ):
     """It makes the same text as the prompt without it, and that is logged once."""
@@ -100,8 +100,8 @@ def test_a_blank_at_the_end_is_left_to_the_next_token(
     with_blank, logged = _shown(_with(tiny_run, prompts=("def ",), **settings), capsys)
     without, silent = _shown(_with(tiny_run, prompts=("def",), **settings), capsys)
     assert with_blank == without
-    assert logged.count("prompt 'def ': the blank at its end is not encoded") == 1
-    assert "blank" not in silent
+    assert logged.count("prompt 'def ': its trailing space is left out") == 1
+    assert "trailing space" not in silent
 
 
 def test_the_default_prompt_begins_a_validation_document(

@@ -117,7 +117,7 @@ def test_evaluation_and_generation_use_the_gate(refreshed, capsys):
     for command in (["generate"], ["evaluate", "--rebuild"]):  # also where a gate makes λ
         assert _main(refreshed, *command, *REFRESHED, "train.interpolation=0.7") == 2
         told = capsys.readouterr().err
-        assert "λ = 0.3 where the gate begins, and the configuration says λ = 0.7" in told
+        assert "λ = 0.3 where the gate begins, but the configuration has λ = 0.7" in told
     assert beside != pytest.approx(results["systems"]["decoder"]["test_nats"], abs=1e-6)
     assert memory["test_nats"] == pytest.approx(beside, abs=0.1)
     row = results["systems"]["joint_decoder"]
@@ -273,7 +273,7 @@ def test_another_interpolation_than_the_trained_one_is_refused(tiny_run, tmp_pat
     same = ("train.mode=joint",)
     assert _main(workdir, "generate", *same, "train.interpolation=0.9") == 2
     message = capsys.readouterr().err
-    assert "was trained with λ = 0.3, and the configuration says λ = 0.9" in message
+    assert "was trained with λ = 0.3, but the configuration has λ = 0.9" in message
     assert _main(workdir, "generate", *same) == 0
     offline = ("train.joint_weight=1", "train.interpolation=0.9")
     results = (workdir / "results/base/manifest.json").read_bytes()
