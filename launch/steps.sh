@@ -92,6 +92,20 @@ need_program() {
     fail "$1: not found; $2"
 }
 
+# check_command WORD…: refuses, before anything is built, sent or paid for, a command that cannot
+# succeed. With --shares-files as first word also files that are missing here. It needs the
+# environment of this machine: nothing is installed for it.
+check_command() {
+  [ "$dry_run" = no ] || return 0
+  if [ ! -x "$venv/bin/python" ] || [ ! -e "$venv/installed/requirements.txt" ]; then
+    say "the command is not checked before it is sent: there is no environment here" \
+      "(bash launch/install.sh makes one)"
+    return 0
+  fi
+  JAX_PLATFORMS=cpu PYTHONPATH="$root" "$venv/bin/python" -P -m mlpmem_jax.launching --check "$@" ||
+    exit $?
+}
+
 # need_checkout: refuses to go on where git does not know which files belong to the project.
 need_checkout() {
   git -C "$root" rev-parse --is-inside-work-tree >/dev/null 2>&1 ||

@@ -116,6 +116,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, Options]:
     options = Options(
         workdir=config.workdir,
         dry_run=flags.dry_run,
+        print_config=flags.print_config,
         rebuild=flags.rebuild,
         without_memory=getattr(flags, "without_memory", False),
         output=_output_path(getattr(flags, "output", None)),
@@ -202,7 +203,12 @@ def _parser(command: str) -> _Parser:
     shared.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved configuration, the plan and its cost, then exit",
+        help="print the plan, its cost and its time, then exit",
+    )
+    shared.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the resolved configuration as YAML, then exit",
     )
     shared.add_argument(
         "--rebuild",

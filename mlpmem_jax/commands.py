@@ -9,8 +9,9 @@ import importlib
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from mlpmem_jax.config.load import dump_config
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.console import quiet_libraries
+from mlpmem_jax.console import quiet_libraries, say
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel import multihost
 from mlpmem_jax.parallel.agreement import refuse_different
@@ -169,11 +170,12 @@ COMMANDS: dict[str, Command] = {
 def run_command(name: str, config: Config, options: Options) -> int:
     """Imports a command's module, runs it, and returns its exit code.
 
-    Here, and nowhere else, the processes of a run join; a dry run needs no others.
+    Here, and nowhere else, the processes of a run join; what only prints needs no others.
     """
     quiet_libraries()
     keep_freed_memory()
-    with contextlib.nullcontext() if options.dry_run else multihost.joined():
+    alone = options.dry_run or options.print_config
+    with contextlib.nullcontext() if alone else multihost.joined():
         _check_reachable_by_all(config, COMMANDS[name].sections)
         started_with = {"command": name, "flags": options.flags(), "software": software_versions()}
         refuse_different(started_with | config.model_dump(mode="json"))
@@ -183,6 +185,9 @@ def run_command(name: str, config: Config, options: Options) -> int:
         # `compile` is about the devices of its topology, not of this machine.
         if "mesh" in COMMANDS[name].sections and name != "compile":
             config = resolve.resolved(config)
+        if options.print_config:
+            say(dump_config(config).rstrip())
+            return 0
         return int(module.main(config, options))
 
 

@@ -2,6 +2,9 @@
 
 They are joined by jax.distributed over a free port of localhost, with Gloo's collectives on
 CPU. Started by `launch/run.sh --processes N`; does not start JAX itself.
+
+`--check COMMAND …` starts nothing: it refuses what is known here to be wrong, before the
+launcher builds an image, submits a job or creates a machine.
 """
 
 if __name__ == "__main__":  # Before the imports below, which take a second.
@@ -10,6 +13,8 @@ if __name__ == "__main__":  # Before the imports below, which take a second.
     run("mlpmem_jax.launching")
 
 import argparse
+import contextlib
+import importlib
 import os
 import socket
 import sys
@@ -17,8 +22,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlpmem_jax import __main__ as command_line
+from mlpmem_jax.commands import COMMANDS
+from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import complain, note
-from mlpmem_jax.errors import EXIT_USER_ERROR, UserError
+from mlpmem_jax.corpus.sources import find_parts
+from mlpmem_jax.errors import EXIT_USER_ERROR, ArtifactError, ConfigError, UserError
 from mlpmem_jax.failures import explain
 from mlpmem_jax.parallel.cluster import (
     COORDINATOR,
@@ -27,9 +35,14 @@ from mlpmem_jax.parallel.cluster import (
     PROCESS_INDEX,
 )
 from mlpmem_jax.parallel.processes import run_processes
-from mlpmem_jax.store.files import is_local
+from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.store.files import check_reachable, is_local
+from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store.manifest import Artifact
 
 LOGS = "logs"
+# Commands that begin with the text; the others read what these have made.
+_FROM_TEXT = ("tokenize", "run")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     flags = _parser().parse_args(argv)
     arguments: list[str] = flags.arguments
+    if flags.check:
+        return check(arguments, shares_files=flags.shares_files)
     try:
         # Once, here: a mistake is reported once, and nothing is started.
         _, config, options = command_line.parse(arguments)
@@ -61,6 +76,71 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = [sys.executable, "-P", "-m", "mlpmem_jax", *arguments]
     environments = environments_of(flags.processes, flags.devices_per_process, os.environ)
     return run_processes(command, environments, logs)
+
+
+def check(arguments: Sequence[str], *, shares_files: bool) -> int:
+    """Refuses a command that cannot succeed where it is going to run.
+
+    Args:
+        arguments: The command, its flags and overrides.
+        shares_files: Whether local paths mean the same there as here.
+
+    Returns:
+        0, or 2 where something is wrong; it is printed.
+    """
+    try:
+        command, config, options = command_line.parse(arguments)
+        if shares_files if is_local(config.workdir) else _answers(command, config):
+            problems = _missing(command, config, options, shares_files)
+            if problems:
+                raise UserError(problems)
+    except UserError as error:
+        for message in error.messages:
+            complain(message)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _answers(command: str, config: Config) -> bool:
+    """Returns whether buckets can be read from here; where it runs they may be nevertheless."""
+    try:
+        check_reachable(config.model_dump(mode="json"), COMMANDS[command].sections)
+    except ConfigError as error:
+        note(f"launch: the inputs of {command} are not checked here: {error.messages[0]}")
+        return False
+    return True
+
+
+def _missing(command: str, config: Config, options: Options, shares_files: bool) -> list[str]:
+    """Returns what the command reads and is not there, one line each."""
+    layout, found = Layout(config), dict[str, None]()
+    if command in _FROM_TEXT:
+        if shares_files and not layout.tokens.is_complete():
+            find_parts(config.corpus)  # It raises what is missing.
+        return []
+    for artifact in _inputs(command, config, options):
+        try:
+            artifact.load()
+        except ArtifactError as error:
+            found |= dict.fromkeys(error.messages)
+    return list(found)
+
+
+def _inputs(command: str, config: Config, options: Options) -> list[Artifact]:
+    """Returns the artifacts that a command reads and does not make; none of studies."""
+    layout, module = Layout(config), COMMANDS[command].module
+    if command == "generate":
+        return [layout.tokenizer, layout.decoder if options.without_memory else layout.trained]
+    if command == "compile" or not module.startswith("pipeline."):
+        return []
+    stages = importlib.import_module(f"mlpmem_jax.{module}").stages(config)
+    made, inputs = {stage.name for stage in stages}, list[Artifact]()
+    for stage in stages:
+        # Some ask for their inputs once those before are made.
+        with contextlib.suppress(ArtifactError):
+            if not stage.artifact.is_complete():
+                inputs += [one for one in stage.origins() if one.relative not in made]
+    return inputs
 
 
 def environments_of(
@@ -98,7 +178,9 @@ def free_port() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="launch/run.sh", allow_abbrev=False)
-    parser.add_argument("--processes", type=_count, required=True)
+    parser.add_argument("--processes", type=_count, default=1)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--shares-files", action="store_true")
     parser.add_argument("--devices-per-process", type=_count)
     parser.add_argument("--logs")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import resource
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,6 +11,9 @@ from typing import NoReturn
 from mlpmem_jax import signals
 from mlpmem_jax.errors import EXIT_RUN_FAILED, EXIT_USER_ERROR
 from mlpmem_jax.failures import explain
+
+# Shards, metrics, sockets and what libraries hold open; systems allow 256 or more.
+_LEAST_FILES = 128
 
 
 def run(module: str = "mlpmem_jax.__main__", arguments: Sequence[str] | None = None) -> NoReturn:
@@ -20,6 +24,7 @@ def run(module: str = "mlpmem_jax.__main__", arguments: Sequence[str] | None = N
         arguments: For `main`; those of the process by default.
     """
     _open_closed_streams()
+    _refuse_few_files()
     signals.listen()
     for stream in (sys.stdout, sys.stderr):
         # A table must not be lost because a terminal cannot show λ; one character stays one.
@@ -62,6 +67,18 @@ def _imported_and_run(module: str, arguments: Sequence[str] | None) -> int:
         print(f"error: {reason}", file=sys.stderr)
         return EXIT_USER_ERROR
     return int(main(arguments))
+
+
+def _refuse_few_files() -> None:
+    """Ends a process that may open too few files: libraries would wait for a file for ever."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed != resource.RLIM_INFINITY and allowed < _LEAST_FILES:
+        print(
+            f"error: this process may open {allowed} files, and needs up to {_LEAST_FILES}: raise "
+            "`ulimit -n`",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_USER_ERROR)
 
 
 def _open_closed_streams() -> None:

@@ -62,6 +62,7 @@ run_target() {
   need_program xpk "pip install xpk"
   need_checkout
   project_arguments "$@"
+  (cd -- "$root" && check_command "${arguments[@]}") || exit $?
   if [ "$(flag --no-build)" != yes ]; then
     need_program docker "build the image elsewhere and use --no-build"
     step docker build --file "$root/launch/$file" --tag "$image" "$root"

@@ -162,6 +162,7 @@ run_target() {
   # Here and not in the job: nodes often have no network.
   step bash "$root/launch/install.sh" requirements.txt requirements-gpu.txt \
     requirements-remote.txt
+  check_command --shares-files "${arguments[@]}"
   if [ "$dry_run" = yes ]; then
     printf 'cat >%s <<'\''END'\''\n' "$(quoted "$script")"
     job_script "${arguments[@]}"

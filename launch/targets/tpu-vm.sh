@@ -242,6 +242,7 @@ run_target() {
   need_program gcloud "install the Google Cloud CLI"
   need_checkout
   project_arguments "$@"
+  (cd -- "$root" && check_command "${arguments[@]}") || exit $?
   warn_of_lost_results
   exec 3>&1
   copied=no told_to_stop="" lost=no

@@ -136,6 +136,11 @@ class Config(Section):
         return self.train.interpolation if final is None else final
 
     @property
+    def attends_within(self) -> bool:
+        """Whether attention stays within documents."""
+        return self.corpus.attention == "within"
+
+    @property
     def brings_interpolation(self) -> bool:
         """Whether λ is part of training: fixed in the loss, or given by a gate."""
         return self.memory.gate == "learned" or self.trained_interpolation is not None

@@ -1,6 +1,6 @@
 """Sections about training and what follows: pretrain, train, evaluate, generate."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -28,6 +28,8 @@ from mlpmem_jax.config.types import (
 # Validation rows for tuning τ and λ: more do not improve them, and all K neighbours of each row
 # are held in memory.
 TUNING_ROWS = 1 << 17
+# Steps of warm-up where none are set and the run is long enough.
+WARMUP_STEPS = 50
 
 
 class OptimizerConfig(Section):
@@ -35,13 +37,21 @@ class OptimizerConfig(Section):
 
     learning_rate: float = setting(2e-3, "peak learning rate", ge=1e-12, le=1e3)
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "decay after the warm-up")
-    warmup_steps: NonNegativeInt = setting(50, "steps of linear warm-up")
+    warmup_steps: NonNegativeInt | Auto = setting(
+        "auto", "steps of linear warm-up; auto: 50, at most half of the steps"
+    )
     final_fraction: Fraction = setting(0.1, "final learning rate, as a share of the peak")
     weight_decay: Weight = setting(0.1, "decoupled weight decay, on matrices only")
     beta1: Decay = setting(0.9, "decay of the first moment")
     beta2: Decay = setting(0.95, "decay of the second moment")
     epsilon: Epsilon = setting(1e-8, "constant added to the root of the second moment")
     clip_norm: Scale | None = setting(1.0, "largest gradient norm; not set: no clipping")
+
+    def warmup_of(self, num_steps: int) -> int:
+        """Returns the steps of warm-up, where the parameters move in so many steps."""
+        if self.warmup_steps == "auto":
+            return min(WARMUP_STEPS, num_steps // 2)
+        return self.warmup_steps
 
 
 class TrainingConfig(Section):
@@ -59,6 +69,17 @@ class TrainingConfig(Section):
     checkpoint_interval_steps: PositiveInt = runtime(200, "steps between checkpoints")
     keep_checkpoints: Count = runtime(2, "number of checkpoints to keep")
     prefetch_batches: Count = runtime(4, "batches read ahead")
+
+    def moving_steps(self) -> dict[str, int]:
+        """Returns by optimiser the steps in which its parameters move."""
+        return {"optimizer": self.num_steps}
+
+    def recipe(self) -> dict[str, Any]:
+        """Returns the keys that decide what is computed, the warm-up as a number of steps."""
+        recipe = super().recipe()
+        for name, steps in self.moving_steps().items():
+            recipe[name]["warmup_steps"] = getattr(self, name).warmup_of(steps)
+        return recipe
 
 
 class PretrainConfig(TrainingConfig):
@@ -131,6 +152,13 @@ class TrainConfig(TrainingConfig):
     )
     normalizer_batches: Count = setting(4, "batches for memory.input_norm=standardize")
 
+    def moving_steps(self) -> dict[str, int]:
+        """Returns by optimiser the steps in which its parameters move."""
+        frozen = (self.memory_freeze_steps, self.decoder_freeze_steps)
+        memory, decoder = frozen if self.mode == "joint" else (0, 0)
+        steps = self.num_steps
+        return {"optimizer": max(0, steps - memory), "decoder_optimizer": max(0, steps - decoder)}
+
 
 class EvaluateConfig(Section):
     """The table of `evaluate`."""
@@ -150,7 +178,9 @@ class EvaluateConfig(Section):
 class GenerateConfig(Section):
     """Sampling of `generate`."""
 
-    prompts: ListOf[AnyText] = runtime(("def ",), "texts to continue", min_length=1)
+    prompts: ListOf[AnyText] = runtime(
+        (), "texts to continue; empty: the first words of a random validation document"
+    )
     max_new_tokens: PositiveInt = runtime(64, "tokens to generate")
     sampling: Literal["greedy", "random"] = runtime(
         "random", "greedy: most probable token; random: sample"

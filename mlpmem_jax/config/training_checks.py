@@ -33,7 +33,7 @@ def _schedules(config: Config) -> Iterator[str]:
     for name, key, frozen in schedules:
         section = getattr(config, name)
         warmup = getattr(section, key).warmup_steps
-        if warmup + frozen > section.num_steps:
+        if warmup != "auto" and warmup + frozen > section.num_steps:
             added = f" plus {frozen} frozen steps" if frozen else ""
             yield (
                 f"{name}.{key}.warmup_steps={warmup}{added} is more than "

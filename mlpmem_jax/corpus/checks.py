@@ -28,12 +28,14 @@ class Scan:
         num_bytes: Bytes seen.
         complete: Whether this is all of the corpus.
         duplicates: Documents that were left out, because an equal one was seen.
+        stopped_at: Bytes of the next document of each split, beyond corpus.max_bytes.
     """
 
     documents: Mapping[str, int]
     num_bytes: Mapping[str, int]
     complete: bool
     duplicates: int
+    stopped_at: Mapping[str, int]
 
 
 def scan_corpus(corpus: Corpus) -> Scan:
@@ -52,7 +54,7 @@ def scan_corpus(corpus: Corpus) -> Scan:
             complete = False
             break
     duplicates = corpus.position.left_out.get("duplicate_documents", 0)
-    return Scan(documents, num_bytes, complete, duplicates)
+    return Scan(documents, num_bytes, complete, duplicates, corpus.stopped_at)
 
 
 def check_before(config: Config, corpus: Corpus, given: TextTokenizer | None) -> Scan:

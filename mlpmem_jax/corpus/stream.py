@@ -80,6 +80,8 @@ class Corpus:
         parts: Its sources and their files.
         position: Where the last iteration over `pieces` is.
         first_skipped: What was wrong with the first file or record that it left out.
+        stopped_at: Bytes of the document before which corpus.max_bytes stopped it, of each explicit
+            split or of all that are drawn.
     """
 
     def __init__(self, config: CorpusConfig):
@@ -95,6 +97,7 @@ class Corpus:
         self._left_out: Counter[str] = Counter()
         self._cut: Counter[str] = Counter()
         self.first_skipped: str | None = None
+        self.stopped_at: dict[str, int] = {}
         regex = config.document_regex
         # MULTILINE, for `^` to match at the line that is looked at.
         self._pattern = None if regex is None else re.compile(regex, re.MULTILINE)
@@ -169,6 +172,7 @@ class Corpus:
                 if piece >= done:
                     split = self._choose(part, document, seen)
                     if split is not None and document.num_bytes > self._room(part):
+                        self.stopped_at[part.split or _DRAWN] = document.num_bytes
                         return True
                     self._cut[part.key] += document.is_cut
                     if split is not None:

@@ -21,6 +21,8 @@ from mlpmem_jax.store.manifest import Artifact
 TOKENIZER_FILE = "tokenizer.json"
 # Vocabulary dims are padded to this by the model, so that a mesh axis may cut them.
 _VOCAB_MULTIPLE = 128
+# How a space is written in a vocabulary: by byte-level tokenizers, by Metaspace, by others.
+_SPACES = "\u0120\u2581 "
 # Training cuts words that are longer; where it cannot matter, they are not looked for.
 _MOST_WORD_CHARS = 256
 _LONG_RUN = re.compile(rf"\S{{{_MOST_WORD_CHARS}}}|\s{{{_MOST_WORD_CHARS}}}")
@@ -103,6 +105,20 @@ class TextTokenizer:
         """
         encodings = self.rust.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+
+    def without_trailing_space(self, text: str) -> str:
+        """Returns a prompt without its trailing space, where that would begin the next token.
+
+        Most tokenizers join a space and the word after it: a prompt that ends in a space ends in a
+        token that is rare in text, and its continuation is poor. Of several spaces only the last
+        is removed, as the others are tokens of their own in whole text too.
+        """
+        if not text.endswith(" "):
+            return text
+        joins = any(
+            token[0] in _SPACES and token.strip(_SPACES) for token in self.rust.get_vocab() if token
+        )
+        return text[:-1] if joins else text
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of tokens, separators and other special tokens included."""

@@ -166,14 +166,6 @@ class TokenSplit:
         """
         return self._document_array("document_file", self.num_documents)
 
-    def document_of(self, tokens: np.ndarray) -> np.ndarray:
-        """Returns the document that each token (by number) belongs to, int64."""
-        return np.searchsorted(self.document_offset, tokens, side="right").astype(np.int64) - 1
-
-    def document_of_label(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the document that the label of each row (token n + 1) belongs to, int64."""
-        return self.document_of(np.asarray(rows, np.int64) + 1)
-
     def _document_array(self, name: str, length: int) -> np.ndarray:
         if name not in self._documents:
             stored = StoredArray(self.artifact, f"{self.split}/{name}")

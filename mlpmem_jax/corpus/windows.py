@@ -32,7 +32,12 @@ class TokenWindows:
     """Windows of L tokens and their labels; the last one shifts left, a short one is padded."""
 
     def __init__(
-        self, reader: TokenReader, window_tokens: int, weights: Literal["train", "score"] = "train"
+        self,
+        reader: TokenReader,
+        window_tokens: int,
+        weights: Literal["train", "score"] = "train",
+        *,
+        segments: bool = False,
     ):
         """Plans the windows.
 
@@ -41,10 +46,12 @@ class TokenWindows:
             window_tokens: L.
             weights: train: every label counts, so that the end of a document is learned
                 too; score: separators are no labels.
+            segments: Whether to number documents, for attention within them.
         """
         self._reader = reader
         self._length = window_tokens
         self._weights = weights
+        self._segments = segments
         self.num_rows = max(0, reader.num_tokens - 1)
         self.num_windows = -(-self.num_rows // window_tokens)
 
@@ -60,8 +67,9 @@ class TokenWindows:
             windows: int64 [B] numbers of windows.
 
         Returns:
-            token, label and segment, int32 [B, L], and weight, float32 [B, L]: 0 on padding
-            and on rows of the window before, so that each row counts once.
+            token and label, int32 [B, L], and weight, float32 [B, L]: 0 on padding and on rows
+            of the window before, so that each row counts once; segment, int32 [B, L], where asked
+            for.
         """
         windows = np.asarray(windows, np.int64)
         starts = self.starts(windows)
@@ -74,9 +82,14 @@ class TokenWindows:
         return {
             "token": np.ascontiguousarray(tokens[:, :-1]),
             "label": np.ascontiguousarray(label),
-            "segment": segments_of(tokens[:, :-1], self._reader.separator_id),
             "weight": weight.astype(np.float32),
+            **_segments(tokens, self._reader.separator_id, self._segments),
         }
+
+
+def _segments(tokens: np.ndarray, separator_id: int, wanted: bool) -> dict[str, np.ndarray]:
+    """Returns the segments of windows (int [B, L + 1], labels included), where they are wanted."""
+    return {"segment": segments_of(tokens[:, :-1], separator_id)} if wanted else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +121,13 @@ class EmbeddingPlan:
         num_rows: N.
         window_tokens: W.
         stride_tokens: R, divides W.
+        segments: Whether windows have their documents numbered, for attention within them.
     """
 
     num_rows: int
     window_tokens: int
     stride_tokens: int
+    segments: bool = False
 
     def __post_init__(self) -> None:
         assert self.window_tokens % self.stride_tokens == 0
@@ -151,9 +166,9 @@ class EmbeddingPlan:
             num_recent: Recent tokens of each token to read besides, M; 0: none.
 
         Returns:
-            token, label and segment, int32 [B, W]; offset and count, int32 [B]; recent, int32
-            [B, W, M], where M is not 0. Behind the end of a stream shorter than W stand
-            separators.
+            token, label and, where asked for, segment, int32 [B, W]; offset and count, int32 [B];
+            recent, int32 [B, W, M], where M is not 0. Behind the end of a stream shorter than W
+            stand separators.
         """
         blocks = self.blocks(numbers)
         tokens = reader.read_windows(blocks.start, self.window_tokens + 1)
@@ -163,7 +178,7 @@ class EmbeddingPlan:
         return recent | {
             "token": np.ascontiguousarray(tokens[:, :-1]),
             "label": np.ascontiguousarray(tokens[:, 1:]),
-            "segment": segments_of(tokens[:, :-1], reader.separator_id),
+            **_segments(tokens, reader.separator_id, self.segments),
             "offset": blocks.offset.astype(np.int32),
             "count": blocks.count.astype(np.int32),
         }

@@ -62,7 +62,7 @@ class EmbeddingSettings:
                 for name in ("key", "input")
                 if name in names
             },
-            within=config.corpus.attention == "within",
+            within=config.attends_within,
             window_tokens=config.embedding_window_tokens,
             stride_tokens=config.embedding_stride_tokens,
             batch_size=store.batch_size,
@@ -83,8 +83,7 @@ def make_embed_step(
     @jax.jit
     def embed(weights: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         model = nnx.merge(graphdef, weights)
-        segment_BW = batch["segment"] if settings.within else None
-        final_BWD, states = model.hidden(batch["token"], segment_BW, sites=wanted)
+        final_BWD, states = model.hidden(batch["token"], batch.get("segment"), sites=wanted)
         assert final_BWD is not None
         scored = scored_columns(batch["offset"], settings.window_tokens, settings.stride_tokens)
         label_BR = scored(batch["label"])
@@ -161,7 +160,9 @@ def embed_split(
         OSError: The disk is full; finished shards stay.
         Preempted: The machine is about to go; finished shards stay.
     """
-    plan = EmbeddingPlan(tokens.num_rows, settings.window_tokens, settings.stride_tokens)
+    plan = EmbeddingPlan(
+        tokens.num_rows, settings.window_tokens, settings.stride_tokens, settings.within
+    )
     writer = ShardWriter(artifact.path, specs, tokens.num_rows)
     missing = writer.missing_shards()
     owner_B = owners(mesh, settings.batch_size)

@@ -1,6 +1,6 @@
 """What each system costs: parameters, and bytes that must be kept to use it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -8,7 +8,6 @@ import numpy as np
 from flax import nnx
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.evaluation.evaluate_table import SYSTEMS
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.store.arrays import DTYPES
@@ -40,13 +39,15 @@ def _array_bytes(array: Mapping[str, Any]) -> int:
     return int(np.prod(array["shape"], dtype=np.int64)) * dtype.itemsize
 
 
-def costs(config: Config, decoder: Decoder, memory: Memory) -> dict[str, dict[str, int]]:
+def costs(
+    config: Config, decoder: Decoder, memory: Memory, systems: Iterable[str]
+) -> dict[str, dict[str, int]]:
     """Returns parameters and bytes of each system."""
     vocab = decoder.vocab_size
     alone = network_cost(decoder, decoder_parameters(config.decoder, vocab))
     added = network_cost(memory, memory_parameters(config.memory, config.decoder.width, vocab))
     table = {}
-    for system in SYSTEMS:
+    for system in systems:
         cost = dict(alone)
         if system == "memory":
             cost = {name: value + added[name] for name, value in alone.items()}

@@ -1,6 +1,7 @@
 """Decoder, + kNN-LM and + memory compared: choices on validation, numbers on test.
 
-Suffixes: N rows of a split, D documents, C clusters, R draws, M systems and then tokens.
+Suffixes: N rows of a split, D documents, C clusters, R draws, M systems (the decoder and the kNN-LM
+first) and then tokens.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ from mlpmem_jax.stats.nested import choose, sum_nats
 
 # The order of the table; the decoder is what the others are compared with.
 SYSTEMS = {"decoder": "decoder", "knn": "+ kNN-LM", "memory": "+ memory"}
-_TOKENS = len(SYSTEMS)
+# A row of its own where decoder and memory were trained together.
+JOINT_DECODER = "joint_decoder"
 _CURVE = np.linspace(0.0, 1.0, 51)
 _MOST_DOCUMENTS_DRAWN = 2000
 
@@ -44,6 +46,18 @@ class SplitScores:
     beside_memory_N: np.ndarray | None = None
     memory_weight: np.ndarray | float | None = None
 
+    @property
+    def systems(self) -> dict[str, str]:
+        """Names and labels of the systems, in the order of the table."""
+        if self.beside_memory_N is None:
+            return SYSTEMS
+        joint = {JOINT_DECODER: "decoder, trained jointly"}
+        return {"decoder": SYSTEMS["decoder"], "knn": SYSTEMS["knn"]} | joint | SYSTEMS
+
+    def alone(self, system: str) -> np.ndarray | None:
+        """Returns log p(label) [N] of a system that mixes nothing; None: it mixes."""
+        return {"decoder": self.decoder_N, JOINT_DECODER: self.beside_memory_N}.get(system)
+
     def parts(self, system: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the log-probabilities that a system mixes: what λ weighs, and the decoder's."""
         if system == "knn":
@@ -62,15 +76,17 @@ class SplitScores:
             system: Which.
             weight: λ, unless the system brings its own.
         """
-        if system == "decoder":
-            return -self.counts.sum_by_document(self.decoder_N)
+        alone_N = self.alone(system)
+        if alone_N is not None:
+            return -self.counts.sum_by_document(alone_N)
         own = self.trained_weight(system)
         mixture_N = mixture_logprob(*self.parts(system), weight if own is None else own)
         return -self.counts.sum_by_document(mixture_N)
 
     def scored_parts(self, system: str) -> np.ndarray:
         """Returns the log-probabilities that a system mixes, of scored rows: [M, N], base first."""
-        parts = [self.decoder_N] if system == "decoder" else [*self.parts(system)[::-1]]
+        alone_N = self.alone(system)
+        parts = self.parts(system)[::-1] if alone_N is None else (alone_N,)
         return np.stack(parts)[:, self.counts.scored_N]
 
 
@@ -108,19 +124,20 @@ def compare(
     Returns:
         What `evaluate.json` holds of scores: systems, curves, documents, notes.
     """
-    weights = {"decoder": 0.0} | {s: chosen_weight(valid, s) for s in ("knn", "memory")}
+    mixing = ("knn", "memory")
+    weights = {s: chosen_weight(valid, s) if s in mixing else 0.0 for s in valid.systems}
     valid_D = {s: valid.nats_by_document(s, w) for s, w in weights.items()}
     test_D = {s: test.nats_by_document(s, w) for s, w in weights.items()}
     values_DM = np.stack([*test_D.values(), test.counts.tokens_D], axis=1)
     tokens_C = test.counts.tokens_C
     drawn = [
-        *(drawn_nats(valid, test, s, test_D[s], bootstrap_samples, seed) for s in SYSTEMS),
+        *(drawn_nats(valid, test, s, test_D[s], bootstrap_samples, seed) for s in weights),
         Draws(len(tokens_C), bootstrap_samples, seed).sums(tokens_C[:, None])[:, 0],
     ]
     sums_RM = np.stack(drawn, axis=1)
     notes = document_notes(test.counts, valid.counts)
     notes += temperature_notes(temperature, temperature_at_bound)
-    for name in ("knn", "memory"):
+    for name in mixing:
         if valid.trained_weight(name) is None:
             notes += weight_notes(weights[name], name)
     if valid.counts.num_clusters > 1:
@@ -128,7 +145,7 @@ def compare(
     num_clusters = test.counts.num_clusters
 
     systems: dict[str, dict[str, Any]] = {}
-    for place, (name, label) in enumerate(SYSTEMS.items()):
+    for place, (name, label) in enumerate(valid.systems.items()):
         metrics = score(test_D[name], test.counts)
         systems[name] = {
             "label": label,
@@ -137,14 +154,14 @@ def compare(
             "token_perplexity": _finite(metrics.token_perplexity),
             "word_perplexity": _finite(metrics.word_perplexity),
             "bits_per_byte": _finite(metrics.bits_per_byte),
-            "interpolation": None if name == "decoder" else weights[name],
+            "interpolation": weights[name] if name in mixing else None,
             "interpolation_source": _weight_source(valid, name),
             "temperature": temperature if name == "knn" else None,
         } | _against_decoder(values_DM, sums_RM, place, confidence, num_clusters)
     if systems["memory"]["gain_recovered"] is None:
         notes.append("the kNN-LM gains nothing on test: a share of its gain is not defined")
-    elif systems["memory"]["gain_recovered_low"] is None and num_clusters > 1:
-        notes.append("the kNN-LM's gain is too uncertain for an interval of the share recovered")
+    elif num_clusters > 1:
+        notes += _share_notes(sums_RM, systems["memory"]["gain_recovered_low"] is not None)
     return {
         "valid": valid.counts.summary,
         "test": test.counts.summary,
@@ -156,6 +173,21 @@ def compare(
         "documents": _documents(test, test_D),
         "notes": notes,
     }
+
+
+def _share_notes(sums_RM: np.ndarray, has_interval: bool) -> list[str]:
+    """Says in how many draws the share of the kNN-LM's gain is undefined, if in any."""
+    # Not the opposite of a gain: a label without probability leaves no number.
+    without = int(np.count_nonzero(~(sums_RM[:, 0] - sums_RM[:, 1] > 0)))
+    if not without:
+        return []
+    gains_nothing = (
+        f"the kNN-LM gains nothing in {without:,} of {len(sums_RM):,} bootstrap draws, where the "
+        "share recovered is undefined"
+    )
+    if has_interval:
+        return [f"{gains_nothing}: its interval counts them at both ends"]
+    return [f"{gains_nothing}: it has no interval"]
 
 
 def drawn_nats(
@@ -188,7 +220,7 @@ def drawn_nats(
 
 def _weight_source(scores: SplitScores, system: str) -> str | None:
     """Returns where λ comes from."""
-    if system == "decoder":
+    if scores.alone(system) is not None:
         return None
     own = scores.trained_weight(system)
     if own is None:
@@ -210,7 +242,7 @@ def _against_decoder(
         return nothing | _bounds(names[0], None) | _bounds(names[1], None)
 
     def difference(sums: np.ndarray) -> np.ndarray:
-        return (sums[..., place] - sums[..., 0]) / sums[..., _TOKENS]
+        return (sums[..., place] - sums[..., 0]) / sums[..., -1]
 
     def share(sums: np.ndarray) -> np.ndarray:
         gain = sums[..., 0] - sums[..., 1]

@@ -74,7 +74,7 @@ def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
         confidence=config.evaluate.confidence,
         seed=config.seed,
     )
-    for system, cost in costs(config, decoder, memory).items():
+    for system, cost in costs(config, decoder, memory, results["systems"]).items():
         results["systems"][system] |= cost
     results["diagnostics"] = _diagnostics(scores, remembered["valid"].diagnostics)
     results["retrieval"] = _retrieval(config, layout)
@@ -109,7 +109,8 @@ def _latency(
         )
         for each in (None, memory)
     )
-    models = {"decoder": alone, "knn": alone, "memory": with_memory}
+    # The run's decoder and the one trained jointly have one shape, so the same time.
+    models = {name: with_memory if name == "memory" else alone for name in results["systems"]}
     knn = results["systems"]["knn"]
     retrieve = retriever(
         open_index(config, ExactCache(config))[0],

@@ -51,17 +51,15 @@ def score_joint(
         mesh: Devices.
     """
     window, stride = config.embedding_window_tokens, config.embedding_stride_tokens
-    plan = EmbeddingPlan(tokens.num_rows, window, stride)
+    plan = EmbeddingPlan(tokens.num_rows, window, stride, config.attends_within)
     site = Site.of(config.datastore.input, config.decoder.num_layers)
-    within = config.corpus.attention == "within"
     chunk_tokens, num_recent = config.train.loss_chunk_tokens, memory.config.num_read_tokens
     graphdef, state = nnx.split((decoder, memory))
 
     @jax.jit
     def score(state: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         decoder, memory = nnx.merge(graphdef, state)
-        segment_BW = batch["segment"] if within else None
-        final_BWD, states = decoder.hidden(batch["token"], segment_BW, sites=(site,))
+        final_BWD, states = decoder.hidden(batch["token"], batch.get("segment"), sites=(site,))
         assert final_BWD is not None
         scored = scored_columns(batch["offset"], window, stride)
         label_BR = scored(batch["label"])

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from mlpmem_jax.evaluation.evaluate_table import JOINT_DECODER
 from mlpmem_jax.evaluation.style import (
     COLORS,
     DASHED,
@@ -18,6 +19,8 @@ from mlpmem_jax.evaluation.style import (
     title,
 )
 from mlpmem_jax.evaluation.table import number
+
+_DECODERS = ("decoder", JOINT_DECODER)
 
 
 def draw(results: Mapping[str, Any]) -> bytes:
@@ -92,15 +95,19 @@ def _draw_weights(axes: Any, results: Mapping[str, Any]) -> None:
             fontsize=9,
             color=COLORS[key],
         )
-    decoder = results["systems"]["decoder"]["valid_nats"]
-    best = min(system["valid_nats"] for system in results["systems"].values())
-    span = max(decoder - best, 1e-3)
-    axes.axhline(decoder, color=COLORS["decoder"], linewidth=1, linestyle=DASHED)
-    axes.set_ylim(best - 0.22 * span, decoder + 0.35 * span)
+    systems = results["systems"]
+    decoders = {key: systems[key]["valid_nats"] for key in _DECODERS if key in systems}
+    best = min(system["valid_nats"] for system in systems.values())
+    worst = max(decoders.values())
+    span = max(worst - best, 1e-3)
+    for key, nats in decoders.items():
+        axes.axhline(nats, color=COLORS[key], linewidth=1, linestyle=DASHED)
+    axes.set_ylim(best - 0.22 * span, worst + 0.35 * span)
     axes.set_xlim(0, 1)
     axis_labels(axes, "weight λ of the kNN distribution or the memory")
     legend(axes, size=9, place="upper center")
-    title(axes, "Validation", "nats per token while λ goes from the decoder (0) to 1")
+    each = "the decoder of each" if JOINT_DECODER in systems else "the decoder"
+    title(axes, "Validation", f"nats per token; dashed: {each} (λ = 0)")
 
 
 def _alignment(weight: float) -> str:
@@ -141,7 +148,7 @@ def _draw_documents(axes: Any, results: Mapping[str, Any]) -> None:
     share = results["systems"]["memory"]["gain_recovered"]
     if share is not None:
         line = np.asarray(limits)
-        axes.plot(line, share * line, color=COLORS["knn"], linewidth=1.6)
+        axes.plot(line, share * line, color=COLORS["memory"], linewidth=1.6)
         low_share = results["systems"]["memory"]["gain_recovered_low"]
         high_share = results["systems"]["memory"]["gain_recovered_high"]
         text = f"{100 * share:.0f} % of the gain recovered"
@@ -149,7 +156,7 @@ def _draw_documents(axes: Any, results: Mapping[str, Any]) -> None:
             text += f"\n[{100 * low_share:.0f}, {100 * high_share:.0f}]"
         axes.annotate(
             text, (0.04, 0.95), xycoords="axes fraction", va="top", fontsize=10,
-            fontweight="bold", color=COLORS["knn"],
+            fontweight="bold", color=COLORS["memory"],
         )  # fmt: skip
     axis_labels(axes, "gain of the kNN-LM, nats per token", "gain of the memory, nats per token")
     title(axes, "Test, document by document", "area: tokens; dotted: all of the gain recovered")

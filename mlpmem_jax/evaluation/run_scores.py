@@ -15,7 +15,7 @@ from mlpmem_jax.evaluation.memory_scores import Remembered, remember
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.retrieval.evidence import read_labels
 from mlpmem_jax.store.layout import Layout, Split
-from mlpmem_jax.training.networks import check_interpolation, finished_decoder, finished_memory
+from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 EVALUATED: tuple[Split, ...] = ("valid", "test")
 
@@ -25,7 +25,6 @@ def remembered_splits(
 ) -> dict[Split, Remembered]:
     """Returns what the memory gives the labels of validation and test, and its λ."""
     memory = finished_memory(config, mesh)
-    check_interpolation(config, Layout(config).memory)
     return {split: remember(config, split, decoder, memory, mesh) for split in EVALUATED}
 
 

@@ -8,8 +8,9 @@ COLORS = {
     "knn": "#c7782a",
     "memory": "#1f6f8b",
     "mixture": "#7d4f9e",
-    "scann": "#c7782a",
-    "exact": "#a33b3b",
+    "joint_decoder": "#7a8c3c",
+    "exact": "#c7782a",  # the kNN-LM's engine, unless said otherwise
+    "scann": "#a33b3b",
 }
 INK = "#22272e"
 QUIET = "#5b6470"

@@ -154,7 +154,7 @@ def as_text(results: Results, measured: Mapping[str, Any]) -> str:
             number(row["word_perplexity"], 1),
             number(row["bits_per_byte"], 4),
             share_text(row["gain_recovered"]),
-            bracket_text(row["gain_recovered_low"], row["gain_recovered_high"], 1, "%"),
+            _share_interval(row),
         ]
         for row in rows
     ]
@@ -206,6 +206,13 @@ def as_text(results: Results, measured: Mapping[str, Any]) -> str:
         *paragraph(sentence(results)),
     ]
     return "\n".join(blocks)
+
+
+def _share_interval(row: Mapping[str, Any]) -> str:
+    """Returns the interval of a share; where it has none and should, a note says why."""
+    bracket = bracket_text(row["gain_recovered_low"], row["gain_recovered_high"], 1, "%")
+    wanted = row["gain_recovered"] not in (None, 1.0) and row["difference_low"] is not None
+    return "undefined" if wanted and not bracket else bracket
 
 
 def test_line(test: Mapping[str, Any]) -> str:
@@ -274,8 +281,10 @@ def sentence(results: Results) -> str:
     nothing = memory["interpolation"] == 0 and memory["difference_nats"] == 0
     if nothing and memory["interpolation_source"] == "validation":
         return "On validation the memory got no weight (λ = 0): on test it changes nothing."
-    better = f"better than the decoder by {number(gain, 3)} nats per token"
-    worse = f"worse than the decoder by {number(-gain, 3)} nats per token"
+    # Trained jointly, the memory has a decoder of its own beside it.
+    decoder = "the decoder" + " before joint training" * ("joint_decoder" in results["systems"])
+    better = f"better than {decoder} by {number(gain, 3)} nats per token"
+    worse = f"worse than {decoder} by {number(-gain, 3)} nats per token"
     if low is None:
         verdict = f"is {better if gain >= 0 else worse} (no interval)"
     elif high < 0:
@@ -284,7 +293,7 @@ def sentence(results: Results) -> str:
         verdict = f"is {worse} ({level} interval {bracket_text(low, high, 3)})"
     else:
         verdict = (
-            "is not significantly different from the decoder "
+            f"is not significantly different from {decoder} "
             f"({level} interval of the gain {bracket_text(-high, -low, 3)} nats per token)"
         )
     text = f"On test, decoder + memory {verdict}"

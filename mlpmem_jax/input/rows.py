@@ -172,21 +172,29 @@ class PendingRecent:
 
 
 class StoredRows:
-    """Windows of (input, label, log-prob, target) of a datastore split.
+    """Windows of (input, label, target) of a datastore split.
 
-    Batches hold input_BLD (storage dtype), label_BL int32, logprob_BL float32, weight_BL
-    float32 (0 where the label is the separator or padding), target_id_BLS int32,
-    target_prob_BLS float32, target_mass_BL float32 and, for a memory that reads them,
-    recent_BLM int32.
+    Batches hold input_BLD (storage dtype), label_BL int32, weight_BL float32 (0 where the label
+    is the separator or padding), target_id_BLS int32, target_prob_BLS float32, target_mass_BL
+    float32 and, where they are asked for, recent_BLM int32 and logprob_BL float32.
     """
 
     def __init__(
-        self, layout: Layout, split: Split, length: int, separator_id: int, num_recent: int = 0
+        self,
+        layout: Layout,
+        split: Split,
+        length: int,
+        separator_id: int,
+        num_recent: int = 0,
+        *,
+        with_logprob: bool = False,
     ):
         self._length = length
         self._separator_id = separator_id
         self._datastore = layout.datastore(split)
-        arrays = {"input": layout.input_array(), "label": "label", "logprob": "logprob"}
+        arrays = {"input": layout.input_array(), "label": "label"}
+        if with_logprob:
+            arrays["logprob"] = "logprob"
         self._rows = RowReader(self._datastore, arrays)
         self._recent = RecentReader(self._datastore, num_recent, separator_id)
         self._targets = TargetReader(layout, split)
@@ -220,9 +228,7 @@ class StoredRows:
         own = (row >= windows[:, None] * self._length) & (row < self.num_rows)
         scored = own & (rows["label"] != self._separator_id)
         return {
-            "input": rows["input"],
-            "label": rows["label"],
-            "logprob": rows["logprob"],
+            **rows,
             "weight": scored.astype(np.float32),
             **recent,
             **TargetReader.prepared(targets),

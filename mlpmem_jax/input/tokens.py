@@ -11,19 +11,27 @@ from mlpmem_jax.store.layout import Layout, Split
 
 
 class TokensWithTargets:
-    """Windows of (token, label, segment, target).
+    """Windows of (token, label, target).
 
     Rows are positions of the corpus, so these windows need not be the embedding windows:
-    targets are looked up by row. Batches hold token_BL, label_BL and segment_BL int32,
-    weight_BL float32 (0 where the label is the separator or padding), lm_weight_BL float32 (0 on
-    padding only: the decoder learns separators too), target_id_BLS int32, target_prob_BLS
-    float32, target_mass_BL float32 and, for a memory that reads them, recent_BLM int32.
+    targets are looked up by row. Batches hold token_BL and label_BL int32, weight_BL float32 (0
+    where the label is the separator or padding), lm_weight_BL float32 (0 on padding only: the
+    decoder learns separators too), target_id_BLS int32, target_prob_BLS float32, target_mass_BL
+    float32 and, where they are asked for, recent_BLM and segment_BL int32.
     """
 
-    def __init__(self, layout: Layout, split: Split, length: int, num_recent: int = 0):
+    def __init__(
+        self,
+        layout: Layout,
+        split: Split,
+        length: int,
+        num_recent: int = 0,
+        *,
+        segments: bool = False,
+    ):
         self._tokens = tokens = TokenSplit.open(layout.tokens, split)
         self._length = length
-        self._windows = TokenWindows(tokens, length, weights="train")
+        self._windows = TokenWindows(tokens, length, segments=segments)
         self._separator_id = tokens.separator_id
         self._num_recent = num_recent
         self._targets = TargetReader(layout, split)

@@ -120,6 +120,7 @@ def _upstream(config: Config) -> Sequence[Artifact]:
 
     Raises:
         MadeOtherwise: Something of it was; the results that there are stay.
+        ArtifactError: The memory was trained with another λ; they stay too.
     """
     layout = Layout(config)
     upstream: Sequence[Artifact] = (
@@ -133,8 +134,11 @@ def _upstream(config: Config) -> Sequence[Artifact]:
         layout.trained,
     )
     if all(artifact.is_complete() for artifact in upstream):
+        from mlpmem_jax.training.networks import check_interpolation
+
         _refuse_mixed(upstream)
         _refuse_other_settings(config)
+        check_interpolation(config, layout.trained)
     return upstream
 
 
@@ -143,8 +147,13 @@ def check_current(config: Config) -> None:
 
     Raises:
         MadeOtherwise: Decoder, memory or datastore were made anew since; it is named.
+        ArtifactError: The memory was trained with another λ than the configuration's.
     """
+    from mlpmem_jax.training.networks import check_interpolation
+
     layout = Layout(config)
+    if layout.trained.is_complete():
+        check_interpolation(config, layout.trained)
     if not layout.results.is_complete():
         return
     made_from = layout.results.load().made_from

@@ -20,7 +20,7 @@ def main(config: Config, options: Options) -> int:
 
 
 def generate(config: Config, weight: float | None, *, with_memory: bool) -> None:
-    """Continues the configured prompts on the terminal.
+    """Continues the prompts on the terminal.
 
     Args:
         config: The whole configuration.
@@ -33,15 +33,16 @@ def generate(config: Config, weight: float | None, *, with_memory: bool) -> None
     from mlpmem_jax.generation.sampling import Sampling
     from mlpmem_jax.generation.stream import Screen
     from mlpmem_jax.pipeline.opened_run import Run
+    from mlpmem_jax.pipeline.prompts import prompts_of
 
-    settings = config.generate
-    model = Run(config).model(weight=weight, with_memory=with_memory)
+    settings, run = config.generate, Run(config)
+    prompts = prompts_of(config, run.tokenizer())
+    model = run.model(weight=weight, with_memory=with_memory)
     sampling = Sampling(settings.sampling, settings.temperature, settings.top_k, settings.top_p)
     how = "decoder alone"
     if with_memory:
         how = "λ of the gate" if weight is None else f"λ = {weight:.3f}"
     say(f"sample ({how}, {settings.sampling}):")
-    prompts = list(settings.prompts)
     screen = Screen(sys.stdout, prompts) if is_speaker() else None
     seed = config.seed if settings.seed is None else settings.seed
     for place, piece in model.stream(prompts, settings.max_new_tokens, sampling, seed):

@@ -7,11 +7,13 @@ import jax
 from etils import epath
 
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.stages import WARMUP_STEPS, TrainingConfig
 from mlpmem_jax.console import say
 from mlpmem_jax.parallel.mesh import make_mesh
 from mlpmem_jax.pipeline.stage import Completion
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.training.loop import fit
+from mlpmem_jax.training.optimizer import parameter_groups
 
 
 def train_task(
@@ -34,6 +36,7 @@ def train_task(
         stop_step: Where it pauses; None: at the end.
     """
     section = getattr(config, section_name)
+    _log_short_warmup(section, section_name)
     mesh = make_mesh(config.mesh)
     task = make_task(config, mesh)
     name = artifact.relative.replace("/", "-")
@@ -59,3 +62,16 @@ def train_task(
         files=result.files,
         measured=result.measured,
     )
+
+
+def _log_short_warmup(section: TrainingConfig, section_name: str) -> None:
+    """Logs the warm-ups that are shorter than the default because the run is short."""
+    for group in parameter_groups(section):
+        moving = group.num_steps - group.freeze_steps
+        warmup = group.config.warmup_of(moving)
+        if group.config.warmup_steps == "auto" and warmup < WARMUP_STEPS:
+            key = "decoder_optimizer" if group.name == "decoder" else "optimizer"
+            say(
+                f"warm-up: {warmup} of {moving} steps ({section_name}.{key}.warmup_steps=auto; "
+                f"{WARMUP_STEPS} in longer runs)"
+            )

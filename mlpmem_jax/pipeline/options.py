@@ -9,7 +9,8 @@ class Options:
 
     Attributes:
         workdir: The run's directory, as in `config.workdir`.
-        dry_run: Print the resolved configuration and the plan, make nothing.
+        dry_run: Print the plan, make nothing.
+        print_config: Print the resolved configuration, make nothing.
         rebuild: Remove and make again what is stale, instead of refusing.
         without_memory: `generate` only: the decoder alone.
         output: Where the report of `compile` goes as JSON, or what `export` writes.
@@ -17,6 +18,7 @@ class Options:
 
     workdir: str
     dry_run: bool = False
+    print_config: bool = False
     rebuild: bool = False
     without_memory: bool = False
     output: str | None = None

@@ -3,35 +3,61 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.config.load import dump_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.corpus.row_estimates import likely_rows
 from mlpmem_jax.errors import ArtifactError, MadeOtherwise, UserError
 from mlpmem_jax.parallel.hardware import Machine, this_machine
 from mlpmem_jax.pipeline.fitting import counted, doubts
+from mlpmem_jax.pipeline.forecast import Expected, Forecaster, duration
 from mlpmem_jax.pipeline.stage import Rebuild, Stage, check_stage
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Status
 from mlpmem_jax.units import human_bytes
 
 
 def print_plan(config: Config, stages: Sequence[Stage], rebuild: Rebuild) -> None:
-    """Prints the resolved configuration, the state of each artifact and the estimates."""
-    say("# resolved configuration")
-    say(dump_config(config).rstrip())
-    say()
+    """Prints the state of each artifact and the estimates, then what this machine has."""
     machine = this_machine(config.workdir)
+    estimates = [stage.estimate() for stage in stages]
+    times = _times(config, stages, estimates, machine)
+    say(f"# plan for workdir {config.workdir}")
+    for stage, estimate in zip(stages, estimates, strict=True):
+        say(f"{stage.name:<28} {intention(stage, rebuild)}")
+        for name, value in {**estimate, **needed(stage, machine)}.items():
+            say(f"  {name:<34} {_shown(name, value)}")
+        if stage.name in times:
+            say(f"  {'time, about':<34} {duration(times[stage.name])} (estimated)")
+    for line in doubts(stages, machine):
+        say(line)
+    say()
     say("# this machine")
     for name, value in machine.has().items():
         say(f"  {name:<34} {_shown(name, value)}")
-    say()
-    say(f"# plan for workdir {config.workdir}")
-    for stage in stages:
-        say(f"{stage.name:<28} {intention(stage, rebuild)}")
-        for name, value in {**stage.estimate(), **needed(stage, machine)}.items():
-            say(f"  {name:<34} {_shown(name, value)}")
-    for line in doubts(stages, machine):
-        say(line)
+
+
+def _times(
+    config: Config,
+    stages: Sequence[Stage],
+    estimates: Sequence[Mapping[str, Any]],
+    machine: Machine,
+) -> dict[str, float]:
+    """Returns the seconds of stages to come; none on accelerators, whose rates are not known."""
+    if machine.platform != "cpu":
+        return {}
+    from mlpmem_jax.training.flops import measure_cpu_flops
+
+    rows = {str(split): num_rows for split, num_rows in likely_rows(config).items()}
+    known = rows if rows["train"] else None
+    workdir, width = Layout(config).workdir, config.decoder.width
+    forecaster = Forecaster(workdir, measure_cpu_flops(), known, width)
+    missing = [
+        Expected(stage.artifact, estimate)
+        for stage, estimate in zip(stages, estimates, strict=True)
+        if not stage.artifact.is_complete() and skipped(stage) is None
+    ]
+    found = zip(missing, forecaster.seconds(missing), strict=True)
+    return {one.artifact.relative: seconds for one, seconds in found if seconds is not None}
 
 
 def needed(stage: Stage, machine: Machine) -> dict[str, int]:

@@ -65,12 +65,15 @@ def stages(config: Config) -> list[Stage]:
     if current and is_writer():
         digests.save()  # Files that were moved or touched are not read again next time.
     text_bytes = _text_bytes(config, listing["bytes"], scan)
+    estimate = functools.partial(_estimate, config, text_bytes, scan)
+    if current:
+        estimate = functools.partial(_found, layout)
     return [
         tokenizer,
         dataclasses.replace(
             tokens,
             build=functools.partial(_make_tokens, config, text_bytes, scan, digests),
-            estimate=functools.partial(_estimate, config, text_bytes),
+            estimate=estimate,
             need=functools.partial(_need, config),
         ),
     ]
@@ -138,7 +141,7 @@ def _make_tokens(
     writer = None
     if is_writer():
         artifact = Layout(config).tokens
-        needed = _estimate(config, text_bytes).get("disk_bytes", 0)
+        needed = _estimate(config, text_bytes, scan).get("disk_bytes", 0)
         check_free_space(artifact.path, needed, "the token stream")
         digests.save()
         writer = TokenWriter(artifact.path, tokenizer)
@@ -180,6 +183,7 @@ def _written(
         split: round(counts[f"{split}_bytes"] / counts[f"{split}_tokens"], 4) for split in SPLITS
     }
     _report(counts, bytes_per_token, rate)
+    _report_limit(config.corpus, counts, corpus.stopped_at)
     (artifact.path / PROGRESS_FILE).unlink(missing_ok=True)
     measured = {
         "tokenize_seconds": round(writer.seconds, 3),
@@ -212,6 +216,24 @@ def _report(counts: Mapping[str, int], bytes_per_token: Mapping[str, float], rat
     say(f"tokens: {rate:.1f} MB/s")
 
 
+def _report_limit(
+    config: CorpusConfig, counts: Mapping[str, int], stopped_at: Mapping[str, int]
+) -> None:
+    """Logs how much of the text `corpus.max_bytes` allowed: documents are never cut."""
+    if config.max_bytes is None:
+        return
+    documents, taken = (
+        sum(counts[f"{split}_{what}"] for split in SPLITS) for what in ("documents", "bytes")
+    )
+    each = " for each split" * bool(config.train.paths)
+    sizes = ", ".join(f"{size:,}" for size in stopped_at.values())
+    end = f"the next document ({sizes} bytes) would exceed it" if sizes else "all of the text"
+    say(
+        f"tokens: {documents:,} documents, {taken:,} bytes "
+        f"(corpus.max_bytes={config.max_bytes:,}{each}); {end}"
+    )
+
+
 def _text_bytes(config: Config, listed_bytes: int, scan: Scan | None) -> int | None:
     """Returns how much text there is, as far as that is known beforehand."""
     if scan is not None and scan.complete:
@@ -222,9 +244,23 @@ def _text_bytes(config: Config, listed_bytes: int, scan: Scan | None) -> int | N
     return listed_bytes or None
 
 
-def _estimate(config: Config, text_bytes: int | None) -> dict[str, int]:
-    """Returns what the token arrays will take."""
+def _found(layout: Layout) -> dict[str, int]:
+    """Returns how much text finished tokens were made from."""
+    counts = layout.tokens.load().counts
+    return {
+        shown: sum(int(counts[f"{split}_{name}"]) for split in SPLITS)
+        for shown, name in (("text_bytes", "bytes"), ("documents", "documents"))
+    }
+
+
+def _estimate(config: Config, text_bytes: int | None, scan: Scan | None) -> dict[str, int]:
+    """Returns how much text will be taken, and what the token arrays will take."""
     if text_bytes is None:
         return {}
+    found = {"text_bytes": text_bytes}
+    if scan is not None and scan.complete:
+        found["documents"] = sum(scan.documents.values())
+        if scan.stopped_at:
+            found["next document, beyond max_bytes"] = max(scan.stopped_at.values())
     itemsize = token_dtype(config.tokenizer.vocab_size)().itemsize
-    return {"text_bytes": text_bytes, "disk_bytes": text_bytes // BYTES_PER_TOKEN * itemsize}
+    return found | {"disk_bytes": text_bytes // BYTES_PER_TOKEN * itemsize}

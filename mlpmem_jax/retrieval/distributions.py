@@ -171,10 +171,3 @@ class LabelEvidence:
         hit_N = np.bincount(self._hit_row, weights=hit_weight, minlength=len(self))
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(total_N > 0, np.log(hit_N) - np.log(total_N), -np.inf)
-
-
-def knn_logprob(
-    distance_QK: np.ndarray, neighbor_label_QK: np.ndarray, label_Q: np.ndarray, temperature: float
-) -> np.ndarray:
-    """Returns float64 [Q] log p_kNN(label) from all K neighbours; -inf where none has it."""
-    return LabelEvidence(distance_QK, neighbor_label_QK, label_Q).logprob(temperature)

@@ -38,14 +38,14 @@ def neighbor_agreement(config: Config, decoder: Decoder, mesh: jax.sharding.Mesh
     layout = Layout(config)
     tokens = TokenSplit.open(layout.tokens, "train")
     window, stride = config.embedding_window_tokens, config.embedding_stride_tokens
-    plan = EmbeddingPlan(tokens.num_rows, window, stride)
+    plan = EmbeddingPlan(tokens.num_rows, window, stride, config.attends_within)
     wanted = min(plan.num_blocks, max(1, SAMPLE_ROWS // stride))
     chosen = np.random.default_rng(config.seed).choice(plan.num_blocks, wanted, replace=False)
     blocks = sorted(int(block) for block in chosen)
     specs = {"key": layout.datastore_arrays()["key"]}
     settings = EmbeddingSettings(
         states={"key": Site.of(config.datastore.key, config.decoder.num_layers)},
-        within=config.corpus.attention == "within",
+        within=config.attends_within,
         window_tokens=window,
         stride_tokens=stride,
         batch_size=config.datastore.batch_size,

@@ -37,13 +37,15 @@ class BlankRun:
 
     def token_windows(self, split: Split, length: int) -> WindowSource:
         """Returns blank windows of tokens."""
-        return TokenWindows(BlankTokens(), length)
+        return TokenWindows(BlankTokens(), length, segments=self._config.attends_within)
 
     def stored_rows(self, split: Split, length: int) -> WindowSource:
         """Returns blank windows of stored rows."""
         specs = self._layout.datastore_arrays()
         state = specs[self._layout.input_array()]
-        names = {"input": state, "label": specs["label"], "logprob": specs["logprob"]}
+        names = {"input": state, "label": specs["label"]}
+        if self._config.loss_weights.joint > 0:
+            names["logprob"] = specs["logprob"]
         weight = {"weight": np.zeros((1, length), np.float32)}
         rows = {name: np.zeros((1, length, *spec.tail), spec.dtype) for name, spec in names.items()}
         return _BlankWindows(rows | weight | self._recent(length) | self._targets(length))

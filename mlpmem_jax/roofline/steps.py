@@ -92,7 +92,7 @@ def _embed(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
     run, specs = BlankRun(config), Layout(config).datastore_arrays()
     settings = EmbeddingSettings.of(config, specs)
     window, stride = settings.window_tokens, settings.stride_tokens
-    plan = EmbeddingPlan(1 << 40, window, stride)
+    plan = EmbeddingPlan(1 << 40, window, stride, settings.within)
     step = make_embed_step(run.decoder(mesh), settings, specs)
     batch = abstract_batch(_PlannedWindows(plan), size, mesh)
     blocks = decoder_flops_per_token(config.decoder, run.vocab_size, window, head=False)

@@ -103,16 +103,20 @@ def interval(
         confidence: Level of the interval, for example 0.95.
 
     Returns:
-        The interval, or None where the statistic is undefined in some draw (a share of a
-        gain that is zero).
+        The interval. Draws in which the statistic is undefined (a share of a gain that is zero)
+        count as below it and as above it, so that it holds whatever their value is; None where
+        they are too many for it to have ends.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         values_R = statistic(sums_RM)
-    if not np.all(np.isfinite(values_R)):
-        return None
     tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(values_R, [tail, 1.0 - tail])
-    return Interval(float(low), float(high))
+    is_defined_R = np.isfinite(values_R)
+    if is_defined_R.all():
+        low, high = np.quantile(values_R, [tail, 1.0 - tail])
+        return Interval(float(low), float(high))
+    low = np.quantile(np.where(is_defined_R, values_R, -np.inf), tail, method="lower")
+    high = np.quantile(np.where(is_defined_R, values_R, np.inf), 1.0 - tail, method="higher")
+    return Interval(float(low), float(high)) if np.isfinite([low, high]).all() else None
 
 
 @dataclasses.dataclass(frozen=True)

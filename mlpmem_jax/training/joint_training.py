@@ -55,7 +55,6 @@ class JointTask(WindowTask):
         length = config.train_window_tokens
         self._config = config
         self._continues = continues
-        self._within = config.corpus.attention == "within"
         self._site = Site.of(config.datastore.input, config.decoder.num_layers)
         self._terms = joint_terms(config)
         self.vocab_size = data.vocab_size
@@ -113,18 +112,15 @@ class JointTask(WindowTask):
         network: Joint = nnx.merge(self._graphdef, *arrays)
         decoder, memory = network.decoder, network.memory
         _, states = decoder.hidden(
-            batch["token"], self._segments(batch), sites=(self._site,), final=False
+            batch["token"], batch.get("segment"), sites=(self._site,), final=False
         )
         return memory.inputs(states[self._site], batch.get("recent"), decoder.embedding[...])
-
-    def _segments(self, batch: Batch) -> jax.Array | None:
-        return batch["segment"] if self._within else None
 
     def loss(self, model: Joint, frozen: Any, batch: Batch, step: jax.Array) -> LossParts:
         """The joint loss summed over the batch."""
         decoder, memory = model.decoder, model.memory
         final_BLD, states = decoder.hidden(
-            batch["token"], self._segments(batch), sites=(self._site,)
+            batch["token"], batch.get("segment"), sites=(self._site,)
         )
         assert final_BLD is not None
         # The memory reads a state of the decoder, perhaps its embeddings, and its head if tied.

@@ -35,7 +35,6 @@ class MemoryTask(WindowTask):
         data = data or RunData(config)
         self._config = config
         self._online = config.train.inputs == "online"
-        self._within = config.corpus.attention == "within"
         self._site = Site.of(config.datastore.input, config.decoder.num_layers)
         self._terms = joint_terms(config)
         self.vocab_size = data.vocab_size
@@ -97,8 +96,9 @@ class MemoryTask(WindowTask):
         if not self._online:
             return batch["input"]
         decoder = nnx.merge(self._decoder_graphdef, frozen)
-        segments = batch["segment"] if self._within else None
-        _, states = decoder.hidden(batch["token"], segments, sites=(self._site,), final=False)
+        _, states = decoder.hidden(
+            batch["token"], batch.get("segment"), sites=(self._site,), final=False
+        )
         return jax.lax.stop_gradient(states[self._site])
 
     def loss(self, model: Memory, frozen: Any, batch: Batch, step: jax.Array) -> LossParts:

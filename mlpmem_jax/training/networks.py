@@ -70,12 +70,24 @@ def finished_decoder(config: Config, mesh: jax.sharding.Mesh, step: int | None =
     return _restored(decoder_builder(config, wanted), artifact, mesh, step)
 
 
-def finished_memory(config: Config, mesh: jax.sharding.Mesh, step: int | None = None) -> Memory:
+def finished_memory(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    step: int | None = None,
+    *,
+    with_its_interpolation: bool = True,
+) -> Memory:
     """Restores the run's memory, as it was after its last step or after a given one.
 
+    Args:
+        config: The whole configuration.
+        mesh: Devices.
+        step: A step whose checkpoint is there; None: the last.
+        with_its_interpolation: Whether it is used with the λ that it was trained with.
+
     Raises:
-        ArtifactError: It is missing, damaged, of another shape, or was trained on the
-            states of another decoder than the run's.
+        ArtifactError: It is missing, damaged, of another shape, was trained on the states of
+            another decoder than the run's, or with another λ than the configuration's.
     """
     layout = Layout(config)
     decoder, memory = layout.decoder, layout.memory
@@ -87,6 +99,8 @@ def finished_memory(config: Config, mesh: jax.sharding.Mesh, step: int | None = 
         )
     check_shape(config, memory, "memory")
     check_inputs(config, memory)
+    if with_its_interpolation:
+        check_interpolation(config, memory)
     return _restored(memory_builder(config, vocab_size(config)), memory, mesh, step)
 
 
@@ -100,7 +114,7 @@ def starting_memory(config: Config, mesh: jax.sharding.Mesh) -> Memory:
     if trained.get("gate") == "none":
         gate = {name: trained[name] for name in ("gate", "gate_floor")}
         config = config.model_copy(update={"memory": config.memory.model_copy(update=gate)})
-    return finished_memory(config, mesh)
+    return finished_memory(config, mesh, with_its_interpolation=False)
 
 
 def finished_networks(config: Config, mesh: jax.sharding.Mesh) -> tuple[Decoder, Memory]:
@@ -111,9 +125,7 @@ def finished_networks(config: Config, mesh: jax.sharding.Mesh) -> tuple[Decoder,
     """
     layout = Layout(config)
     if config.train.mode == "memory":
-        networks = finished_decoder(config, mesh), finished_memory(config, mesh)
-        check_interpolation(config, layout.memory)
-        return networks
+        return finished_decoder(config, mesh), finished_memory(config, mesh)
     check_shape(config, layout.joint, "decoder", "memory")
     check_inputs(config, layout.joint)
     check_interpolation(config, layout.joint)
@@ -220,21 +232,20 @@ def _trained_on(artifact: Artifact) -> Manifest | None:
 
 
 def check_interpolation(config: Config, artifact: Artifact) -> None:
-    """Refuses another λ than networks were trained with; a gate brings its own.
+    """Refuses another λ than networks were trained with: of a gate, where it began.
 
     Raises:
         ArtifactError: Names both.
     """
-    if config.memory.gate == "learned":
-        return
     recipe = artifact.load().recipe["train"]
     decides = {name: recipe[name] for name in _INTERPOLATION if name in recipe}
     train = config.train.model_copy(update=decides)
     trained = config.model_copy(update={"train": train}).trained_interpolation
     if trained != config.trained_interpolation:
+        begun = " where the gate begins" if config.memory.gate == "learned" else ""
         raise ArtifactError(
-            f"{artifact.path}: was trained with {_in_words(trained)}, and the configuration says "
-            f"{_in_words(config.trained_interpolation)}: give train.interpolation, "
+            f"{artifact.path}: was trained with {_in_words(trained)}{begun}, but the configuration "
+            f"has {_in_words(config.trained_interpolation)}; set train.interpolation, "
             "train.interpolation_final and train.joint_weight as in training"
         )
 

@@ -16,16 +16,17 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
     A linear warm-up to the peak, then `config.schedule` down to `final_fraction` of it.
     """
     peak = config.learning_rate
-    rest = max(1, num_steps - config.warmup_steps)
+    warmup_steps = config.warmup_of(num_steps)
+    rest = max(1, num_steps - warmup_steps)
     decays: dict[str, optax.Schedule] = {
         "cosine": optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction),
         "linear": optax.linear_schedule(peak, peak * config.final_fraction, rest),
         "constant": optax.constant_schedule(peak),
     }
     # The warm-up starts above zero: a first step of zero would teach nothing.
-    start = peak / (config.warmup_steps + 1)
-    warmup = optax.linear_schedule(start, peak, max(1, config.warmup_steps))
-    return optax.join_schedules([warmup, decays[config.schedule]], [config.warmup_steps])
+    start = peak / (warmup_steps + 1)
+    warmup = optax.linear_schedule(start, peak, max(1, warmup_steps))
+    return optax.join_schedules([warmup, decays[config.schedule]], [warmup_steps])
 
 
 def decayed(params: Any) -> Any:

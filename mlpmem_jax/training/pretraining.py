@@ -24,7 +24,6 @@ class PretrainTask(WindowTask):
         data = data or RunData(config)
         settings, length = config.pretrain, config.pretrain_window_tokens
         self._chunk_tokens = settings.loss_chunk_tokens
-        self._within = config.corpus.attention == "within"
         self.vocab_size = data.vocab_size
         super().__init__(
             settings,
@@ -40,8 +39,7 @@ class PretrainTask(WindowTask):
 
     def loss(self, model: Decoder, frozen: Any, batch: Batch, step: jax.Array) -> LossParts:
         """Cross-entropy summed over the batch."""
-        segments = batch["segment"] if self._within else None
-        final_BLD, _ = model.hidden(batch["token"], segments)
+        final_BLD, _ = model.hidden(batch["token"], batch.get("segment"))
         assert final_BLD is not None
         total, sums = lm_loss(
             final_BLD,

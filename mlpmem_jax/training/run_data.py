@@ -1,7 +1,7 @@
 """What training tasks read: the artifacts of a run."""
 
 from functools import cached_property
-from typing import Protocol
+from typing import Literal, Protocol
 
 import jax
 
@@ -60,16 +60,29 @@ class RunData:
     def token_windows(self, split: Split, length: int) -> WindowSource:
         """Returns windows of tokens; in validation the separator is no label."""
         tokens = self._train if split == "train" else TokenSplit.open(self._layout.tokens, split)
-        return TokenWindows(tokens, length, weights="train" if split == "train" else "score")
+        weights: Literal["train", "score"] = "train" if split == "train" else "score"
+        return TokenWindows(tokens, length, weights, segments=self._config.attends_within)
 
     def stored_rows(self, split: Split, length: int) -> WindowSource:
         """Returns windows of stored inputs with their targets."""
-        num_recent = self._config.memory.num_read_tokens
-        return StoredRows(self._layout, split, length, self._train.separator_id, num_recent)
+        return StoredRows(
+            self._layout,
+            split,
+            length,
+            self._train.separator_id,
+            self._config.memory.num_read_tokens,
+            with_logprob=self._config.loss_weights.joint > 0,
+        )
 
     def tokens_with_targets(self, split: Split, length: int) -> WindowSource:
         """Returns windows of tokens with their targets."""
-        return TokensWithTargets(self._layout, split, length, self._config.memory.num_read_tokens)
+        return TokensWithTargets(
+            self._layout,
+            split,
+            length,
+            self._config.memory.num_read_tokens,
+            segments=self._config.attends_within,
+        )
 
     def decoder(self, mesh: jax.sharding.Mesh) -> Decoder:
         """Restores the decoder."""

@@ -24,14 +24,12 @@ class TrainState:
         params: What the optimiser changes, float32 masters.
         fixed: Variables that it does not (the memory's input statistics).
         optimizer: State of the optimiser.
-        rng: uint32 key data; folded with the step wherever randomness is needed.
     """
 
     step: jax.Array
     params: nnx.State
     fixed: nnx.State
     optimizer: Any
-    rng: jax.Array
 
     def items(self) -> dict[str, Flat]:
         """Returns the items of a checkpoint, each a flat mapping of names to arrays."""
@@ -39,7 +37,7 @@ class TrainState:
             "params": flatten(self.params),
             "fixed": flatten(self.fixed),
             "optimizer": flatten(self.optimizer),
-            "loop": {"step": self.step, "rng": self.rng},
+            "loop": {"step": self.step},
         }
 
     def with_items(self, items: dict[str, Flat]) -> "TrainState":
@@ -49,7 +47,6 @@ class TrainState:
             params=unflatten(self.params, items["params"]),
             fixed=unflatten(self.fixed, items["fixed"]),
             optimizer=unflatten(self.optimizer, items["optimizer"]),
-            rng=items["loop"]["rng"],
         )
 
 
@@ -115,7 +112,6 @@ class Blueprint:
             params=params,
             fixed=fixed,
             optimizer=self._optimizer.init(params),
-            rng=jax.random.key_data(jax.random.key(self._seed)),
         )
 
     def create(self) -> TrainState:

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,16 @@ class Checkout:
         path = self.bin / name
         path.write_text(RECORD + text)
         path.chmod(0o755)
+
+    def install(self):
+        """Gives it an environment, and the package, so that commands are checked here."""
+        (self.root / ".venv" / "bin").mkdir(parents=True)
+        (self.root / ".venv" / "installed").mkdir()
+        (self.root / ".venv" / "installed" / "requirements.txt").touch()
+        python = self.root / ".venv" / "bin" / "python"
+        python.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" "$@"\n')
+        python.chmod(0o755)
+        (self.root / "mlpmem_jax").symlink_to(ROOT / "mlpmem_jax")
 
     def start(self, *arguments, cwd=None, **environment):
         return subprocess.run(

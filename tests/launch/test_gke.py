@@ -105,6 +105,21 @@ def test_mistakes_run_nothing(cluster, flags, message):
     assert cluster.calls() == []
 
 
+def test_a_command_that_cannot_succeed_builds_and_submits_nothing(cluster):
+    given = ["--target", "gke", *FLAGS, "--tpu-type", "v6e-8", "--no-wait"]
+    local = [*COMMAND[:3], "--workdir", "runs/one"]
+    done = cluster.start(*given, *local, "trian.alpha=1")
+    assert "is not checked before it is sent" in done.stderr  # There is no environment.
+    assert [call[0] for call in cluster.calls()] == ["docker", "docker", "xpk"]
+    cluster.install()
+    done = cluster.start(*given, *local, "trian.alpha=1")
+    assert done.returncode == 2 and "error: trian.alpha=1: unknown key" in done.stderr
+    assert cluster.calls() == []
+    done = cluster.start(*given, *local)
+    assert done.returncode == 0 and "not checked" not in done.stderr, done.stderr
+    assert [call[0] for call in cluster.calls()] == ["docker", "docker", "xpk"]
+
+
 def test_a_missing_program_is_named(cluster):
     (cluster.bin / "xpk").unlink()
     done = cluster.start("--target", "gke", *FLAGS, "--tpu-type", "v6e-8", *COMMAND)

@@ -37,6 +37,10 @@ case "$1 ${2:-}" in
              : >"$d/pyvenv.cfg"; exit 0 ;;
   "-m pip" | "-m ensurepip") exit 0 ;;
 esac
+if [ "$3" = mlpmem_jax.launching ]; then
+  printf '%s\\0' "$@" >"$WORDS-check"
+  exit "${WRONG:-0}"
+fi
 printf '%s\\0' "$PWD" "$@" >"$WORDS-$SLURM_PROCID"
 env | grep -E '^(MLPMEM|HF)_' | sort >"$WORDS-$SLURM_PROCID.variables"
 echo "out $SLURM_PROCID"
@@ -100,6 +104,16 @@ def test_words_and_logs(cluster, hard_words, tmp_path):
     # Every task must see all GPUs of its node.
     assert "--gpus-per-task" not in script and "#SBATCH --gres=gpu:2" in script
     assert re.search(r"^#SBATCH --ntasks-per-node=2$", script, re.M)
+
+
+def test_a_command_that_cannot_succeed_is_not_submitted(cluster, hard_words, tmp_path):
+    given = ["--target", "slurm", *FLAGS, *COMMAND, *hard_words]
+    done = cluster.start(*given, cwd=cluster.elsewhere, WRONG="2")
+    assert done.returncode == 2 and cluster.calls() == []
+    checked = (tmp_path / "words-check").read_text().split("\0")[:-1]
+    frozen = str(cluster.elsewhere / "slurm" / "mlpmem-a-run.yaml")
+    flags = ["-P", "-m", "mlpmem_jax.launching", "--check", "--shares-files"]
+    assert checked == [*flags, *COMMAND[:2], frozen, *hard_words]
 
 
 @pytest.mark.parametrize(("restarted", "requeued"), [("", 1), ("2", 1), ("3", 0)])

@@ -333,6 +333,13 @@ def test_mistakes_run_nothing(tpus, arguments, message):
     assert tpus.calls() == []
 
 
+def test_a_command_that_cannot_succeed_makes_no_machine(tpus):
+    tpus.install()
+    done = tpus.start("--target", "tpu-vm", *FLAGS, *COMMAND, "trian.alpha=1")
+    assert done.returncode == 2 and "error: trian.alpha=1: unknown key" in done.stderr
+    assert tpus.calls() == []
+
+
 def test_paths_of_the_project_hold_there_too(tpus, words_of):
     given = ["--target", "tpu-vm", *FLAGS, "--dry-run"]
     planned = tpus.start(*given, "train", "--config", "tiny.yaml", cwd=tpus.root / "configs")

@@ -11,6 +11,7 @@ from mlpmem_jax.roofline.blank import BlankRun, BlankTokens, abstract_batch
 from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.training.memory_training import MemoryTask
 from mlpmem_jax.training.pretraining import PretrainTask
+from mlpmem_jax.training.run_data import RunData
 
 
 def described(batch):
@@ -35,8 +36,22 @@ def test_training_batches(tiny_run, make, section, inputs):
     with jax.set_mesh(mesh):
         real = next(iter(task.feed(range(1))))
     assert described(abstract_batch(blank.source, size, mesh)) == described(real)
+    # Attention goes across documents, and no joint loss reads the decoder's log-probabilities.
+    assert not {"segment", "logprob"} & set(real)
     assert blank.flops_per_step == task.flops_per_step
     assert described_tree(blank.frozen) == described_tree(task.frozen)
+
+
+def test_what_a_task_reads_besides(tiny_run):
+    """Segments where attention stays within documents, log-probabilities for a joint loss."""
+    corpus = tiny_run.corpus.model_copy(update={"attention": "within"})
+    train = tiny_run.train.model_copy(update={"joint_weight": 1.0})
+    config = tiny_run.model_copy(update={"corpus": corpus, "train": train})
+    length, first = 32, np.zeros(1, np.int64)
+    for data in (RunData(config), BlankRun(config)):
+        assert "segment" in data.token_windows("train", length).read(first)
+        assert "segment" in data.tokens_with_targets("train", length).read(first)
+        assert "logprob" in data.stored_rows("train", length).read(first)
 
 
 def described_tree(tree):

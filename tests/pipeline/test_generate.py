@@ -1,7 +1,9 @@
 """From prompts to text on the terminal."""
 
+import ast
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import pytest
 
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.corpus.tokenizer import load_tokenizer
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.evaluation.labels import StoredSplit
@@ -81,12 +84,50 @@ def test_without_memory_needs_none(
         generate.main(config, Options(workdir=config.workdir))
 
 
-@pytest.mark.parametrize("prompt", ["---", "-x", "x" * 20_000, "null", " # "])
+@pytest.mark.parametrize("prompt", ["---", "-x", "x" * 20_000, "null", " #"])
 def test_a_prompt_is_taken_as_typed(tiny_run: Config, capsys, prompt: str):
     """One that is longer than the context keeps its last tokens."""
     arguments = ["generate", "--config", str(TINY), "--workdir", tiny_run.workdir]
     assert main([*arguments, "generate.max_new_tokens=1", "--prompt", prompt]) == 0
     assert f"\n{prompt}" in capsys.readouterr().out
+
+
+def test_a_trailing_space_is_left_to_the_next_token(
+    tiny_run: Config, capsys: pytest.CaptureFixture[str]
+):
+    """It makes the same text as the prompt without it, and that is logged once."""
+    settings = {"interpolation": 0.25, "max_new_tokens": 12}
+    with_blank, logged = _shown(_with(tiny_run, prompts=("def ",), **settings), capsys)
+    without, silent = _shown(_with(tiny_run, prompts=("def",), **settings), capsys)
+    assert with_blank == without
+    assert logged.count("prompt 'def ': its trailing space is left out") == 1
+    assert "trailing space" not in silent
+
+
+def test_the_default_prompt_begins_a_validation_document(
+    tiny_run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = _with(tiny_run, interpolation=0.25, max_new_tokens=1)
+    assert config.generate.prompts == ()
+    shown, logged = _shown(config, capsys)
+    prompt = ast.literal_eval(re.search(r"^prompt: (.*) \(generate.prompts", logged, re.M)[1])
+    assert len(prompt.split()) == 8
+    assert shown.split("\n", 1)[1].startswith(prompt)
+    split = TokenSplit(Layout(config).tokens, "valid")
+    decode = load_tokenizer(Layout(config).tokenizer).decode
+    texts = [
+        decode(split.read(start + 1, stop).tolist())
+        for start, stop in itertools.pairwise(split.document_offset.tolist())
+    ]
+    assert any(text.startswith(prompt) for text in texts)
+    assert _shown(config, capsys)[0] == shown
+    others = {_shown(_with(config, seed=seed), capsys)[0] for seed in range(4)}
+    assert len(others) > 1
+    moved = config.model_copy(update={"workdir": str(tmp_path / "run")})
+    shutil.copytree(tiny_run.workdir, moved.workdir)
+    Layout(moved).tokens.remove()
+    with pytest.raises(ArtifactError, match="Run `tokenize`, or set generate.prompts"):
+        generate.main(moved, Options(workdir=moved.workdir))
 
 
 def test_interpolation_without_results(tiny_run: Config, tmp_path: Path):

@@ -30,7 +30,6 @@ SAVE = "mlpmem_jax.training.checkpoint.Checkpoints.save"
 FINISH = "mlpmem_jax.store.manifest.Artifact.finish"
 JOINT = (
     "train.mode=joint",
-    "train.decoder_optimizer.warmup_steps=2",
     "memory.gate=learned",
     "train.num_steps=5",
 )
@@ -115,8 +114,15 @@ def test_evaluation_and_generation_use_the_gate(refreshed, capsys):
     assert 0 < memory["interpolation"] < 1
     # The decoder of the joint model, not the one that it began with.
     beside = results["diagnostics"]["test"]["decoder_beside_memory_nats"]
+    for command in (["generate"], ["evaluate", "--rebuild"]):  # also where a gate makes λ
+        assert _main(refreshed, *command, *REFRESHED, "train.interpolation=0.7") == 2
+        told = capsys.readouterr().err
+        assert "λ = 0.3 where the gate begins, but the configuration has λ = 0.7" in told
     assert beside != pytest.approx(results["systems"]["decoder"]["test_nats"], abs=1e-6)
     assert memory["test_nats"] == pytest.approx(beside, abs=0.1)
+    row = results["systems"]["joint_decoder"]
+    assert row["test_nats"] == pytest.approx(beside, rel=1e-6)
+    assert row["parameters"] == results["systems"]["decoder"]["parameters"]
     assert _main(refreshed, "generate", *REFRESHED) == 0
     assert "λ of the gate" in capsys.readouterr().out
 
@@ -261,22 +267,25 @@ def test_a_gate_is_trained_offline_from_stored_logprobs(tiny_run, tmp_path, caps
 
 def test_another_interpolation_than_the_trained_one_is_refused(tiny_run, tmp_path, capsys):
     workdir = _copy(tiny_run, tmp_path / "run")
-    joint = ("train.mode=joint", "train.decoder_optimizer.warmup_steps=2", "train.num_steps=2")
+    joint = ("train.mode=joint", "train.num_steps=2")
     assert _main(workdir, "train", *joint, "train.optimizer.warmup_steps=1") == 0
     capsys.readouterr()
-    same = ("train.mode=joint", "train.decoder_optimizer.warmup_steps=2")
+    same = ("train.mode=joint",)
     assert _main(workdir, "generate", *same, "train.interpolation=0.9") == 2
     message = capsys.readouterr().err
-    assert "was trained with λ = 0.3, and the configuration says λ = 0.9" in message
+    assert "was trained with λ = 0.3, but the configuration has λ = 0.9" in message
     assert _main(workdir, "generate", *same) == 0
     offline = ("train.joint_weight=1", "train.interpolation=0.9")
-    assert _main(workdir, "generate", *offline) == 2
-    assert "was trained with a λ that is chosen on validation" in capsys.readouterr().err
+    results = (workdir / "results/base/manifest.json").read_bytes()
+    for command in (["generate"], ["evaluate", "--rebuild"], ["analyze"], ["cost"]):
+        assert _main(workdir, *command, *offline) == 2
+        assert "was trained with a λ that is chosen on validation" in capsys.readouterr().err
+    assert (workdir / "results/base/manifest.json").read_bytes() == results
 
 
 @pytest.mark.parametrize("command", ["analyze", "cost", "search-quality"])
 def test_what_is_about_a_frozen_decoder_refuses_joint_training(tmp_path, capsys, command):
-    assert _main(tmp_path / "none", command, *JOINT[:2], "train.num_steps=5") == 2
+    assert _main(tmp_path / "none", command, *JOINT[:1], "train.num_steps=5") == 2
     message = capsys.readouterr().err
     assert f"train.mode=joint: {command} is about a memory beside a frozen decoder" in message
     assert not (tmp_path / "none").exists()

@@ -10,7 +10,7 @@ from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline import index, retrieve
 from mlpmem_jax.pipeline.stage import run_stages
 from mlpmem_jax.retrieval import approximate, evidence, targets
-from mlpmem_jax.retrieval.distributions import knn_logprob
+from mlpmem_jax.retrieval.distributions import LabelEvidence
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
 from mlpmem_jax.store.arrays import open_array, read_rows
 from mlpmem_jax.store.layout import SPLITS, Layout
@@ -413,6 +413,6 @@ def test_the_labels_probability_uses_all_neighbours(make_run):
     scored = label != SEPARATOR
     found, rows = evidence.label_evidence(layout, "test", SEPARATOR)
     np.testing.assert_array_equal(rows, np.flatnonzero(scored))
-    expected = knn_logprob(distance[scored], neighbor_label[scored], label[scored], 2.0)
-    np.testing.assert_allclose(found.logprob(2.0), expected, rtol=1e-4)
+    expected = LabelEvidence(distance[scored], neighbor_label[scored], label[scored])
+    np.testing.assert_allclose(found.logprob(2.0), expected.logprob(2.0), rtol=1e-4)
     assert dataclasses.is_dataclass(layout.index.load())

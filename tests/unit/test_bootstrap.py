@@ -77,6 +77,23 @@ def test_an_undefined_statistic_has_no_interval():
     assert bootstrap.interval(lambda s: s[..., 0] / s[..., 1], sums, 0.95) is None
 
 
+def test_an_interval_holds_whatever_undefined_draws_are():
+    """Few of them leave one that holds with any value in their place, and is no wider than that."""
+    rng = np.random.default_rng(0)
+    sums = np.stack([rng.standard_normal(1000), np.ones(1000)], axis=1)
+    undefined = rng.permutation(1000) < 30
+
+    def with_value(value):
+        return lambda s: np.where(undefined, value, s[..., 0] / s[..., 1])
+
+    found = bootstrap.interval(with_value(np.nan), sums, 0.9)
+    low = bootstrap.interval(with_value(-1e9), sums, 0.9)
+    high = bootstrap.interval(with_value(1e9), sums, 0.9)
+    assert found.low <= low.low <= found.low + 0.1
+    assert found.high - 0.1 <= high.high <= found.high
+    assert bootstrap.interval(with_value(np.nan), sums, 0.95) is None
+
+
 def test_draws_that_are_not_kept_are_the_same(monkeypatch: pytest.MonkeyPatch):
     values_DM = _documents(np.random.default_rng(1), 13)
     kept = bootstrap.Draws(13, 30, (7, 1))

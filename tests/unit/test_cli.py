@@ -12,9 +12,11 @@ import pytest
 
 from mlpmem_jax import __main__ as cli
 from mlpmem_jax.commands import COMMANDS
+from mlpmem_jax.config.load import load_config
 from mlpmem_jax.errors import ArtifactError, RunFailed, UserError
 from mlpmem_jax.failures import explain, of_stage
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.store.arrays import storage_error
 from mlpmem_jax.store.files import write_bytes
 from tests.conftest import ROOT
@@ -53,6 +55,17 @@ def test_overrides_and_flags_may_be_mixed(calls, tmp_path):
     assert (config.seed, config.decoder.norm, config.train.alpha) == (4, "layer", 0.5)
     assert config.workdir == str(tmp_path)
     assert options == Options(workdir=str(tmp_path), dry_run=True, rebuild=True)
+
+
+def test_the_resolved_configuration_is_printed_on_request(capsys, tmp_path):
+    """As YAML that gives the same configuration, and nothing else."""
+    arguments = ["run", "--config", CONFIG, "--workdir", str(tmp_path / "run"), "seed=4"]
+    assert cli.main([*arguments, "--print-config"]) == 0
+    shown = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(shown)
+    expected = resolved(load_config(CONFIG, ["seed=4"], {"workdir": str(tmp_path / "run")}))
+    assert load_config(tmp_path / "printed.yaml") == expected
+    assert not (tmp_path / "run").exists()
 
 
 def test_generate_takes_prompts(calls):

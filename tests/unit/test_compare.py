@@ -11,6 +11,7 @@ from mlpmem_jax.evaluation import evaluate_table as compare_module
 from mlpmem_jax.evaluation import metrics
 from mlpmem_jax.evaluation.evaluate_table import SplitScores, compare
 from mlpmem_jax.evaluation.picture import draw
+from mlpmem_jax.evaluation.table import sentence
 
 SEPARATOR = 0
 
@@ -64,6 +65,32 @@ def test_numbers_agree_with_a_direct_computation():
     assert found["systems"]["knn"]["gain_recovered_low"] is None
 
 
+def jointly(scores: SplitScores) -> SplitScores:
+    """The same with another decoder beside the memory, and λ as trained."""
+    beside_N = np.minimum(scores.decoder_N + 0.05, -1e-3)
+    return dataclasses.replace(scores, beside_memory_N=beside_N, memory_weight=0.3)
+
+
+def test_the_decoder_trained_jointly_is_a_row_and_where_the_memory_s_curve_begins():
+    valid, test = jointly(make_scores(1)), jointly(make_scores(2))
+    apart, found = run(make_scores(1), make_scores(2)), run(valid, test)
+    assert list(found["systems"]) == ["decoder", "knn", "joint_decoder", "memory"]
+    for name in ("decoder", "knn"):
+        assert found["systems"][name] == apart["systems"][name]
+    row, decoder = found["systems"]["joint_decoder"], found["systems"]["decoder"]
+    scored = test.counts.scored_N
+    assert row["label"] == "decoder, trained jointly"
+    assert row["test_nats"] == pytest.approx(-test.beside_memory_N[scored].mean())
+    assert row["interpolation"] is row["interpolation_source"] is None
+    assert row["difference_nats"] == pytest.approx(row["test_nats"] - decoder["test_nats"])
+    assert row["difference_low"] < row["difference_nats"] < row["difference_high"]
+    assert found["curves"]["memory"][0] == pytest.approx(row["valid_nats"])
+    assert found["curves"]["knn"][0] == pytest.approx(decoder["valid_nats"])
+    json.dumps(found, allow_nan=False)
+    assert "decoder before joint training" in sentence(found)
+    assert draw(found).startswith(b"\x89PNG")
+
+
 def test_lambda_is_chosen_without_looking_at_test():
     valid = make_scores(1)
     weights = {
@@ -91,6 +118,23 @@ def test_a_useless_retriever_leaves_nothing_to_recover():
     assert found["systems"]["knn"]["interpolation"] == 0
     assert found["systems"]["memory"]["gain_recovered"] is None
     assert any("gains nothing" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(("knn_gain", "has_interval"), [(-1.1, True), (-1.3, False)])
+def test_draws_in_which_the_share_is_undefined_are_counted(knn_gain: float, has_interval: bool):
+    """Some of them leave an interval, many none; both are said, and no cell is empty."""
+    scores = [make_scores(seed, knn_gain=knn_gain) for seed in (1, 2)]
+    scores = [dataclasses.replace(one, memory_weight=0.3) for one in scores]
+    found = run(*scores)
+    memory = found["systems"]["memory"]
+    (note,) = (note for note in found["notes"] if "bootstrap draws" in note)
+    count = int(note.split(" in ")[1].split(" of 200 ")[0])
+    assert (memory["gain_recovered_low"] is not None) == has_interval
+    assert (0 < count < 10) if has_interval else count >= 10
+    assert note.endswith("both ends" if has_interval else "no interval")
+    if has_interval:
+        assert memory["gain_recovered_low"] < memory["gain_recovered"]
+        assert memory["gain_recovered"] < memory["gain_recovered_high"]
 
 
 def test_a_label_without_probability_is_reported_and_drawn():

@@ -204,6 +204,10 @@ def test_what_is_no_override(mistakes, override):
         (["corpus.source=huggingface"], "corpus.source=huggingface requires corpus.dataset"),
         (["corpus.train.paths=[a]"], "corpus.train.paths, corpus.valid.paths and corpus.test"),
         (["corpus.valid_fraction=0.6", "corpus.test_fraction=0.6"], "leave nothing to train on"),
+        (
+            ["train.mode=joint", "train.num_steps=8", "train.decoder_optimizer.warmup_steps=9"],
+            "train.decoder_optimizer.warmup_steps=9 is more than train.num_steps=8",
+        ),
         (["pretrain.optimizer.warmup_steps=601"], "=601 is more than pretrain.num_steps=600"),
         (["datastore.name=.."], "datastore.name=.. must be the name of a new directory"),
         (["train.memory_weight=0"], "are all 0: nothing would be trained"),

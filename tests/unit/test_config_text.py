@@ -329,7 +329,7 @@ def test_entries_that_are_null_stay(load):
             ["train.mode=joint", "train.num_steps=1e6", "train.refresh_interval_steps=1"],
             "into 1000000 phases",
         ),
-        (["generate.prompts=[]"], "generate.prompts=[]: must be a list of texts, at least one"),
+        (["overfitting.seeds=[]"], "overfitting.seeds=[]: must be a list of whole numbers"),
     ],
 )
 def test_what_the_configuration_alone_decides_is_refused_with_it(refused, overrides, expected):

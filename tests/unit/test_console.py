@@ -149,14 +149,16 @@ def test_output_that_cannot_be_written_is_one_line():
     )
 
 
-TOO_MANY_FILES = b"too many open files in this process (raise `ulimit -n`)"
+TOO_FEW_FILES = b"files, and needs up to 128: raise `ulimit -n`"
 TOO_LARGE = b"the file would be larger than the file system or `ulimit -f` allows"
 
 
 @pytest.mark.parametrize(
     ("command", "limit", "expected"),
     [
-        ("tokenize", "-n 6", TOO_MANY_FILES),
+        ("tokenize", "-n 6", TOO_FEW_FILES),
+        ("evaluate", "-n 14", TOO_FEW_FILES),  # it waited for ever
+        ("run", "-n 127", TOO_FEW_FILES),
         ("tokenize", "-f 8", TOO_LARGE),
         ("pretrain", "-f 8", TOO_LARGE),  # Orbax says it
     ],

@@ -5,7 +5,6 @@ import pytest
 
 from mlpmem_jax.retrieval.distributions import (
     LabelEvidence,
-    knn_logprob,
     sparse_distributions,
     without_targets,
 )
@@ -75,7 +74,7 @@ def test_missing_neighbours_have_no_weight():
     np.testing.assert_array_equal(found.id_QS, [[8, 0], [0, 0]])
     np.testing.assert_array_equal(found.prob_QS, np.float32([[1, 0], [0, 0]]))
     np.testing.assert_array_equal(found.mass_Q, np.float32([1, 0]))
-    assert np.isneginf(knn_logprob(distance, label, np.array([3, 3]), 2.0)).all()
+    assert np.isneginf(LabelEvidence(distance, label, np.array([3, 3])).logprob(2.0)).all()
 
 
 def test_rows_that_are_never_scored_have_no_target():
@@ -91,7 +90,7 @@ def test_rows_that_are_never_scored_have_no_target():
 def test_the_labels_probability_uses_all_neighbours(tau):
     distance, label = _neighbors()
     own = np.random.default_rng(1).integers(0, VOCAB, len(distance))
-    found = knn_logprob(distance, label, own, tau)
+    found = LabelEvidence(distance, label, own).logprob(tau)
     for n in range(len(distance)):
         probability = _by_loop(distance[n], label[n], tau)[own[n]]
         if probability == 0:
@@ -137,7 +136,7 @@ def test_a_tiny_temperature_gives_all_mass_to_the_nearest(tau):
     np.testing.assert_array_equal(found.prob_QS, np.float32([[1, 0], [0.5, 0.5], [1, 0]]))
     np.testing.assert_array_equal(found.mass_Q, 1)
     np.testing.assert_array_equal(found.id_QS[:, 0], [4, 4, 8])
-    logprob = knn_logprob(distance, label, np.array([4, 5, 0]), tau)
+    logprob = LabelEvidence(distance, label, np.array([4, 5, 0])).logprob(tau)
     np.testing.assert_allclose(np.exp(logprob), [1, 0.5, 0])
 
 
@@ -147,7 +146,7 @@ def test_a_huge_temperature_weighs_all_neighbours_alike(tau):
     label = np.array([[4, 5, 5], [4, 5, 0]])
     found = sparse_distributions(distance, label, tau, 2)
     np.testing.assert_allclose(found.prob_QS, [[2 / 3, 1 / 3], [0.5, 0.5]], rtol=1e-6)
-    logprob = knn_logprob(distance, label, np.array([5, 0]), tau)
+    logprob = LabelEvidence(distance, label, np.array([5, 0])).logprob(tau)
     np.testing.assert_allclose(np.exp(logprob), [2 / 3, 0], rtol=1e-6)
 
 

@@ -187,6 +187,15 @@ def test_peak_of_this_machine():
     assert flops.peak_flops(jax.devices("cpu")[0]) > 1e8
 
 
+def test_the_peak_of_a_cpu_is_the_best_that_was_measured(monkeypatch):
+    measured = iter([3e9, 1e9, 5e9])
+    monkeypatch.setattr(flops, "_cpu_peak", 0.0)
+    monkeypatch.setattr(flops, "measure_cpu_flops", lambda: next(measured))
+    device = jax.devices("cpu")[0]
+    peaks = [flops.peak_flops(device) * jax.local_device_count("cpu") for _ in range(3)]
+    assert peaks == [3e9, 3e9, 5e9]
+
+
 @pytest.mark.parametrize(
     ("kind", "peak"),
     [("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("NVIDIA H100 80GB HBM3", 989e12), ("?", None)],

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
-from mlpmem_jax.config.stages import OptimizerConfig, TrainConfig
+from mlpmem_jax.config.stages import OptimizerConfig, PretrainConfig, TrainConfig
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.training.optimizer import (
@@ -33,6 +33,28 @@ def test_schedules(schedule, middle, last):
     assert 0 < rate(0) < rate(5) < rate(10) == pytest.approx(1.0)
     assert rate(60) == pytest.approx(middle)
     assert rate(110) == pytest.approx(last)
+
+
+@pytest.mark.parametrize(("num_steps", "warmup"), [(600, 50), (100, 50), (99, 49), (8, 4), (1, 0)])
+def test_the_default_warmup_fits_short_runs(num_steps, warmup):
+    """The schedule and the recipe are those of the number written out."""
+    default, written = (OptimizerConfig(**w) for w in ({}, {"warmup_steps": warmup}))
+    rates = [learning_rate_schedule(config, num_steps) for config in (default, written)]
+    steps = np.arange(num_steps + 1)
+    np.testing.assert_array_equal(*(jax.vmap(rate)(steps) for rate in rates))
+    configs = [PretrainConfig(num_steps=num_steps, optimizer=each) for each in (default, written)]
+    assert configs[0].recipe() == configs[1].recipe()
+
+
+def test_the_default_warmup_is_of_the_steps_in_which_a_group_moves():
+    config = TrainConfig(mode="joint", num_steps=40, decoder_freeze_steps=30)
+    recipe = config.recipe()
+    assert recipe["optimizer"]["warmup_steps"] == 20
+    assert recipe["decoder_optimizer"]["warmup_steps"] == 5
+    group = parameter_groups(config)[1]
+    rates = jax.vmap(group.learning_rate)(jnp.arange(40))
+    assert np.argmax(rates) == 35
+    assert rates[35] == pytest.approx(config.decoder_optimizer.learning_rate)
 
 
 def _moved(updates):

@@ -12,16 +12,20 @@ from mlpmem_jax.pipeline import run, tokenize
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.units import human_bytes
 
 DRY = Options(workdir="", dry_run=True)
 
 
 def _plan(config: Config, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, str]]:
     """Returns for each artifact its intention (under "") and its estimates, by name."""
+    capsys.readouterr()
     assert execute(run.stages, config, DRY) == 0
     text = capsys.readouterr().out
+    first, *lines = text.split("\n\n# this machine\n", 1)[0].splitlines()
+    assert first == f"# plan for workdir {config.workdir}"
     plan: dict[str, dict[str, str]] = {}
-    for line in text.split("# plan for workdir", 1)[1].splitlines()[1:]:
+    for line in lines:
         name, value = re.split(r" {1,}", line.strip(), maxsplit=1)
         if line.startswith("  "):
             name, value = line[2:36].strip(), line[36:].strip()
@@ -50,6 +54,9 @@ def test_a_plan_of_a_fresh_directory_has_an_estimate_for_every_stage(text_config
         assert any("bytes" in key for key in plan[name]), name
     assert "model flops" in plan["datastore/base/train"]
     assert any("memory" in key for key in plan["index/base"])
+    timed = {name for name, entry in plan.items() if "time, about" in entry}
+    assert timed == set(plan) - {"tokenizer", "tokens", "results/base"}
+    assert plan["neighbors/base/valid"]["time, about"].endswith("(estimated)")
     assert not Path(text_config.workdir).exists()
 
 
@@ -63,7 +70,30 @@ def test_guessed_rows_are_near_those_that_come_out(text_config, capsys):
     assert sum(one[0] for one in guessed.values()) == pytest.approx(total, rel=0.02)
     plan = _plan(text_config, capsys)
     assert plan["tokens"][""] == "complete; nothing to do"
+    assert "time, about" not in plan["tokens"]
     assert plan["datastore/base/train"]["rows"] == f"{rows:,}"
+
+
+def test_how_much_max_bytes_allows_is_planned_and_logged(text_config, capsys):
+    """It stops before the first document that would exceed it: not at the limit."""
+    size = len("document 10 " * 200)
+    corpus = text_config.corpus.model_copy(update={"max_bytes": 50 * size})
+    config = text_config.model_copy(update={"corpus": corpus})
+    sizes = [len(f"document {n} " * 200) for n in sorted(range(60), key=lambda n: f"{n}.txt")]
+    documents = next(n for n in range(60) if sum(sizes[: n + 1]) > 50 * size)
+    taken = sum(sizes[:documents])
+    plan = _plan(config, capsys)
+    assert plan["tokens"]["documents"] == f"{documents}"
+    assert plan["tokens"]["text_bytes"] == human_bytes(taken)
+    assert plan["tokens"]["next document, beyond max_bytes"] == human_bytes(sizes[documents])
+    assert execute(tokenize.stages, config, Options(workdir="")) == 0
+    assert (
+        f"tokens: {documents} documents, {taken:,} bytes (corpus.max_bytes={50 * size:,}); "
+        f"the next document ({sizes[documents]:,} bytes) would exceed it\n"
+    ) in capsys.readouterr().out
+    plan = _plan(config, capsys)
+    assert plan["tokens"]["documents"] == f"{documents}"
+    assert plan["tokens"]["text_bytes"] == human_bytes(taken)
 
 
 def test_explicit_splits_are_counted_apart(make_config, tmp_path):

@@ -5,8 +5,10 @@ import io
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_hex
 
 from mlpmem_jax.evaluation import picture, table
+from mlpmem_jax.evaluation.style import COLORS, new_figure
 
 
 def _system(label: str, nats: float, **more: Any) -> dict[str, Any]:
@@ -123,6 +125,19 @@ def test_the_sentence_without_weight():
     assert "the memory got no weight (λ = 0)" in table.sentence(results)
 
 
+def test_a_share_without_interval_is_no_empty_cell():
+    results = make_results()
+    memory = results["systems"]["memory"]
+    memory |= {"gain_recovered_low": None, "gain_recovered_high": None}
+    lines = table.as_text(results, MEASURED).splitlines()
+    of_memory, of_knn = (
+        next(line.rstrip(" │") for line in lines if share in line)
+        for share in ("70.3 %", "100.0 %")
+    )
+    assert of_memory.endswith("undefined")
+    assert of_knn.endswith("100.0 %")  # by definition
+
+
 def test_the_sentence_without_a_gain_to_recover():
     results = make_results()
     results["systems"]["memory"]["gain_recovered"] = None
@@ -135,6 +150,17 @@ def test_csv_has_the_same_systems_in_full():
     assert tuple(rows[0]) == table.COLUMNS
     assert float(rows[2]["ms_per_token"]) == 0.52
     assert rows[0]["difference_nats"] == ""
+
+
+def test_what_the_memory_gains_has_the_memory_s_colour():
+    axes = new_figure(4, 4).subplots()
+    picture._draw_documents(axes, make_results())
+    shown = [to_hex(text.get_color()) for text in axes.texts]
+    shown += [to_hex(line.get_color()) for line in axes.lines]
+    shown += [to_hex(color[:3]) for each in axes.collections for color in each.get_facecolor()]
+    assert COLORS["memory"] in shown
+    others = {color for name, color in COLORS.items() if name not in ("memory", "decoder")}
+    assert others.isdisjoint(shown)
 
 
 def test_the_picture_is_a_png_and_can_be_drawn_again():

@@ -87,6 +87,39 @@ def test_pieces_encode_like_the_whole(
     assert np.concatenate(tokenizer.encode(pieces)).tolist() == whole
 
 
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("def ", "def"),
+        ("def  ", "def "),  # of "def  x" the first blank is a token of its own
+        ("    ", "   "),
+        ("def", "def"),
+        ("", ""),
+        (" def", " def"),
+        ("def\n", "def\n"),
+        ("def \n", "def \n"),
+        ("x\t", "x\t"),
+    ],
+)
+def test_a_prompt_leaves_out_the_space_of_the_next_token(
+    tokenizer: TextTokenizer, prompt: str, expected: str
+) -> None:
+    """What is left is encoded as it is in whole text."""
+    assert tokenizer.without_trailing_space(prompt) == expected
+    ids = tokenizer.encode([expected])[0].tolist()
+    if prompt != expected:
+        in_text = tokenizer.encode([prompt + "return"])[0].tolist()
+        assert in_text[: len(ids)] == ids
+
+
+def test_a_space_that_no_token_begins_with_stays() -> None:
+    rust = Tokenizer(models.WordLevel({SEPARATOR: 0, "def": 1, " ": 2, "?": 3}, unk_token="?"))
+    rust.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    rust.add_special_tokens([SEPARATOR])
+    tokenizer = TextTokenizer(rust.to_str().encode(), SEPARATOR)
+    assert tokenizer.without_trailing_space("def ") == "def "
+
+
 def given(tmp_path: Path, special: bool = True) -> Path:
     """A tokenizer with all that a downloaded one may bring along."""
     rust = Tokenizer(models.BPE(dropout=0.5))

@@ -10,12 +10,12 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.suite import RecipeConfig
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline import embed
+from mlpmem_jax.pipeline.forecast import Expected, Forecaster, duration
 from mlpmem_jax.store.checked_json import fingerprint_of
 from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.studies.ablate import command as ablate
 from mlpmem_jax.studies.compare import command as compare
-from mlpmem_jax.studies.tables.forecast import Expected, Forecaster, duration
 from mlpmem_jax.studies.tables.ledger import Ledger
 from mlpmem_jax.studies.tables.rows import ROWS, SeedPlan, planned_row
 from mlpmem_jax.studies.tables.variants import (

@@ -1,5 +1,6 @@
 """Windows cover every row once, whatever the lengths and however large the row numbers."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -37,7 +38,7 @@ LENGTHS = (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 24, 25, 33, 64, 65)
 def test_training_windows_count_every_row_once(num_tokens: int) -> None:
     for length in (1, 2, 3, 8, 16, 40):
         stream = Stream(num_tokens)
-        windows = TokenWindows(stream, length)
+        windows = TokenWindows(stream, length, segments=True)
         numbers = np.arange(windows.num_windows)
         batch = windows.read(numbers)
         starts = windows.starts(numbers)
@@ -49,8 +50,10 @@ def test_training_windows_count_every_row_once(num_tokens: int) -> None:
         assert {name: array.dtype for name, array in batch.items()} == {
             "token": np.int32, "label": np.int32, "segment": np.int32, "weight": np.float32,
         }  # fmt: skip
-        score = TokenWindows(stream, length, "score").read(numbers)["weight"]
-        np.testing.assert_array_equal(score, batch["weight"] * (batch["label"] != SEPARATOR))
+        score = TokenWindows(stream, length, "score").read(numbers)
+        scored = batch["weight"] * (batch["label"] != SEPARATOR)
+        np.testing.assert_array_equal(score["weight"], scored)
+        assert set(score) == {"token", "label", "weight"}
 
 
 SHAPES = [
@@ -76,6 +79,11 @@ def test_embedding_scores_every_row_once_with_context(window: int, stride: int) 
         context = columns[exists]
         assert (context >= np.minimum(rows[exists], window - stride)).all()
         batch = plan.read(stream, numbers)
+        assert "segment" not in batch
+        segmented = dataclasses.replace(plan, segments=True).read(stream, numbers)
+        segment_BW = segments_of(batch["token"], SEPARATOR)
+        np.testing.assert_array_equal(segmented.pop("segment"), segment_BW)
+        assert set(segmented) == set(batch)
         picked = np.take_along_axis(batch["label"], columns, axis=1)[exists]
         np.testing.assert_array_equal(picked, stream.token(np.arange(1, num_tokens)))
         picked = np.take_along_axis(batch["token"], columns, axis=1)[exists]

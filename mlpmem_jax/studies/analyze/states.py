@@ -39,14 +39,13 @@ def final_states(
         Some of the rows, ascending, and their states after the final norm, float32 [n, D].
     """
     window, stride = config.embedding_window_tokens, config.embedding_stride_tokens
-    plan = EmbeddingPlan(tokens.num_rows, window, stride)
-    within = config.corpus.attention == "within"
+    plan = EmbeddingPlan(tokens.num_rows, window, stride, config.attends_within)
     graphdef, weights = nnx.split(decoder)
     batch_size = config.datastore.batch_size
 
-    def hidden(weights: Any, token_BW: jax.Array, segment_BW: jax.Array) -> jax.Array:
+    def hidden(weights: Any, batch: dict[str, jax.Array]) -> jax.Array:
         model = nnx.merge(graphdef, weights)
-        final_BWD, _ = model.hidden(token_BW, segment_BW if within else None)
+        final_BWD, _ = model.hidden(batch["token"], batch.get("segment"))
         assert final_BWD is not None
         return final_BWD
 
@@ -56,11 +55,13 @@ def final_states(
         for first in range(0, len(wanted), batch_size):
             numbers = wanted[first : first + batch_size]
             padded = np.pad(numbers, (0, batch_size - len(numbers)), mode="edge")
-            batch = plan.read(tokens, padded)
-            token_BW, segment_BW = (
-                jax.device_put(batch[name], batch_sharding(mesh)) for name in ("token", "segment")
-            )
-            final_BWD = step(weights, token_BW, segment_BW)
+            read = plan.read(tokens, padded).items()
+            batch = {
+                name: jax.device_put(array_BW, batch_sharding(mesh))
+                for name, array_BW in read
+                if name in ("token", "segment")
+            }
+            final_BWD = step(weights, batch)
             low, high = numbers[0] * stride, (numbers[-1] + 1) * stride
             row = row_N[np.searchsorted(row_N, low) : np.searchsorted(row_N, high)]
             place = np.searchsorted(numbers, row // stride)

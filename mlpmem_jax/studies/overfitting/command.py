@@ -67,7 +67,7 @@ def _trained_long(plan: SeedPlan, network: Network) -> list[Part]:
         f"{section}.checkpoint_interval_steps": ends[0],
         f"{section}.keep_checkpoints": len(ends),
     }
-    if getattr(config, section).optimizer.warmup_steps > ends[-1]:
+    if getattr(config, section).optimizer.warmup_of(ends[-1]) > ends[-1]:
         overrides[f"{section}.optimizer.warmup_steps"] = ends[-1] // 2
     variant = changed_variant(plan.base, overrides, f"{len(ends)}-epochs", always=(network,))
     return [Part(network, variant, step=step) for step in ends]

@@ -16,8 +16,8 @@ from mlpmem_jax.evaluation.table import (
     share_text,
     test_line,
 )
+from mlpmem_jax.pipeline.forecast import duration
 from mlpmem_jax.retrieval.temperature import temperature_notes
-from mlpmem_jax.studies.tables.forecast import duration
 from mlpmem_jax.studies.tables.ledger import TEACHER
 from mlpmem_jax.studies.tables.lines import (
     VERDICT_COLUMNS,

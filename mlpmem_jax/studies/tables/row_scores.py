@@ -53,7 +53,7 @@ def score_decoder(
     tokens = TokenSplit.open(layout.tokens, split)
     settings = EmbeddingSettings(
         states={},
-        within=config.corpus.attention == "within",
+        within=config.attends_within,
         window_tokens=config.embedding_window_tokens,
         stride_tokens=config.embedding_stride_tokens,
         batch_size=config.datastore.batch_size,

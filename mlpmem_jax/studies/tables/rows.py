@@ -95,7 +95,8 @@ class SeedPlan:
         """
         train = self.base.config.train
         frozen = train.num_steps // 2
-        warmup = min(train.decoder_optimizer.warmup_steps, (train.num_steps - frozen) // 2)
+        moving = train.num_steps - frozen
+        warmup = min(train.decoder_optimizer.warmup_of(moving), moving // 2)
         overrides = {
             "train.mode": "joint",
             "train.mix_windows": "auto",
@@ -195,7 +196,7 @@ class SeedPlan:
     def _decoder(self, overrides: dict[str, Any], label: str) -> Part:
         config = self.base.config
         num_steps = overrides.get("pretrain.num_steps", config.pretrain.num_steps)
-        if config.pretrain.optimizer.warmup_steps > num_steps // 2:
+        if config.pretrain.optimizer.warmup_of(num_steps) > num_steps // 2:
             overrides["pretrain.optimizer.warmup_steps"] = num_steps // 2
         return Part("decoder", changed_variant(without_memory(self.base), overrides, label))
 

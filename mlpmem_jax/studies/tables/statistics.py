@@ -187,7 +187,10 @@ def _notes(
     if full and not _gains(full):
         notes.append("the exact kNN-LM gains nothing on test: a share of it is not defined")
     elif full and any(_has_no_interval(row, settings) for row in rows):
-        notes.append("the exact kNN-LM's gain is too uncertain for intervals of shares of it")
+        notes.append(
+            "no intervals of shares of the exact kNN-LM's gain: in too many bootstrap draws it "
+            "gains nothing"
+        )
     return notes
 
 

@@ -23,6 +23,7 @@ _EXACT_SHARE = 0.3
 # To load libraries' code, compile and save, whatever the size.
 _START_SECONDS = 4.0
 _NETWORKS = ("decoder", "datastore", "memory", "joint")
+_SEARCHES = ("index", "neighbors", "targets")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,11 @@ class Forecaster:
     """Knows the machine, the size of the corpus, and what was measured so far."""
 
     def __init__(
-        self, workdir: epath.Path, peak_flops: float, num_rows: Mapping[str, int] | None, width: int
+        self,
+        workdir: epath.Path,
+        peak_flops: float,
+        num_rows: Mapping[str, int] | None,
+        width: int,
     ):
         """Prepares.
 
@@ -89,28 +94,40 @@ class Forecaster:
             others: Further artifacts, by path, whose rates tell something.
         """
         missing = [one for one in expected if not one.artifact.is_complete()]
-        rates = self._rates({*others, *(one.artifact.relative for one in expected)})
         flops = 0.0
         seconds: dict[str, float] = {}
         unknown: dict[str, None] = {}
-        for one in missing:
+        for one, spent in zip(missing, self.seconds(expected, others), strict=True):
             kind = one.artifact.kind
-            if kind in _NETWORKS:
-                needed = one.estimate.get("model flops")
-                if needed is None:
-                    unknown[kind] = None
-                    continue
-                flops += float(needed)
-                spent = float(needed) / rates.get(kind, _SHARE_OF_PEAK * self._peak)
-            elif kind in ("index", "neighbors", "targets"):
-                if self._num_rows is None:
-                    unknown[kind] = None
-                    continue
-                spent = self._search_seconds(one.artifact, self._num_rows)
-            else:
+            if kind not in (*_NETWORKS, *_SEARCHES):
                 continue  # Scores and tables are seconds.
-            seconds[kind] = seconds.get(kind, 0.0) + spent + _START_SECONDS
+            if spent is None:
+                unknown[kind] = None
+                continue
+            if kind in _NETWORKS:
+                flops += float(one.estimate["model flops"])
+            seconds[kind] = seconds.get(kind, 0.0) + spent
         return Forecast(len(expected), len(missing), flops, seconds, tuple(unknown))
+
+    def seconds(
+        self, expected: Sequence[Expected], others: Iterable[str] = ()
+    ) -> list[float | None]:
+        """Returns the time of each artifact that is missing; None: it is not known.
+
+        Args:
+            expected: As in `forecast`.
+            others: As in `forecast`.
+        """
+        rates = self._rates({*others, *(one.artifact.relative for one in expected)})
+        return [self._seconds(one, rates) for one in expected if not one.artifact.is_complete()]
+
+    def _seconds(self, one: Expected, rates: Mapping[str, float]) -> float | None:
+        kind, needed = one.artifact.kind, one.estimate.get("model flops")
+        if kind in _NETWORKS and needed is not None:
+            return _START_SECONDS + float(needed) / rates.get(kind, _SHARE_OF_PEAK * self._peak)
+        if kind in _SEARCHES and self._num_rows is not None:
+            return _START_SECONDS + self._search_seconds(one.artifact, self._num_rows)
+        return None
 
     def _search_seconds(self, artifact: Artifact, num_rows: Mapping[str, int]) -> float:
         train = num_rows["train"]

@@ -1,0 +1,60 @@
+"""What `generate` continues: the configured prompts, or the beginning of a validation document."""
+
+import re
+
+import numpy as np
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.console import is_speaker, note
+from mlpmem_jax.corpus.tokenizer import TextTokenizer
+from mlpmem_jax.corpus.tokens import TokenSplit
+from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.store.layout import Layout
+
+_WORDS = 8
+_MOST_TOKENS = 64  # where so many words are longer, as in writing without white space
+_FIRST_WORDS = re.compile(rf"\s*(?:\S+\s+){{0,{_WORDS - 1}}}\S+")
+
+
+def prompts_of(config: Config, tokenizer: TextTokenizer) -> list[str]:
+    """Returns the texts to continue; logs where they differ from what was typed.
+
+    Raises:
+        ArtifactError: `generate.prompts` is not set and there is no validation split.
+    """
+    typed = list(config.generate.prompts) or [_beginning(config, tokenizer)]
+    prompts = [tokenizer.without_trailing_space(text) for text in typed]
+    if not is_speaker():
+        return prompts
+    if not config.generate.prompts:
+        note(
+            f"prompt: {prompts[0]!r} (generate.prompts is not set: taken from the validation split)"
+        )
+    for text, prompt in zip(typed, prompts, strict=True):
+        if prompt != text and config.generate.prompts:
+            note(
+                f"prompt {text!r}: its trailing space is left out, because the tokenizer makes it "
+                "part of the next word"
+            )
+    return prompts
+
+
+def _beginning(config: Config, tokenizer: TextTokenizer) -> str:
+    """Returns the first words of a validation document, drawn with the sampler's seed."""
+    artifact = Layout(config).tokens
+    if not artifact.is_complete():
+        raise ArtifactError(
+            f"{artifact.path}: missing; without generate.prompts the prompt is taken from the "
+            "validation split. Run `tokenize`, or set generate.prompts or --prompt"
+        )
+    split = TokenSplit(artifact, "valid")
+    long_enough = np.flatnonzero(split.document_words >= 2 * _WORDS)
+    seed = config.seed if config.generate.seed is None else config.generate.seed
+    drawn = np.random.default_rng(seed).choice(
+        long_enough if len(long_enough) else split.num_documents
+    )
+    start, stop = split.document_offset[drawn : drawn + 2].tolist()
+    # Token `start` is the separator.
+    text = tokenizer.decode(split.read(start + 1, min(stop, start + 1 + _MOST_TOKENS)).tolist())
+    words = _FIRST_WORDS.match(text)
+    return words[0].rstrip("\ufffd") if words else ""  # a character may be cut at the end
