@@ -47,10 +47,17 @@ def load_config(
         return _changed(draft, overrides, assigned or {})
 
     # What a pretrained decoder decides stands below what the file and the command line set.
-    pretrained = draft().value("decoder", "pretrained")
-    if isinstance(pretrained, str) and pretrained:
-        return draft(changed_config(Config(), pretrained_keys(pretrained))).finish()
+    if folder := _path_of(draft().value("decoder", "pretrained")):
+        return draft(changed_config(Config(), pretrained_keys(folder))).finish()
     return draft().finish()
+
+
+def _path_of(value: Any) -> str | None:
+    """Returns a path; None where it is not set, or will be refused."""
+    try:
+        return checked_path(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
 
 
 def changed_config(
