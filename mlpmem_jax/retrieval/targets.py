@@ -27,25 +27,16 @@ from mlpmem_jax.retrieval.temperature import Tuned
 from mlpmem_jax.store.arrays import open_array, read_rows
 from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
 from mlpmem_jax.store.layout import ArraySpec, Layout, Split
-from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.store.shards import ShardWriter
 from mlpmem_jax.store.stored_array import StoredArray
 
 TEMPERATURE = "temperature.json"
 
 
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """What the manifest of a finished artifact says."""
-
-    counts: Mapping[str, Any]
-    arrays: Mapping[str, Any]
-    measured: Mapping[str, Any]
-
-
 def keep_neighbors(
     config: Config, split: Split, exact: ExactCache, *, by_index: bool = False
-) -> Made:
+) -> Completion:
     """Finds and stores the neighbours of a split among the training rows.
 
     Valid and test exactly, unless `by_index` (then into an artifact of their own); train by
@@ -72,10 +63,10 @@ def keep_neighbors(
         return {"row": found.row_QK, "distance": found.distance_QK}
 
     measured |= _search(config, split, engine, keys, writer, consume)
-    return Made({"rows": keys.num_rows}, writer.describe(), measured)
+    return Completion({"rows": keys.num_rows}, writer.describe(), measured=measured)
 
 
-def make_train_targets(config: Config, exact: ExactCache) -> Made:
+def make_train_targets(config: Config, exact: ExactCache) -> Completion:
     """Makes the targets of training rows: τ first, then a search unless neighbours are kept."""
     layout = Layout(config)
     tuned = _temperature(config)
@@ -94,7 +85,7 @@ def make_train_targets(config: Config, exact: ExactCache) -> Made:
     return sink.finish(measured)
 
 
-def make_valid_targets(config: Config) -> Made:
+def make_valid_targets(config: Config) -> Completion:
     """Makes the targets of validation rows from their kept neighbours, with train's τ."""
     layout = Layout(config)
     made = layout.targets("train").load()
@@ -140,7 +131,7 @@ class _TargetSink:
             self.writer.put(rows.start, self.consume(np.arange(rows.start, rows.stop), found))
         self.writer.close()
 
-    def finish(self, measured: Mapping[str, Any]) -> Made:
+    def finish(self, measured: Mapping[str, Any]) -> Completion:
         """Returns what the manifest says; targets are counted in what was written.
 
         Raises:
@@ -167,7 +158,7 @@ class _TargetSink:
             "rows_with_target": with_target,
             "temperature": self._temperature,
         }
-        return Made(counts, arrays, measured)
+        return Completion(counts, arrays, measured=measured)
 
 
 def _temperature(config: Config) -> Tuned:

@@ -4,7 +4,6 @@ without running a network again.
 Suffix: N rows of the split.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,23 +22,15 @@ from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.retrieval.evidence import read_labels
 from mlpmem_jax.stats.mixing import mixture_logprob
 from mlpmem_jax.store.layout import Layout, Split
-from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.store.shards import ShardWriter
 from mlpmem_jax.training.interpolation import at_step
 from mlpmem_jax.training.networks import finished_decoder, finished_memory, finished_networks
 
 
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """What the manifest of finished scores says."""
-
-    counts: Mapping[str, Any]
-    arrays: Mapping[str, Any]
-
-
 def score_decoder(
     config: Config, decoder: Decoder, split: Split, artifact: Artifact, mesh: jax.sharding.Mesh
-) -> Scored:
+) -> Completion:
     """Scores a decoder with the windows of `embed`; finished shards are skipped.
 
     Args:
@@ -61,12 +52,12 @@ def score_decoder(
     specs = layout.scores_arrays()
     name = f"score {artifact.relative.removeprefix('scores/')}"
     arrays = embed_split(decoder, tokens, artifact, specs, settings, mesh, name)
-    return Scored({"rows": tokens.num_rows}, arrays)
+    return Completion({"rows": tokens.num_rows}, arrays)
 
 
 def score_memory_alone(
     config: Config, memory: Memory, split: Split, artifact: Artifact, mesh: jax.sharding.Mesh
-) -> Scored:
+) -> Completion:
     """Scores a memory on the stored inputs of its datastore."""
     layout = Layout(config)
     tokens = TokenSplit.open(layout.tokens, split)
@@ -91,7 +82,7 @@ def score_mixture(
     artifact: Artifact,
     mesh: jax.sharding.Mesh,
     step: int | None = None,
-) -> Scored:
+) -> Completion:
     """Scores decoder and memory mixed by the λ that they were trained with.
 
     Args:
@@ -121,7 +112,7 @@ def score_mixture(
 
 def score_knn(
     config: Config, split: Split, artifact: Artifact, *, by_index: bool, temperature: float | None
-) -> Scored:
+) -> Completion:
     """Scores the kNN distribution over all K neighbours.
 
     Args:
@@ -158,11 +149,11 @@ def _written(
     logprob_N: np.ndarray,
     label_N: np.ndarray,
     counts: Mapping[str, Any],
-) -> Scored:
+) -> Completion:
     writer = ShardWriter(
         artifact.path, layout.scores_arrays(), len(label_N), refuse_non_finite=False
     )
     for rows in writer.own_rows():
         part = {"logprob": logprob_N[rows].astype(np.float32), "label": label_N[rows]}
         writer.put(rows.start, part)
-    return Scored({"rows": len(label_N), **counts}, writer.close())
+    return Completion({"rows": len(label_N), **counts}, writer.close())
