@@ -85,13 +85,11 @@ def _heads(config: Config) -> Iterator[str]:
         yield from _must_divide(
             "decoder.num_kv_heads", decoder.num_kv_heads, "decoder.num_heads", decoder.num_heads
         )
+    origin = f"decoder.head_width={decoder.head_width}"
     if decoder.head_width == "auto":
-        head_width = decoder.width // decoder.num_heads
         origin = f"decoder.width={decoder.width} / decoder.num_heads={decoder.num_heads}"
-    else:
-        head_width, origin = decoder.head_width, f"decoder.head_width={decoder.head_width}"
     divides = decoder.head_width != "auto" or decoder.width % decoder.num_heads == 0
-    if decoder.positions == "rope" and divides and head_width % 2:
+    if decoder.positions == "rope" and divides and decoder.resolved_head_width % 2:
         yield f"{origin} must be even for decoder.positions=rope"
     if config.memory.head == "tied" and config.memory.width != decoder.width:
         yield (
