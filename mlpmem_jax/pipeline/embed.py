@@ -50,7 +50,8 @@ def _estimate(config: Config, split: Split) -> Mapping[str, Any]:
 
 def _build(config: Config, split: Split) -> Completion:
     from mlpmem_jax.corpus.tokens import TokenSplit
-    from mlpmem_jax.embedding.embed import EmbeddingSettings, embed_split
+    from mlpmem_jax.embedding.blocks import EmbeddingSettings
+    from mlpmem_jax.embedding.embed import embed_split
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.pipeline.estimates import embedding_estimate
     from mlpmem_jax.training.networks import finished_decoder

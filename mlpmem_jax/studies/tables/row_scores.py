@@ -12,7 +12,8 @@ import numpy as np
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.embedding.embed import EmbeddingSettings, embed_split
+from mlpmem_jax.embedding.blocks import EmbeddingSettings
+from mlpmem_jax.embedding.embed import embed_split
 from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
 from mlpmem_jax.evaluation.labels import whole_array
 from mlpmem_jax.evaluation.memory_lm import SplitRows, score_memory
@@ -42,13 +43,7 @@ def score_decoder(
     """
     layout = Layout(config)
     tokens = TokenSplit.open(layout.tokens, split)
-    settings = EmbeddingSettings(
-        states={},
-        within=config.corpus.attention == "within",
-        window_tokens=config.embedding_window_tokens,
-        stride_tokens=config.embedding_stride_tokens,
-        batch_size=config.datastore.batch_size,
-    )
+    settings = EmbeddingSettings.of(config)
     specs = layout.scores_arrays()
     name = f"score {artifact.relative.removeprefix('scores/')}"
     arrays = embed_split(decoder, tokens, artifact, specs, settings, mesh, name)
