@@ -11,15 +11,15 @@ from mlpmem_jax.evaluation.cost import costs
 from mlpmem_jax.evaluation.evaluate_table import SplitScores, compare
 from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
 from mlpmem_jax.evaluation.labels import StoredSplit
-from mlpmem_jax.evaluation.latency import retriever, time_tokens
+from mlpmem_jax.evaluation.latency import compiled_models, time_tokens
 from mlpmem_jax.evaluation.memory_scores import remember
-from mlpmem_jax.generation.interpolated import InterpolatedModel
-from mlpmem_jax.models.decoder import Decoder, Site
+from mlpmem_jax.evaluation.timed_decoding import System, make_search
+from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.retrieval.evidence import read_labels
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
 from mlpmem_jax.store.layout import Layout, Split
-from mlpmem_jax.training.networks import finished_networks, separator_id
+from mlpmem_jax.training.networks import finished_networks
 
 SCHEMA_VERSION = 1
 _EVALUATED: tuple[Split, ...] = ("valid", "test")
@@ -91,34 +91,21 @@ def _latency(
     mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
     """Returns milliseconds per token of each system, with λ and τ as they were chosen."""
-    sites = {
-        name: Site.of(getattr(config.datastore, name), config.decoder.num_layers)
-        for name in ("key", "input")
-    }
-    memory_weight = results["systems"]["memory"]["interpolation"]
-    if config.memory.gate == "learned":
-        memory_weight = None
-    alone, with_memory = (
-        InterpolatedModel(
-            decoder,
-            each,
-            site=sites["input"],
-            weight=memory_weight,
-            separator=separator_id(config),
-            mesh=mesh,
-        )
-        for each in (None, memory)
-    )
-    models = {"decoder": alone, "knn": alone, "memory": with_memory}
+    models = compiled_models(config, decoder, memory, results["systems"], mesh)
     knn = results["systems"]["knn"]
-    retrieve = retriever(
+    search = make_search(
         open_index(config, ExactCache(config))[0],
         train_label,
         config.retrieval.num_neighbors,
         knn["temperature"],
         knn["interpolation"],
     )
-    return time_tokens(models, sites["key"], retrieve, config.evaluate.latency_tokens)
+    systems = {
+        "decoder": System(models["decoder"]),
+        "knn": System(models["decoder"], search),
+        "memory": System(models["memory"]),
+    }
+    return time_tokens(systems, config.evaluate.latency_tokens)
 
 
 def _diagnostics(
