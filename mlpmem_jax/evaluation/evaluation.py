@@ -9,15 +9,14 @@ import numpy as np
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.evaluation.cost import costs
 from mlpmem_jax.evaluation.evaluate_table import SplitScores, compare
-from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
 from mlpmem_jax.evaluation.labels import StoredSplit
 from mlpmem_jax.evaluation.latency import compiled_models, time_tokens
 from mlpmem_jax.evaluation.memory_scores import remember
 from mlpmem_jax.evaluation.timed_decoding import System, make_search
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.retrieval.evidence import read_labels
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
+from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.store.layout import Layout, Split
 from mlpmem_jax.training.networks import finished_networks
 
@@ -43,11 +42,9 @@ def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
     stored = {split: StoredSplit.open(layout, split) for split in _EVALUATED}
     train_label = read_labels(layout, "train")
     neighbors = {
-        split: LabelledNeighbors(layout, split, stored[split].label_N, train_label)
-        for split in _EVALUATED
+        split: StoredKnn(layout, split, stored[split].label_N, train_label) for split in _EVALUATED
     }
-    tuned = tune_knn_lm(
-        neighbors["valid"],
+    tuned = neighbors["valid"].tune(
         stored["valid"].counts.scored_N,
         stored["valid"].logprob_N,
         config.evaluate.knn_valid_rows,

@@ -9,11 +9,10 @@ import jax
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.evaluation.evaluate_table import SplitScores, compare
-from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
 from mlpmem_jax.evaluation.labels import StoredSplit
 from mlpmem_jax.evaluation.memory_scores import Remembered, remember
 from mlpmem_jax.models.decoder import Decoder
-from mlpmem_jax.retrieval.evidence import read_labels
+from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.store.layout import Layout, Split
 from mlpmem_jax.training.networks import check_interpolation, finished_decoder, finished_memory
 
@@ -40,12 +39,10 @@ def score_run(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     train_label = read_labels(layout, "train")
     stored = {split: StoredSplit.open(layout, split) for split in EVALUATED}
     neighbors = {
-        split: LabelledNeighbors(layout, split, stored[split].label_N, train_label)
-        for split in EVALUATED
+        split: StoredKnn(layout, split, stored[split].label_N, train_label) for split in EVALUATED
     }
     valid = stored["valid"]
-    tuned = tune_knn_lm(
-        neighbors["valid"],
+    tuned = neighbors["valid"].tune(
         valid.counts.scored_N,
         valid.logprob_N,
         config.evaluate.knn_valid_rows,

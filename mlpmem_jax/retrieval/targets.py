@@ -9,18 +9,18 @@ import numpy as np
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.stages import TUNING_ROWS
 from mlpmem_jax.console import say
-from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.agreement import of_all
 from mlpmem_jax.parallel.multihost import first_alone, is_writer
 from mlpmem_jax.parallel.sharing import share_of
-from mlpmem_jax.retrieval import recall, temperature
+from mlpmem_jax.retrieval import recall
 from mlpmem_jax.retrieval.distributions import (
     sparse_distributions,
     without_targets,
 )
 from mlpmem_jax.retrieval.engine import Engine, StoredKeys
-from mlpmem_jax.retrieval.evidence import label_evidence, read_labels
 from mlpmem_jax.retrieval.index_builder import MEASUREMENT_SEED, ExactCache, open_index
+from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.retrieval.merge import Neighbors
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors, check_enough_rows, search_split
 from mlpmem_jax.retrieval.temperature import Tuned
@@ -174,23 +174,22 @@ def _tuned(config: Config) -> Tuned:
     """Chooses τ, or λ for the τ that is given."""
     layout = Layout(config)
     separator_id = int(layout.tokens.load().counts["separator_id"])
-    evidence, row_N = label_evidence(layout, "valid", separator_id, TUNING_ROWS)
-    if not len(evidence):
-        raise UserError(f"{layout.datastore('valid').path}: no row to choose τ and λ on")
-    logprob_N = StoredArray(layout.datastore("valid"), "logprob").read_all()[row_N]
+    label_N = read_labels(layout, "valid")
+    knn = StoredKnn(layout, "valid", label_N, read_labels(layout, "train"))
+    logprob_N = StoredArray(layout.datastore("valid"), "logprob").read_all()
     asked = config.targets.temperature
-    if asked == "auto":
-        tuned = temperature.tune(evidence, logprob_N)
-        how = "chosen on validation"
-    else:
-        tuned = temperature.fixed(evidence, logprob_N, asked)
-        how = "given"
+    tuned = knn.tune(
+        label_N != separator_id,
+        logprob_N,
+        TUNING_ROWS,
+        config.seed,
+        None if asked == "auto" else asked,
+    )
+    how = "chosen on validation" if asked == "auto" else "given"
     say(
         f"targets: temperature {tuned.temperature:g} ({how}); kNN-LM on validation "
         f"{tuned.nats:.4f} nats at weight {tuned.weight:.3f}, decoder {tuned.decoder_nats:.4f}"
     )
-    for note in tuned.notes:
-        say(f"targets: {note}")
     return tuned
 
 

@@ -16,7 +16,7 @@ from mlpmem_jax.console import progress
 from mlpmem_jax.evaluation.cost import network_cost
 from mlpmem_jax.evaluation.latency import compiled_models
 from mlpmem_jax.retrieval.approximate import AH_MIN_ROWS
-from mlpmem_jax.retrieval.evidence import read_labels
+from mlpmem_jax.retrieval.knn_lm import read_labels
 from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.studies.cost import slopes
 from mlpmem_jax.studies.cost.measurements import PLAIN, Timer, sizes

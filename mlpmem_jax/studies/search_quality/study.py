@@ -20,8 +20,8 @@ from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
 from mlpmem_jax.evaluation.run_scores import EVALUATED, remembered_splits
 from mlpmem_jax.retrieval import recall
 from mlpmem_jax.retrieval.engine import Engine, StoredKeys
-from mlpmem_jax.retrieval.evidence import read_labels
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
+from mlpmem_jax.retrieval.knn_lm import read_labels
 from mlpmem_jax.retrieval.merge import drop_own_row
 from mlpmem_jax.retrieval.temperature import temperature_notes, weight_notes
 from mlpmem_jax.stats.bootstrap import Draws, interval
@@ -115,16 +115,21 @@ class _Study:
 
     def _knn(self, config: Config, engine: Engine) -> dict[str, Any]:
         retrieval = config.retrieval
-        searched = SearchedKnn(
-            engine,
-            Layout(config),
-            self.train_label,
-            retrieval.num_neighbors,
-            retrieval.query_batch,
-        )
-        tuned = searched.tune(self.stored["valid"], config.evaluate.knn_valid_rows, config.seed)
+        searched = {
+            split: SearchedKnn(
+                engine,
+                Layout(config).datastore(split),
+                one.label_N,
+                self.train_label,
+                retrieval.num_neighbors,
+                retrieval.query_batch,
+            )
+            for split, one in self.stored.items()
+        }
+        valid, most = self.stored["valid"], config.evaluate.knn_valid_rows
+        tuned = searched["valid"].tune(valid.counts.scored_N, valid.logprob_N, most, config.seed)
         part_N = {
-            split: searched.logprob(split, one, tuned.temperature)
+            split: searched[split].logprob(one.counts.scored_N, tuned.temperature)
             for split, one in self.stored.items()
         }
         return self._scores("knn", part_N) | {

@@ -14,13 +14,12 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.embedding.blocks import EmbeddingSettings
 from mlpmem_jax.embedding.embed import embed_split
-from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
 from mlpmem_jax.evaluation.labels import whole_array
 from mlpmem_jax.evaluation.memory_lm import SplitRows, score_memory
 from mlpmem_jax.evaluation.memory_scores import remember
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.retrieval.evidence import read_labels
+from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.stats.mixing import mixture_logprob
 from mlpmem_jax.store.layout import Layout, Split
 from mlpmem_jax.store.manifest import Artifact, Completion
@@ -122,14 +121,14 @@ def score_knn(
     label_N = read_labels(layout, split)
     train_label = read_labels(layout, "train")
     found = layout.neighbors_by_index(split) if by_index else layout.neighbors(split)
-    neighbors = LabelledNeighbors(layout, split, label_N, train_label, artifact=found)
+    neighbors = StoredKnn(layout, split, label_N, train_label, artifact=found)
     separator_id = TokenSplit.open(layout.tokens, split).separator_id
     scored_N = label_N != separator_id
     counts: dict[str, Any] = {}
     if temperature is None:
         decoder_N = whole_array(layout.datastore(split), "logprob")
         most = config.evaluate.knn_valid_rows
-        tuned = tune_knn_lm(neighbors, scored_N, decoder_N, most, config.seed)
+        tuned = neighbors.tune(scored_N, decoder_N, most, config.seed)
         temperature = tuned.temperature
         counts["temperature_at_bound"] = tuned.at_bound
     # No neighbour of a row may hold its label: −inf, which is a score like any other.
