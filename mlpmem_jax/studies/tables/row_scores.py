@@ -15,8 +15,9 @@ from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.embedding.blocks import EmbeddingSettings
 from mlpmem_jax.embedding.embed import embed_split
 from mlpmem_jax.evaluation.labels import whole_array
-from mlpmem_jax.evaluation.memory_lm import SplitRows, score_memory
+from mlpmem_jax.evaluation.memory_lm import score_memory
 from mlpmem_jax.evaluation.memory_scores import remember
+from mlpmem_jax.input.rows import StoredRows
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
@@ -55,13 +56,13 @@ def score_memory_alone(
     """Scores a memory on the stored inputs of its datastore."""
     layout = Layout(config)
     tokens = TokenSplit.open(layout.tokens, split)
-    source = SplitRows(
+    source = StoredRows(
         layout,
         split,
         config.datastore.chunk_rows,
-        config.evaluate.batch_size,
         tokens.separator_id,
-        num_recent=config.memory.num_read_tokens,
+        config.memory.num_read_tokens,
+        batch_size=config.evaluate.batch_size,
         with_targets=False,
     )
     decoder = finished_decoder(config, mesh) if config.memory.reads_decoder else None
