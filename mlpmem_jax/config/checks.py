@@ -78,14 +78,13 @@ def _heads(config: Config) -> Iterator[str]:
     heads = ("decoder.num_heads", decoder.num_heads)
     if decoder.num_kv_heads != "auto":
         yield from _must_divide("decoder.num_kv_heads", decoder.num_kv_heads, *heads)
-    if decoder.head_width != "auto":
-        head_width, origin = decoder.head_width, f"decoder.head_width={decoder.head_width}"
-    else:
+    divides = width[1] % heads[1] == 0
+    origin = f"decoder.head_width={decoder.head_width}"
+    if decoder.head_width == "auto":
         yield from _must_divide(*heads, *width)
-        # 0 where they do not divide, which is said above.
-        head_width = 0 if width[1] % heads[1] else width[1] // heads[1]
         origin = f"decoder.width={width[1]} / decoder.num_heads={heads[1]}"
-    if decoder.positions == "rope" and head_width % 2:
+    divides = divides or decoder.head_width != "auto"
+    if decoder.positions == "rope" and divides and decoder.resolved_head_width % 2:
         yield f"{origin} must be even for decoder.positions=rope"
     if config.memory.head == "tied" and config.memory.width != decoder.width:
         yield (

@@ -72,6 +72,16 @@ class DecoderConfig(Section):
         "128); cudnn: GPU only; auto: blocked on CPU, flash on TPU, cudnn or xla on GPU",
     )
 
+    @property
+    def resolved_kv_heads(self) -> int:
+        """Key/value heads, G."""
+        return self.num_heads if self.num_kv_heads == "auto" else self.num_kv_heads
+
+    @property
+    def resolved_head_width(self) -> int:
+        """Width of a head, A."""
+        return self.width // self.num_heads if self.head_width == "auto" else self.head_width
+
 
 class MemoryConfig(Section):
     """The MLP Memory (paper, section 3.1): no token mixing."""

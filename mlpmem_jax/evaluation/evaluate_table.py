@@ -12,7 +12,7 @@ import numpy as np
 
 from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes, score
 from mlpmem_jax.retrieval.temperature import temperature_notes, weight_notes
-from mlpmem_jax.stats.bootstrap import Draws, Interval, interval
+from mlpmem_jax.stats.bootstrap import Draws, Number, PairedSums
 from mlpmem_jax.stats.mixing import mixture_logprob, solve
 from mlpmem_jax.stats.nested import choose, sum_nats
 
@@ -129,12 +129,14 @@ def compare(
     valid_D = {s: valid.nats_by_document(s, w) for s, w in weights.items()}
     test_D = {s: test.nats_by_document(s, w) for s, w in weights.items()}
     values_DM = np.stack([*test_D.values(), test.counts.tokens_D], axis=1)
+    num_clusters = test.counts.num_clusters
     tokens_C = test.counts.tokens_C
     drawn = [
         *(drawn_nats(valid, test, s, test_D[s], bootstrap_samples, seed) for s in weights),
         Draws(len(tokens_C), bootstrap_samples, seed).sums(tokens_C[:, None])[:, 0],
     ]
-    sums_RM = np.stack(drawn, axis=1)
+    total_M, drawn_RM = values_DM.sum(axis=0), np.stack(drawn, axis=1)
+    sums = PairedSums(total_M, drawn_RM, confidence, has_interval=num_clusters > 1)
     notes = document_notes(test.counts, valid.counts)
     notes += temperature_notes(temperature, temperature_at_bound)
     for name in mixing:
@@ -142,8 +144,6 @@ def compare(
             notes += weight_notes(weights[name], name)
     if valid.counts.num_clusters > 1:
         notes.append("intervals include the choice of λ on validation; τ is held fixed")
-    num_clusters = test.counts.num_clusters
-
     systems: dict[str, dict[str, Any]] = {}
     for place, (name, label) in enumerate(valid.systems.items()):
         metrics = score(test_D[name], test.counts)
@@ -157,11 +157,11 @@ def compare(
             "interpolation": weights[name] if name in mixing else None,
             "interpolation_source": _weight_source(valid, name),
             "temperature": temperature if name == "knn" else None,
-        } | _against_decoder(values_DM, sums_RM, place, confidence, num_clusters)
+        } | _against_decoder(sums, place)
     if systems["memory"]["gain_recovered"] is None:
         notes.append("the kNN-LM gains nothing on test: a share of its gain is not defined")
     elif num_clusters > 1:
-        notes += _share_notes(sums_RM, systems["memory"]["gain_recovered_low"] is not None)
+        notes += _share_notes(drawn_RM, systems["memory"]["gain_recovered_low"] is not None)
     return {
         "valid": valid.counts.summary,
         "test": test.counts.summary,
@@ -175,14 +175,14 @@ def compare(
     }
 
 
-def _share_notes(sums_RM: np.ndarray, has_interval: bool) -> list[str]:
+def _share_notes(drawn_RM: np.ndarray, has_interval: bool) -> list[str]:
     """Says in how many draws the share of the kNN-LM's gain is undefined, if in any."""
     # Not the opposite of a gain: a label without probability leaves no number.
-    without = int(np.count_nonzero(~(sums_RM[:, 0] - sums_RM[:, 1] > 0)))
+    without = int(np.count_nonzero(~(drawn_RM[:, 0] - drawn_RM[:, 1] > 0)))
     if not without:
         return []
     gains_nothing = (
-        f"the kNN-LM gains nothing in {without:,} of {len(sums_RM):,} bootstrap draws, where the "
+        f"the kNN-LM gains nothing in {without:,} of {len(drawn_RM):,} bootstrap draws, where the "
         "share recovered is undefined"
     )
     if has_interval:
@@ -228,18 +228,12 @@ def _weight_source(scores: SplitScores, system: str) -> str | None:
     return "gate" if isinstance(own, np.ndarray) else "training"
 
 
-def _against_decoder(
-    values_DM: np.ndarray,
-    sums_RM: np.ndarray,
-    place: int,
-    confidence: float,
-    num_clusters: int,
-) -> dict[str, float | None]:
+def _against_decoder(sums: PairedSums, place: int) -> dict[str, float | None]:
     """Returns difference to the decoder and share of the kNN-LM's gain, with intervals."""
-    names = ("difference_nats", "gain_recovered")
     if place == 0:
-        nothing: dict[str, float | None] = dict.fromkeys(names)
-        return nothing | _bounds(names[0], None) | _bounds(names[1], None)
+        names = ("difference", "gain_recovered")
+        bounds = [f"{name}_{end}" for name in names for end in ("low", "high")]
+        return dict.fromkeys(("difference_nats", "gain_recovered", *bounds))
 
     def difference(sums: np.ndarray) -> np.ndarray:
         return (sums[..., place] - sums[..., 0]) / sums[..., -1]
@@ -249,29 +243,18 @@ def _against_decoder(
         # Without a gain there is nothing to recover: undefined, not negative.
         return np.where(gain > 0, (sums[..., 0] - sums[..., place]) / gain, np.nan)
 
-    total_M = values_DM.sum(axis=0)
-    found: dict[str, float | None] = {}
-    for name, statistic in zip(names, (difference, share), strict=True):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            value = float(statistic(total_M))
-        defined = bool(np.isfinite(value))
-        found[name] = value if defined else None
-        # The kNN-LM's own share is 1 by definition.
-        wanted = defined and num_clusters > 1 and (name, place) != ("gain_recovered", 1)
-        found |= _bounds(name, interval(statistic, sums_RM, confidence) if wanted else None)
-    return found
+    # The kNN-LM's own share is 1 by definition.
+    found = sums.number(difference), sums.number(share, bounded=place != 1)
+    return _named("difference_nats", found[0]) | _named("gain_recovered", found[1])
 
 
 def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _bounds(name: str, found: Interval | None) -> dict[str, float | None]:
+def _named(name: str, found: Number) -> dict[str, float | None]:
     prefix = name.removesuffix("_nats")
-    return {
-        f"{prefix}_low": found.low if found else None,
-        f"{prefix}_high": found.high if found else None,
-    }
+    return {name: found["value"], f"{prefix}_low": found["low"], f"{prefix}_high": found["high"]}
 
 
 def _curves(valid: SplitScores) -> dict[str, list[float | None]]:

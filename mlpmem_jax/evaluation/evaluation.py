@@ -1,6 +1,5 @@
 """Evaluates a finished run: reads what the stages stored, scores, compares, measures."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,21 +7,17 @@ import numpy as np
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.evaluation.cost import costs
-from mlpmem_jax.evaluation.evaluate_table import SplitScores, compare
-from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
-from mlpmem_jax.evaluation.labels import StoredSplit
-from mlpmem_jax.evaluation.latency import retriever, time_tokens
-from mlpmem_jax.evaluation.memory_scores import remember
-from mlpmem_jax.generation.interpolated import InterpolatedModel
-from mlpmem_jax.models.decoder import Decoder, Site
+from mlpmem_jax.evaluation.latency import compiled_models, time_tokens
+from mlpmem_jax.evaluation.run_scores import RunScores, score_run
+from mlpmem_jax.evaluation.timed_decoding import System, make_search
+from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.retrieval.evidence import read_labels
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
-from mlpmem_jax.store.layout import Layout, Split
-from mlpmem_jax.training.networks import finished_networks, separator_id
+from mlpmem_jax.retrieval.knn_lm import read_labels
+from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.training.networks import finished_networks
 
 SCHEMA_VERSION = 1
-_EVALUATED: tuple[Split, ...] = ("valid", "test")
 
 
 def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -40,45 +35,13 @@ def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
     """
     layout = Layout(config)
     decoder, memory = finished_networks(config, mesh)
-    stored = {split: StoredSplit.open(layout, split) for split in _EVALUATED}
-    train_label = read_labels(layout, "train")
-    neighbors = {
-        split: LabelledNeighbors(layout, split, stored[split].label_N, train_label)
-        for split in _EVALUATED
-    }
-    tuned = tune_knn_lm(
-        neighbors["valid"],
-        stored["valid"].counts.scored_N,
-        stored["valid"].logprob_N,
-        config.evaluate.knn_valid_rows,
-        config.seed,
-    )
-    remembered = {split: remember(config, split, decoder, memory, mesh) for split in _EVALUATED}
-    scores = {
-        split: SplitScores(
-            stored[split].counts,
-            decoder_N=stored[split].logprob_N,
-            knn_N=neighbors[split].logprob(stored[split].counts.scored_N, tuned.temperature),
-            memory_N=remembered[split].logprob_N,
-            beside_memory_N=remembered[split].decoder_N,
-            memory_weight=remembered[split].weight,
-        )
-        for split in _EVALUATED
-    }
-    results = {"schema_version": SCHEMA_VERSION} | compare(
-        scores["valid"],
-        scores["test"],
-        temperature=tuned.temperature,
-        temperature_at_bound=tuned.at_bound,
-        bootstrap_samples=config.evaluate.bootstrap_samples,
-        confidence=config.evaluate.confidence,
-        seed=config.seed,
-    )
+    scored = score_run(config, decoder, memory, mesh)
+    results = {"schema_version": SCHEMA_VERSION} | scored.table(config)
     for system, cost in costs(config, decoder, memory, results["systems"]).items():
         results["systems"][system] |= cost
-    results["diagnostics"] = _diagnostics(scores, remembered["valid"].diagnostics)
+    results["diagnostics"] = _diagnostics(scored)
     results["retrieval"] = _retrieval(config, layout)
-    return results, _latency(config, layout, decoder, memory, train_label, results, mesh)
+    return results, _latency(config, layout, decoder, memory, results, mesh)
 
 
 def _latency(
@@ -86,48 +49,29 @@ def _latency(
     layout: Layout,
     decoder: Decoder,
     memory: Memory,
-    train_label: np.ndarray,
     results: dict[str, Any],
     mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
     """Returns milliseconds per token of each system, with λ and τ as they were chosen."""
-    sites = {
-        name: Site.of(getattr(config.datastore, name), config.decoder.num_layers)
-        for name in ("key", "input")
-    }
-    memory_weight = results["systems"]["memory"]["interpolation"]
-    if config.memory.gate == "learned":
-        memory_weight = None
-    alone, with_memory = (
-        InterpolatedModel(
-            decoder,
-            each,
-            site=sites["input"],
-            weight=memory_weight,
-            separator=separator_id(config),
-            mesh=mesh,
-        )
-        for each in (None, memory)
-    )
-    # The run's decoder and the one trained jointly have one shape, so the same time.
-    models = {name: with_memory if name == "memory" else alone for name in results["systems"]}
+    models = compiled_models(config, decoder, memory, results["systems"], mesh)
     knn = results["systems"]["knn"]
-    retrieve = retriever(
+    search = make_search(
         open_index(config, ExactCache(config))[0],
-        train_label,
+        read_labels(layout, "train"),
         config.retrieval.num_neighbors,
         knn["temperature"],
         knn["interpolation"],
     )
-    return time_tokens(models, sites["key"], retrieve, config.evaluate.latency_tokens)
+    # The run's decoder and the one trained jointly have one shape, so the same time.
+    systems = {name: System(models["decoder"]) for name in results["systems"]}
+    systems |= {"knn": System(models["decoder"], search), "memory": System(models["memory"])}
+    return time_tokens(systems, config.evaluate.latency_tokens)
 
 
-def _diagnostics(
-    scores: Mapping[Split, SplitScores], against_targets: Mapping[str, float]
-) -> dict[str, Any]:
+def _diagnostics(scored: RunScores) -> dict[str, Any]:
     """Returns numbers that explain the table, none of which is chosen by."""
-    report: dict[str, Any] = {"valid_memory_against_targets": dict(against_targets)}
-    for split, one in scores.items():
+    report: dict[str, Any] = {"valid_memory_against_targets": dict(scored.against_targets)}
+    for split, one in scored.splits.items():
         scored_N = one.counts.scored_N
         knn = one.knn_N[scored_N]
         beside_N = one.parts("memory")[1]

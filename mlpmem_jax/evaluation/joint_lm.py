@@ -15,11 +15,9 @@ from flax import nnx
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import progress
 from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.corpus.windows import EmbeddingPlan
-from mlpmem_jax.embedding.embed import computed_blocks, in_batches, scored_columns
-from mlpmem_jax.models.decoder import Decoder, Site
+from mlpmem_jax.embedding.blocks import EmbeddingSettings, computed_rows, in_batches
+from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.parallel.sharing import whole
 from mlpmem_jax.training.losses import token_logprob
 
 
@@ -50,9 +48,8 @@ def score_joint(
         tokens: The split.
         mesh: Devices.
     """
-    window, stride = config.embedding_window_tokens, config.embedding_stride_tokens
-    plan = EmbeddingPlan(tokens.num_rows, window, stride, config.attends_within)
-    site = Site.of(config.datastore.input, config.decoder.num_layers)
+    settings = EmbeddingSettings.of(config, ("input",))
+    plan, site = settings.plan(tokens.num_rows), settings.states["input"]
     chunk_tokens, num_recent = config.train.loss_chunk_tokens, memory.config.num_read_tokens
     graphdef, state = nnx.split((decoder, memory))
 
@@ -61,7 +58,7 @@ def score_joint(
         decoder, memory = nnx.merge(graphdef, state)
         final_BWD, states = decoder.hidden(batch["token"], batch.get("segment"), sites=(site,))
         assert final_BWD is not None
-        scored = scored_columns(batch["offset"], window, stride)
+        scored = settings.scored_columns(batch["offset"])
         label_BR = scored(batch["label"])
         recent_BRM = scored(batch["recent"]) if num_recent else None
         input_BRX = memory.inputs(scored(states[site]), recent_BRM, decoder.embedding[...])
@@ -80,17 +77,13 @@ def score_joint(
         return rows
 
     found: dict[str, np.ndarray] = {}
-    batches = in_batches(range(plan.num_blocks), config.datastore.batch_size)
+    step = functools.partial(score, state)
+    batches = in_batches(range(plan.num_blocks), settings.batch_size)
     with jax.set_mesh(mesh), progress(plan.num_rows, "row", f"score {tokens.split}") as bar:
-        step = functools.partial(score, state)
-        for number_B, rows in computed_blocks(
-            step, plan, tokens, batches, mesh, num_recent=num_recent
-        ):
-            part = plan.blocks(number_B[number_B >= 0])
-            for name, array in rows.items():
-                host_BR = whole(array)
-                found_N = found.setdefault(name, np.zeros(plan.num_rows, np.float32))
-                for place, (row, count) in enumerate(zip(part.row, part.count, strict=True)):
-                    found_N[row : row + count] = host_BR[place, :count]
-            bar.update(int(part.count.sum()))
+        for computed in computed_rows(step, plan, tokens, batches, mesh, num_recent=num_recent):
+            for row, arrays in computed.blocks:
+                for name, array in arrays.items():
+                    found_N = found.setdefault(name, np.zeros(plan.num_rows, np.float32))
+                    found_N[row : row + len(array)] = array
+            bar.update(computed.num_rows)
     return JointScores(found["decoder"], found["memory"], found.get("gate"))

@@ -12,75 +12,11 @@ import numpy as np
 from flax import nnx
 
 from mlpmem_jax.input.feed import Batch, Feed
-from mlpmem_jax.input.rows import RecentReader, RowReader, TargetReader, compare_labels
+from mlpmem_jax.input.rows import StoredRows
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.sharding import replicated
-from mlpmem_jax.store.layout import Layout, Split
 from mlpmem_jax.training.losses import means, memory_loss, token_logprob
-
-
-class SplitRows:
-    """Windows of a split's rows in order, each row once, in whole batches.
-
-    What lies behind the last row is zero, and its weight is.
-    """
-
-    def __init__(
-        self,
-        layout: Layout,
-        split: Split,
-        length: int,
-        batch_size: int,
-        separator: int,
-        *,
-        num_recent: int,
-        with_targets: bool,
-    ):
-        """Opens the arrays.
-
-        Args:
-            layout: Where they are.
-            split: Which split.
-            length: Rows in a window.
-            batch_size: Windows in a batch.
-            separator: Label that is not scored.
-            num_recent: Recent tokens that the memory reads; 0: none.
-            with_targets: Whether to read the kNN targets too.
-        """
-        self._length = length
-        self.batch_size = batch_size
-        self.has_targets = with_targets
-        self._separator = separator
-        self._artifact = layout.datastore(split)
-        self._rows = RowReader(self._artifact, {"input": layout.input_array(), "label": "label"})
-        self._recent = RecentReader(self._artifact, num_recent, separator)
-        self._targets = TargetReader(layout, split) if with_targets else None
-        self.num_rows = self._rows.num_rows
-
-    @property
-    def num_windows(self) -> int:
-        """Windows of the batches that cover every row."""
-        rows = self._length * self.batch_size
-        return -(-self.num_rows // rows) * self.batch_size
-
-    def read(self, windows: np.ndarray) -> dict[str, np.ndarray]:
-        """Reads windows (int64 [B])."""
-        starts = np.asarray(windows, np.int64) * self._length
-        inside = np.minimum(starts, self.num_rows)
-        pending = self._rows.start(inside, self._length)
-        recent = self._recent.start(inside, self._length)
-        target_rows = self._targets.start(inside, self._length) if self._targets else None
-        rows = pending.result() | recent.result()
-        exists = starts[:, None] + np.arange(self._length) < self.num_rows
-        scored = exists & (rows["label"] != self._separator)
-        rows["weight"] = scored.astype(np.float32)
-        if self._targets and target_rows:
-            targets = target_rows.result()
-            names = f"{self._artifact.path} and {self._targets.artifact.path}"
-            compare_labels(rows["label"], targets["target_label"], starts, names)
-            rows |= TargetReader.prepared(targets)
-        return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +38,7 @@ class MemoryScores:
 def score_memory(
     memory: Memory,
     decoder: Decoder | None,
-    source: SplitRows,
+    source: StoredRows,
     mesh: jax.sharding.Mesh,
     *,
     chunk_tokens: int,
@@ -113,10 +49,11 @@ def score_memory(
         memory: A trained memory.
         decoder: The decoder whose head or embeddings the memory reads (`reads_decoder`); None
             where it reads neither.
-        source: Rows of the split.
+        source: Rows of the split, in order.
         mesh: Devices; a batch's windows are spread over them.
         chunk_tokens: Rows on a device whose logits exist at the same time.
     """
+    assert source.batch_size is not None
     graphdef, state = nnx.split(memory)
     tables = (None, None) if decoder is None else (decoder.head_VD(), decoder.embedding[...])
     has_gate = memory.config.gate == "learned"

@@ -12,7 +12,8 @@ import numpy as np
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.evaluation.joint_lm import score_joint
-from mlpmem_jax.evaluation.memory_lm import SplitRows, score_memory
+from mlpmem_jax.evaluation.memory_lm import score_memory
+from mlpmem_jax.input.rows import StoredRows
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.store.layout import Layout, Split
@@ -46,13 +47,13 @@ def remember(
         joint = score_joint(config, decoder, memory, tokens, mesh)
         weight = _weight(config, joint.gate_N)
         return Remembered(joint.memory_N, joint.decoder_N, weight, {})
-    source = SplitRows(
+    source = StoredRows(
         layout,
         split,
         config.datastore.chunk_rows,
-        config.evaluate.batch_size,
         tokens.separator_id,
-        num_recent=config.memory.num_read_tokens,
+        config.memory.num_read_tokens,
+        batch_size=config.evaluate.batch_size,
         # There are targets of validation rows; those of test rows are never made.
         with_targets=split == "valid",
     )

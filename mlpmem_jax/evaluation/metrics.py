@@ -166,14 +166,6 @@ def count_documents(
     )
 
 
-def draw_rows(scored_N: np.ndarray, count: int | None, seed: int) -> np.ndarray:
-    """Returns scored rows, ascending: `count` of them drawn without repetition, or all."""
-    scored = np.flatnonzero(scored_N).astype(np.int64)
-    if count is None or count >= len(scored):
-        return scored
-    return np.sort(np.random.default_rng(seed).choice(scored, count, replace=False))
-
-
 def document_notes(test: DocumentCounts, valid: DocumentCounts | None = None) -> list[str]:
     """Returns warnings where too few clusters, or too uneven ones, carry the numbers.
 

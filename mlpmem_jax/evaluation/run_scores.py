@@ -1,72 +1,80 @@
-"""Scores of a run's decoder, kNN-LM and memory, without its latency.
+"""What a run's decoder, kNN-LM and memory give the labels of validation and test.
 
 Suffixes: N rows of a split.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.evaluation.evaluate_table import SplitScores, compare
-from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
 from mlpmem_jax.evaluation.labels import StoredSplit
-from mlpmem_jax.evaluation.memory_scores import Remembered, remember
+from mlpmem_jax.evaluation.memory_scores import remember
 from mlpmem_jax.models.decoder import Decoder
-from mlpmem_jax.retrieval.evidence import read_labels
+from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
+from mlpmem_jax.retrieval.temperature import Tuned
 from mlpmem_jax.store.layout import Layout, Split
-from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 EVALUATED: tuple[Split, ...] = ("valid", "test")
 
 
-def remembered_splits(
-    config: Config, decoder: Decoder, mesh: jax.sharding.Mesh
-) -> dict[Split, Remembered]:
-    """Returns what the memory gives the labels of validation and test, and its λ."""
-    memory = finished_memory(config, mesh)
-    return {split: remember(config, split, decoder, memory, mesh) for split in EVALUATED}
+@dataclasses.dataclass(frozen=True)
+class RunScores:
+    """Scores of both splits.
+
+    Attributes:
+        splits: What each part gives the labels.
+        tuned: τ of the kNN-LM, as chosen on validation.
+        against_targets: The memory against the kNN targets of validation, where they were read.
+    """
+
+    splits: Mapping[Split, SplitScores]
+    tuned: Tuned
+    against_targets: Mapping[str, float]
+
+    def table(self, config: Config) -> dict[str, Any]:
+        """Returns what `compare` returns."""
+        return compare(
+            self.splits["valid"],
+            self.splits["test"],
+            temperature=self.tuned.temperature,
+            temperature_at_bound=self.tuned.at_bound,
+            bootstrap_samples=config.evaluate.bootstrap_samples,
+            confidence=config.evaluate.confidence,
+            seed=config.seed,
+        )
 
 
-def score_run(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Compares the three systems, the kNN-LM with exact neighbours.
+def score_run(
+    config: Config, decoder: Decoder, memory: Memory, mesh: jax.sharding.Mesh
+) -> RunScores:
+    """Scores the three systems, the kNN-LM with exact neighbours.
 
-    Returns:
-        What `compare` returns.
+    Raises:
+        ArtifactError: Something is missing, damaged, or speaks of other tokens.
     """
     layout = Layout(config)
-    decoder = finished_decoder(config, mesh)
-    train_label = read_labels(layout, "train")
     stored = {split: StoredSplit.open(layout, split) for split in EVALUATED}
+    train_label = read_labels(layout, "train")
     neighbors = {
-        split: LabelledNeighbors(layout, split, stored[split].label_N, train_label)
-        for split in EVALUATED
+        split: StoredKnn(layout, split, one.label_N, train_label) for split, one in stored.items()
     }
-    valid = stored["valid"]
-    tuned = tune_knn_lm(
-        neighbors["valid"],
-        valid.counts.scored_N,
-        valid.logprob_N,
-        config.evaluate.knn_valid_rows,
-        config.seed,
-    )
-    remembered = remembered_splits(config, decoder, mesh)
+    valid, most = stored["valid"], config.evaluate.knn_valid_rows
+    tuned = neighbors["valid"].tune(valid.counts.scored_N, valid.logprob_N, most, config.seed)
+    remembered = {split: remember(config, split, decoder, memory, mesh) for split in EVALUATED}
     scores = {
         split: SplitScores(
             one.counts,
-            one.logprob_N,
-            neighbors[split].logprob(one.counts.scored_N, tuned.temperature),
-            remembered[split].logprob_N,
+            decoder_N=one.logprob_N,
+            knn_N=neighbors[split].logprob(one.counts.scored_N, tuned.temperature),
+            memory_N=remembered[split].logprob_N,
+            beside_memory_N=remembered[split].decoder_N,
             memory_weight=remembered[split].weight,
         )
         for split, one in stored.items()
     }
-    return compare(
-        scores["valid"],
-        scores["test"],
-        temperature=tuned.temperature,
-        temperature_at_bound=tuned.at_bound,
-        bootstrap_samples=config.evaluate.bootstrap_samples,
-        confidence=config.evaluate.confidence,
-        seed=config.seed,
-    )
+    return RunScores(scores, tuned, remembered["valid"].diagnostics)

@@ -119,6 +119,15 @@ def share_text(value: float | None, digits: int = 1) -> str:
     return DASH if value is None else f"{number(100 * value, digits)} %"
 
 
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Returns rows as CSV, numbers in full; a key that a row lacks stays empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def flat_rows(results: Results, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns one dictionary a system, with the keys of `COLUMNS`."""
     rows = []
@@ -133,11 +142,7 @@ def flat_rows(results: Results, measured: Mapping[str, Any]) -> list[dict[str, A
 
 def as_csv(results: Results, measured: Mapping[str, Any]) -> str:
     """Returns the table as CSV, numbers in full."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat_rows(results, measured))
-    return text.getvalue()
+    return csv_text(COLUMNS, flat_rows(results, measured))
 
 
 def as_text(results: Results, measured: Mapping[str, Any]) -> str:

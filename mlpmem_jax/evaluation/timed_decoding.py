@@ -1,10 +1,14 @@
-"""A model that continues texts, with a clock: token by token, from a prompt, many at once.
+"""Systems that continue texts, with a clock: token by token, from a prompt, many at once.
 
-It draws greedily, from its own distribution or from one made of it, and reads what it drew.
+Each draws greedily from its own distribution and reads what it drew. A kNN-LM runs in three parts:
+the decoder on the device, the search, and on the device again the mixture with the K neighbours
+(Eq. 7), so that the vocabulary never travels. `evaluate` and `cost` time the same steps.
 
-Suffixes: B texts, L tokens of a prompt, D decoder width, V vocabulary.
+Suffixes: B texts, L tokens of a prompt, K neighbours, D decoder width, V vocabulary.
 """
 
+import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -16,27 +20,53 @@ import numpy as np
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.parallel.sharding import replicated
+from mlpmem_jax.retrieval.distributions import neighbor_weights
+from mlpmem_jax.retrieval.engine import Engine
 
-# Maps log p [B, V] and the decoder's keys [B, D], on devices, to the tokens drawn [B, 1].
-Draw = Callable[[jax.Array, jax.Array], Any]
+# Maps keys [B, D] to shares [B, K] that sum to λ and labels [B, K] of the neighbours.
+Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 Timed = TypeVar("Timed")
-Spent = TypeVar("Spent")
+Piece = TypeVar("Piece")
 
 _WARM_UP = 3
 _IN_A_ROW = 8
 
 
-class CompiledSteps:
-    """A model compiled once for every shape of tokens that it reads.
+def make_search(
+    engine: Engine, train_label: np.ndarray, num_neighbors: int, temperature: float, weight: float
+) -> Search:
+    """Returns the search of a kNN-LM: neighbours, Eq. 3.
+
+    Args:
+        engine: Searches rows of the datastore.
+        train_label: Labels of these rows.
+        num_neighbors: K.
+        temperature: τ.
+        weight: λ.
+    """
+
+    def search(key_BD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = engine.search(key_BD, num_neighbors)
+        weight_BK = neighbor_weights(found.distance_QK, temperature)
+        weight_BK *= np.float32(weight) / weight_BK.sum(axis=1, keepdims=True)
+        return weight_BK, train_label[np.maximum(found.row_QK, 0)]
+
+    return search
+
+
+class CompiledModel:
+    """A model compiled once for every number of texts and shape of tokens that it reads.
 
     Args:
         model: Decoder, alone or with a memory.
         key: The decoder's state that is searched for.
+        weight: λ of the neighbours, for the mixture.
     """
 
-    def __init__(self, model: InterpolatedModel, key: Site):
+    def __init__(self, model: InterpolatedModel, key: Site, weight: float):
         self.model = model
         self._key = key
+        self._weight = weight
         # By the number of texts. What is compiled holds the model and not this object, so
         # that weights are freed as soon as nobody needs them.
         self._empty: dict[int, Any] = {}
@@ -56,6 +86,18 @@ class CompiledSteps:
             self._extend[batch] = _compiled_extend(self.model, self._key, batch)
         return self._extend[batch]
 
+    @functools.cached_property
+    def mix(self) -> Any:
+        """Returns (log p_LM [B, V], shares [B, K], labels [B, K]) → token [B, 1]."""
+
+        def mix(logprob_BV: jax.Array, share_BK: jax.Array, label_BK: jax.Array) -> jax.Array:
+            row_B1 = jnp.arange(len(logprob_BV))[:, None]
+            prob_BV = (1 - self._weight) * jnp.exp(logprob_BV)
+            prob_BV = prob_BV.at[row_B1, label_BK].add(share_BK)
+            return jnp.argmax(prob_BV, axis=-1).astype(jnp.int32)[:, None]
+
+        return jax.jit(mix, out_shardings=replicated(self.model.mesh))
+
 
 def _compiled_extend(model: InterpolatedModel, key: Site, batch: int) -> Any:
     def step(parameters: Any, cache: Any, token_BL: jax.Array) -> Any:
@@ -71,19 +113,33 @@ def _compiled_extend(model: InterpolatedModel, key: Site, batch: int) -> Any:
     return jax.jit(step, donate_argnums=1, out_shardings=places)
 
 
-class TimedWriter:
+@dataclasses.dataclass(frozen=True)
+class System:
+    """What draws tokens: a model, and its search (None: nothing is searched)."""
+
+    compiled: CompiledModel
+    search: Search | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Spent:
+    """Seconds of one step: all of it, and of the search alone (0 without one)."""
+
+    total: float
+    search: float
+
+
+class Writer:
     """One system that continues B texts.
 
     Args:
-        compiled: Its model.
+        system: Which.
         batch: B.
-        draw: Draws the tokens; None: those that the model finds most probable.
     """
 
-    def __init__(self, compiled: CompiledSteps, batch: int, draw: Draw | None = None):
-        self._compiled = compiled
+    def __init__(self, system: System, batch: int):
+        self._compiled, self._search = system.compiled, system.search
         self._batch = batch
-        self._draw = draw
         self._clear()
 
     def _clear(self) -> None:
@@ -97,36 +153,41 @@ class TimedWriter:
             self._cache = jax.block_until_ready(self._compiled.empty(self._batch)())
         self._length = 0
 
-    def read(self, token_BL: np.ndarray) -> float:
-        """Reads prompts into empty caches and draws a token for each; returns the seconds."""
+    def read(self, token_BL: np.ndarray) -> Spent:
+        """Reads prompts into empty caches and draws a token for each: time to the first."""
         self._clear()
         return self._step(token_BL)
 
-    def write(self) -> float:
-        """Draws one more token for each text and returns the seconds that it took."""
+    def write(self) -> Spent:
+        """Draws one more token for each text."""
         if self._length == self._compiled.model.context_tokens:
             self._empty()  # A step costs the same however full the cache is.
         return self._step(self._token)
 
-    def _step(self, token_BL: Any) -> float:
+    def _step(self, token_BL: Any) -> Spent:
         model = self._compiled.model
         extend = self._compiled.extend(self._batch)
+        search_secs = 0.0
         started = time.perf_counter()
         with jax.set_mesh(model.mesh):
-            self._cache, token, *seen = extend(model.parameters, self._cache, token_BL)
-        if self._draw is not None:
-            token = self._draw(*seen)
+            self._cache, token, logprob_BV, key_BD = extend(model.parameters, self._cache, token_BL)
+            if self._search is not None:
+                key = np.asarray(key_BD)  # Waits for the device.
+                searched = time.perf_counter()
+                shares = self._search(key)
+                search_secs = time.perf_counter() - searched
+                token = self._compiled.mix(logprob_BV, *shares)
         self._token = jax.block_until_ready(token)
         self._length += token_BL.shape[1]
-        return time.perf_counter() - started
+        return Spent(time.perf_counter() - started, search_secs)
 
 
 def in_turns(
     writers: Mapping[str, Timed],
-    work: Callable[[Timed], Spent],
+    work: Callable[[Timed], Piece],
     count: int,
     seed: Sequence[int] = (0,),
-) -> Iterator[tuple[str, Spent]]:
+) -> Iterator[tuple[str, Piece]]:
     """Yields what each writer spends on a piece of work, `count` times each, in turns.
 
     A turn is several pieces in a row, of which the first is not counted: it finds the caches of

@@ -177,6 +177,10 @@ class StoredRows:
     Batches hold input_BLD (storage dtype), label_BL int32, weight_BL float32 (0 where the label
     is the separator or padding), target_id_BLS int32, target_prob_BLS float32, target_mass_BL
     float32 and, where they are asked for, recent_BLM int32 and logprob_BL float32.
+
+    Attributes:
+        batch_size: Windows of a batch, where all rows are scored in order; else None.
+        has_targets: Whether targets are read.
     """
 
     def __init__(
@@ -187,9 +191,29 @@ class StoredRows:
         separator_id: int,
         num_recent: int = 0,
         *,
+        batch_size: int | None = None,
+        with_targets: bool = True,
         with_logprob: bool = False,
     ):
+        """Opens the arrays.
+
+        Args:
+            layout: Where they are.
+            split: Which split.
+            length: Rows in a window, L.
+            separator_id: Label that is not scored.
+            num_recent: Recent tokens that the memory reads, M; 0: none.
+            batch_size: None, for training: the last window shifts left, so that it is full. Else
+                all rows come once and in order, in batches of this size; behind the last is zero.
+            with_targets: Whether to read the kNN targets.
+            with_logprob: Whether to read the decoder's log-probabilities of the labels.
+
+        Raises:
+            ArtifactError: Rows and targets are of different tokens.
+        """
         self._length = length
+        self.batch_size = batch_size
+        self.has_targets = with_targets
         self._separator_id = separator_id
         self._datastore = layout.datastore(split)
         arrays = {"input": layout.input_array(), "label": "label"}
@@ -197,9 +221,9 @@ class StoredRows:
             arrays["logprob"] = "logprob"
         self._rows = RowReader(self._datastore, arrays)
         self._recent = RecentReader(self._datastore, num_recent, separator_id)
-        self._targets = TargetReader(layout, split)
         self.num_rows = self._rows.num_rows
-        if self.num_rows != self._targets.num_rows:
+        self._targets = TargetReader(layout, split) if with_targets else None
+        if self._targets is not None and self.num_rows != self._targets.num_rows:
             raise ArtifactError(
                 f"{self._datastore.path} has {self.num_rows} rows and "
                 f"{self._targets.artifact.path} has {self._targets.num_rows}: "
@@ -208,28 +232,27 @@ class StoredRows:
 
     @property
     def num_windows(self) -> int:
-        """Windows that cover every row."""
-        return -(-self.num_rows // self._length)
+        """Windows that cover every row, in whole batches where there are any."""
+        batch_size = self.batch_size or 1
+        return -(-self.num_rows // (self._length * batch_size)) * batch_size
 
     def read(self, windows: np.ndarray) -> dict[str, np.ndarray]:
         """Reads windows (int64 [B]) of rows with their targets."""
-        starts = window_starts(windows, self._length, self.num_rows)
-        readers = (self._rows, self._targets, self._recent)
+        first = np.asarray(windows, np.int64) * self._length
+        starts = np.minimum(first, self.num_rows)
+        if self.batch_size is None:
+            starts = window_starts(windows, self._length, self.num_rows)
+        readers: list[RowReader | RecentReader | TargetReader] = [self._rows, self._recent]
+        readers += [self._targets] if self._targets else []
         pending = [reader.start(starts, self._length) for reader in readers]
-        rows, targets, recent = (each.result() for each in pending)
-        compare_labels(
-            rows["label"],
-            targets["target_label"],
-            starts,
-            f"{self._datastore.path} and {self._targets.artifact.path}",
-        )
+        rows, recent, *targets = (each.result() for each in pending)
         row = starts[:, None] + np.arange(self._length)
         # Rows that the last window, shifted left, shares with the one before count once.
-        own = (row >= windows[:, None] * self._length) & (row < self.num_rows)
+        own = (row >= first[:, None]) & (row < self.num_rows)
         scored = own & (rows["label"] != self._separator_id)
-        return {
-            **rows,
-            "weight": scored.astype(np.float32),
-            **recent,
-            **TargetReader.prepared(targets),
-        }
+        rows |= {"weight": scored.astype(np.float32), **recent}
+        if self._targets is not None:
+            names = f"{self._datastore.path} and {self._targets.artifact.path}"
+            compare_labels(rows["label"], targets[0]["target_label"], starts, names)
+            rows |= TargetReader.prepared(targets[0])
+        return rows

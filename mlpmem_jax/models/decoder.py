@@ -56,23 +56,19 @@ class Cache(NamedTuple):
 class Decoder(nnx.Module):
     """The decoder. Parameters are float32; matrix products run in `compute_dtype`."""
 
-    def __init__(self, config: DecoderConfig, vocab_size: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, vocab_size: int, *, rngs: nnx.Rngs | None):
         """Draws initial parameters.
 
         Args:
             config: The section `decoder`.
             vocab_size: V, entries of the tokenizer; the model pads it to 128.
-            rngs: Source of the `params` keys.
+            rngs: Source of the `params` keys; None: shapes in place of arrays.
         """
         self.config = config
         self.vocab_size = vocab_size
         self.padded_vocab = layers.padded_vocab_size(vocab_size)
-        self.num_kv_heads = (
-            config.num_heads if config.num_kv_heads == "auto" else config.num_kv_heads
-        )
-        self.head_width = (
-            config.width // config.num_heads if config.head_width == "auto" else config.head_width
-        )
+        self.num_kv_heads = config.resolved_kv_heads
+        self.head_width = config.resolved_head_width
         self.dtype = layers.resolve_dtype(config.compute_dtype)
         scale, table = config.init_scale, (self.padded_vocab, config.width)
         self.embedding = parameter(table, ("vocab", "embed"), scale, rngs, "table")

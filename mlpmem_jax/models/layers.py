@@ -56,13 +56,15 @@ def ffn_width(given: int | Literal["auto"], width: int, activation: str) -> int:
 class Parameters(nnx.Module):
     """A group of float32 parameters, each with the logical names of its dimensions."""
 
-    def __init__(self, shapes: dict[str, tuple[tuple[int, ...], Names, float]], rngs: nnx.Rngs):
+    def __init__(
+        self, shapes: dict[str, tuple[tuple[int, ...], Names, float]], rngs: nnx.Rngs | None
+    ):
         """Draws the parameters.
 
         Args:
             shapes: For each name its shape, its logical axes and the standard deviation of
                 its normal initial values; 0 means zeros, infinity ones.
-            rngs: Source of the `params` keys.
+            rngs: Source of the `params` keys; None: shapes in place of arrays.
         """
         self.names = tuple(sorted(shapes))
         for name in self.names:
@@ -79,7 +81,11 @@ class Parameters(nnx.Module):
 
 
 def parameter(
-    shape: tuple[int, ...], axes: Names, scale: float, rngs: nnx.Rngs, role: Role | None = None
+    shape: tuple[int, ...],
+    axes: Names,
+    scale: float,
+    rngs: nnx.Rngs | None,
+    role: Role | None = None,
 ) -> nnx.Param:
     """Returns a float32 parameter.
 
@@ -87,19 +93,24 @@ def parameter(
         shape: Its shape.
         axes: The logical axis of each dim.
         scale: Standard deviation of its normal initial values; 0 means zeros, infinity ones.
-        rngs: Source of the `params` keys.
+        rngs: Source of the `params` keys; None: its shape in place of an array.
         role: What it is, for the optimiser; None: a matrix if it reads or writes states of the
             network's width ("embed"), else a vector, however many dims a bias has.
     """
     if role is None:
         role = "matrix" if "embed" in axes else "vector"
-    if scale == 0:
-        value = jnp.zeros(shape, jnp.float32)
-    elif math.isinf(scale):
-        value = jnp.ones(shape, jnp.float32)
+    if rngs is None or scale == 0 or math.isinf(scale):
+        value = filled(shape, 1.0 if math.isinf(scale) else 0.0, rngs)
     else:
         value = scale * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(value, logical_axes=axes, role=role)
+
+
+def filled(shape: tuple[int, ...], value: float, rngs: nnx.Rngs | None) -> Any:
+    """Returns a float32 array of one value, or its shape where `rngs` is None."""
+    if rngs is None:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jnp.full(shape, value, jnp.float32)
 
 
 def norm_shapes(name: str, width: int, num_layers: int | None, bias: bool) -> dict[str, Any]:

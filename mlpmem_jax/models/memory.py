@@ -35,7 +35,7 @@ class Memory(nnx.Module):
         vocab_size: int,
         *,
         gate_start: float = 0.5,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         """Draws initial parameters.
 
@@ -44,7 +44,7 @@ class Memory(nnx.Module):
             decoder_width: Width of the decoder states that it reads, D.
             vocab_size: V, as of the decoder.
             gate_start: λ for every input at first, if there is a gate.
-            rngs: Source of the `params` keys.
+            rngs: Source of the `params` keys; None: shapes in place of arrays.
         """
         self.config = config
         self.input_width = input_width = config.input_width(decoder_width)
@@ -54,9 +54,9 @@ class Memory(nnx.Module):
         self.norm = "rms" if config.block == "swiglu" else "layer"
         bias, scale, width = config.block == "gelu", config.init_scale, config.width
         if config.input_norm == "standardize":
-            zeros_X = jnp.zeros((input_width,), jnp.float32)
+            zeros_X, ones_X = (layers.filled((input_width,), value, rngs) for value in (0.0, 1.0))
             self.input_mean = InputStatistics(zeros_X, logical_axes=("state",))
-            self.input_inverse_std = InputStatistics(zeros_X + 1, logical_axes=("state",))
+            self.input_inverse_std = InputStatistics(ones_X, logical_axes=("state",))
         elif config.input_norm == "rms":
             shapes = norm_shapes("input_norm", input_width, None, bias=False)
             self.input = layers.Parameters(shapes, rngs)
@@ -85,8 +85,8 @@ class Memory(nnx.Module):
             # Zero weights: at first every input gets the same λ.
             self.gate = parameter((input_width,), ("state",), 0.0, rngs)
             start = gate_logit(gate_start, config.gate_floor)
-            self.gate_bias = parameter((1,), ("state",), 0.0, rngs)
-            self.gate_bias[...] += start
+            bias_1 = layers.filled((1,), start, rngs)
+            self.gate_bias = nnx.Param(bias_1, logical_axes=("state",), role="vector")
 
     def head_VE(self, decoder_head_VD: jax.Array | None = None) -> jax.Array:
         """Returns the output head, [padded V, E] float32; the decoder's if the two are tied."""

@@ -21,17 +21,11 @@ NO_TOKEN = -1
 NgramKeys = DecoderConfig | MemoryConfig
 
 
-def make_tables(config: NgramKeys, rngs: nnx.Rngs) -> nnx.Param:
+def make_tables(config: NgramKeys, rngs: nnx.Rngs | None) -> nnx.Param:
     """Returns a table for each order, one after another: one lookup, one scatter of gradients."""
     rows = len(config.ngram_orders) * layers.padded_vocab_size(config.ngram_rows)
     shape = (rows, config.ngram_width)
     return layers.parameter(shape, TABLE_AXES, config.init_scale, rngs, "table")
-
-
-def num_table_parameters(config: NgramKeys) -> int:
-    """Returns the parameters of all tables."""
-    rows = layers.padded_vocab_size(config.ngram_rows)
-    return len(config.ngram_orders) * rows * config.ngram_width
 
 
 def table_rows(token_BLM: jax.Array, config: NgramKeys) -> jax.Array:

@@ -40,13 +40,10 @@ def check_attention(config: Config, platform: str) -> None:
     from mlpmem_jax.models.attention import unusable
 
     decoder = config.decoder
-    head_width = decoder.width // decoder.num_heads
-    if decoder.head_width != "auto":
-        head_width = decoder.head_width
     half = decoder.compute_dtype == "bfloat16" or (
         decoder.compute_dtype == "auto" and platform != "cpu"
     )
-    reason = unusable(decoder.attention, platform, head_width, half=half)
+    reason = unusable(decoder.attention, platform, decoder.resolved_head_width, half=half)
     if reason is not None:
         raise ConfigError(f"decoder.attention={decoder.attention} {reason}; use auto")
 

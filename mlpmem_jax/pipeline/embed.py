@@ -11,8 +11,9 @@ from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.resolve import compute_dtypes
-from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.layout import SPLITS, Layout, Split
+from mlpmem_jax.store.manifest import Completion
 
 
 def recipe(config: Config) -> dict[str, Any]:
@@ -49,7 +50,8 @@ def _estimate(config: Config, split: Split) -> Mapping[str, Any]:
 
 def _build(config: Config, split: Split) -> Completion:
     from mlpmem_jax.corpus.tokens import TokenSplit
-    from mlpmem_jax.embedding.embed import EmbeddingSettings, embed_split
+    from mlpmem_jax.embedding.blocks import EmbeddingSettings
+    from mlpmem_jax.embedding.embed import embed_split
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.pipeline.estimates import embedding_estimate
     from mlpmem_jax.training.networks import finished_decoder

@@ -10,8 +10,9 @@ from mlpmem_jax.pipeline.checks import check_retrieval
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store.manifest import Completion
 
 # Keys of `retrieval` that decide the index; the others decide what is kept of a search.
 KEYS = (
@@ -60,8 +61,7 @@ def _build(config: Config) -> Completion:
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.retrieval.index_builder import build_index
 
-    built = build_index(config, make_mesh(config.mesh))
-    return Completion(counts=built.counts, files=built.files, measured=built.measured)
+    return build_index(config, make_mesh(config.mesh))
 
 
 def _need(config: Config, machine: Machine, count: RowCounter) -> Need:

@@ -10,8 +10,7 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.stages import WARMUP_STEPS, TrainingConfig
 from mlpmem_jax.console import say
 from mlpmem_jax.parallel.mesh import make_mesh
-from mlpmem_jax.pipeline.stage import Completion
-from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.training.loop import fit
 from mlpmem_jax.training.optimizer import parameter_groups
 

@@ -11,8 +11,9 @@ from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store.manifest import Completion
 
 
 def recipe(config: Config) -> dict[str, Any]:

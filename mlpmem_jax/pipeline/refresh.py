@@ -13,9 +13,9 @@ from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.pipeline import embed, index, retrieve
-from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.layout import REFRESHED, Layout
-from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.manifest import Artifact, Completion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,8 @@ def phase_build(phases: Phases, phase: int) -> Completion:
         # The manifest is not written yet: the checkpoint is named by its step.
         decoder, _ = finished_joint(config, artifact, mesh, step=stop)
         agreement = neighbor_agreement(sources, decoder, mesh)
-        completion.measured = {**completion.measured, "neighbor_agreement": agreement}
+        measured = {**completion.measured, "neighbor_agreement": agreement}
+        return dataclasses.replace(completion, measured=measured)
     return completion
 
 

@@ -10,8 +10,9 @@ from mlpmem_jax.pipeline.checks import check_retrieval
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.manifest import Completion
 
 if TYPE_CHECKING:
     from mlpmem_jax.retrieval.index_builder import ExactCache
@@ -132,22 +133,19 @@ def _targets_need(config: Config, split: Split, machine: Machine, count: RowCoun
 def _build_neighbors(config: Config, split: Split, exact: "ExactCache") -> Completion:
     from mlpmem_jax.retrieval.targets import keep_neighbors
 
-    made = keep_neighbors(config, split, exact)
-    return Completion(counts=made.counts, arrays=made.arrays, measured=made.measured)
+    return keep_neighbors(config, split, exact)
 
 
 def _build_train_targets(config: Config, exact: "ExactCache") -> Completion:
     from mlpmem_jax.retrieval.targets import make_train_targets
 
-    made = make_train_targets(config, exact)
-    return Completion(counts=made.counts, arrays=made.arrays, measured=made.measured)
+    return make_train_targets(config, exact)
 
 
 def _build_valid_targets(config: Config) -> Completion:
     from mlpmem_jax.retrieval.targets import make_valid_targets
 
-    made = make_valid_targets(config)
-    return Completion(counts=made.counts, arrays=made.arrays, measured=made.measured)
+    return make_valid_targets(config)
 
 
 def main(config: Config, options: Options) -> int:

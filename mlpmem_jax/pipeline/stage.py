@@ -21,20 +21,10 @@ from mlpmem_jax.pipeline.fitting import Need, RowCounter, check_fit
 from mlpmem_jax.pipeline.stopwatch import Stopwatch
 from mlpmem_jax.store import replacement
 from mlpmem_jax.store.lock import only_maker
-from mlpmem_jax.store.manifest import Artifact, Manifest, Status
+from mlpmem_jax.store.manifest import Artifact, Completion, Manifest, Status
 from mlpmem_jax.store.verification import verify_together
 
 _VISIBLE_SECS = 120.0  # longer than file systems keep what they knew of a folder
-
-
-@dataclasses.dataclass
-class Completion:
-    """What a finished build reports, for the manifest; see `Artifact.finish`."""
-
-    counts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    arrays: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    files: Sequence[str] | Mapping[str, Any] = ()
-    measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Builders(enum.Enum):

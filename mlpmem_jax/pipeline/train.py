@@ -12,9 +12,9 @@ from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.refresh import Phases, phase_build, refresh_stages
 from mlpmem_jax.pipeline.resolve import compute_dtypes
-from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.manifest import Artifact, Completion
 
 
 def recipe(config: Config) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """How far a decoder has moved from the datastore: do its neighbours still agree?
 
-Suffixes: Q sampled rows, D key width, B blocks, R rows of a block.
+Suffixes: Q sampled rows, D key width.
 """
 
 import jax
@@ -8,15 +8,9 @@ import numpy as np
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.corpus.windows import EmbeddingPlan
-from mlpmem_jax.embedding.embed import (
-    EmbeddingSettings,
-    computed_blocks,
-    in_batches,
-    make_embed_step,
-)
-from mlpmem_jax.models.decoder import Decoder, Site
-from mlpmem_jax.parallel.sharing import whole
+from mlpmem_jax.embedding.blocks import EmbeddingSettings, computed_rows, in_batches
+from mlpmem_jax.embedding.embed import make_embed_step
+from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.stored_array import StoredArray
 
@@ -37,31 +31,22 @@ def neighbor_agreement(config: Config, decoder: Decoder, mesh: jax.sharding.Mesh
     """
     layout = Layout(config)
     tokens = TokenSplit.open(layout.tokens, "train")
-    window, stride = config.embedding_window_tokens, config.embedding_stride_tokens
-    plan = EmbeddingPlan(tokens.num_rows, window, stride, config.attends_within)
-    wanted = min(plan.num_blocks, max(1, SAMPLE_ROWS // stride))
+    specs = {"key": layout.datastore_arrays()["key"]}
+    settings = EmbeddingSettings.of(config, specs)
+    plan = settings.plan(tokens.num_rows)
+    wanted = min(plan.num_blocks, max(1, SAMPLE_ROWS // settings.stride_tokens))
     chosen = np.random.default_rng(config.seed).choice(plan.num_blocks, wanted, replace=False)
     blocks = sorted(int(block) for block in chosen)
-    specs = {"key": layout.datastore_arrays()["key"]}
-    settings = EmbeddingSettings(
-        states={"key": Site.of(config.datastore.key, config.decoder.num_layers)},
-        within=config.attends_within,
-        window_tokens=window,
-        stride_tokens=stride,
-        batch_size=config.datastore.batch_size,
-    )
     step = make_embed_step(decoder, settings, specs)
     stored = StoredArray(layout.datastore("train"), "key")
     old: list[np.ndarray] = []
     new: list[np.ndarray] = []
     with jax.set_mesh(mesh):
         batches = in_batches(blocks, settings.batch_size)
-        for number_B, rows in computed_blocks(step, plan, tokens, batches, mesh):
-            part = plan.blocks(number_B[number_B >= 0])
-            key_BRD = whole(rows["key"])
-            for place, (row, count) in enumerate(zip(part.row, part.count, strict=True)):
-                old.append(stored.read(int(row), int(row + count)))
-                new.append(key_BRD[place, :count])
+        for computed in computed_rows(step, plan, tokens, batches, mesh):
+            for row, arrays in computed.blocks:
+                new.append(arrays["key"])
+                old.append(stored.read(row, row + len(new[-1])))
     return overlap(np.concatenate(old), np.concatenate(new), NEIGHBORS)
 
 

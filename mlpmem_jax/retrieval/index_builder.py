@@ -1,7 +1,7 @@
 """Making, checking and opening the index artifact of a run."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.neighbors import check_enough_rows
 from mlpmem_jax.store.files import check_free_space, read_json, write_json
 from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.store.manifest import describe_file
+from mlpmem_jax.store.manifest import Completion, describe_file
 from mlpmem_jax.store.verification import verify_together
 from mlpmem_jax.units import human_bytes
 
@@ -33,15 +33,6 @@ MEASUREMENT_SEED = 2
 _MAX_REORDER_GROWTH = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class BuiltIndex:
-    """What the index's manifest says."""
-
-    counts: Mapping[str, Any]
-    files: Mapping[str, Any]
-    measured: Mapping[str, Any]
-
-
 def exact_engine(config: Config, mesh: jax.sharding.Mesh) -> ExactEngine:
     """Opens the exact engine over the training split's keys."""
     keys = StoredKeys(Layout(config).datastore("train"))
@@ -49,7 +40,7 @@ def exact_engine(config: Config, mesh: jax.sharding.Mesh) -> ExactEngine:
     return ExactEngine(keys, mesh, config.retrieval.key_chunk_rows)
 
 
-def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
+def build_index(config: Config, mesh: jax.sharding.Mesh) -> Completion:
     """Builds the index, or continues a build that was interrupted.
 
     Raises:
@@ -64,7 +55,7 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
     counts: dict[str, Any] = {"engine": choice.engine, "rows": keys.num_rows}
     measured: dict[str, Any] = {"why": choice.why}
     if choice.engine == "exact":  # Nothing to build: it reads the datastore's keys.
-        return BuiltIndex(counts, {}, measured)
+        return Completion(counts, measured=measured)
     path = layout.index.path
     with first_alone("index: directory"):
         if is_writer():
@@ -102,7 +93,7 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> BuiltIndex:
         f"index: {settings.num_leaves_to_search} of {counts['num_leaves']} leaves are searched, "
         f"{settings.num_reorder} candidates scored exactly"
     )
-    return BuiltIndex(counts, files, measured)
+    return Completion(counts, files=files, measured=measured)
 
 
 def choose_settings(

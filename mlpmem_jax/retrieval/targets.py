@@ -9,43 +9,34 @@ import numpy as np
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.stages import TUNING_ROWS
 from mlpmem_jax.console import say
-from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.agreement import of_all
 from mlpmem_jax.parallel.multihost import first_alone, is_writer
 from mlpmem_jax.parallel.sharing import share_of
-from mlpmem_jax.retrieval import recall, temperature
+from mlpmem_jax.retrieval import recall
 from mlpmem_jax.retrieval.distributions import (
     sparse_distributions,
     without_targets,
 )
 from mlpmem_jax.retrieval.engine import Engine, StoredKeys
-from mlpmem_jax.retrieval.evidence import label_evidence, read_labels
 from mlpmem_jax.retrieval.index_builder import MEASUREMENT_SEED, ExactCache, open_index
+from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.retrieval.merge import Neighbors
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors, check_enough_rows, search_split
 from mlpmem_jax.retrieval.temperature import Tuned
 from mlpmem_jax.store.arrays import open_array, read_rows
 from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
 from mlpmem_jax.store.layout import ArraySpec, Layout, Split
-from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.store.shards import ShardWriter
 from mlpmem_jax.store.stored_array import StoredArray
 
 TEMPERATURE = "temperature.json"
 
 
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """What the manifest of a finished artifact says."""
-
-    counts: Mapping[str, Any]
-    arrays: Mapping[str, Any]
-    measured: Mapping[str, Any]
-
-
 def keep_neighbors(
     config: Config, split: Split, exact: ExactCache, *, by_index: bool = False
-) -> Made:
+) -> Completion:
     """Finds and stores the neighbours of a split among the training rows.
 
     Valid and test exactly, unless `by_index` (then into an artifact of their own); train by
@@ -72,10 +63,10 @@ def keep_neighbors(
         return {"row": found.row_QK, "distance": found.distance_QK}
 
     measured |= _search(config, split, engine, keys, writer, consume)
-    return Made({"rows": keys.num_rows}, writer.describe(), measured)
+    return Completion({"rows": keys.num_rows}, writer.describe(), measured=measured)
 
 
-def make_train_targets(config: Config, exact: ExactCache) -> Made:
+def make_train_targets(config: Config, exact: ExactCache) -> Completion:
     """Makes the targets of training rows: τ first, then a search unless neighbours are kept."""
     layout = Layout(config)
     tuned = _temperature(config)
@@ -94,7 +85,7 @@ def make_train_targets(config: Config, exact: ExactCache) -> Made:
     return sink.finish(measured)
 
 
-def make_valid_targets(config: Config) -> Made:
+def make_valid_targets(config: Config) -> Completion:
     """Makes the targets of validation rows from their kept neighbours, with train's τ."""
     layout = Layout(config)
     made = layout.targets("train").load()
@@ -140,7 +131,7 @@ class _TargetSink:
             self.writer.put(rows.start, self.consume(np.arange(rows.start, rows.stop), found))
         self.writer.close()
 
-    def finish(self, measured: Mapping[str, Any]) -> Made:
+    def finish(self, measured: Mapping[str, Any]) -> Completion:
         """Returns what the manifest says; targets are counted in what was written.
 
         Raises:
@@ -167,7 +158,7 @@ class _TargetSink:
             "rows_with_target": with_target,
             "temperature": self._temperature,
         }
-        return Made(counts, arrays, measured)
+        return Completion(counts, arrays, measured=measured)
 
 
 def _temperature(config: Config) -> Tuned:
@@ -183,23 +174,22 @@ def _tuned(config: Config) -> Tuned:
     """Chooses τ, or λ for the τ that is given."""
     layout = Layout(config)
     separator_id = int(layout.tokens.load().counts["separator_id"])
-    evidence, row_N = label_evidence(layout, "valid", separator_id, TUNING_ROWS)
-    if not len(evidence):
-        raise UserError(f"{layout.datastore('valid').path}: no row to choose τ and λ on")
-    logprob_N = StoredArray(layout.datastore("valid"), "logprob").read_all()[row_N]
+    label_N = read_labels(layout, "valid")
+    knn = StoredKnn(layout, "valid", label_N, read_labels(layout, "train"))
+    logprob_N = StoredArray(layout.datastore("valid"), "logprob").read_all()
     asked = config.targets.temperature
-    if asked == "auto":
-        tuned = temperature.tune(evidence, logprob_N)
-        how = "chosen on validation"
-    else:
-        tuned = temperature.fixed(evidence, logprob_N, asked)
-        how = "given"
+    tuned = knn.tune(
+        label_N != separator_id,
+        logprob_N,
+        TUNING_ROWS,
+        config.seed,
+        None if asked == "auto" else asked,
+    )
+    how = "chosen on validation" if asked == "auto" else "given"
     say(
         f"targets: temperature {tuned.temperature:g} ({how}); kNN-LM on validation "
         f"{tuned.nats:.4f} nats at weight {tuned.weight:.3f}, decoder {tuned.decoder_nats:.4f}"
     )
-    for note in tuned.notes:
-        say(f"targets: {note}")
     return tuned
 
 

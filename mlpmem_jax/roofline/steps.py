@@ -10,7 +10,8 @@ import numpy as np
 from mlpmem_jax.config.compile import Step
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.windows import EmbeddingPlan
-from mlpmem_jax.embedding.embed import EmbeddingSettings, make_embed_step
+from mlpmem_jax.embedding.blocks import EmbeddingSettings
+from mlpmem_jax.embedding.embed import make_embed_step
 from mlpmem_jax.generation.decode import STEPS_PER_CALL, Generator
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.generation.sampling import Sampling

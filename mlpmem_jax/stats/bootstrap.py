@@ -10,9 +10,14 @@ Suffixes: C clusters, M quantities that are summed, R draws, P statistics.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
+# Maps sums [..., M] to values [...].
+Statistic = Callable[[np.ndarray], np.ndarray]
+# A value with its interval: "value", "low", "high"; None where it is not defined.
+Number = dict[str, Any]
 # How intervals are made; part of the recipe of every report, so that older ones are stale.
 INTERVALS = "clusters of files, λ chosen in each draw, corrected by max |t|"
 # Weights held at once; bounds memory, changes no number.
@@ -92,9 +97,7 @@ def bootstrap_sums(values_CM: np.ndarray, num_draws: int, seed: int) -> np.ndarr
     return Draws(len(values_CM), num_draws, seed).sums(values_CM)
 
 
-def interval(
-    statistic: Callable[[np.ndarray], np.ndarray], sums_RM: np.ndarray, confidence: float
-) -> Interval | None:
+def interval(statistic: Statistic, sums_RM: np.ndarray, confidence: float) -> Interval | None:
     """Returns the percentile interval of a statistic of sums.
 
     Args:
@@ -117,6 +120,44 @@ def interval(
     low = np.quantile(np.where(is_defined_R, values_R, -np.inf), tail, method="lower")
     high = np.quantile(np.where(is_defined_R, values_R, np.inf), 1.0 - tail, method="higher")
     return Interval(float(low), float(high)) if np.isfinite([low, high]).all() else None
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedSums:
+    """Sums of the same columns over all clusters, and over those of each draw.
+
+    Attributes:
+        total_M: Over all clusters.
+        drawn_RM: Of each draw.
+        confidence: Level of the intervals.
+        has_interval: Whether there are clusters enough for intervals.
+    """
+
+    total_M: np.ndarray
+    drawn_RM: np.ndarray
+    confidence: float
+    has_interval: bool
+
+    def number(self, statistic: Statistic, *, bounded: bool = True) -> Number:
+        """Returns a statistic ("value") and its interval ("low", "high"); None: not defined.
+
+        Args:
+            statistic: Maps sums [..., M] to values [...].
+            bounded: Whether an interval is wanted.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = float(statistic(self.total_M))
+        # Without a probability left for some label it is infinite, or not a number.
+        if not np.isfinite(value):
+            return {"value": None, "low": None, "high": None}
+        found = None
+        if bounded and self.has_interval:
+            found = interval(statistic, self.drawn_RM, self.confidence)
+        return {
+            "value": value,
+            "low": found.low if found else None,
+            "high": found.high if found else None,
+        }
 
 
 @dataclasses.dataclass(frozen=True)

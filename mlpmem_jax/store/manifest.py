@@ -69,6 +69,16 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
 
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What a finished build reports for the manifest; see `Artifact.finish`."""
+
+    counts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    arrays: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    files: Sequence[str] | Mapping[str, Any] = ()
+    measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
 def _content_fingerprint(manifest: Mapping[str, Any]) -> str:
     names = ("schema_version", "kind", "recipe", "made_from", "counts", "arrays", "files")
     return fingerprint_of({name: manifest[name] for name in names})

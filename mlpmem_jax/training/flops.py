@@ -54,8 +54,7 @@ def decoder_flops_per_token(
     """
     depth = config.num_layers if num_layers is None else num_layers
     heads = config.num_heads
-    groups = heads if config.num_kv_heads == "auto" else config.num_kv_heads
-    head_width = config.width // heads if config.head_width == "auto" else config.head_width
+    groups, head_width = config.resolved_kv_heads, config.resolved_head_width
     projections = config.width * head_width * (2 * heads + 2 * groups)
     keys = window_tokens if attention == "full" else (window_tokens + 1) / 2
     mixing = 2 * heads * head_width * keys  # scores, and the sum of values
@@ -161,14 +160,15 @@ def joint_training_flops_per_token(
 
 def decoder_parameters(config: DecoderConfig, vocab_size: int) -> dict[str, int]:
     """Returns the numbers of parameters: "total" and "non_embedding" (no tables, no head)."""
-    abstract = nnx.eval_shape(lambda: Decoder(config, vocab_size, rngs=nnx.Rngs(0)))
-    return _count(abstract, ("embedding", "position", "ngrams", "head"))
+    return _count(
+        Decoder(config, vocab_size, rngs=None), ("embedding", "position", "ngrams", "head")
+    )
 
 
 def memory_parameters(config: MemoryConfig, decoder_width: int, vocab_size: int) -> dict[str, int]:
     """Returns the numbers of parameters: "total" and "non_embedding" (no table, no head)."""
-    abstract = nnx.eval_shape(lambda: Memory(config, decoder_width, vocab_size, rngs=nnx.Rngs(0)))
-    return _count(abstract, ("recent", "ngrams", "head"))
+    memory = Memory(config, decoder_width, vocab_size, rngs=None)
+    return _count(memory, ("recent", "ngrams", "head"))
 
 
 def peak_flops(device: jax.Device) -> float | None:

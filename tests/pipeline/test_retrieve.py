@@ -9,9 +9,10 @@ import pytest
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline import index, retrieve
 from mlpmem_jax.pipeline.stage import run_stages
-from mlpmem_jax.retrieval import approximate, evidence, targets
+from mlpmem_jax.retrieval import approximate, targets
 from mlpmem_jax.retrieval.distributions import LabelEvidence
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
+from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.store.arrays import open_array, read_rows
 from mlpmem_jax.store.layout import SPLITS, Layout
 from mlpmem_jax.store.shards import ShardWriter
@@ -131,10 +132,16 @@ def test_exact_neighbours_and_targets(make_run, capsys):
         assert manifest.counts["rows_with_target"] == (~is_separator).sum()
 
 
+def _evidence(layout, split):
+    label = read_labels(layout, split)
+    rows = np.flatnonzero(label != SEPARATOR)
+    return StoredKnn(layout, split, label, read_labels(layout, "train")).evidence(rows), rows
+
+
 def test_the_temperature_is_the_best_on_validation(make_run):
     layout = _run(make_run("retrieval.engine=exact"))
     made = layout.targets("train").load()
-    found, row = evidence.label_evidence(layout, "valid", SEPARATOR)
+    found, row = _evidence(layout, "valid")
     uniform = np.full(len(row), -np.log(VOCAB))
 
     def nats(tau):
@@ -411,7 +418,7 @@ def test_the_labels_probability_uses_all_neighbours(make_run):
     label = _all(layout.datastore("test"), "label")
     neighbor_label = _all(layout.datastore("train"), "label")[row]
     scored = label != SEPARATOR
-    found, rows = evidence.label_evidence(layout, "test", SEPARATOR)
+    found, rows = _evidence(layout, "test")
     np.testing.assert_array_equal(rows, np.flatnonzero(scored))
     expected = LabelEvidence(distance[scored], neighbor_label[scored], label[scored])
     np.testing.assert_allclose(found.logprob(2.0), expected.logprob(2.0), rtol=1e-4)

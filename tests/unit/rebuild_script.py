@@ -12,8 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
-from mlpmem_jax.pipeline.stage import Completion, Rebuild, Stage, run_stage
-from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.pipeline.stage import Rebuild, Stage, run_stage
+from mlpmem_jax.store.manifest import Artifact, Completion
 
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 FILE = "checkpoints/1/part"

@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 from mlpmem_jax.config.networks import DecoderConfig
-from mlpmem_jax.embedding.embed import EmbeddingSettings, embed_split
+from mlpmem_jax.embedding.blocks import EmbeddingSettings
+from mlpmem_jax.embedding.embed import embed_split
 from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.parallel.mesh import single_device_mesh

@@ -23,9 +23,9 @@ from mlpmem_jax.pipeline import (
     train,
 )
 from mlpmem_jax.pipeline.fitting import Moment, Need, check_fit, shortages
-from mlpmem_jax.pipeline.stage import Completion, Stage, run_stages
+from mlpmem_jax.pipeline.stage import Stage, run_stages
 from mlpmem_jax.retrieval import engine
-from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.manifest import Artifact, Completion
 from tests.conftest import ROOT
 
 GIB = 1 << 30

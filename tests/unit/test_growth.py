@@ -7,15 +7,14 @@ import pytest
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.evaluation.latency import retriever
-from mlpmem_jax.evaluation.timed_decoding import in_turns
+from mlpmem_jax.evaluation.timed_decoding import CompiledModel, in_turns, make_search
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.retrieval.distributions import neighbor_weights
 from mlpmem_jax.retrieval.engine import ArrayKeys
 from mlpmem_jax.retrieval.exact import ExactEngine, _MeshSearch
 from mlpmem_jax.studies.cost import slopes
 from mlpmem_jax.studies.cost.measurements import sizes
 from mlpmem_jax.studies.cost.study import summarize
-from mlpmem_jax.studies.cost.writers import CompiledModel, make_search
 
 ROWS = np.array([1000, 2000, 4000, 8000, 16_000])
 
@@ -93,9 +92,11 @@ def test_the_timed_knn_lm_draws_from_the_mixture():
     share_BK, label_BK = search(key[:5] + 0.1)
     np.testing.assert_allclose(share_BK.sum(axis=1), 0.4, rtol=1e-5)
     drawn = np.asarray(compiled.mix(logprob_BV, share_BK, label_BK))[:, 0]
-    plain = retriever(engine, label, 20, 2.0, 0.4)  # One text, in NumPy.
-    for row in range(5):
-        assert drawn[row] == plain(logprob_BV[row], key[row] + np.float32(0.1)).argmax()
+    for row in range(5):  # One text, in NumPy.
+        found = engine.search(key[row : row + 1] + np.float32(0.1), 20)
+        weight_K = neighbor_weights(found.distance_QK, 2.0)[0]
+        knn_V = np.bincount(label[found.row_QK[0]], weight_K, minlength=9) / weight_K.sum()
+        assert drawn[row] == (0.6 * np.exp(logprob_BV[row]) + 0.4 * knn_V).argmax()
 
 
 @pytest.mark.parametrize("num_queries", [1, 3, 32])

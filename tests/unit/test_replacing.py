@@ -10,8 +10,8 @@ import pytest
 
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.pipeline.plan import intention
-from mlpmem_jax.pipeline.stage import Completion, Rebuild, Stage, run_stages
-from mlpmem_jax.store.manifest import Artifact, Status
+from mlpmem_jax.pipeline.stage import Rebuild, Stage, run_stages
+from mlpmem_jax.store.manifest import Artifact, Completion, Status
 
 FILE = "checkpoints/4/state"
 REBUILDS = pytest.mark.parametrize("rebuild", list(Rebuild), ids=lambda one: one.value)

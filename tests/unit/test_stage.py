@@ -9,8 +9,8 @@ from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.parallel.preemption import RUN_ID
 from mlpmem_jax.pipeline import stopwatch
 from mlpmem_jax.pipeline.plan import intention
-from mlpmem_jax.pipeline.stage import Completion, Rebuild, Stage, run_stage, run_stages
-from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.pipeline.stage import Rebuild, Stage, run_stage, run_stages
+from mlpmem_jax.store.manifest import Artifact, Completion
 
 
 @pytest.fixture

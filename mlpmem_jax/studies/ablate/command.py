@@ -9,10 +9,11 @@ from mlpmem_jax.config.suite import SweepConfig
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.checked_json import fingerprint_of
 from mlpmem_jax.store.files import read_json, write_bytes, write_json
 from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store.manifest import Completion
 from mlpmem_jax.studies.ablate.sweeps import CONFIGURED, value_text
 from mlpmem_jax.studies.tables.rows import Row, SeedPlan, model_parts
 from mlpmem_jax.studies.tables.runner import (

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.evaluation.cells import csv_text
 from mlpmem_jax.evaluation.style import (
     COLORS,
     DASHED,
@@ -15,7 +14,14 @@ from mlpmem_jax.evaluation.style import (
     wide_figure,
     wide_title,
 )
-from mlpmem_jax.evaluation.table import bracket_text, count_text, note_lines, number, render
+from mlpmem_jax.evaluation.table import (
+    bracket_text,
+    count_text,
+    csv_text,
+    note_lines,
+    number,
+    render,
+)
 from mlpmem_jax.studies.tables.lines import (
     VERDICT_COLUMNS,
     correction_note,

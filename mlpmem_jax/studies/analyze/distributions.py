@@ -21,7 +21,7 @@ from mlpmem_jax.models.interpolation import interpolate
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.sharding import replicated
 from mlpmem_jax.retrieval.distributions import sparse_distributions
-from mlpmem_jax.retrieval.evidence import read_labels
+from mlpmem_jax.retrieval.knn_lm import read_labels
 from mlpmem_jax.store.layout import Layout, Split
 from mlpmem_jax.store.stored_array import StoredArray
 from mlpmem_jax.studies.analyze import sharpness

@@ -5,7 +5,8 @@ Same windows, same context: the distributions are those whose log-probabilities 
 labels were stored.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,9 +15,8 @@ from flax import nnx
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.corpus.windows import EmbeddingPlan
+from mlpmem_jax.embedding.blocks import EmbeddingSettings, by_window, computed_rows, in_batches
 from mlpmem_jax.models.decoder import Decoder
-from mlpmem_jax.parallel.sharding import batch_sharding, replicated
 
 
 def final_states(
@@ -38,35 +38,23 @@ def final_states(
     Yields:
         Some of the rows, ascending, and their states after the final norm, float32 [n, D].
     """
-    window, stride = config.embedding_window_tokens, config.embedding_stride_tokens
-    plan = EmbeddingPlan(tokens.num_rows, window, stride, config.attends_within)
+    settings = EmbeddingSettings.of(config)
+    plan = settings.plan(tokens.num_rows)
     graphdef, weights = nnx.split(decoder)
-    batch_size = config.datastore.batch_size
 
-    def hidden(weights: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    @jax.jit
+    def hidden(weights: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         model = nnx.merge(graphdef, weights)
         final_BWD, _ = model.hidden(batch["token"], batch.get("segment"))
         assert final_BWD is not None
-        return final_BWD
+        return {"final": by_window(settings.scored_columns(batch["offset"])(final_BWD))}
 
-    step = jax.jit(hidden, out_shardings=replicated(mesh))
-    wanted = np.unique(row_N // stride)
+    step = functools.partial(hidden, weights)
+    wanted = np.unique(row_N // settings.stride_tokens)
     with jax.set_mesh(mesh):
-        for first in range(0, len(wanted), batch_size):
-            numbers = wanted[first : first + batch_size]
-            padded = np.pad(numbers, (0, batch_size - len(numbers)), mode="edge")
-            read = plan.read(tokens, padded).items()
-            batch = {
-                name: jax.device_put(array_BW, batch_sharding(mesh))
-                for name, array_BW in read
-                if name in ("token", "segment")
-            }
-            final_BWD = step(weights, batch)
-            low, high = numbers[0] * stride, (numbers[-1] + 1) * stride
-            row = row_N[np.searchsorted(row_N, low) : np.searchsorted(row_N, high)]
-            place = np.searchsorted(numbers, row // stride)
-            column = row - plan.blocks(numbers).start[place]
-            # A power of two of places: few shapes to compile for.
-            extra = (1 << max(0, len(row) - 1).bit_length()) - len(row)
-            place_P, column_P = (np.pad(index, (0, extra)) for index in (place, column))
-            yield row, np.asarray(final_BWD[place_P, column_P])[: len(row)].astype(np.float32)
+        batches = in_batches(wanted.tolist(), settings.batch_size)
+        for computed in computed_rows(step, plan, tokens, batches, mesh):
+            for first, arrays in computed.blocks:
+                stop = first + len(arrays["final"])
+                row_n = row_N[np.searchsorted(row_N, first) : np.searchsorted(row_N, stop)]
+                yield row_n, arrays["final"][row_n - first].astype(np.float32)

@@ -11,11 +11,10 @@ import numpy as np
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors
 from mlpmem_jax.evaluation.labels import StoredSplit
 from mlpmem_jax.evaluation.memory_scores import remember
-from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes, draw_rows
-from mlpmem_jax.retrieval.evidence import read_labels
+from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
+from mlpmem_jax.retrieval.knn_lm import StoredKnn, draw_rows, read_labels
 from mlpmem_jax.stats.bootstrap import bootstrap_sums, interval
 from mlpmem_jax.stats.mixing import mixture_logprob
 from mlpmem_jax.store.layout import Layout, Split
@@ -53,7 +52,7 @@ def analyze_run(
     systems = evaluated["systems"]
     temperature = float(systems["knn"]["temperature"])
     weights = {name: float(systems[name]["interpolation"]) for name in COMPARED}
-    neighbors = LabelledNeighbors(layout, _SPLIT, stored.label_N, read_labels(layout, "train"))
+    neighbors = StoredKnn(layout, _SPLIT, stored.label_N, read_labels(layout, "train"))
     parts = {
         "knn": neighbors.logprob(stored.counts.scored_N, temperature),
         "memory": remember(config, _SPLIT, decoder, memory, mesh).logprob_N,

@@ -3,8 +3,15 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mlpmem_jax.evaluation.cells import bracket, csv_text, percent
-from mlpmem_jax.evaluation.table import note_lines, number, render, tokens_text
+from mlpmem_jax.evaluation.table import (
+    bracket_text,
+    csv_text,
+    note_lines,
+    number,
+    render,
+    share_text,
+    tokens_text,
+)
 
 Results = Mapping[str, Any]
 
@@ -104,12 +111,12 @@ def _gain_table(results: Results) -> str:
 
 
 def _gain_row(name: str, group: Results, results: Results) -> list[str]:
-    cells = [name, percent(group["token_share"]), number(group["decoder_nats"], 3)]
+    cells = [name, share_text(group["token_share"]), number(group["decoder_nats"], 3)]
     for system in results["labels"]:
         one = group[system]
         cells += [
             number(one["gain"], 3, sign=True),
-            bracket(one["gain_low"], one["gain_high"], 3),
+            bracket_text(one["gain_low"], one["gain_high"], 3),
         ]
     return cells
 
@@ -143,7 +150,7 @@ def _agreement_table(results: Results) -> str:
                 values = [None, None, None]
             value, low, high = (None if v is None else scale * v for v in values)
             unit = " %" if scale == 100 and value is not None else ""
-            row += [number(value, digits) + unit, bracket(low, high, digits)]
+            row += [number(value, digits) + unit, bracket_text(low, high, digits)]
         rows.append(row)
     return render(header, rows)
 
@@ -158,7 +165,7 @@ def _sentences(results: Results) -> Iterator[str]:
         unseen, seen = one["groups"]
         if unseen["tokens"] and seen["tokens"]:
             yield (
-                f"{one['n']}-grams seen in training are {percent(seen['token_share'])} of the "
-                f"tokens and bring {percent(seen['memory']['contribution'] / whole)} of the "
+                f"{one['n']}-grams seen in training are {share_text(seen['token_share'])} of the "
+                f"tokens and bring {share_text(seen['memory']['contribution'] / whole)} of the "
                 "memory's gain."
             )

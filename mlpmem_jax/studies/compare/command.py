@@ -8,9 +8,10 @@ from mlpmem_jax.config.suite import RowName
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.pipeline.checks import check_trained_apart
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.files import read_json, write_bytes, write_json
 from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store.manifest import Completion
 from mlpmem_jax.studies.tables.rows import SeedPlan, check_recipes, planned_row, row_recipe
 from mlpmem_jax.studies.tables.runner import (
     RowsBySeed,

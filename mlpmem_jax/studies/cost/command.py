@@ -17,9 +17,10 @@ from mlpmem_jax.pipeline.fitting import Need
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.reports import print_files, write_report
 from mlpmem_jax.pipeline.resolve import compute_dtypes
-from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.files import read_json
 from mlpmem_jax.store.layout import SPLITS, Layout, Split
+from mlpmem_jax.store.manifest import Completion
 
 NAME = "cost"
 

@@ -16,7 +16,14 @@ from etils import epath
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.evaluation.timed_decoding import in_turns
+from mlpmem_jax.evaluation.timed_decoding import (
+    CompiledModel,
+    Spent,
+    System,
+    Writer,
+    in_turns,
+    make_search,
+)
 from mlpmem_jax.parallel.hardware import check_host_memory
 from mlpmem_jax.retrieval import approximate, index_files, recall
 from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
@@ -26,7 +33,6 @@ from mlpmem_jax.retrieval.index_builder import MEASUREMENT_SEED, choose_settings
 from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
 from mlpmem_jax.store.files import check_free_space
 from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.studies.cost.writers import CompiledModel, Spent, System, Writer, make_search
 
 PLAIN = ("decoder", "memory")  # systems that search nothing
 
@@ -144,7 +150,7 @@ class Timer:
         return found
 
     def _systems(self, num_rows: int, prepared: Mapping[str, Any]) -> dict[str, System]:
-        systems = {name: System(self.models[name], None) for name in PLAIN}
+        systems = {name: System(self.models[name]) for name in PLAIN}
         for name in self.config.cost.engines:
             engine: Engine
             if name == "scann":

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from mlpmem_jax.evaluation.cells import bracket
 from mlpmem_jax.evaluation.style import (
     COLORS,
     as_png,
@@ -15,7 +14,7 @@ from mlpmem_jax.evaluation.style import (
     plain,
     title,
 )
-from mlpmem_jax.evaluation.table import number
+from mlpmem_jax.evaluation.table import bracket_text, number
 
 Results = Mapping[str, Any]
 
@@ -60,7 +59,7 @@ def _draw(axes: Any, results: Results, main: str, upper: str | None, unit: str) 
         slope = one["slopes"][main]
         words = f"{results['labels'][system]}\nslope {number(slope['slope'], 3, sign=True)}"
         if slope["low"] is not None:
-            words += f" {bracket(slope['low'], slope['high'], 3)}"
+            words += f" {bracket_text(slope['low'], slope['high'], 3)}"
         ends.append((float(value[-1]), words, color))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

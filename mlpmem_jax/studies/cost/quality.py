@@ -13,6 +13,7 @@ import jax
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.evaluation.evaluate_table import SYSTEMS
 from mlpmem_jax.evaluation.run_scores import score_run
+from mlpmem_jax.training.networks import finished_networks
 
 
 def with_rows(config: Config, num_rows: int) -> Config:
@@ -43,7 +44,7 @@ def measure_quality(
     sizes = []
     noted: dict[str, list[str]] = {}
     for rows, part in parts:
-        scored = score_run(part, mesh)
+        scored = score_run(part, *finished_networks(part, mesh), mesh).table(part)
         systems = scored["systems"]
         for note in scored["notes"]:
             noted.setdefault(note, []).append(f"{rows:,}")

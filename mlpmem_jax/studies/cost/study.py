@@ -14,16 +14,14 @@ from etils import epath
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import progress
 from mlpmem_jax.evaluation.cost import network_cost
-from mlpmem_jax.generation.interpolated import InterpolatedModel
-from mlpmem_jax.models.decoder import Site
+from mlpmem_jax.evaluation.latency import compiled_models
 from mlpmem_jax.retrieval.approximate import AH_MIN_ROWS
-from mlpmem_jax.retrieval.evidence import read_labels
+from mlpmem_jax.retrieval.knn_lm import read_labels
 from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.studies.cost import slopes
 from mlpmem_jax.studies.cost.measurements import PLAIN, Timer, sizes
-from mlpmem_jax.studies.cost.writers import CompiledModel
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
-from mlpmem_jax.training.networks import finished_decoder, finished_memory, separator_id
+from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 SCHEMA_VERSION = 1
 LABELS = {
@@ -106,28 +104,7 @@ def _timer(
     """Returns the timer, and the bytes of the parameters of both models."""
     layout = Layout(config)
     decoder, memory = finished_decoder(config, mesh), finished_memory(config, mesh)
-    site = {
-        name: Site.of(getattr(config.datastore, name), config.decoder.num_layers)
-        for name in ("key", "input")
-    }
     systems = evaluated["systems"]
-    knn_weight = float(systems["knn"]["interpolation"])
-    has_gate = config.memory.gate == "learned"
-    models = {
-        name: CompiledModel(
-            InterpolatedModel(
-                decoder,
-                each,
-                site=site["input"],
-                weight=None if has_gate else float(systems["memory"]["interpolation"]),
-                separator=separator_id(config),
-                mesh=mesh,
-            ),
-            site["key"],
-            knn_weight,
-        )
-        for name, each in zip(PLAIN, (None, memory), strict=True)
-    }
     vocab = decoder.vocab_size
     alone = network_cost(decoder, decoder_parameters(config.decoder, vocab))["parameter_bytes"]
     counts = memory_parameters(config.memory, config.decoder.width, vocab)
@@ -136,10 +113,10 @@ def _timer(
         config,
         mesh,
         path,
-        models,
+        compiled_models(config, decoder, memory, systems, mesh),
         train_label=read_labels(layout, "train"),
         temperature=float(systems["knn"]["temperature"]),
-        weight=knn_weight,
+        weight=float(systems["knn"]["interpolation"]),
     )
     return timer, {"decoder": alone, "memory": both}
 

@@ -4,8 +4,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.evaluation.cells import bracket, csv_text
-from mlpmem_jax.evaluation.table import note_lines, number, render
+from mlpmem_jax.evaluation.table import bracket_text, csv_text, note_lines, number, render
 from mlpmem_jax.units import human_bytes
 
 Results = Mapping[str, Any]
@@ -153,7 +152,7 @@ def _slope_table(results: Results) -> str:
 
 
 def _slope_cells(slope: Mapping[str, Any]) -> list[str]:
-    shown = "" if slope["low"] is None else bracket(slope["low"], slope["high"], 3)
+    shown = "" if slope["low"] is None else bracket_text(slope["low"], slope["high"], 3)
     return [number(slope["slope"], 3, sign=True), shown]
 
 

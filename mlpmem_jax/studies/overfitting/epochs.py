@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.evaluation.cells import csv_text
 from mlpmem_jax.evaluation.style import (
     COLORS,
     INK,
@@ -16,7 +15,15 @@ from mlpmem_jax.evaluation.style import (
     wide_figure,
     wide_title,
 )
-from mlpmem_jax.evaluation.table import DASH, bracket_text, note_lines, number, paragraph, render
+from mlpmem_jax.evaluation.table import (
+    DASH,
+    bracket_text,
+    csv_text,
+    note_lines,
+    number,
+    paragraph,
+    render,
+)
 from mlpmem_jax.studies.tables.draws import Family
 from mlpmem_jax.studies.tables.lines import (
     VERDICT_COLUMNS,

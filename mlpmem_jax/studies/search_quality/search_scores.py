@@ -3,71 +3,51 @@
 The stored neighbours of these splits are exact in every run; here the engine of a setting
 searches for them again.
 
-Suffixes: N rows of a split, Q rows of a batch, K neighbours.
+Suffixes: N rows of a split, Q rows of a batch.
 """
 
-import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 
-from mlpmem_jax.evaluation.knn_lm import tuning_rows
-from mlpmem_jax.evaluation.labels import StoredSplit
-from mlpmem_jax.retrieval.distributions import LabelEvidence
-from mlpmem_jax.retrieval.engine import Engine, StoredKeys
-from mlpmem_jax.retrieval.merge import Neighbors
-from mlpmem_jax.retrieval.temperature import Tuned, tune
-from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.retrieval.engine import Engine, StoredKeys, row_ranges
+from mlpmem_jax.retrieval.knn_lm import KnnLm, Part
+from mlpmem_jax.store.manifest import Artifact
 
 
-@dataclasses.dataclass(frozen=True)
-class SearchedKnn:
+class SearchedKnn(KnnLm):
     """Searches the rows of a split as they are needed; keeps no neighbours.
 
-    Attributes:
+    Args:
         engine: What searches.
-        layout: The run.
+        datastore: The split's rows.
+        label_N: Their labels.
         train_label: Label of each training row.
         num_neighbors: K.
         query_batch: Rows searched at once.
     """
 
-    engine: Engine
-    layout: Layout
-    train_label: np.ndarray
-    num_neighbors: int
-    query_batch: int
+    def __init__(
+        self,
+        engine: Engine,
+        datastore: Artifact,
+        label_N: np.ndarray,
+        train_label: np.ndarray,
+        num_neighbors: int,
+        query_batch: int,
+    ):
+        super().__init__(datastore.path, label_N, train_label)
+        self._engine = engine
+        self._datastore = datastore
+        self._num_neighbors = num_neighbors
+        self._query_batch = query_batch
 
-    def _evidence(
-        self, split: Split, row_N: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, Neighbors, np.ndarray]]:
-        """Yields rows, their neighbours and the neighbours' labels."""
-        keys = StoredKeys(self.layout.datastore(split))
-        for start in range(0, keys.num_rows, self.query_batch):
-            stop = min(start + self.query_batch, keys.num_rows)
-            first, last = np.searchsorted(row_N, (start, stop))
-            row_Q = row_N[first:last]
+    def parts(self, row_N: np.ndarray) -> Iterator[Part]:
+        """Yields the neighbours of rows (ascending), as they are found."""
+        keys = StoredKeys(self._datastore)
+        for read in row_ranges(keys.num_rows, self._query_batch):
+            row_Q = row_N[slice(*np.searchsorted(row_N, (read.start, read.stop)))]
             if len(row_Q):
-                query_QD = keys.read(start, stop)[row_Q - start]
-                found = self.engine.search(query_QD, self.num_neighbors)
-                yield row_Q, found, self.train_label[np.maximum(found.row_QK, 0)]
-
-    def tune(self, stored: StoredSplit, most_rows: int | None, seed: int) -> Tuned:
-        """Chooses τ and λ on validation, as `evaluate` does."""
-        row_N = tuning_rows(stored.counts.scored_N, most_rows, seed)
-        parts = list(self._evidence("valid", row_N))
-        evidence = LabelEvidence(
-            np.concatenate([found.distance_QK for _, found, _ in parts]),
-            np.concatenate([label_QK for _, _, label_QK in parts]),
-            stored.label_N[row_N],
-        )
-        return tune(evidence, stored.logprob_N[row_N])
-
-    def logprob(self, split: Split, stored: StoredSplit, temperature: float) -> np.ndarray:
-        """Returns float64 [N] log p_kNN(label); -inf where none has it, or not scored."""
-        logprob_N = np.full(len(stored.label_N), -np.inf)
-        row_N = np.flatnonzero(stored.counts.scored_N)
-        for row_Q, found, label_QK in self._evidence(split, row_N):
-            evidence = LabelEvidence(found.distance_QK, label_QK, stored.label_N[row_Q])
-            logprob_N[row_Q] = evidence.logprob(temperature)
-        return logprob_N
+                query_QD = keys.read(read.start, read.stop)[row_Q - read.start]
+                found = self._engine.search(query_QD, self._num_neighbors)
+                yield row_Q, found.distance_QK, self._labels(found.row_QK)

@@ -16,21 +16,22 @@ from mlpmem_jax.config.studies import SearchSetting
 from mlpmem_jax.console import say
 from mlpmem_jax.evaluation.evaluate_table import SplitScores, chosen_weight, drawn_nats
 from mlpmem_jax.evaluation.labels import StoredSplit
+from mlpmem_jax.evaluation.memory_scores import remember
 from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
-from mlpmem_jax.evaluation.run_scores import EVALUATED, remembered_splits
+from mlpmem_jax.evaluation.run_scores import EVALUATED
 from mlpmem_jax.retrieval import recall
 from mlpmem_jax.retrieval.engine import Engine, StoredKeys
-from mlpmem_jax.retrieval.evidence import read_labels
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
+from mlpmem_jax.retrieval.knn_lm import read_labels
 from mlpmem_jax.retrieval.merge import drop_own_row
 from mlpmem_jax.retrieval.temperature import temperature_notes, weight_notes
-from mlpmem_jax.stats.bootstrap import Draws, interval
+from mlpmem_jax.stats.bootstrap import Draws, PairedSums
 from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
 from mlpmem_jax.store.layout import Layout, Split
 from mlpmem_jax.studies.search_quality.divergence import compare_neighbors
 from mlpmem_jax.studies.search_quality.search_scores import SearchedKnn
 from mlpmem_jax.studies.search_quality.settings import reference_of, with_setting
-from mlpmem_jax.training.networks import finished_decoder
+from mlpmem_jax.training.networks import finished_networks
 
 SCHEMA_VERSION = 1
 MEASURED = ("knn", "memory")
@@ -115,16 +116,21 @@ class _Study:
 
     def _knn(self, config: Config, engine: Engine) -> dict[str, Any]:
         retrieval = config.retrieval
-        searched = SearchedKnn(
-            engine,
-            Layout(config),
-            self.train_label,
-            retrieval.num_neighbors,
-            retrieval.query_batch,
-        )
-        tuned = searched.tune(self.stored["valid"], config.evaluate.knn_valid_rows, config.seed)
+        searched = {
+            split: SearchedKnn(
+                engine,
+                Layout(config).datastore(split),
+                one.label_N,
+                self.train_label,
+                retrieval.num_neighbors,
+                retrieval.query_batch,
+            )
+            for split, one in self.stored.items()
+        }
+        valid, most = self.stored["valid"], config.evaluate.knn_valid_rows
+        tuned = searched["valid"].tune(valid.counts.scored_N, valid.logprob_N, most, config.seed)
         part_N = {
-            split: searched.logprob(split, one, tuned.temperature)
+            split: searched[split].logprob(one.counts.scored_N, tuned.temperature)
             for split, one in self.stored.items()
         }
         return self._scores("knn", part_N) | {
@@ -133,8 +139,8 @@ class _Study:
         }
 
     def _memory(self, config: Config) -> dict[str, Any]:
-        decoder = finished_decoder(config, self.mesh)
-        remembered = remembered_splits(config, decoder, self.mesh)
+        networks = finished_networks(config, self.mesh)
+        remembered = {s: remember(config, s, *networks, self.mesh) for s in EVALUATED}
         part_N = {split: one.logprob_N for split, one in remembered.items()}
         return self._scores("memory", part_N, {s: one.weight for s, one in remembered.items()})
 
@@ -204,7 +210,12 @@ def summarize(
             drawn.append(np.asarray(one[system][BY_DRAW]))
     values_DM = np.stack([*values, counts.tokens_D.astype(np.float64)], axis=1)
     drawn.append(draws.sums(counts.tokens_C[:, None])[:, 0])
-    sums_RM = np.stack(drawn, axis=1)
+    paired = PairedSums(
+        values_DM.sum(axis=0),
+        np.stack(drawn, axis=1),
+        config.evaluate.confidence,
+        has_interval=counts.num_clusters > 1,
+    )
 
     def difference(first: str, second: str) -> dict[str, float | None]:
         a, b = column[first], column[second]
@@ -212,14 +223,8 @@ def summarize(
         def statistic(sums: np.ndarray) -> np.ndarray:
             return np.asarray((sums[..., a] - sums[..., b]) / sums[..., -1])
 
-        value = float(statistic(values_DM.sum(axis=0)))
-        wanted = counts.num_clusters > 1 and a != b
-        bounds = interval(statistic, sums_RM, config.evaluate.confidence) if wanted else None
-        return {
-            "nats": value,
-            "low": bounds.low if bounds else None,
-            "high": bounds.high if bounds else None,
-        }
+        number = paired.number(statistic, bounded=a != b)
+        return {"nats": number["value"], "low": number["low"], "high": number["high"]}
 
     settings = []
     for one in found:

@@ -3,8 +3,14 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mlpmem_jax.evaluation.cells import bracket, csv_text
-from mlpmem_jax.evaluation.table import note_lines, number, render, tokens_text
+from mlpmem_jax.evaluation.table import (
+    bracket_text,
+    csv_text,
+    note_lines,
+    number,
+    render,
+    tokens_text,
+)
 
 Results = Mapping[str, Any]
 
@@ -95,7 +101,7 @@ def _nats_table(results: Results) -> str:
             else:
                 row += [
                     number(against["nats"], 4, sign=True),
-                    bracket(against["low"], against["high"], 4),
+                    bracket_text(against["low"], against["high"], 4),
                 ]
         rows.append(row)
     return render(header, rows)

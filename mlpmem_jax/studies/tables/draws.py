@@ -10,11 +10,16 @@ from typing import Any
 import numpy as np
 
 from mlpmem_jax.evaluation.systems import SplitParts, System
-from mlpmem_jax.stats.bootstrap import Draws, Simultaneous, interval, simultaneous
+from mlpmem_jax.stats.bootstrap import (
+    Draws,
+    Number,
+    PairedSums,
+    Simultaneous,
+    Statistic,
+    simultaneous,
+)
 from mlpmem_jax.stats.nested import sum_nats
 
-Number = dict[str, Any]
-Statistic = Callable[[np.ndarray], np.ndarray]
 Pair = tuple[str, str]
 # Rows, with their numbers, to the pairs (row, against) that verdicts are given on.
 Family = Callable[[Sequence[Mapping[str, Any]]], Collection[Pair]]
@@ -82,7 +87,6 @@ class DrawnSums:
         kept_C = np.ones(len(tokens_C), bool)
         if without_largest and len(tokens_C) > 1:
             kept_C[np.argmax(tokens_C)] = False
-        self._has_interval = np.count_nonzero(kept_C) > 1
         drawn = draws_of(int(kept_C.sum()), settings, split)
         row_N = kept_C[counts.scored_cluster_N]
         cluster_N = (np.cumsum(kept_C) - 1)[counts.scored_cluster_N[row_N]]
@@ -96,9 +100,13 @@ class DrawnSums:
                 totals.append(counts.by_cluster(nats[seed][key])[kept_C].sum())
                 logp_MN = parts[seed].scored(system)[:, row_N]
                 columns.append(sum_nats(logp_MN, cluster_N, weights[seed][key], drawn))
-        self._total_M = np.array([*totals, tokens_C[kept_C].sum()])
         tokens_R = drawn.sums(tokens_C[kept_C][:, None])[:, 0]
-        self._sums_RM = np.stack([*columns, tokens_R], axis=1)
+        self._sums = PairedSums(
+            np.array([*totals, tokens_C[kept_C].sum()]),
+            np.stack([*columns, tokens_R], axis=1),
+            settings.confidence,
+            has_interval=int(np.count_nonzero(kept_C)) > 1,
+        )
 
     def mean_nats(self, sums: np.ndarray, key: str, seeds: Sequence[int]) -> np.ndarray:
         """Returns nats per token of a row, the mean over seeds, for sums [..., M]."""
@@ -107,18 +115,7 @@ class DrawnSums:
 
     def number(self, statistic: Statistic) -> Number:
         """Returns a statistic and its interval; None where it is not defined."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            value = float(statistic(self._total_M))
-        # Without a probability left for some label it is infinite, or not a number.
-        if not np.isfinite(value):
-            return {"value": None, "low": None, "high": None}
-        level = self.settings.confidence
-        found = interval(statistic, self._sums_RM, level) if self._has_interval else None
-        return {
-            "value": value,
-            "low": found.low if found else None,
-            "high": found.high if found else None,
-        }
+        return self._sums.number(statistic)
 
     def nats(self, key: str, seeds: Sequence[int]) -> Number:
         """Returns nats per token."""
@@ -137,9 +134,9 @@ class DrawnSums:
         """Returns intervals that hold for all pairs together, of those that have one each."""
         level = 1 - (1 - self.settings.confidence) / self.settings.tables
         known: dict[Pair, tuple[float, np.ndarray]] = {}
-        for pair in family if self._has_interval else ():
-            value = float(self._difference(self._total_M, *pair, self.seeds))
-            drawn_R = self._difference(self._sums_RM, *pair, self.seeds)
+        for pair in family if self._sums.has_interval else ():
+            value = float(self._difference(self._sums.total_M, *pair, self.seeds))
+            drawn_R = self._difference(self._sums.drawn_RM, *pair, self.seeds)
             if np.isfinite(value) and np.isfinite(drawn_R).all():
                 known[pair] = value, drawn_R
         if not known:

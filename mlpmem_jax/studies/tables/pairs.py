@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from mlpmem_jax.evaluation.systems import System
-from mlpmem_jax.stats.bootstrap import Simultaneous
-from mlpmem_jax.studies.tables.draws import DrawnSums, Number, Pair
+from mlpmem_jax.stats.bootstrap import Number, Simultaneous
+from mlpmem_jax.studies.tables.draws import DrawnSums, Pair
 
 
 def compared_pairs(

@@ -10,9 +10,9 @@ from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.resolve import Network, compute_dtypes
-from mlpmem_jax.pipeline.stage import Completion, Stage
+from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.layout import Layout, Split
-from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.studies.tables.variants import Variant
 
 SCORED: tuple[Split, ...] = ("valid", "test")
@@ -135,8 +135,7 @@ def _need_by_index(config: Config, split: Split, machine: Machine, count: RowCou
 def _find(config: Config, split: Split, exact: Any) -> Completion:
     from mlpmem_jax.retrieval.targets import keep_neighbors
 
-    made = keep_neighbors(config, split, exact, by_index=True)
-    return Completion(counts=made.counts, arrays=made.arrays, measured=made.measured)
+    return keep_neighbors(config, split, exact, by_index=True)
 
 
 def _chunking(config: Config) -> dict[str, int]:
@@ -207,23 +206,16 @@ def _score(part: Part, split: Split) -> Completion:
     if part.kind == "decoder":
         mesh = make_mesh(config.mesh)
         decoder = finished_decoder(config, mesh, part.step)
-        scored = row_scores.score_decoder(config, decoder, split, artifact, mesh)
-    elif part.kind == "memory":
+        return row_scores.score_decoder(config, decoder, split, artifact, mesh)
+    if part.kind == "memory":
         mesh = make_mesh(config.mesh)
         memory = finished_memory(config, mesh, part.step)
-        scored = row_scores.score_memory_alone(config, memory, split, artifact, mesh)
-    elif part.kind in ("joint", "mixture"):
+        return row_scores.score_memory_alone(config, memory, split, artifact, mesh)
+    if part.kind in ("joint", "mixture"):
         mesh = make_mesh(config.mesh)
-        scored = row_scores.score_mixture(config, split, artifact, mesh, part.step)
-    else:
-        temperature = None
-        if split == "test":
-            temperature = float(part.scores("valid").load().counts["temperature"])
-        scored = row_scores.score_knn(
-            config,
-            split,
-            artifact,
-            by_index=part.kind == "knn_by_index",
-            temperature=temperature,
-        )
-    return Completion(counts=scored.counts, arrays=scored.arrays)
+        return row_scores.score_mixture(config, split, artifact, mesh, part.step)
+    temperature = None
+    if split == "test":
+        temperature = float(part.scores("valid").load().counts["temperature"])
+    by_index = part.kind == "knn_by_index"
+    return row_scores.score_knn(config, split, artifact, by_index=by_index, temperature=temperature)

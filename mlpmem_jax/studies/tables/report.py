@@ -4,12 +4,12 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.evaluation.cells import csv_text
 from mlpmem_jax.evaluation.table import (
     DASH,
     bracket_text,
     cluster_word,
     count_text,
+    csv_text,
     note_lines,
     number,
     render,

@@ -4,7 +4,6 @@ without running a network again.
 Suffix: N rows of the split.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,33 +12,26 @@ import numpy as np
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.embedding.embed import EmbeddingSettings, embed_split
-from mlpmem_jax.evaluation.knn_lm import LabelledNeighbors, tune_knn_lm
+from mlpmem_jax.embedding.blocks import EmbeddingSettings
+from mlpmem_jax.embedding.embed import embed_split
 from mlpmem_jax.evaluation.labels import whole_array
-from mlpmem_jax.evaluation.memory_lm import SplitRows, score_memory
+from mlpmem_jax.evaluation.memory_lm import score_memory
 from mlpmem_jax.evaluation.memory_scores import remember
+from mlpmem_jax.input.rows import StoredRows
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.retrieval.evidence import read_labels
+from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.stats.mixing import mixture_logprob
 from mlpmem_jax.store.layout import Layout, Split
-from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.store.shards import ShardWriter
 from mlpmem_jax.training.interpolation import at_step
 from mlpmem_jax.training.networks import finished_decoder, finished_memory, finished_networks
 
 
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """What the manifest of finished scores says."""
-
-    counts: Mapping[str, Any]
-    arrays: Mapping[str, Any]
-
-
 def score_decoder(
     config: Config, decoder: Decoder, split: Split, artifact: Artifact, mesh: jax.sharding.Mesh
-) -> Scored:
+) -> Completion:
     """Scores a decoder with the windows of `embed`; finished shards are skipped.
 
     Args:
@@ -51,32 +43,26 @@ def score_decoder(
     """
     layout = Layout(config)
     tokens = TokenSplit.open(layout.tokens, split)
-    settings = EmbeddingSettings(
-        states={},
-        within=config.attends_within,
-        window_tokens=config.embedding_window_tokens,
-        stride_tokens=config.embedding_stride_tokens,
-        batch_size=config.datastore.batch_size,
-    )
+    settings = EmbeddingSettings.of(config)
     specs = layout.scores_arrays()
     name = f"score {artifact.relative.removeprefix('scores/')}"
     arrays = embed_split(decoder, tokens, artifact, specs, settings, mesh, name)
-    return Scored({"rows": tokens.num_rows}, arrays)
+    return Completion({"rows": tokens.num_rows}, arrays)
 
 
 def score_memory_alone(
     config: Config, memory: Memory, split: Split, artifact: Artifact, mesh: jax.sharding.Mesh
-) -> Scored:
+) -> Completion:
     """Scores a memory on the stored inputs of its datastore."""
     layout = Layout(config)
     tokens = TokenSplit.open(layout.tokens, split)
-    source = SplitRows(
+    source = StoredRows(
         layout,
         split,
         config.datastore.chunk_rows,
-        config.evaluate.batch_size,
         tokens.separator_id,
-        num_recent=config.memory.num_read_tokens,
+        config.memory.num_read_tokens,
+        batch_size=config.evaluate.batch_size,
         with_targets=False,
     )
     decoder = finished_decoder(config, mesh) if config.memory.reads_decoder else None
@@ -91,7 +77,7 @@ def score_mixture(
     artifact: Artifact,
     mesh: jax.sharding.Mesh,
     step: int | None = None,
-) -> Scored:
+) -> Completion:
     """Scores decoder and memory mixed by the λ that they were trained with.
 
     Args:
@@ -121,7 +107,7 @@ def score_mixture(
 
 def score_knn(
     config: Config, split: Split, artifact: Artifact, *, by_index: bool, temperature: float | None
-) -> Scored:
+) -> Completion:
     """Scores the kNN distribution over all K neighbours.
 
     Args:
@@ -136,14 +122,14 @@ def score_knn(
     label_N = read_labels(layout, split)
     train_label = read_labels(layout, "train")
     found = layout.neighbors_by_index(split) if by_index else layout.neighbors(split)
-    neighbors = LabelledNeighbors(layout, split, label_N, train_label, artifact=found)
+    neighbors = StoredKnn(layout, split, label_N, train_label, artifact=found)
     separator_id = TokenSplit.open(layout.tokens, split).separator_id
     scored_N = label_N != separator_id
     counts: dict[str, Any] = {}
     if temperature is None:
         decoder_N = whole_array(layout.datastore(split), "logprob")
         most = config.evaluate.knn_valid_rows
-        tuned = tune_knn_lm(neighbors, scored_N, decoder_N, most, config.seed)
+        tuned = neighbors.tune(scored_N, decoder_N, most, config.seed)
         temperature = tuned.temperature
         counts["temperature_at_bound"] = tuned.at_bound
     # No neighbour of a row may hold its label: −inf, which is a score like any other.
@@ -158,11 +144,11 @@ def _written(
     logprob_N: np.ndarray,
     label_N: np.ndarray,
     counts: Mapping[str, Any],
-) -> Scored:
+) -> Completion:
     writer = ShardWriter(
         artifact.path, layout.scores_arrays(), len(label_N), refuse_non_finite=False
     )
     for rows in writer.own_rows():
         part = {"logprob": logprob_N[rows].astype(np.float32), "label": label_N[rows]}
         writer.put(rows.start, part)
-    return Scored({"rows": len(label_N), **counts}, writer.close())
+    return Completion({"rows": len(label_N), **counts}, writer.close())

@@ -171,27 +171,34 @@ class SeedPlan:
 
     def of_equal_size(self) -> Part:
         """A decoder with the parameters of decoder and memory together, on the same tokens."""
-        from mlpmem_jax.studies.tables.sizes import count_decoder, count_memory, decoder_shape
+        from mlpmem_jax.studies.tables.sizes import decoder_shape
+        from mlpmem_jax.training.flops import decoder_parameters
 
         config = self.base.config
-        wanted = count_decoder(config.decoder, self.vocab_size)
-        wanted += count_memory(config.memory, config.decoder.width, self.vocab_size)
+        wanted = decoder_parameters(config.decoder, self.vocab_size)["total"]
+        wanted += self._memory_parameters()
         tolerance = self.config.compare.parameter_tolerance
         _, overrides = decoder_shape(config.decoder, self.vocab_size, wanted, tolerance)
         return self._decoder(overrides, "equal-size")
 
     def small_lm(self) -> Part:
         """A decoder with the parameters of the memory, trained for the flops that it cost."""
-        from mlpmem_jax.studies.tables.sizes import count_memory, decoder_shape
+        from mlpmem_jax.studies.tables.sizes import decoder_shape
 
         config = self.base.config
-        wanted = count_memory(config.memory, config.decoder.width, self.vocab_size)
+        wanted = self._memory_parameters()
         tolerance = self.config.compare.parameter_tolerance
         _, overrides = decoder_shape(config.decoder, self.vocab_size, wanted, tolerance)
         shaped = changed_variant(without_memory(self.base), overrides, "small").config
         num_steps = self.extra_flops() / _flops_per_step(shaped, self.vocab_size)
         overrides["pretrain.num_steps"] = max(1, round(num_steps))
         return self._decoder(overrides, "small")
+
+    def _memory_parameters(self) -> int:
+        from mlpmem_jax.training.flops import memory_parameters
+
+        config = self.base.config
+        return memory_parameters(config.memory, config.decoder.width, self.vocab_size)["total"]
 
     def _decoder(self, overrides: dict[str, Any], label: str) -> Part:
         config = self.base.config

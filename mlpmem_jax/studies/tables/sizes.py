@@ -1,8 +1,4 @@
-"""Shapes of a wanted number of parameters: controls of equal size.
-
-Parameters are counted by formula, because hundreds of shapes are tried and to trace a
-network takes long; a test holds the formulas against the networks.
-"""
+"""Shapes of a wanted number of parameters: controls of equal size."""
 
 import dataclasses
 import math
@@ -12,7 +8,7 @@ from typing import Any
 from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.models import layers
-from mlpmem_jax.models.ngrams import num_table_parameters
+from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
 
 _MOST_BLOCKS = 256
 
@@ -67,7 +63,7 @@ def decoder_shape(
         return config.model_copy(update=update)
 
     def count(width: int, num_layers: int) -> int:
-        return count_decoder(changed(width, num_layers), vocab_size)
+        return decoder_parameters(changed(width, num_layers), vocab_size)["total"]
 
     shape = _nearest_shape(
         count, config.width, config.num_layers, step, wanted, tolerance, "decoder"
@@ -93,12 +89,13 @@ def memory_shape(
         input_width: D.
         vocab_size: V.
     """
-    wanted = count_memory(config, input_width, vocab_size)
+    wanted = memory_parameters(config, input_width, vocab_size)["total"]
     proportion = layers.ffn_width(config.ffn_width, config.width, config.block) / config.width
 
     def count(width: int, hidden: int) -> int:
         update = {"width": width, "ffn_width": hidden, "num_layers": num_layers}
-        return count_memory(config.model_copy(update=update), input_width, vocab_size)
+        tried = config.model_copy(update=update)
+        return memory_parameters(tried, input_width, vocab_size)["total"]
 
     best, best_rank = (config.width, 1), math.inf
     step = 8 if config.width % 8 == 0 else 1
@@ -171,52 +168,3 @@ def _shapes(
 def _widths(width: int, step: int) -> range:
     """Returns the widths to try, ascending: from an eighth of the width to four times it."""
     return range(max(step, width // 8 // step * step), max(2 * step, 4 * width) + 1, step)
-
-
-def count_decoder(config: DecoderConfig, vocab_size: int) -> int:
-    """Returns the parameters of a decoder, embeddings and head included."""
-    width, heads, biases = config.width, config.num_heads, config.biases == "all"
-    groups = heads if config.num_kv_heads == "auto" else config.num_kv_heads
-    head_width = width // heads if config.head_width == "auto" else config.head_width
-    projections = width * head_width * (2 * heads + 2 * groups)
-    if config.biases != "none":
-        projections += head_width * (heads + 2 * groups)
-    if biases:
-        projections += width
-    hidden = layers.ffn_width(config.ffn_width, width, config.activation)
-    block = projections + 2 * _norm(width, biases) + _ffn(width, hidden, config.activation, biases)
-    tables = layers.padded_vocab_size(vocab_size) * width * (2 if config.head == "untied" else 1)
-    if config.positions == "learned":
-        tables += config.context_tokens * width
-    tables += num_table_parameters(config)
-    tables += len(config.ngram_orders) * config.ngram_width * width
-    return tables + config.num_layers * block + _norm(width, biases)
-
-
-def count_memory(config: MemoryConfig, decoder_width: int, vocab_size: int) -> int:
-    """Returns the parameters of a memory, its head and its own tables included."""
-    width, biases = config.width, config.block == "gelu"
-    input_width = config.input_width(decoder_width)
-    hidden = layers.ffn_width(config.ffn_width, width, config.block)
-    block = _norm(width, biases) + _ffn(width, hidden, config.block, biases)
-    total = config.num_layers * block + _norm(width, biases)
-    if config.input_norm == "rms":
-        total += input_width
-    if input_width != width:
-        total += input_width * width
-    if config.head == "untied":
-        total += layers.padded_vocab_size(vocab_size) * width
-    if config.gate == "learned":
-        total += input_width + 1
-    if config.recent_tokens and config.recent_table == "own":
-        total += layers.padded_vocab_size(vocab_size) * config.table_width(decoder_width)
-    return total + num_table_parameters(config)
-
-
-def _norm(width: int, bias: bool) -> int:
-    return 2 * width if bias else width
-
-
-def _ffn(width: int, hidden: int, activation: str, biases: bool) -> int:
-    into = 2 if activation == "swiglu" else 1
-    return (into + 1) * width * hidden + (into * hidden + width if biases else 0)

@@ -1,0 +1,160 @@
+"""The loop of all commands that run a decoder over a split: windows in, rows of blocks out.
+
+While the devices compute a batch, the host takes the results of the one before.
+
+Suffixes: B windows of a batch, W tokens of a window, R rows that a window scores, P positions of
+a batch.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.corpus.tokens import TokenSplit
+from mlpmem_jax.corpus.windows import EmbeddingPlan
+from mlpmem_jax.input.feed import local_positions, to_devices
+from mlpmem_jax.models.decoder import Site
+from mlpmem_jax.parallel.sharding import constrain
+from mlpmem_jax.parallel.sharing import dealt, local_rows, whole
+
+BlockStep = Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingSettings:
+    """How rows are made.
+
+    Attributes:
+        states: Name of an array ("key", "input") to the state that it holds.
+        within: Whether attention stays within documents.
+        window_tokens: Tokens that the decoder reads at once, W.
+        stride_tokens: Rows that a window scores, R.
+        batch_size: Windows embedded at once, over all devices.
+    """
+
+    states: Mapping[str, Site]
+    within: bool
+    window_tokens: int
+    stride_tokens: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, config: Config, names: Iterable[str] = ()) -> "EmbeddingSettings":
+        """Returns the settings of a configuration that stores arrays of these names."""
+        store = config.datastore
+        return cls(
+            states={
+                name: Site.of(getattr(store, name), config.decoder.num_layers)
+                for name in ("key", "input")
+                if name in names
+            },
+            within=config.attends_within,
+            window_tokens=config.embedding_window_tokens,
+            stride_tokens=config.embedding_stride_tokens,
+            batch_size=store.batch_size,
+        )
+
+    def plan(self, num_rows: int) -> EmbeddingPlan:
+        """Returns the windows of a split of this many rows."""
+        return EmbeddingPlan(num_rows, self.window_tokens, self.stride_tokens, self.within)
+
+    def scored_columns(self, offset_B: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        """Returns a function that takes, of arrays [B, W, …], the R columns that a window scores.
+
+        Args:
+            offset_B: First of those columns in each window.
+        """
+        offset_R = jnp.arange(self.stride_tokens, dtype=jnp.int32)
+        column_BR = jnp.minimum(offset_B[:, None] + offset_R, self.window_tokens - 1)
+
+        def scored(array_BW: jax.Array) -> jax.Array:
+            index = column_BR.reshape(*column_BR.shape, *(1,) * (array_BW.ndim - 2))
+            return jnp.take_along_axis(array_BW, index, axis=1)
+
+        return scored
+
+
+class ComputedRows(NamedTuple):
+    """Rows of a batch of blocks.
+
+    Attributes:
+        num_rows: Rows that all processes take of this batch.
+        blocks: For each block that this process takes, its first row and the arrays of its rows.
+    """
+
+    num_rows: int
+    blocks: list[tuple[int, dict[str, np.ndarray]]]
+
+
+def computed_rows(
+    step: BlockStep,
+    plan: EmbeddingPlan,
+    tokens: TokenSplit,
+    batches: Iterable[np.ndarray],
+    mesh: jax.sharding.Mesh,
+    *,
+    own_P: np.ndarray | None = None,
+    num_recent: int = 0,
+) -> Iterator[ComputedRows]:
+    """Yields the rows of blocks on the host, batch by batch.
+
+    Args:
+        step: Jitted; arrays of windows [B, W, …] to arrays of rows [B, R, …].
+        plan: The windows.
+        tokens: The split.
+        batches: Numbers of blocks, int64 [B] each; negative: none.
+        mesh: Devices; the caller has set it.
+        own_P: Positions of a batch that this process takes, on its own devices; None: every
+            process takes all.
+        num_recent: Recent tokens that `step` reads of each token; 0: none.
+    """
+    for number_B, rows in _computed(step, plan, tokens, batches, mesh, num_recent):
+        own_B = number_B if own_P is None else number_B[own_P]
+        host = {
+            name: whole(array) if own_P is None else local_rows(array, own_P)
+            for name, array in rows.items()
+        }
+        taken = np.flatnonzero(own_B >= 0)
+        part = plan.blocks(own_B[taken])
+        blocks = [
+            (int(row), {name: array[place, :count] for name, array in host.items()})
+            for place, row, count in zip(taken, part.row, part.count, strict=True)
+        ]
+        yield ComputedRows(int(plan.blocks(number_B[number_B >= 0]).count.sum()), blocks)
+
+
+def in_batches(blocks: Sequence[int], batch_size: int) -> list[np.ndarray]:
+    """Cuts block numbers into batches of one size, int64 [B]; the last is filled with -1."""
+    return dealt([(0, blocks)], np.zeros(batch_size, np.int64))
+
+
+def by_window(array_BX: jax.Array) -> jax.Array:
+    """Lays rows out as the windows are: each process can then take its own."""
+    return constrain(array_BX, "batch", *(None,) * (array_BX.ndim - 1))
+
+
+def _computed(
+    step: BlockStep,
+    plan: EmbeddingPlan,
+    tokens: TokenSplit,
+    batches: Iterable[np.ndarray],
+    mesh: jax.sharding.Mesh,
+    num_recent: int,
+) -> Iterator[tuple[np.ndarray, dict[str, jax.Array]]]:
+    """Yields block numbers with their rows, one batch behind what is being computed."""
+    before: tuple[np.ndarray, dict[str, jax.Array]] | None = None
+    for number_B in batches:
+        position_P = local_positions(mesh, len(number_B))
+        local = plan.read(tokens, np.maximum(number_B[position_P], 0), num_recent)
+        batch = to_devices(local, mesh, position_P, len(number_B))
+        dispatched = (number_B, step(batch))
+        if before is not None:
+            yield before
+        before = dispatched
+    if before is not None:
+        yield before
