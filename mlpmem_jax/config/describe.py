@@ -17,7 +17,7 @@ _INTRODUCTION = """\
 
 A run is configured by one YAML file and by overrides on the command line:
 
-    mlpmem pretrain --config configs/quickstart.yaml decoder.num_layers=8 corpus.paths='["a.txt"]'
+    bash launch/run.sh run --config configs/quickstart.yaml --workdir runs/deep decoder.num_layers=8
 
 What neither sets keeps its default; a file that sets nothing is refused. A key inside a list's
 entry is named by the entry's number (`corpus.more.0.weight=0.5`); in a file, keys are nested and
@@ -32,7 +32,10 @@ A list of texts is YAML (`corpus.paths='["a.txt", "b #1.txt"]'`), its entries ar
 Keys marked † change how a stage runs and never what it makes: to change them does not make an
 artifact stale.
 
-This page is generated from the schema: `python -m mlpmem_jax.config.describe`.
+A `layer` is a block of the decoder: a whole number counts from 1, a decimal is a share of the
+depth: `1` is the first block, `1.0` the last.
+
+This page is generated from the schema: `.venv/bin/python -m mlpmem_jax.config.describe`.
 """
 
 
