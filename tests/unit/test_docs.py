@@ -12,63 +12,16 @@ import pytest
 import yaml
 
 from mlpmem_jax.__main__ import main, parse
-from mlpmem_jax.commands import COMMANDS
 from tests.conftest import ROOT
-
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LAUNCH = ["bash", "launch/run.sh"]
-MODULE = [".venv/bin/python", "-m", "mlpmem_jax"]
-# What stands for something else on a page.
-PLACEHOLDERS = {"FILE": "configs/tiny.yaml", "COMMAND": "run"}
-# Programs of others, which the pages name and tests do not run.
-OTHERS = ("xpk", "python3", ".venv-docs/bin/python", ".venv-docs/bin/mkdocs")
-
-
-def fenced(page: Path, *languages: str) -> Iterator[str]:
-    """Yields the text of fenced blocks."""
-    text = page.read_text(encoding="utf-8")
-    for language, block in re.findall(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S):
-        if language in languages:
-            yield block
-
-
-def command_lines(page: Path) -> list[list[str]]:
-    """Returns the words of every command on a page, `&&` and comments taken away."""
-    lines = []
-    for language in ("bash", "console"):
-        for block in fenced(page, language):
-            text = block.replace("\\\n", " ")
-            if language == "console":
-                text = "\n".join(line[2:] for line in text.splitlines() if line.startswith("$ "))
-            for line in text.splitlines():
-                words = shlex.split(line, comments=True)
-                while "&&" in words:
-                    lines.append(words[: words.index("&&")])
-                    words = words[words.index("&&") + 1 :]
-                lines += [words] if words else []
-    return lines
-
-
-def without_variables(words: list[str]) -> list[str]:
-    while re.match(r"[A-Z_]+=", words[0]):
-        words = words[1:]
-    return [PLACEHOLDERS.get(word, word) for word in words]
-
-
-def arguments_of(words: list[str]) -> list[str] | None:
-    """Returns what a command line gives to `mlpmem_jax`; None: it starts something else."""
-    if words[:3] == MODULE:
-        return words[3:]
-    if words[:2] != LAUNCH:
-        return None
-    words = words[2:]
-    place = next((k for k, word in enumerate(words) if word in COMMANDS), None)
-    if place is not None:
-        return words[place:]
-    # The launcher's own flags, and then the quickstart.
-    words = words[2:] if words[:1] == ["--with"] else words
-    return ["run", *([] if "--config" in words else ["--config", "configs/quickstart.yaml"]), *words]
-
+from tests.doc_pages import (
+    LAUNCH,
+    OTHERS,
+    PAGES,
+    arguments_of,
+    command_lines,
+    fenced,
+    without_variables,
+)
 
 ALL = [
     pytest.param(without_variables(words), id=f"{page.relative_to(ROOT)}-{number}-{words[-1][:30]}")
@@ -116,7 +69,10 @@ def test_command_parses_and_its_configuration_loads(words, own_files):
         assert words[0] in OTHERS, f"unknown program {words[0]}"
 
 
-LAUNCHED = [case for case in ALL if case.values[0][:2] == LAUNCH and "-" in case.values[0][2][:1]]
+LAUNCHED = [
+    case for case in ALL if case.values[0][:2] == LAUNCH and len(case.values[0]) > 2
+    and case.values[0][2].startswith("--")
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("words", LAUNCHED)
@@ -145,18 +101,21 @@ def test_errors_on_the_pages_are_those_of_the_program(at_root, capsys):
         assert capsys.readouterr().err == output
 
 
+def without_blocks(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
 @functools.cache
 def anchors(page: Path) -> set[str]:
     """Returns the anchors of a page's headings, as GitHub and the site make them."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    headings = re.findall(r"^#+ (.*)$", without_blocks(page), re.M)
     plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
     return {heading.strip().replace(" ", "-") for heading in plain}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(page)):
         if target.startswith("https://"):
             continue
         name, _, anchor = target.partition("#")
@@ -189,6 +148,26 @@ def test_files_that_the_pages_name_exist():
             assert (ROOT / path).exists(), path
         for path in re.findall(r"`([a-z_]+/[\w/]+\.py)`", text):
             assert any((ROOT / top / path).exists() for top in ("", "mlpmem_jax")), path
+
+
+def test_folders_of_the_design_exist():
+    """Section 4 lists `package/  files`; a file that was moved is found here."""
+    section = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    section = section.split("## 4. Folders")[1].split("\n## ")[0]
+    listing = "\n".join(line[4:] for line in section.splitlines() if line.startswith("    "))
+    folder, found = "", []
+    for line in listing.splitlines():
+        begins = re.match(r"(\w+)/ ", line)
+        folder = begins[1] if begins else folder
+        found += [f"{folder}/{name}" for name in re.findall(r"(?<![*\w])\w+\.py", line)]
+    assert len(found) > 100
+    missing = [path for path in found if not (ROOT / "mlpmem_jax" / path.lstrip("/")).exists()]
+    assert missing == []
+
+
+def test_output_of_the_quickstart_is_that_of_the_readme():
+    [shown] = fenced(ROOT / "docs" / "quickstart.md", "text")
+    assert shown in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_readme_is_short():
