@@ -1,6 +1,7 @@
 """Commands in README.md and docs/: each parses, and its configuration loads."""
 
 import functools
+import math
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from mlpmem_jax.__main__ import main, parse
+from mlpmem_jax.parallel.mesh import mesh_sizes
 from tests.conftest import ROOT
 from tests.doc_pages import (
     LAUNCH,
@@ -83,6 +85,39 @@ def test_flags_of_the_launcher_are_known(words, at_root):
     done = subprocess.run(given, capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def num_devices(words: list[str], variables: str) -> int | None:
+    """Returns the devices that a command line asks for, where it does."""
+    line = " ".join([variables, *words])
+    counts = (
+        r"--processes (\d+) --devices-per-process (\d+)",
+        r"--nodes (\d+) --gpus-per-node (\d+)",
+        r"(device_count)=(\d+)",
+    )
+    for pattern in counts:
+        if found := re.search(pattern, line):
+            return math.prod(int(number) for number in found.groups() if number.isdigit())
+    return None
+
+
+def on_devices() -> Iterator[tuple[list[str], int]]:
+    for page in PAGES:
+        for words in command_lines(page):
+            known = without_variables(words)
+            count = num_devices(known, words[0])
+            if count is not None and arguments_of(known) is not None:
+                yield known, count
+
+
+def test_batches_fit_the_devices_that_a_command_asks_for(at_root):
+    found = list(on_devices())
+    assert len(found) >= 3
+    for words, count in found:
+        _, config, _ = parse(arguments_of(words))
+        data, fsdp, _ = mesh_sizes(config.mesh, count)
+        for size in (config.pretrain.batch_size, config.train.batch_size):
+            assert size % (data * fsdp) == 0, words
 
 
 def shown_errors() -> Iterator[tuple[list[str], str]]:
