@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from mlpmem_jax.command_reference import markdown as commands_markdown
 from mlpmem_jax.commands import COMMANDS
 from mlpmem_jax.config.describe import describe, markdown, select
 from mlpmem_jax.config.keys import all_keys
@@ -35,6 +36,17 @@ def test_resolved_quickstart_is_as_stored(check_golden):
 
 def test_reference_page_is_current(check_golden):
     check_golden(ROOT / "docs" / "configuration.md", markdown())
+
+
+def test_commands_page_is_current(check_golden):
+    check_golden(ROOT / "docs" / "commands.md", commands_markdown())
+
+
+def test_commands_page_lists_every_flag():
+    page = commands_markdown()
+    for flag in ("--config FILE", "--prompt TEXT", "--without-memory", "--topology NAME"):
+        assert f"`{flag}`" in page
+    assert "--help`" not in page.split("Flags of every command")[1]
 
 
 def test_every_key_has_a_meaning():

@@ -1,0 +1,79 @@
+"""The tutorial and the Python examples of docs/, run as a reader runs them."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlpmem_jax.__main__ import main
+from mlpmem_jax.config.schema import Config
+from tests.conftest import ROOT
+from tests.doc_pages import arguments_of, command_lines, fenced
+
+DOCS = ROOT / "docs"
+QUICKSTART = 'load_config("configs/quickstart.yaml")'
+
+
+def _run(block: str, config: Config, names: dict[str, Any]) -> dict[str, Any]:
+    """Runs an example on a finished tiny run in place of the quickstart's."""
+    tiny = f'load_config("configs/tiny.yaml", (), {{"workdir": {config.workdir!r}}})'
+    text = block.replace(QUICKSTART, tiny)
+    text = text.replace("/path/to/runs/quickstart", config.workdir)
+    exec(compile(text, "example", "exec"), names)
+    return names
+
+
+def test_the_api_gives_log_probabilities_and_text(
+    tiny_run: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(ROOT)
+    score, generate = fenced(DOCS / "api.md", "python")
+    assert QUICKSTART in score
+    names = _run(score, tiny_run, {})
+    lines = capsys.readouterr().out.splitlines()
+    logprobs = [float(line.split()[-1]) for line in lines[:-1]]
+    assert len(logprobs) == len(names["ids"]) > 0
+    assert sum(logprobs) == pytest.approx(names["total"], abs=1e-2)
+    # An untrained network is near the uniform distribution of its 300 tokens.
+    assert -names["total"] / len(logprobs) == pytest.approx(np.log(300), abs=1.5)
+    _run(generate, tiny_run, names)
+    assert capsys.readouterr().out.startswith("def read_file(path):")
+
+
+def test_arrays_are_read_in_two_ways(
+    tiny_run: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(ROOT)
+    shown = []
+    for block in fenced(DOCS / "artifacts.md", "python"):
+        _run(block, tiny_run, {})
+        shown.append(capsys.readouterr().out.splitlines()[-1])
+    shapes = [re.match(r"\((\d+), 32\)", line) for line in shown]
+    assert len(shown) == 2
+    assert all(shapes)
+    assert shown[0] == shown[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_tutorial_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Every command of the page in its order, on the text that the page names."""
+    monkeypatch.chdir(ROOT)
+    [configuration] = fenced(DOCS / "tutorial.md", "yaml")
+    file, workdir = tmp_path / "first.yaml", tmp_path / "run"
+    file.write_text(configuration, encoding="utf-8")
+    ran = []
+    for words in command_lines(DOCS / "tutorial.md"):
+        arguments = arguments_of(words)
+        assert arguments is not None
+        given = [str(file) if word == "first.yaml" else word for word in arguments]
+        assert main([*given, "--workdir", str(workdir)]) == 0, words
+        ran.append(arguments[0])
+    assert ran[:2] == ["run", "tokenize"]
+    assert {"pretrain", "embed", "index", "retrieve", "train", "evaluate", "generate"} <= set(ran)
+    assert (workdir / "results" / "plain" / "evaluate.json").exists()
+    assert "The memory " in capsys.readouterr().out
