@@ -14,32 +14,37 @@ from tests.doc_pages import arguments_of, command_lines, fenced
 
 DOCS = ROOT / "docs"
 QUICKSTART = 'load_config("configs/quickstart.yaml")'
+OPENED = 'open_run("runs/quickstart")'
 
 
 def _run(block: str, config: Config, names: dict[str, Any]) -> dict[str, Any]:
     """Runs an example on a finished tiny run in place of the quickstart's."""
     tiny = f'load_config("configs/tiny.yaml", (), {{"workdir": {config.workdir!r}}})'
     text = block.replace(QUICKSTART, tiny)
+    text = text.replace(OPENED, f"open_run({config.workdir!r})")
     text = text.replace("/path/to/runs/quickstart", config.workdir)
     exec(compile(text, "example", "exec"), names)
     return names
 
 
-def test_the_api_gives_log_probabilities_and_text(
+def test_the_api_gives_log_probabilities_text_and_arrays(
     tiny_run: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(ROOT)
-    score, generate = fenced(DOCS / "api.md", "python")
-    assert QUICKSTART in score
+    score, generate, arrays = fenced(DOCS / "api.md", "python")
+    assert OPENED in score
     names = _run(score, tiny_run, {})
     lines = capsys.readouterr().out.splitlines()
-    logprobs = [float(line.split()[-1]) for line in lines[:-1]]
-    assert len(logprobs) == len(names["ids"]) > 0
-    assert sum(logprobs) == pytest.approx(names["total"], abs=1e-2)
+    assert float(lines[0]) == names["run"].results()["systems"]["memory"]["test_nats"]
+    scores = names["scores"]
+    logprobs = [float(line.split()[-1]) for line in lines[1:-1]]
+    np.testing.assert_allclose(logprobs, scores.logprob_T, atol=1e-3)
     # An untrained network is near the uniform distribution of its 300 tokens.
-    assert -names["total"] / len(logprobs) == pytest.approx(np.log(300), abs=1.5)
+    assert scores.nats / len(logprobs) == pytest.approx(np.log(300), abs=1.5)
     _run(generate, tiny_run, names)
     assert capsys.readouterr().out.startswith("def read_file(path):")
+    _run(arrays, tiny_run, names)
+    assert capsys.readouterr().out.splitlines()[-1] == "32 2"
 
 
 def test_arrays_are_read_in_two_ways(

@@ -39,10 +39,16 @@ def at_root(monkeypatch):
 
 @pytest.fixture
 def own_files(at_root, tmp_path):
-    """Finds the YAML files that a page asks the reader to write: `first.yaml`."""
+    """Finds the YAML files that pages ask the reader to write, by their names."""
     [tutorial] = fenced(ROOT / "docs" / "tutorial.md", "yaml")
-    (tmp_path / "first.yaml").write_text(tutorial, encoding="utf-8")
-    return {"first.yaml": str(tmp_path / "first.yaml")}
+    [pretrained] = fenced(ROOT / "docs" / "pretrained.md", "yaml")
+    # A tiny decoder in place of the reader's.
+    model = ROOT / "tests" / "unit" / "golden" / "pretrained" / "llama-tied"
+    pretrained = pretrained.replace("models/SmolLM2-135M", str(model)).replace("512", "64")
+    files = {"first.yaml": tutorial, "own-decoder.yaml": pretrained}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return {name: str(tmp_path / name) for name in files}
 
 
 def test_there_are_commands():
