@@ -1,14 +1,21 @@
 """On how many validation rows the kNN-LM is tuned: their neighbours are held in memory."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.retrieval import knn_lm, temperature
 from mlpmem_jax.retrieval.distributions import LabelEvidence
+from mlpmem_jax.retrieval.engine import ArrayKeys
+from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.knn_lm import KnnLm
 from mlpmem_jax.retrieval.temperature import Tuned
+from mlpmem_jax.studies.search_quality import search_scores
+from mlpmem_jax.studies.search_quality.search_scores import SearchedKnn
 
 
 class _Knn(KnnLm):
@@ -70,6 +77,26 @@ def test_all_parts_are_tuned_on_and_a_bound_is_logged(capsys):
     logprob_N = knn.logprob(scored_N, 0.5)
     np.testing.assert_array_equal(logprob_N[scored_N], evidence.logprob(0.5))
     assert np.isneginf(logprob_N[~scored_N]).all()
+
+
+def test_searched_neighbours_are_those_of_the_rows_asked_for(monkeypatch):
+    rng = np.random.default_rng(1)
+    key, query = (rng.standard_normal((n, 4)).astype(np.float32) for n in (50, 23))
+    train_label, label_N = (rng.integers(0, 5, n).astype(np.int32) for n in (50, 23))
+    monkeypatch.setattr(search_scores, "StoredKeys", lambda datastore: ArrayKeys(query))
+    engine = ExactEngine(ArrayKeys(key), single_device_mesh(), 16)
+    searched = SearchedKnn(
+        engine, SimpleNamespace(path="datastore/base/valid"), label_N, train_label, 6, query_batch=8
+    )
+    row_N = np.array([0, 5, 7, 8, 22])
+    parts = list(searched.parts(row_N))
+    assert [row_Q.tolist() for row_Q, *_ in parts] == [[0, 5, 7], [8], [22]]
+    found = engine.search(query, 6)
+    distance_NK, label_NK = (
+        np.concatenate(arrays) for arrays in list(zip(*parts, strict=True))[1:]
+    )
+    np.testing.assert_allclose(distance_NK, found.distance_QK[row_N], rtol=1e-6)
+    np.testing.assert_array_equal(label_NK, train_label[found.row_QK[row_N]])
 
 
 def test_nothing_to_tune_on_is_refused():

@@ -25,11 +25,17 @@ def num_parameters(network):
     return sum(math.prod(array.shape) for array in jax.tree.leaves(nnx.state(network, nnx.Param)))
 
 
+def arrays(network):
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(network))
+    return {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
+
+
 @pytest.mark.parametrize("keys", [GPT2, LLAMA, LLAMA | {"biases": "all", "head_width": 10}, NGRAMS])
 def test_decoders_are_counted_as_they_are(keys):
     config = DecoderConfig(**keys)
     network = nnx.eval_shape(lambda: Decoder(config, 300, rngs=nnx.Rngs(0)))
     assert decoder_parameters(config, 300)["total"] == num_parameters(network)
+    assert arrays(Decoder(config, 300, rngs=None)) == arrays(network)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +55,7 @@ def test_memories_are_counted_as_they_are(keys):
     config = MemoryConfig(num_layers=3, **keys)
     network = nnx.eval_shape(lambda: Memory(config, 32, 300, rngs=nnx.Rngs(0)))
     assert memory_parameters(config, 32, 300)["total"] == num_parameters(network)
+    assert arrays(Memory(config, 32, 300, rngs=None)) == arrays(network)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.7, 1.0, 1.48, 2.5])
