@@ -120,7 +120,7 @@ def _upstream(config: Config) -> Sequence[Artifact]:
 
     Raises:
         MadeOtherwise: Something of it was; the results that there are stay.
-        ArtifactError: The memory was trained with another λ; they stay too.
+        ArtifactError: The memory has another shape, or was trained with another λ; they stay too.
     """
     layout = Layout(config)
     upstream: Sequence[Artifact] = (
@@ -134,10 +134,11 @@ def _upstream(config: Config) -> Sequence[Artifact]:
         layout.trained,
     )
     if all(artifact.is_complete() for artifact in upstream):
-        from mlpmem_jax.training.networks import check_interpolation
+        from mlpmem_jax.training.networks import check_interpolation, check_shape
 
         _refuse_mixed(upstream)
         _refuse_other_settings(config)
+        check_shape(config, layout.trained, "memory")
         check_interpolation(config, layout.trained)
     return upstream
 
