@@ -60,7 +60,9 @@ class CorpusConfig(Source):
     test: SplitPaths = setting(SplitPaths(), "explicit test files")
     valid_fraction: Fraction = setting(0.05, "share of documents drawn for validation")
     test_fraction: Fraction = setting(0.05, "share of documents drawn for test")
-    max_bytes: Bytes | None = setting(None, "stop after this many bytes of kept text; not set: all")
+    max_bytes: Bytes | None = setting(
+        None, "stop before the first document that would exceed this; not set: all"
+    )
     on_error: Literal["error", "skip"] = setting(
         "error", "on a file that is not UTF-8 or a record without usable text: exit, or skip it"
     )

@@ -75,10 +75,7 @@ class Family:
         """
         self._config, self._vocab_size, self._shapes = config, vocab_size, shapes or {}
         self._heads = config.num_heads
-        self._groups = config.num_heads if config.num_kv_heads == "auto" else config.num_kv_heads
-        self._head_width = (
-            config.width // config.num_heads if config.head_width == "auto" else config.head_width
-        )
+        self._groups, self._head_width = config.resolved_kv_heads, config.resolved_head_width
         self._hidden = ffn_width(config.ffn_width, config.width, config.activation)
 
     def entries(self) -> Iterator[Entry]:

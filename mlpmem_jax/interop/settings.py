@@ -22,7 +22,7 @@ def huggingface_settings(
     """
     family = _family_of(config)
     width, heads = config.width, config.num_heads
-    head_width = width // heads if config.head_width == "auto" else config.head_width
+    head_width = config.resolved_head_width
     hidden = ffn_width(config.ffn_width, width, config.activation)
     shared = {
         "model_type": family,
@@ -50,7 +50,7 @@ def huggingface_settings(
         "hidden_size": width,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads if config.num_kv_heads == "auto" else config.num_kv_heads,
+        "num_key_value_heads": config.resolved_kv_heads,
         "head_dim": head_width,
         "intermediate_size": hidden,
         "hidden_act": "silu",

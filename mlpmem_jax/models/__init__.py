@@ -1,1 +1,1 @@
-"""Networks, written for one device: decoder, memory and what combines them."""
+"""Networks with logical axes: decoder, memory and what combines them."""
