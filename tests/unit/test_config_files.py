@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 # Configurations that share the run directory of another, which their headers name.
-SHARED = dict.fromkeys(("ablate", "controls", "joint_recipes", "search_quality"), "compare")
+SHARED = dict.fromkeys(("ablate", "joint_recipes", "search_quality"), "compare")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
