@@ -1,12 +1,4 @@
-"""A finished run as Python objects: its networks, arrays and results.
-
-import mlpmem_jax as mm
-
-run = mm.open_run("runs/quickstart")
-print(run.results()["systems"]["memory"]["test_nats"])
-model = run.model()
-print(model.generate(["def read_"], 32), model.score("import os").logprob_T)
-"""
+"""A finished run as Python objects: its networks, arrays and results (docs/api.md)."""
 
 import dataclasses
 import functools
