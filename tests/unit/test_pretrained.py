@@ -105,6 +105,20 @@ def test_what_is_written_is_what_was_read(name: str, file_bytes: int, tmp_path: 
         np.testing.assert_array_equal(after.read(tensor), before.read(tensor), err_msg=tensor)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama-tied", "qwen2"])
+def test_transformers_loads_what_is_written(name: str, tmp_path: Path):
+    torch = pytest.importorskip("torch", reason="needs torch and transformers (optional)")
+    transformers = pytest.importorskip("transformers", reason="needs transformers (optional)")
+    config = _config(MODELS / name)
+    decoder = load_decoder(str(MODELS / name), config, VOCAB, single_device_mesh())
+    save_decoder(decoder, tmp_path, huggingface_settings(config, VOCAB, separator_id=0))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    stored = np.load(MODELS / name / "logits.npz")
+    with torch.no_grad():
+        logits = model(torch.tensor(stored["tokens"])).logits.numpy()
+    np.testing.assert_allclose(logits, stored["logits"], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
