@@ -108,6 +108,11 @@ def _pretrained(config: Config) -> Iterator[str]:
         given = getattr(getattr(config, section), key)
         if section == "decoder" and key != "context_tokens" and given != value:
             yield f"{dotted}={given}: the decoder in decoder.pretrained={path} has {value}"
+    if config.tokenizer.path is None:
+        yield (
+            f"decoder.pretrained={path}: has no tokenizer.json; set tokenizer.path to the one that "
+            "this decoder was trained with"
+        )
     if config.decoder.ngram_orders:
         yield f"decoder.ngram_orders: the decoder in decoder.pretrained={path} has none"
     most = longest_context(path)

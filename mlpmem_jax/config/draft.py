@@ -85,7 +85,10 @@ class Draft:
 
     def value(self, *keys: str | int) -> Any:
         """Returns a value that is not checked yet; None where there is none."""
-        return _look_up(self._tree, keys)
+        found: Any = self._tree
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
 
     def finish(self) -> Config:
         """Returns the configuration.

@@ -39,17 +39,18 @@ def load_config(
     """
     values, mistakes = _read_file(str(path))
 
-    def draft(base: Config | None = None) -> Draft:
-        draft = Draft(base)
+    def draft(known: Mapping[str, Any]) -> Draft:
+        draft = Draft()
+        for dotted, value in known.items():
+            draft.put(key_path(dotted), value)
         for mistake in mistakes:
             draft.note(mistake)
         draft.merge(values)
         return _changed(draft, overrides, assigned or {})
 
     # What a pretrained decoder decides stands below what the file and the command line set.
-    if folder := _path_of(draft().value("decoder", "pretrained")):
-        return draft(changed_config(Config(), pretrained_keys(folder))).finish()
-    return draft().finish()
+    folder = _path_of(draft({}).value("decoder", "pretrained"))
+    return draft(pretrained_keys(folder) if folder else {}).finish()
 
 
 def _path_of(value: Any) -> str | None:

@@ -32,7 +32,7 @@ class Scores:
     @property
     def nats(self) -> float:
         """-log p of the whole text."""
-        return -float(self.logprob_T.sum(dtype=np.float64))
+        return float(-self.logprob_T.sum(dtype=np.float64)) + 0.0
 
 
 class LanguageModel:
@@ -86,7 +86,16 @@ class LanguageModel:
             max_new_tokens: Tokens of each continuation, at most.
             sampling: How tokens are drawn; not set: from the whole distribution.
             seed: Seed of the draws; a prompt's do not depend on the other prompts.
+
+        Raises:
+            ValueError: `prompts` is a text and no list of texts, or no token is wanted.
         """
+        if isinstance(prompts, str):
+            raise ValueError("prompts must be a list of texts, not a text")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        if not prompts:
+            return []
         texts = [""] * len(prompts)
         for place, piece in self.stream(prompts, max_new_tokens, sampling or Sampling(), seed):
             texts[place] += piece or ""

@@ -89,10 +89,11 @@ class Family:
 
     def rows(self, name: str, default: int) -> int:
         """Returns the rows of a table in the file."""
-        return self._shapes.get(name, (default,))[0]
+        return (self._shapes.get(name) or (default,))[0]
 
     def _first(self, name: str, count: int) -> Tensor:
-        shape = (self.rows(name, count), self._config.width)
+        # Spare rows belong to no token or position; fewer than are wanted are refused by shape.
+        shape = (max(self.rows(name, count), count), self._config.width)
         return Tensor(name, shape, lambda table: table[:count], lambda table: table[:count])
 
     def _single(self) -> dict[str, Tensor]:

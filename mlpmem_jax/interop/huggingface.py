@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from mlpmem_jax.config.networks import DecoderConfig
 from mlpmem_jax.errors import UserError
-from mlpmem_jax.interop.families import HEAD, Family, family_of
+from mlpmem_jax.interop.families import HEAD, Entry, Family, family_of
 from mlpmem_jax.interop.tensors import INDEX, ONE_FILE, TensorFiles, check_names
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.parallel.sharding import create_sharded
@@ -49,11 +49,43 @@ def load_decoder(
         UserError: A file is missing or damaged; or tensors are missing, unexpected or of another
             shape, all of them named.
     """
+    files, tensors, entries = checked_tensors(path, config, vocab_size)
+    graphdef, params, fixed = _empty(config, vocab_size, mesh)
+    flat = flatten(params)
+    with jax.set_mesh(mesh):
+        for entry in entries:
+            part = entry.tensor.turn(files.read(tensors[entry.tensor.name]))
+            start = [0] * part.ndim
+            if entry.layer is not None:
+                part, start = part[None], [entry.layer, *start]
+            # Rows beyond the vocabulary stay zero.
+            key = f"{entry.parameter}/value"
+            flat[key] = _writer(flat[key].sharding)(flat[key], part, start)
+    return nnx.merge(graphdef, unflatten(params, flat), fixed)
+
+
+def checked_tensors(
+    path: str, config: DecoderConfig, vocab_size: int
+) -> tuple[TensorFiles, dict[str, str], list[Entry]]:
+    """Compares the tensors of a directory with a decoder; reads headers alone.
+
+    Args:
+        path: The directory.
+        config: The decoder's shape.
+        vocab_size: V of its tokenizer.
+
+    Returns:
+        The files, the name in them of each tensor, and where each parameter stands.
+
+    Raises:
+        UserError: As `load_decoder`.
+    """
     files = TensorFiles(path)
     prefix = family_of(config).prefix
-    tensors = {
-        name.removeprefix(prefix): name for name in files.shapes if not name.endswith(_IGNORED)
-    }
+    kept = [name for name in files.shapes if not name.endswith(_IGNORED)]
+    tensors = {name.removeprefix(prefix): name for name in kept}
+    if len(tensors) < len(kept):
+        raise UserError(f"decoder.pretrained={path}: holds tensors with and without {prefix!r}")
     if config.head == "tied":
         tensors.pop(HEAD, None)
     shapes = {bare: files.shapes[name] for bare, name in tensors.items()}
@@ -65,18 +97,7 @@ def load_decoder(
         )
     entries = list(family.entries())
     check_names(shapes, {entry.tensor.name: entry.tensor.shape for entry in entries}, path)
-    graphdef, params, fixed = _empty(config, vocab_size, mesh)
-    flat = flatten(params)
-    with jax.set_mesh(mesh):
-        for entry in entries:
-            part = entry.tensor.turn(files.read(tensors[entry.tensor.name])).astype(np.float32)
-            start = [0] * part.ndim
-            if entry.layer is not None:
-                part, start = part[None], [entry.layer, *start]
-            # Rows beyond the vocabulary stay zero.
-            key = f"{entry.parameter}/value"
-            flat[key] = _writer(flat[key].sharding)(flat[key], part, start)
-    return nnx.merge(graphdef, unflatten(params, flat), fixed)
+    return files, tensors, entries
 
 
 @functools.cache
@@ -117,6 +138,7 @@ def save_decoder(
     def close() -> None:
         file = folder / f"model-{len(names):05d}.safetensors"
         save_file(parts[0], file, metadata={"format": "pt"})
+        file.chmod(0o644)
         names.append(list(parts[0]))
         parts[0] = {}
 

@@ -33,6 +33,10 @@ def huggingface_settings(
         "dtype": "float32",
     }
     if family == "gpt2":
+        if config.resolved_kv_heads != heads:
+            raise ConfigError(
+                f"decoder.num_kv_heads={config.num_kv_heads}: GPT-2 has decoder.num_heads={heads}"
+            )
         if head_width * heads != width:
             raise ConfigError(f"decoder.head_width={head_width}: GPT-2 has width / num_heads")
         return shared | {

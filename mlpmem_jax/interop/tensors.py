@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from mlpmem_jax.errors import UserError
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = ("F16", "BF16", "F32", "F64")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
@@ -43,8 +44,14 @@ class TensorFiles:
                 ) from None
             self._handles[name] = handle
             for tensor in handle.keys():  # noqa: SIM118 (no mapping)
+                about = handle.get_slice(tensor)
+                if about.get_dtype() not in _DTYPES:
+                    raise UserError(
+                        f"{self._folder / name}: {tensor} has the dtype {about.get_dtype()}; "
+                        f"supported are {', '.join(_DTYPES)}"
+                    )
                 self._file_of[tensor] = name
-                self.shapes[tensor] = tuple(handle.get_slice(tensor).get_shape())
+                self.shapes[tensor] = tuple(about.get_shape())
 
     def files(self) -> list[str]:
         """Returns the names of the files.
@@ -56,8 +63,12 @@ class TensorFiles:
         if index.is_file():
             try:
                 named = set(json.loads(index.read_bytes())["weight_map"].values())
-            except (ValueError, KeyError, AttributeError):
-                raise UserError(f"{index}: damaged, it has no weight_map") from None
+                # Names of files in this directory.
+                inside = all(isinstance(one, str) and Path(one).name == one for one in named)
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                inside = False
+            if not inside:
+                raise UserError(f"{index}: damaged, it has no weight_map from tensors to files")
             missing = sorted(name for name in named if not (self._folder / name).is_file())
             if missing:
                 raise UserError(f"{self._folder}: {', '.join(missing)} missing ({INDEX})")
@@ -71,8 +82,17 @@ class TensorFiles:
         )
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a tensor, in the dtype of its file (bfloat16 included)."""
-        return np.asarray(self._handles[self._file_of[name]].get_tensor(name))
+        """Returns a tensor in float32.
+
+        Raises:
+            UserError: It holds values that are not finite.
+        """
+        found = np.asarray(self._handles[self._file_of[name]].get_tensor(name)).astype(np.float32)
+        if not np.isfinite(found).all():
+            raise UserError(
+                f"{self._folder / self._file_of[name]}: {name} has values that are not finite"
+            )
+        return found
 
     def digest(self) -> str:
         """Returns a digest of names, shapes, sizes and samples of the bytes of each file."""

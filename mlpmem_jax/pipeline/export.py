@@ -1,6 +1,7 @@
 """The decoder of a run as a directory that `transformers` loads."""
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -38,16 +39,15 @@ def export(config: Config, folder: Path) -> None:
     run = Run(config)
     tokenizer = run.tokenizer()
     settings = huggingface_settings(config.decoder, tokenizer.vocab_size, tokenizer.separator_id)
-    decoder = run.decoder()
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokenizer.separator,
         "eos_token": tokenizer.separator,
         "model_max_length": config.decoder.context_tokens,
     }
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=".export-", dir=folder.parent))
     try:
-        save_decoder(decoder, unfinished, settings)
+        save_decoder(run.decoder(), unfinished, settings)
         (unfinished / "tokenizer.json").write_bytes(tokenizer.to_json())
         (unfinished / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
         unfinished.chmod(0o755)
@@ -69,6 +69,8 @@ def _free_directory(output: str | None) -> Path:
     folder = Path(output).absolute()
     if folder.exists() or folder.is_symlink():
         raise UserError(f"--output {output}: exists; export writes a new directory")
-    if not folder.parent.is_dir():
-        raise UserError(f"--output {output}: {folder.parent} is not a directory")
+    if not folder.parent.is_dir() or not os.access(folder.parent, os.W_OK):
+        raise UserError(
+            f"--output {output}: {folder.parent} is no directory that can be written to"
+        )
     return folder

@@ -151,8 +151,8 @@ class Forecaster:
                 continue
             manifest = artifact.load()
             measured = manifest.measured
-            if "model_flops" not in measured:
-                continue
+            if not measured.get("model_flops"):
+                continue  # An imported network cost none.
             # A step's time where there are steps: starting up costs the same for any number.
             steps = int(measured.get("steps", manifest.counts.get("steps", 0)))
             spent = measured.get("secs_per_step", 0.0) * steps or measured["seconds"]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,18 +29,19 @@ from mlpmem_jax.store.stored_array import StoredArray
 from mlpmem_jax.training.networks import finished_decoder, finished_networks
 
 
-def open_run(workdir: str, overrides: Sequence[str] = ()) -> "Run":
+def open_run(workdir: str | Path, overrides: Sequence[str] = ()) -> "Run":
     """Opens a run directory by the configuration that it was made with last.
 
     Args:
-        workdir: The run directory, local or in a bucket.
+        workdir: The run directory, a local one.
         overrides: `section.key=value` each: other names or sizes of a mesh, another λ.
 
     Raises:
         ConfigError: There is no configuration, or an override is wrong.
     """
-    path = absolute(workdir) / CONFIG
-    return Run(resolved(load_config(str(path), overrides, {"workdir": workdir})))
+    folder = str(Path(workdir).expanduser())
+    path = absolute(folder) / CONFIG
+    return Run(resolved(load_config(str(path), overrides, {"workdir": folder})))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,10 @@ class Run:
         Raises:
             ArtifactError: A network or the tokenizer is missing, damaged, or fits no other; or λ
                 is not set and was never chosen.
+            ValueError: The weight is not from 0 to 1.
         """
+        if weight is not None and not 0 <= weight <= 1:
+            raise ValueError(f"weight={weight} must be from 0 to 1")
         config = self.config
         chosen = weight
         if with_memory and weight is None:

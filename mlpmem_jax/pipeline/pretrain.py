@@ -18,6 +18,11 @@ from mlpmem_jax.store.manifest import Completion
 
 def recipe(config: Config) -> dict[str, Any]:
     """Returns what decides the decoder, besides the tokens."""
+    if config.decoder.pretrained is not None:
+        from mlpmem_jax.interop.tensors import TensorFiles
+
+        weights = TensorFiles(config.decoder.pretrained).digest()
+        return {"decoder": config.decoder.recipe(), "weights": weights}
     return {
         "seed": config.seed,
         "corpus": {"attention": config.corpus.attention},
@@ -45,16 +50,24 @@ def stages(config: Config) -> list[Stage]:
 
 
 def _import_stage(config: Config, path: str) -> Stage:
-    from mlpmem_jax.interop.tensors import TensorFiles
-
     return Stage(
         artifact=Layout(config).decoder,
-        recipe={"decoder": config.decoder.recipe(), "weights": TensorFiles(path).digest()},
+        recipe=recipe(config),
         upstream=(Layout(config).tokens,),
         build=functools.partial(_import, config, path),
-        check=functools.partial(check_devices, config, "pretrain"),
+        check=functools.partial(_check_import, config, path),
         estimate=lambda: {"model flops": 0.0},
     )
+
+
+def _check_import(config: Config, path: str) -> None:
+    """Compares files and tokenizer with the decoder, before text is read."""
+    from mlpmem_jax.corpus.tokenizer import read_tokenizer
+    from mlpmem_jax.interop.huggingface import checked_tensors
+
+    assert config.tokenizer.path is not None
+    tokenizer = read_tokenizer(config.tokenizer.path, config.tokenizer.separator)
+    checked_tensors(path, config.decoder, tokenizer.vocab_size)
 
 
 def _import(config: Config, path: str) -> Completion:

@@ -40,14 +40,14 @@ def unreachable(settings, sections):
 
 if __name__ == "__main__":
     from mlpmem_jax import __main__ as command_line
-    from mlpmem_jax import pipeline
+    from mlpmem_jax import commands
 
     stand_in = types.ModuleType("stand_in")
     stand_in.main = main
     sys.modules["mlpmem_jax.pipeline.tokenize"] = stand_in
     tiny = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
     if MODE == "unreachable" and os.environ["MLPMEM_PROCESS_INDEX"] == "1":
-        pipeline.check_reachable = unreachable
+        commands.check_reachable = unreachable
     differs = MODE == "differ" and os.environ["MLPMEM_PROCESS_INDEX"] == "1"
     changed = ["seed=7", "memory.width=64"] if differs else []
     sys.exit(command_line.main(["tokenize", "--config", str(tiny), *changed]))

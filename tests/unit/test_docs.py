@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,9 @@ def own_files(at_root, tmp_path):
     [tutorial] = fenced(ROOT / "docs" / "tutorial.md", "yaml")
     [pretrained] = fenced(ROOT / "docs" / "pretrained.md", "yaml")
     # A tiny decoder in place of the reader's.
-    model = ROOT / "tests" / "unit" / "golden" / "pretrained" / "llama-tied"
+    golden = ROOT / "tests" / "unit" / "golden" / "pretrained" / "llama-tied"
+    model = shutil.copytree(golden, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}", encoding="utf-8")
     pretrained = pretrained.replace("models/SmolLM2-135M", str(model)).replace("512", "64")
     files = {"first.yaml": tutorial, "own-decoder.yaml": pretrained}
     for name, text in files.items():

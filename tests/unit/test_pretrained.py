@@ -24,6 +24,7 @@ from mlpmem_jax.parallel.mesh import single_device_mesh
 
 MODELS = Path(__file__).with_name("golden") / "pretrained"
 VOCAB = 40
+GPT2 = {"norm": "layer", "positions": "learned", "activation": "gelu", "biases": "all"}
 
 
 @pytest.fixture
@@ -124,6 +125,7 @@ def test_transformers_loads_what_is_written(name: str, tmp_path: Path):
     [
         ({"ngram_orders": (2,)}, r"ngram_orders=\[2\]: no Hugging Face family"),
         ({"norm": "layer"}, "decoder.norm=layer, .* no supported Hugging Face family"),
+        (GPT2 | {"num_kv_heads": 2}, "decoder.num_kv_heads=2: GPT-2 has decoder.num_heads=4"),
     ],
 )
 def test_decoders_of_no_family_are_not_written(keys, expected: str):
@@ -158,6 +160,31 @@ def test_fewer_embeddings_than_tokens(llama: Path):
         load_decoder(str(llama), _config(llama), 41, single_device_mesh())
 
 
+def test_tensors_that_would_be_taken_wrongly(llama: Path):
+    """Fewer rows than tokens, values that are not finite, other dtypes, a tensor twice."""
+    tensors = load_file(llama / "model.safetensors")
+
+    def refused(changed: dict[str, np.ndarray], expected: str) -> None:
+        save_file(tensors | changed, llama / "model.safetensors")
+        with pytest.raises(UserError, match=expected):
+            load_decoder(str(llama), _config(llama), VOCAB, single_device_mesh())
+
+    head, norm = tensors["lm_head.weight"], tensors["model.norm.weight"]
+    refused({"lm_head.weight": head[:30].copy()}, r"lm_head.weight has the shape \[30, 16\]")
+    refused({"model.norm.weight": norm * np.nan}, "model.norm.weight has values that are not fini")
+    refused({"model.norm.weight": norm.astype(np.int8)}, "has the dtype I8; supported are F16")
+    refused({"norm.weight": norm}, "tensors with and without 'model.'")
+
+
+@pytest.mark.parametrize(
+    "index", [[], 5, {"weight_map": 5}, {"weight_map": {"a": [1]}}, {"weight_map": {"a": "../x"}}]
+)
+def test_damaged_indices(llama: Path, index):
+    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index\.json: damaged"):
+        TensorFiles(str(llama))
+
+
 def test_files_that_cannot_be_read(llama: Path):
     (llama / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(UserError, match=r"model\.safetensors: cannot be read as safetensors"):
@@ -189,6 +216,14 @@ def test_other_weights_have_another_digest(llama: Path):
         ({"hidden_act": "gelu", "mlp_bias": True}, "mlp_bias=True is not supported"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rotary positions of type yarn"),
         ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "of type linear"),
+        ({"rope_scaling": {"type": "linear"}}, "of type linear"),
+        ({"rope_parameters": [1]}, "rope_parameters=[1] must be a mapping"),
+        ({"model_type": []}, "model_type=[]; supported are"),
+        ({"max_position_embeddings": "64"}, "max_position_embeddings='64' must be a whole"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be a whole number from 1"),
+        ({"num_attention_heads": 5, "head_dim": None}, "num_attention_heads=5 must divide"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be true or false"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps='x' must be a positive number"),
     ],
 )
 def test_what_is_not_supported_is_refused(llama: Path, settings, expected: str):
@@ -202,8 +237,11 @@ def test_a_directory_without_its_configuration(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"config\.json cannot be read \(No such file"):
         pretrained_keys(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ConfigError, match=r"has no 'num_attention_heads'"):
+    with pytest.raises(ConfigError) as caught:
         pretrained_keys(str(tmp_path))
+    wrong = " ".join(caught.value.messages)
+    for key in ("hidden_size", "num_attention_heads", "max_position_embeddings"):
+        assert f"config.json: {key}=None must be a whole number" in wrong
 
 
 @pytest.fixture
@@ -217,12 +255,18 @@ def yaml(llama: Path, tmp_path: Path) -> Path:
 
 def test_a_configuration_takes_the_shape_from_it(yaml: Path, llama: Path):
     config = load_config(yaml, ["decoder.context_tokens=32"])
+    assert load_config(yaml, ["decoder.pretrained=null", "memory.head=untied"]).decoder.width == 128
     assert config.decoder.width == 16 and config.decoder.num_kv_heads == 2
     assert config.decoder.rope_theta == 500.0 and config.decoder.context_tokens == 32
     assert config.tokenizer.path == str(llama / "tokenizer.json")
     assert config.tokenizer.separator == "<s>"
     assert load_config(yaml, ["tokenizer.separator=</s>"]).tokenizer.separator == "</s>"
-    assert load_config(yaml, ["decoder.pretrained=null", "memory.head=untied"]).decoder.width == 128
+    assert load_config(yaml).decoder.context_tokens == 64
+    with pytest.raises(ConfigError, match="decoder=5"):
+        load_config(yaml, ["decoder=5"])
+    (llama / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="has no tokenizer.json; set tokenizer.path"):
+        load_config(yaml)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import is_speaker, say
+from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline.checks import check_trained_apart
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Stage
@@ -144,6 +145,11 @@ def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
 def main(config: Config, options: Options) -> int:
     """Runs the command."""
     check_trained_apart(config, "overfitting", "nats by epoch of joint training are not made")
+    if config.decoder.pretrained is not None:
+        raise ConfigError(
+            f"decoder.pretrained={config.decoder.pretrained}: overfitting trains a decoder, and an "
+            "imported one is not trained further"
+        )
     code = run_suite(
         "overfitting", config, options, works(config), functools.partial(table_stage, config)
     )

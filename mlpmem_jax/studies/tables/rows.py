@@ -165,6 +165,11 @@ class SeedPlan:
     def trained_longer(self) -> Part:
         """The same decoder, trained from the start for as many more flops as the memory cost."""
         config = self.base.config
+        if config.decoder.pretrained is not None:
+            raise ConfigError(
+                f"decoder.pretrained={config.decoder.pretrained}: an imported decoder is not "
+                "trained further; leave `longer` out of compare.rows"
+            )
         extra = self.extra_flops() / _flops_per_step(config, self.vocab_size)
         num_steps = config.pretrain.num_steps + round(extra)
         return self._decoder({"pretrain.num_steps": num_steps}, "longer")

@@ -68,7 +68,8 @@ def decoder_shape(
     shape = _nearest_shape(
         count, config.width, config.num_layers, step, wanted, tolerance, "decoder"
     )
-    overrides = shape.overrides("decoder")
+    # Another shape is trained from the start, whatever the given one comes from.
+    overrides = shape.overrides("decoder") | {"decoder.pretrained": None}
     if config.ffn_width != "auto":
         overrides["decoder.ffn_width"] = changed(shape.width, 1).ffn_width
     return shape, overrides
