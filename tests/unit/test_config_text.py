@@ -183,6 +183,7 @@ def _value(config, path):
 def test_the_home_directory_is_found_in_every_path(load, refused, path, monkeypatch, tmp_path):
     splits = [f"corpus.{split}.paths.0=x" for split in ("train", "valid", "test")]
     others = splits if path.split(".")[1:2] in (["train"], ["valid"], ["test"]) else []
+    others += ["tokenizer.path=x"] if path == "decoder.pretrained" else []
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for module in ("load", "checks"):  # No such directories are there to be read.
         monkeypatch.setattr(f"mlpmem_jax.config.{module}.pretrained_keys", lambda path: {})

@@ -152,8 +152,11 @@ def _slope_table(results: Results) -> str:
 
 
 def _slope_cells(slope: Mapping[str, Any]) -> list[str]:
-    shown = "" if slope["low"] is None else bracket_text(slope["low"], slope["high"], 3)
-    return [number(slope["slope"], 3, sign=True), shown]
+    ends = [slope[end] for end in ("slope", "low", "high") if slope[end] is not None]
+    # Slopes that large are noise: digits of it would widen the table.
+    digits = 1 if max(map(abs, ends)) >= 10 else 3
+    shown = "" if slope["low"] is None else bracket_text(slope["low"], slope["high"], digits)
+    return [number(slope["slope"], digits, sign=True), shown]
 
 
 def _quality_table(results: Results) -> list[str]:
