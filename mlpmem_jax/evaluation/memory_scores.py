@@ -12,7 +12,7 @@ import numpy as np
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.evaluation.joint_lm import score_joint
-from mlpmem_jax.evaluation.memory_lm import score_memory
+from mlpmem_jax.evaluation.memory_lm import MemoryScores, score_memory
 from mlpmem_jax.input.rows import StoredRows
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
@@ -41,27 +41,48 @@ def remember(
     config: Config, split: Split, decoder: Decoder, memory: Memory, mesh: jax.sharding.Mesh
 ) -> Remembered:
     """Scores a split: from stored inputs, or, trained together, by running both networks."""
-    layout = Layout(config)
-    tokens = TokenSplit.open(layout.tokens, split)
     if config.train.mode == "joint":
+        tokens = TokenSplit.open(Layout(config).tokens, split)
         joint = score_joint(config, decoder, memory, tokens, mesh)
         weight = _weight(config, joint.gate_N)
         return Remembered(joint.memory_N, joint.decoder_N, weight, {})
+    # There are targets of validation rows; those of test rows are never made.
+    stored = score_stored(config, split, decoder, memory, mesh, with_targets=split == "valid")
+    weight = _weight(config, stored.gate_N)
+    return Remembered(stored.logprob_N, None, weight, stored.diagnostics)
+
+
+def score_stored(
+    config: Config,
+    split: Split,
+    decoder: Decoder | None,
+    memory: Memory,
+    mesh: jax.sharding.Mesh,
+    *,
+    with_targets: bool,
+) -> MemoryScores:
+    """Scores the stored inputs of a split.
+
+    Args:
+        config: The whole configuration.
+        split: Which.
+        decoder: As in `score_memory`.
+        memory: The memory.
+        mesh: Devices.
+        with_targets: Whether the kNN targets are read too, for diagnostics.
+    """
+    layout = Layout(config)
     source = StoredRows(
         layout,
         split,
         config.datastore.chunk_rows,
-        tokens.separator_id,
+        TokenSplit.open(layout.tokens, split).separator_id,
         config.memory.num_read_tokens,
         batch_size=config.evaluate.batch_size,
-        # There are targets of validation rows; those of test rows are never made.
-        with_targets=split == "valid",
+        with_targets=with_targets,
     )
-    stored = score_memory(
-        memory, decoder, source, mesh, chunk_tokens=config.train.loss_chunk_tokens
-    )
-    weight = _weight(config, stored.gate_N)
-    return Remembered(stored.logprob_N, None, weight, stored.diagnostics)
+    chunk_tokens = config.train.loss_chunk_tokens
+    return score_memory(memory, decoder, source, mesh, chunk_tokens=chunk_tokens)
 
 
 def _weight(config: Config, gate_N: np.ndarray | None) -> np.ndarray | float | None:

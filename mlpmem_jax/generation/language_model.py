@@ -106,7 +106,9 @@ class LanguageModel:
         return self._generator(sampling).timing
 
     def _generator(self, sampling: Sampling) -> Generator:
-        return self._generators.setdefault(sampling, Generator(self.interpolated, sampling))
+        if sampling not in self._generators:
+            self._generators[sampling] = Generator(self.interpolated, sampling)
+        return self._generators[sampling]
 
     def score(self, text: str) -> Scores:
         """Returns log-probabilities of the tokens of a text, read as a document of its own.

@@ -4,6 +4,7 @@
 docs/design.md, section 3.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
@@ -50,7 +51,7 @@ class Entry:
     tensor: Tensor
 
 
-class Family:
+class Family(abc.ABC):
     """What the families share.
 
     Attributes:
@@ -105,8 +106,9 @@ class Family:
             found["head"] = self._first(HEAD, self._vocab_size)
         return found
 
+    @abc.abstractmethod
     def _stacked(self) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """Returns the tensors of a layer, by our names under `blocks`."""
 
 
 class Llama(Family):

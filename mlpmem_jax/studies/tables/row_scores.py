@@ -15,9 +15,7 @@ from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.embedding.blocks import EmbeddingSettings
 from mlpmem_jax.embedding.embed import embed_split
 from mlpmem_jax.evaluation.labels import whole_array
-from mlpmem_jax.evaluation.memory_lm import score_memory
-from mlpmem_jax.evaluation.memory_scores import remember
-from mlpmem_jax.input.rows import StoredRows
+from mlpmem_jax.evaluation.memory_scores import remember, score_stored
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
@@ -55,19 +53,8 @@ def score_memory_alone(
 ) -> Completion:
     """Scores a memory on the stored inputs of its datastore."""
     layout = Layout(config)
-    tokens = TokenSplit.open(layout.tokens, split)
-    source = StoredRows(
-        layout,
-        split,
-        config.datastore.chunk_rows,
-        tokens.separator_id,
-        config.memory.num_read_tokens,
-        batch_size=config.evaluate.batch_size,
-        with_targets=False,
-    )
     decoder = finished_decoder(config, mesh) if config.memory.reads_decoder else None
-    chunk_tokens = config.train.loss_chunk_tokens
-    scores = score_memory(memory, decoder, source, mesh, chunk_tokens=chunk_tokens)
+    scores = score_stored(config, split, decoder, memory, mesh, with_targets=False)
     return _written(layout, artifact, scores.logprob_N, read_labels(layout, split), {})
 
 
