@@ -165,7 +165,7 @@ class EvaluateConfig(Section):
 
     batch_size: Count = runtime(32, "windows per batch, over all devices")
     bootstrap_samples: Annotated[int, Field(ge=100, le=10**6), WHOLE] = setting(
-        2000, "resamples of the paired bootstrap over files"
+        2000, "resamples of the paired bootstrap over documents"
     )
     confidence: OpenFraction = setting(0.95, "level of the confidence intervals")
     knn_valid_rows: Rows | None = setting(

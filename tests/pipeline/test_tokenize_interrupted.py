@@ -44,7 +44,7 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = [{root!r}]
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.store import files, store
+from mlpmem_jax.store import appender
 from mlpmem_jax.pipeline.stage import run_stages
 from mlpmem_jax.pipeline.tokenize import stages
 from tests.pipeline.tokenizing import shrink
@@ -62,8 +62,8 @@ def seam(real):
 
 # Every rename, every shard and every resize is a moment to die before.
 os.replace = seam(os.replace)
-store.write_rows = seam(store.write_rows)
-store.create_array = seam(store.create_array)
+appender.write_rows = seam(appender.write_rows)
+appender.create_array = seam(appender.create_array)
 run_stages(stages(Config(**{values!r})))
 print("calls", calls)
 """
