@@ -11,7 +11,7 @@ from mlpmem_jax.corpus.sample import sample_texts
 from mlpmem_jax.corpus.stream import Corpus
 from mlpmem_jax.corpus.tokenizer import TextTokenizer, train_tokenizer
 from mlpmem_jax.errors import UserError
-from mlpmem_jax.store.layout import SPLITS
+from mlpmem_jax.store.array_specs import SPLITS
 
 # A scan reads hundreds of megabytes a second: what is small is looked at as a whole.
 _SCAN_BYTES = 64 << 20

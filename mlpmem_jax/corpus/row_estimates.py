@@ -7,7 +7,8 @@ from mlpmem_jax.config.data import CorpusConfig
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.digests import stamp_of
 from mlpmem_jax.corpus.sources import find_parts
-from mlpmem_jax.store.layout import SPLITS, Layout, Split
+from mlpmem_jax.store.array_specs import SPLITS, Split
+from mlpmem_jax.store.layout import Layout
 
 # Of text; vocabularies of 4 k entries on source code have 3.4, of 50 k on English 4.4.
 BYTES_PER_TOKEN = 3

@@ -16,7 +16,7 @@ from mlpmem_jax.corpus.files import read_text
 from mlpmem_jax.corpus.records import Item, records_of
 from mlpmem_jax.corpus.rows import dataset_rows, import_datasets
 from mlpmem_jax.errors import UserError
-from mlpmem_jax.store.layout import Split
+from mlpmem_jax.store.array_specs import Split
 
 # A text that several splits hold belongs to the one that is read first.
 READING_ORDER: tuple[Split, ...] = ("test", "valid", "train")

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from mlpmem_jax.store.layout import Split
+from mlpmem_jax.store.array_specs import Split
 
 
 def hash_fraction(content: bytes, purpose: str) -> float:

@@ -13,7 +13,7 @@ from mlpmem_jax.corpus.files import NotTextError, read_text
 from mlpmem_jax.corpus.sources import Part, find_parts
 from mlpmem_jax.corpus.splits import hash_fraction, split_of
 from mlpmem_jax.errors import UserError
-from mlpmem_jax.store.layout import SPLITS, Split
+from mlpmem_jax.store.array_specs import SPLITS, Split
 
 # What may be left out, as manifests count it. Copies are duplicates of another split's document.
 LEFT_OUT = (

@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 
 from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.store import layout
-from mlpmem_jax.store.layout import ArraySpec, Split, token_dtype
+from mlpmem_jax.store import array_specs
+from mlpmem_jax.store.array_specs import ArraySpec, Split, token_dtype
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.stored_array import StoredArray
 
@@ -22,10 +22,12 @@ _RESIDENT_BYTES = 256 << 20
 
 def tokens_arrays(vocab_size: int) -> dict[str, ArraySpec]:
     """Arrays of a split: token_T, document_offset (D+1), and of each document sizes and file."""
-    document = ArraySpec((), np.int64, layout.DOCUMENT_SHARD_ROWS, layout.DOCUMENT_CHUNK_ROWS)
+    document = ArraySpec(
+        (), np.int64, array_specs.DOCUMENT_SHARD_ROWS, array_specs.DOCUMENT_CHUNK_ROWS
+    )
     return {
         "token": ArraySpec(
-            (), token_dtype(vocab_size), layout.TOKEN_SHARD_ROWS, layout.TOKEN_CHUNK_ROWS
+            (), token_dtype(vocab_size), array_specs.TOKEN_SHARD_ROWS, array_specs.TOKEN_CHUNK_ROWS
         ),
         "document_offset": document,
         "document_bytes": document,

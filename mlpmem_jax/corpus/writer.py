@@ -19,9 +19,9 @@ from mlpmem_jax.corpus.tokens import tokens_arrays
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.parallel.agreement import array_of_first, of_first
 from mlpmem_jax.store.appender import Appender
+from mlpmem_jax.store.array_specs import SPLITS, Split
 from mlpmem_jax.store.arrays import open_array, read_rows
 from mlpmem_jax.store.files import write_bytes
-from mlpmem_jax.store.layout import SPLITS, Split
 
 PROGRESS_FILE = "progress.npz"
 # Text that is encoded at once; encodings take some 60 times its size in memory.

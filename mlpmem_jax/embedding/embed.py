@@ -17,7 +17,7 @@ from mlpmem_jax.embedding.blocks import EmbeddingSettings, by_window, computed_r
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.parallel.preemption import Preempted, preempted, stopping_where_asked
 from mlpmem_jax.parallel.sharing import dealt, owners, process_index
-from mlpmem_jax.store.layout import ArraySpec
+from mlpmem_jax.store.array_specs import ArraySpec
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.shards import ShardWriter
 from mlpmem_jax.training.losses import token_logprob

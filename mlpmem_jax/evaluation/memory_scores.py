@@ -16,7 +16,8 @@ from mlpmem_jax.evaluation.memory_lm import MemoryScores, score_memory
 from mlpmem_jax.input.rows import StoredRows
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.array_specs import Split
+from mlpmem_jax.store.layout import Layout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ import numpy as np
 
 from mlpmem_jax.corpus.recent import after_start, recent_tokens
 from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.array_specs import Split, input_array
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.stored_array import PendingRead, StoredArray
 
@@ -216,7 +217,7 @@ class StoredRows:
         self.has_targets = with_targets
         self._separator_id = separator_id
         self._datastore = layout.datastore(split)
-        arrays = {"input": layout.input_array(), "label": "label"}
+        arrays = {"input": input_array(self._datastore.load().arrays), "label": "label"}
         if with_logprob:
             arrays["logprob"] = "logprob"
         self._rows = RowReader(self._datastore, arrays)

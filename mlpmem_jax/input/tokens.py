@@ -7,7 +7,8 @@ from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import TokenWindows
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.input.rows import TargetReader, compare_labels
-from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.array_specs import Split
+from mlpmem_jax.store.layout import Layout
 
 
 class TokensWithTargets:

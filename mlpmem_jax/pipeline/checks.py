@@ -3,7 +3,8 @@
 from mlpmem_jax.config.checks import without_keys
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import ArtifactError, ConfigError, Mistakes
-from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.array_specs import Split
+from mlpmem_jax.store.layout import Layout
 
 _WITH_TARGETS: tuple[Split, ...] = ("train", "valid")
 

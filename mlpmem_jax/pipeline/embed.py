@@ -12,7 +12,8 @@ from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.resolve import compute_dtypes
 from mlpmem_jax.pipeline.stage import Stage
-from mlpmem_jax.store.layout import SPLITS, Layout, Split
+from mlpmem_jax.store.array_specs import SPLITS, Split, datastore_arrays
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Completion
 
 
@@ -59,7 +60,7 @@ def _build(config: Config, split: Split) -> Completion:
     layout = Layout(config)
     mesh = make_mesh(config.mesh)
     tokens = TokenSplit.open(layout.tokens, split)
-    specs = layout.datastore_arrays()
+    specs = datastore_arrays(config.datastore, config.decoder.width)
     settings = EmbeddingSettings.of(config, specs)
     arrays = embed_split(
         finished_decoder(config, mesh),

@@ -5,7 +5,8 @@ from typing import Any
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.row_estimates import UNKNOWN_ROWS, count_rows, rows_entry
 from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.array_specs import Split, datastore_arrays
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.training.flops import (
     TRAINING_FACTOR,
     decoder_flops_per_token,
@@ -100,7 +101,7 @@ def embedding_estimate(config: Config, split: Split) -> dict[str, Any]:
     if counted is None:
         return {"rows": UNKNOWN_ROWS}
     rows = counted[0]
-    specs = Layout(config).datastore_arrays()
+    specs = datastore_arrays(config.datastore, config.decoder.width)
     row_bytes = sum(spec.row_bytes for spec in specs.values())
     window, stride = config.embedding_window_tokens, config.embedding_stride_tokens
     vocab = _vocab_size(config)

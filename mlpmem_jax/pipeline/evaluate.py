@@ -15,8 +15,9 @@ from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.stats.bootstrap import INTERVALS
+from mlpmem_jax.store.array_specs import SPLITS
 from mlpmem_jax.store.files import read_json, write_bytes, write_json
-from mlpmem_jax.store.layout import SPLITS, Layout
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact, Completion, differences
 
 # Scores, counts and curves: a function of the run directory, bit for bit on CPU.

@@ -19,7 +19,15 @@ from mlpmem_jax.pipeline.fitting import Moment, Need, RowCounter
 from mlpmem_jax.retrieval import approximate
 from mlpmem_jax.retrieval.engine import choose_engine
 from mlpmem_jax.retrieval.estimates import exact_bytes, held_index_bytes
-from mlpmem_jax.store.layout import ArraySpec, Layout, Split, token_dtype
+from mlpmem_jax.store.array_specs import (
+    ArraySpec,
+    Split,
+    datastore_arrays,
+    input_array,
+    targets_arrays,
+    token_dtype,
+)
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
 
 _STATE_BYTES = 12  # of a parameter that is trained: itself and two moments, float32
@@ -58,11 +66,12 @@ def training_need(config: Config, machine: Machine, count: RowCounter) -> Need:
 
 def _mixed_rows(config: Config, machine: Machine) -> tuple[Moment, ...]:
     """Returns the windows whose rows are dealt out together, and those that are read ahead."""
-    mixed, layout = config.train_mix_windows, Layout(config)
+    mixed = config.train_mix_windows
     if mixed == 1:
         return ()
     windows = min(2 * mixed, config.train.num_steps)  # of a position: a group, and the next
-    state = layout.datastore_arrays()[layout.input_array()].row_bytes
+    specs = datastore_arrays(config.datastore, config.decoder.width)
+    state = specs[input_array(specs)].row_bytes
     # Label, log p, weight, mass; id and probability of each token of a target.
     row_bytes = state + 4 * (4 + 2 * config.targets.num_tokens + config.memory.num_read_tokens)
     rows = config.train.batch_size * config.train_window_tokens * windows
@@ -78,7 +87,7 @@ def _mixed_rows(config: Config, machine: Machine) -> tuple[Moment, ...]:
 def embedding_need(config: Config, split: Split, machine: Machine, count: RowCounter) -> Need:
     """Returns what embedding a split takes."""
     rows = count(config)[split]
-    row_bytes = _row_bytes(Layout(config).datastore_arrays())
+    row_bytes = _row_bytes(datastore_arrays(config.datastore, config.decoder.width))
     networks = Moment(
         "the decoder and a shard of rows",
         "raise mesh.fsdp or lower datastore.shard_rows",
@@ -121,7 +130,9 @@ def neighbors_need(
 def targets_need(config: Config, split: Split, machine: Machine, count: RowCounter) -> Need:
     """Returns what the targets of a split take."""
     rows = count(config)
-    disk = rows[split] * _row_bytes(Layout(config).targets_arrays(config.tokenizer.vocab_size))
+    disk = rows[split] * _row_bytes(
+        targets_arrays(config.datastore, config.targets, config.tokenizer.vocab_size)
+    )
     if split != "train":
         return Need(disk)
     moments = (_evidence(config, rows, TUNING_ROWS, "lower retrieval.num_neighbors"),)

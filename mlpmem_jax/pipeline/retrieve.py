@@ -11,7 +11,8 @@ from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Stage
-from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.array_specs import Split
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Completion
 
 if TYPE_CHECKING:

@@ -29,8 +29,9 @@ from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Builders, Stage
+from mlpmem_jax.store.array_specs import SPLITS, token_dtype
 from mlpmem_jax.store.files import check_free_space, write_bytes
-from mlpmem_jax.store.layout import SPLITS, Layout, token_dtype
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Completion, Status
 
 

@@ -11,6 +11,7 @@ from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.embedding.blocks import EmbeddingSettings, computed_rows, in_batches
 from mlpmem_jax.embedding.embed import make_embed_step
 from mlpmem_jax.models.decoder import Decoder
+from mlpmem_jax.store.array_specs import datastore_arrays
 from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.stored_array import StoredArray
 
@@ -31,7 +32,7 @@ def neighbor_agreement(config: Config, decoder: Decoder, mesh: jax.sharding.Mesh
     """
     layout = Layout(config)
     tokens = TokenSplit.open(layout.tokens, "train")
-    specs = {"key": layout.datastore_arrays()["key"]}
+    specs = {"key": datastore_arrays(config.datastore, config.decoder.width)["key"]}
     settings = EmbeddingSettings.of(config, specs)
     plan = settings.plan(tokens.num_rows)
     wanted = min(plan.num_blocks, max(1, SAMPLE_ROWS // settings.stride_tokens))

@@ -6,7 +6,7 @@ from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.row_estimates import UNKNOWN_ROWS, count_rows, rows_entry
 from mlpmem_jax.retrieval import approximate
-from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.array_specs import Split, neighbors_arrays, targets_arrays
 
 
 def exact_bytes(num_rows: int, width: int, num_devices: int) -> int:
@@ -47,7 +47,7 @@ def estimate_neighbors(config: Config, split: Split) -> dict[str, Any]:
     if queries is None or keys is None:
         return {"rows": UNKNOWN_ROWS}
     num_rows, num_keys = queries[0], keys[0]
-    specs = Layout(config).neighbors_arrays()
+    specs = neighbors_arrays(config.datastore, config.retrieval.num_neighbors)
     return {
         **rows_entry(*queries),
         "bytes on disk": num_rows * sum(spec.row_bytes for spec in specs.values()),
@@ -62,7 +62,7 @@ def estimate_targets(config: Config, split: Split) -> dict[str, Any]:
     if counted is None:
         return {"rows": UNKNOWN_ROWS}
     num_rows = counted[0]
-    specs = Layout(config).targets_arrays(config.tokenizer.vocab_size)
+    specs = targets_arrays(config.datastore, config.targets, config.tokenizer.vocab_size)
     return {
         **rows_entry(*counted),
         "bytes on disk": num_rows * sum(spec.row_bytes for spec in specs.values()),

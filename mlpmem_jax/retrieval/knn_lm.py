@@ -16,7 +16,8 @@ from mlpmem_jax.retrieval.distributions import LabelEvidence
 from mlpmem_jax.retrieval.engine import row_ranges
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
 from mlpmem_jax.retrieval.temperature import Tuned
-from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.array_specs import Split
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.stored_array import StoredArray
 

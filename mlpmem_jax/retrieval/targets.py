@@ -24,9 +24,10 @@ from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.retrieval.merge import Neighbors
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors, check_enough_rows, search_split
 from mlpmem_jax.retrieval.temperature import Tuned
+from mlpmem_jax.store.array_specs import ArraySpec, Split, neighbors_arrays, targets_arrays
 from mlpmem_jax.store.arrays import open_array, read_rows
 from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
-from mlpmem_jax.store.layout import ArraySpec, Layout, Split
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.store.shards import ShardWriter
 from mlpmem_jax.store.stored_array import StoredArray
@@ -47,7 +48,9 @@ def keep_neighbors(
     keys = StoredKeys(layout.datastore(split))
     _check_rows(config)
     artifact = layout.neighbors_by_index(split) if by_index else layout.neighbors(split)
-    writer = _writer(artifact, layout.neighbors_arrays(), keys.num_rows)
+    writer = _writer(
+        artifact, neighbors_arrays(config.datastore, config.retrieval.num_neighbors), keys.num_rows
+    )
     measured: dict[str, Any] = {"engine": "exact"}
     engine: Engine
     if split == "train" or by_index:
@@ -108,7 +111,7 @@ class _TargetSink:
         self._label_N = self._train_label_N if split == "train" else read_labels(layout, split)
         self.writer = _writer(
             self._artifact,
-            layout.targets_arrays(int(tokens["vocab_size"])),
+            targets_arrays(config.datastore, config.targets, int(tokens["vocab_size"])),
             len(self._label_N),
         )
 

@@ -9,7 +9,8 @@ from mlpmem_jax.input.rows import TargetReader
 from mlpmem_jax.input.windows import WindowSource
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.parallel.sharding import batch_sharding
-from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.array_specs import Split, datastore_arrays, input_array, targets_arrays
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.training.networks import abstract_network, decoder_builder
 
 
@@ -41,8 +42,8 @@ class BlankRun:
 
     def stored_rows(self, split: Split, length: int) -> WindowSource:
         """Returns blank windows of stored rows."""
-        specs = self._layout.datastore_arrays()
-        state = specs[self._layout.input_array()]
+        specs = datastore_arrays(self._config.datastore, self._config.decoder.width)
+        state = specs[input_array(specs)]
         names = {"input": state, "label": specs["label"]}
         if self._config.loss_weights.joint > 0:
             names["logprob"] = specs["logprob"]
@@ -65,7 +66,7 @@ class BlankRun:
         return {"recent": np.zeros((1, length, num_recent), np.int32)} if num_recent else {}
 
     def _targets(self, length: int) -> dict[str, np.ndarray]:
-        specs = self._layout.targets_arrays(self.vocab_size)
+        specs = targets_arrays(self._config.datastore, self._config.targets, self.vocab_size)
         rows = {
             f"target_{name}": np.zeros((1, length, *spec.tail), spec.dtype)
             for name, spec in specs.items()

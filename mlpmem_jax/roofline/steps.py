@@ -19,7 +19,7 @@ from mlpmem_jax.input.feed import Batch
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.parallel.mesh import check_batch
 from mlpmem_jax.roofline.blank import BlankRun, BlankTokens, abstract_batch
-from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store.array_specs import datastore_arrays
 from mlpmem_jax.training.flops import decoder_flops_per_token, memory_flops_per_token
 from mlpmem_jax.training.joint_training import JointTask
 from mlpmem_jax.training.loop import Task, assemble
@@ -90,7 +90,7 @@ def _training(config: Config, mesh: jax.sharding.Mesh, section: str, task: Any) 
 def _embed(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
     size = config.datastore.batch_size
     check_batch(mesh, "datastore.batch_size", size)
-    run, specs = BlankRun(config), Layout(config).datastore_arrays()
+    run, specs = BlankRun(config), datastore_arrays(config.datastore, config.decoder.width)
     settings = EmbeddingSettings.of(config, specs)
     window, stride = settings.window_tokens, settings.stride_tokens
     plan = EmbeddingPlan(1 << 40, window, stride, settings.within)

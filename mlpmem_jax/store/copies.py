@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mlpmem_jax.store.layout import ArraySpec
+from mlpmem_jax.store.array_specs import ArraySpec
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.shards import ShardWriter
 from mlpmem_jax.store.stored_array import StoredArray

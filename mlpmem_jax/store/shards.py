@@ -16,6 +16,7 @@ from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.multihost import first_alone, is_writer
 from mlpmem_jax.parallel.sharing import share_of
+from mlpmem_jax.store.array_specs import ArraySpec
 from mlpmem_jax.store.arrays import (
     PendingWrite,
     create_array,
@@ -25,7 +26,6 @@ from mlpmem_jax.store.arrays import (
 )
 from mlpmem_jax.store.digests import shard_digest
 from mlpmem_jax.store.files import check_free_space
-from mlpmem_jax.store.layout import ArraySpec
 from mlpmem_jax.store.shard_records import record_written, recorded_shards
 
 _MAX_PENDING_SHARDS = 2

@@ -10,7 +10,7 @@ from mlpmem_jax.input.feed import Batch
 from mlpmem_jax.input.windows import WindowSource
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.store.layout import Split
+from mlpmem_jax.store.array_specs import Split
 from mlpmem_jax.training.flops import decoder_flops_per_token, memory_training_flops_per_token
 from mlpmem_jax.training.input_statistics import measured_statistics, with_statistics
 from mlpmem_jax.training.interpolation import interpolation_of, joint_terms

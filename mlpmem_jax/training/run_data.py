@@ -12,7 +12,8 @@ from mlpmem_jax.input.rows import StoredRows
 from mlpmem_jax.input.tokens import TokensWithTargets
 from mlpmem_jax.input.windows import WindowSource
 from mlpmem_jax.models.decoder import Decoder
-from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.array_specs import Split
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.training.networks import finished_decoder
 
 

@@ -22,7 +22,8 @@ from mlpmem_jax.pipeline.generate import interpolation
 from mlpmem_jax.retrieval.engine import StoredKeys, read_all
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
-from mlpmem_jax.store.layout import SPLITS, Layout
+from mlpmem_jax.store.array_specs import SPLITS, input_array
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
@@ -59,7 +60,7 @@ def _readers(config):
     def rows(split):
         stored, store = StoredSplit.open(layout, split), layout.datastore(split)
         keys = read_all(StoredKeys(store))
-        reader = RowReader(store, {"input": layout.input_array()})
+        reader = RowReader(store, {"input": input_array(store.load().arrays)})
         inputs = reader.start(np.array([0]), reader.num_rows).result()["input"]
         return [stored.label_N, stored.logprob_N, keys, inputs.astype(np.float32)]
 

@@ -17,8 +17,9 @@ from flax import nnx
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.errors import PREEMPTED
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.store.array_specs import SPLITS, datastore_arrays
 from mlpmem_jax.store.arrays import open_array, read_rows
-from mlpmem_jax.store.layout import SPLITS, Layout
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 HERE = Path(__file__).resolve().parent
@@ -75,7 +76,9 @@ def _arrays(config):
     paths = [layout.tokens.path / s / "token" for s in SPLITS]
     for split in SPLITS:
         folder = layout.datastore(split).path
-        paths += [folder / name for name in layout.datastore_arrays()]
+        paths += [
+            folder / name for name in datastore_arrays(config.datastore, config.decoder.width)
+        ]
     paths += [layout.neighbors(s).path / n for s in ("valid", "test") for n in ("row", "distance")]
     paths += [
         layout.targets(s).path / n for s in ("train", "valid") for n in ("id", "prob", "mass")

@@ -15,7 +15,7 @@ from mlpmem_jax.corpus import files, retries
 from mlpmem_jax.corpus.sources import find_parts
 from mlpmem_jax.corpus.stream import Corpus
 from mlpmem_jax.errors import PREEMPTED, TryAgain, UserError
-from mlpmem_jax.store.layout import SPLITS
+from mlpmem_jax.store.array_specs import SPLITS
 from mlpmem_jax.store.manifest import Artifact
 from tests.pipeline.bucket_server import Driver, assert_same
 

@@ -13,8 +13,9 @@ from mlpmem_jax.retrieval import approximate, targets
 from mlpmem_jax.retrieval.distributions import LabelEvidence
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
+from mlpmem_jax.store.array_specs import SPLITS, datastore_arrays
 from mlpmem_jax.store.arrays import open_array, read_rows
-from mlpmem_jax.store.layout import SPLITS, Layout
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.shards import ShardWriter
 
 WIDTH, VOCAB, SEPARATOR = 32, 300, 0
@@ -65,7 +66,10 @@ def make_run(make_config):
             }
             artifact = layout.datastore(split)
             artifact.begin({}, origin)
-            specs = {name: layout.datastore_arrays()[name] for name in arrays}
+            specs = {
+                name: datastore_arrays(config.datastore, config.decoder.width)[name]
+                for name in arrays
+            }
             writer = ShardWriter(artifact.path, specs, ROWS[split], refuse_non_finite=False)
             for rows in writer.own_rows():
                 writer.put(rows.start, {name: values[rows] for name, values in arrays.items()})

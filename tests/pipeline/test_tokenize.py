@@ -22,7 +22,8 @@ from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import TokenWindows
 from mlpmem_jax.errors import PREEMPTED, ArtifactError, UserError
 from mlpmem_jax.pipeline.tokenize import stages
-from mlpmem_jax.store.layout import SPLITS, Layout
+from mlpmem_jax.store.array_specs import SPLITS
+from mlpmem_jax.store.layout import Layout
 from tests.pipeline.tokenizing import WORDS, contents, failing_at, make, settings
 
 pytestmark = pytest.mark.usefixtures("small_shards")

@@ -9,7 +9,7 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus import writer
 from mlpmem_jax.pipeline.stage import run_stages
 from mlpmem_jax.pipeline.tokenize import stages
-from mlpmem_jax.store import layout as layout_module
+from mlpmem_jax.store import array_specs
 from mlpmem_jax.store.layout import Layout
 
 WORDS = ["def", "class", "return", "for", "'é'", "🙂", "value", "(", ")", ":", "<|endoftext|>"]
@@ -17,10 +17,10 @@ WORDS = ["def", "class", "return", "for", "'é'", "🙂", "value", "(", ")", ":"
 
 def shrink(assign: Any) -> None:
     """Makes shards and batches so small that a tiny corpus has many."""
-    assign(layout_module, "TOKEN_SHARD_ROWS", 256)
-    assign(layout_module, "TOKEN_CHUNK_ROWS", 64)
-    assign(layout_module, "DOCUMENT_SHARD_ROWS", 16)
-    assign(layout_module, "DOCUMENT_CHUNK_ROWS", 8)
+    assign(array_specs, "TOKEN_SHARD_ROWS", 256)
+    assign(array_specs, "TOKEN_CHUNK_ROWS", 64)
+    assign(array_specs, "DOCUMENT_SHARD_ROWS", 16)
+    assign(array_specs, "DOCUMENT_CHUNK_ROWS", 8)
     assign(writer, "_batch_bytes", lambda: 1500)
 
 

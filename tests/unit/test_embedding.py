@@ -11,8 +11,8 @@ from mlpmem_jax.embedding.embed import embed_split
 from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.store.array_specs import ArraySpec
 from mlpmem_jax.store.arrays import open_array, read_rows
-from mlpmem_jax.store.layout import ArraySpec
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.shards import ShardWriter
 

@@ -7,12 +7,12 @@ from mlpmem_jax.corpus.writer import PROGRESS_FILE, TokenWriter, _read_progress
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.store import digests
 from mlpmem_jax.store.appender import Appender
+from mlpmem_jax.store.array_specs import ArraySpec
 from mlpmem_jax.store.arrays import open_array
 from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
 from mlpmem_jax.store.copies import copy_rows
 from mlpmem_jax.store.digests import shard_digest
 from mlpmem_jax.store.files import is_foreign
-from mlpmem_jax.store.layout import ArraySpec
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.shards import ShardWriter
 from mlpmem_jax.store.stored_array import StoredArray

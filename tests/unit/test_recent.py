@@ -5,7 +5,7 @@ import pytest
 
 from mlpmem_jax.corpus.recent import read_recent, within_document
 from mlpmem_jax.input.rows import RecentReader
-from mlpmem_jax.store.layout import ArraySpec
+from mlpmem_jax.store.array_specs import ArraySpec
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.shards import ShardWriter
 

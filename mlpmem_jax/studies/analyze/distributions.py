@@ -22,7 +22,8 @@ from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.sharding import replicated
 from mlpmem_jax.retrieval.distributions import sparse_distributions
 from mlpmem_jax.retrieval.knn_lm import read_labels
-from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.array_specs import Split, input_array
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.stored_array import StoredArray
 from mlpmem_jax.studies.analyze import sharpness
 from mlpmem_jax.studies.analyze.sharpness import Sharpness
@@ -174,7 +175,7 @@ class _Reader:
         self._recent = RecentReader(datastore, num_recent, separator_id)
         self._row = StoredArray(neighbors, "row")
         self._distance = StoredArray(neighbors, "distance")
-        self._input = StoredArray(datastore, layout.input_array())
+        self._input = StoredArray(datastore, input_array(datastore.load().arrays))
         self._label = StoredArray(datastore, "label")
         self._train_label = read_labels(layout, "train")
         self.num_neighbors = int(self._row.shape[1])

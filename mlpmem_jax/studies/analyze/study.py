@@ -17,7 +17,8 @@ from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, draw_rows, read_labels
 from mlpmem_jax.stats.bootstrap import bootstrap_sums, interval
 from mlpmem_jax.stats.mixing import mixture_logprob
-from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.array_specs import Split
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.studies.analyze.distributions import DISTRIBUTIONS, Sample, measure_sample
 from mlpmem_jax.studies.analyze.frequency import Bins, count_tokens
 from mlpmem_jax.studies.analyze.groups import gains_by_group

@@ -18,8 +18,9 @@ from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.reports import print_files, write_report
 from mlpmem_jax.pipeline.resolve import compute_dtypes
 from mlpmem_jax.pipeline.stage import Stage
+from mlpmem_jax.store.array_specs import SPLITS, Split, datastore_arrays
 from mlpmem_jax.store.files import read_json
-from mlpmem_jax.store.layout import SPLITS, Layout, Split
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Completion
 
 NAME = "cost"
@@ -100,7 +101,12 @@ def _copy(config: Config, part: Config, split: Split, rows: int) -> Completion:
 
     source, layout = Layout(config).datastore(split), Layout(part)
     num_rows = rows if split == "train" else int(source.load().counts["rows"])
-    arrays = copy_rows(source, layout.datastore(split), layout.datastore_arrays(), num_rows)
+    arrays = copy_rows(
+        source,
+        layout.datastore(split),
+        datastore_arrays(config.datastore, config.decoder.width),
+        num_rows,
+    )
     return Completion(counts={"rows": num_rows}, arrays=arrays)
 
 
@@ -148,7 +154,7 @@ def _estimate(config: Config) -> Mapping[str, Any]:
         sizes = _sizes(config)
     except ArtifactError:
         return {"sizes": "known once the datastore exists"}
-    specs = Layout(config).datastore_arrays()
+    specs = datastore_arrays(config.datastore, config.decoder.width)
     return {
         "rows of each size": ", ".join(f"{rows:,}" for rows in sizes),
         "times that a size is measured": config.cost.rounds,

@@ -17,6 +17,7 @@ from mlpmem_jax.evaluation.cost import network_cost
 from mlpmem_jax.evaluation.latency import compiled_models
 from mlpmem_jax.retrieval.approximate import AH_MIN_ROWS
 from mlpmem_jax.retrieval.knn_lm import read_labels
+from mlpmem_jax.store.array_specs import datastore_arrays
 from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.studies.cost import slopes
 from mlpmem_jax.studies.cost.measurements import PLAIN, Timer, sizes
@@ -132,7 +133,7 @@ def _bytes(
 
     An index of ScaNN holds the keys.
     """
-    specs = Layout(config).datastore_arrays()
+    specs = datastore_arrays(config.datastore, config.decoder.width)
     key, label = specs["key"].row_bytes, specs["label"].row_bytes
     kept = {}
     for name in names:

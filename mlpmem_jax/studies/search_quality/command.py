@@ -17,8 +17,9 @@ from mlpmem_jax.pipeline.reports import print_files, write_report
 from mlpmem_jax.pipeline.resolve import compute_dtypes
 from mlpmem_jax.pipeline.stage import Rebuild, Stage
 from mlpmem_jax.stats.bootstrap import INTERVALS
+from mlpmem_jax.store.array_specs import SPLITS
 from mlpmem_jax.store.files import read_json
-from mlpmem_jax.store.layout import SPLITS, Layout
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Completion
 
 NAME = "search-quality"

@@ -26,8 +26,9 @@ from mlpmem_jax.retrieval.knn_lm import read_labels
 from mlpmem_jax.retrieval.merge import drop_own_row
 from mlpmem_jax.retrieval.temperature import temperature_notes, weight_notes
 from mlpmem_jax.stats.bootstrap import Draws, PairedSums
+from mlpmem_jax.store.array_specs import Split
 from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
-from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.studies.search_quality.divergence import compare_neighbors
 from mlpmem_jax.studies.search_quality.search_scores import SearchedKnn
 from mlpmem_jax.studies.search_quality.settings import reference_of, with_setting

@@ -7,7 +7,8 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.evaluation.labels import SplitLabels
 from mlpmem_jax.evaluation.systems import SplitParts, System
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
-from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.array_specs import Split
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.studies.tables.draws import Settings
 from mlpmem_jax.studies.tables.ledger import Ledger

@@ -11,7 +11,8 @@ from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.resolve import Network, compute_dtypes
 from mlpmem_jax.pipeline.stage import Stage
-from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.array_specs import Split
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.studies.tables.variants import Variant
 

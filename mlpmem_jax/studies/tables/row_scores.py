@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mlpmem_jax.config.data import DatastoreConfig
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.embedding.blocks import EmbeddingSettings
@@ -20,7 +21,8 @@ from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.stats.mixing import mixture_logprob
-from mlpmem_jax.store.layout import Layout, Split
+from mlpmem_jax.store.array_specs import Split, scores_arrays
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.store.shards import ShardWriter
 from mlpmem_jax.training.interpolation import at_step
@@ -42,7 +44,7 @@ def score_decoder(
     layout = Layout(config)
     tokens = TokenSplit.open(layout.tokens, split)
     settings = EmbeddingSettings.of(config)
-    specs = layout.scores_arrays()
+    specs = scores_arrays(config.datastore)
     name = f"score {artifact.relative.removeprefix('scores/')}"
     arrays = embed_split(decoder, tokens, artifact, specs, settings, mesh, name)
     return Completion({"rows": tokens.num_rows}, arrays)
@@ -55,7 +57,7 @@ def score_memory_alone(
     layout = Layout(config)
     decoder = finished_decoder(config, mesh) if config.memory.reads_decoder else None
     scores = score_stored(config, split, decoder, memory, mesh, with_targets=False)
-    return _written(layout, artifact, scores.logprob_N, read_labels(layout, split), {})
+    return _written(config.datastore, artifact, scores.logprob_N, read_labels(layout, split), {})
 
 
 def score_mixture(
@@ -89,7 +91,7 @@ def score_mixture(
     label_N = tokens.read(1, tokens.num_tokens)
     weight_N = np.broadcast_to(scores.weight, label_N.shape)[label_N != tokens.separator_id]
     counts = {"interpolation": float(np.mean(weight_N, dtype=np.float64))}
-    return _written(layout, artifact, logprob_N, label_N, counts)
+    return _written(config.datastore, artifact, logprob_N, label_N, counts)
 
 
 def score_knn(
@@ -122,19 +124,17 @@ def score_knn(
     # No neighbour of a row may hold its label: −inf, which is a score like any other.
     logprob_N = neighbors.logprob(scored_N, temperature)
     counts["temperature"] = temperature
-    return _written(layout, artifact, logprob_N, label_N, counts)
+    return _written(config.datastore, artifact, logprob_N, label_N, counts)
 
 
 def _written(
-    layout: Layout,
+    store: DatastoreConfig,
     artifact: Artifact,
     logprob_N: np.ndarray,
     label_N: np.ndarray,
     counts: Mapping[str, Any],
 ) -> Completion:
-    writer = ShardWriter(
-        artifact.path, layout.scores_arrays(), len(label_N), refuse_non_finite=False
-    )
+    writer = ShardWriter(artifact.path, scores_arrays(store), len(label_N), refuse_non_finite=False)
     for rows in writer.own_rows():
         part = {"logprob": logprob_N[rows].astype(np.float32), "label": label_N[rows]}
         writer.put(rows.start, part)

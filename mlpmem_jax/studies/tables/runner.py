@@ -20,8 +20,9 @@ from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.plan import intention, skipped
 from mlpmem_jax.pipeline.stage import Rebuild, Stage, run_stages
 from mlpmem_jax.stats.bootstrap import INTERVALS
+from mlpmem_jax.store.array_specs import SPLITS
 from mlpmem_jax.store.checked_json import fingerprint_of
-from mlpmem_jax.store.layout import SPLITS, Layout
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact, Completion, differences
 from mlpmem_jax.studies.tables.draws import Family, Settings
 from mlpmem_jax.studies.tables.part_scores import SCORED
