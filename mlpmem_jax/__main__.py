@@ -119,6 +119,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, Options]:
         print_config=flags.print_config,
         rebuild=flags.rebuild,
         without_memory=getattr(flags, "without_memory", False),
+        remove_unused=getattr(flags, "remove_unused", False),
         output=_output_path(getattr(flags, "output", None)),
     )
     return command, config, options
@@ -214,7 +215,7 @@ def _parser(command: str) -> _Parser:
         "--rebuild",
         action="store_true",
         help="rebuild the artifacts of this command; for run, search-quality and tables of several "
-        "runs: the artifacts built with different settings, and the table",
+        "runs: stale artifacts (built from inputs that were rebuilt since), and the table",
     )
     shared.add_argument("-h", "--help", action="help", help="print this help, then exit")
     overrides = parser.add_argument_group("overrides")
@@ -228,7 +229,7 @@ def _parser(command: str) -> _Parser:
 
 
 def _add_own_flags(parser: _Parser, command: str) -> None:
-    if command not in ("generate", "compile", "export"):
+    if command not in ("generate", "compile", "export", "artifacts"):
         return
     own = parser.add_argument_group(f"flags of {command}")
     if command == "generate":
@@ -243,6 +244,13 @@ def _add_own_flags(parser: _Parser, command: str) -> None:
             "--without-memory",
             action="store_true",
             help="use the decoder alone, for comparison",
+        )
+        return
+    if command == "artifacts":
+        own.add_argument(
+            "--remove-unused",
+            action="store_true",
+            help="remove the artifacts that no work directory uses",
         )
         return
     if command == "export":

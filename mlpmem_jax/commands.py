@@ -43,9 +43,9 @@ class Command:
 
 
 # Of every command; behind what is a command's own, as in its help.
-_RUN = ("workdir", "seed")
+_RUN = ("workdir", "store", "seed")
 # Which trained model is meant, and with which λ it was trained.
-_MODEL = ("train.mode", "train.name", "train.interpolation", "train.interpolation_final")
+_MODEL = ("train.mode", "train.interpolation", "train.interpolation_final")
 # Read by commands that run every stage, some of them several times.
 _EVERY_STAGE = (
     *_RUN, "corpus", "tokenizer", "decoder", "memory", "mesh", "datastore", "retrieval", "targets",
@@ -111,6 +111,12 @@ COMMANDS: dict[str, Command] = {
         "pipeline.export",
         "write the decoder as a directory that transformers loads",
         (*_RUN, "decoder", "memory", "mesh", "datastore.input", *_MODEL, "train.joint_weight"),
+        alone=True,
+    ),
+    "artifacts": Command(
+        "pipeline.artifacts",
+        "list the artifacts of the store, what uses them, and remove what nothing uses",
+        _RUN,
         alone=True,
     ),
     "compare": Command(

@@ -35,10 +35,11 @@ from mlpmem_jax.parallel.cluster import (
     PROCESS_INDEX,
 )
 from mlpmem_jax.parallel.processes import run_processes
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.store.files import check_reachable, is_local
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.run_record import RunRecord
 
 LOGS = "logs"
 # Commands that begin with the text; the others read what these have made.
@@ -112,29 +113,34 @@ def _answers(command: str, config: Config) -> bool:
 
 
 def _missing(command: str, config: Config, options: Options, shares_files: bool) -> list[str]:
-    """Returns what the command reads and is not there, one line each."""
-    layout, found = Layout(config), dict[str, None]()
+    """Returns what the command reads and is not there, one line each.
+
+    By role alone: which artifact it will be depends on the devices there (`compute_dtype=auto`).
+    """
+    record, found = RunRecord.read(config.workdir), dict[str, None]()
     if command in _FROM_TEXT:
-        if shares_files and not layout.tokens.is_complete():
+        if shares_files and "tokens" not in record.roles:
             find_parts(config.corpus)  # It raises what is missing.
         return []
-    for artifact in _inputs(command, config, options):
+    for artifact in _inputs(command, Artifacts(config), options):
         try:
-            artifact.load()
+            record.artifact(artifact.label, f"{command} needs {artifact.label}").load()
         except ArtifactError as error:
-            found |= dict.fromkeys(error.messages)
+            way_out = f"; make it with the command `{artifact.command}`"
+            known = artifact.label in record.roles
+            found |= dict.fromkeys(f"{line}{'' if known else way_out}" for line in error.messages)
     return list(found)
 
 
-def _inputs(command: str, config: Config, options: Options) -> list[Artifact]:
+def _inputs(command: str, run: Artifacts, options: Options) -> list[Artifact]:
     """Returns the artifacts that a command reads and does not make; none of studies."""
-    layout, module = Layout(config), COMMANDS[command].module
+    module = importlib.import_module(f"mlpmem_jax.{COMMANDS[command].module}")
     if command == "generate":
-        return [layout.tokenizer, layout.decoder if options.without_memory else layout.trained]
-    if command == "compile" or not module.startswith("pipeline."):
+        return [run.tokenizer, run.decoder if options.without_memory else run.trained]
+    if not hasattr(module, "stages") or COMMANDS[command].module.startswith("studies."):
         return []
-    stages = importlib.import_module(f"mlpmem_jax.{module}").stages(config)
-    made, inputs = {stage.name for stage in stages}, list[Artifact]()
+    stages = module.stages(run)
+    made, inputs = {stage.artifact.relative for stage in stages}, list[Artifact]()
     for stage in stages:
         # Some ask for their inputs once those before are made.
         with contextlib.suppress(ArtifactError):

@@ -18,7 +18,7 @@ def cross_section_mistakes(config: Config) -> list[str]:
     """Returns one line for each broken rule."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
         _sources, _separator, _heads, _pretrained, _recent, _layers, _windows, _storage, _batches,
-        _arrays, _mesh, _names, _candidates, training_mistakes, table_mistakes,
+        _arrays, _mesh, _candidates, training_mistakes, table_mistakes,
     )  # fmt: skip
     return [mistake for rule in rules for mistake in rule(config)]
 
@@ -202,16 +202,6 @@ def _mesh(config: Config) -> Iterator[str]:
         yield f"only one mesh size may be auto, not {' and '.join(inferred)}"
     if mesh.data != "auto":
         yield from _must_divide("mesh.dcn_data", mesh.dcn_data, "mesh.data", mesh.data)
-
-
-def _names(config: Config) -> Iterator[str]:
-    sections = ("decoder", "memory", "datastore", "retrieval", "targets", "train")
-    names = {f"{section}.name": getattr(config, section).name for section in sections}
-    for key, name in {**names, "retrieval.exact_name": config.retrieval.exact_name}.items():
-        if name in (".", ".."):
-            yield f"{key}={name} must be the name of a new directory"
-    if config.memory.name == "metrics":
-        yield "memory.name=metrics is reserved: results/metrics holds the training metrics"
 
 
 def _candidates(config: Config) -> Iterator[str]:

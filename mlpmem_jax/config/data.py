@@ -15,7 +15,6 @@ from mlpmem_jax.config.types import (
     GlobText,
     Layer,
     ListOf,
-    Name,
     PathText,
     PositiveInt,
     Rows,
@@ -114,7 +113,6 @@ class StateSite(Section):
 class DatastoreConfig(Section):
     """Storage of the decoder's states."""
 
-    name: Name = setting("base", "name of the datastore")
     key: StateSite = setting(StateSite(), "searched state (the kNN-LM's key)")
     input: StateSite = setting(StateSite(layer=0.7), "input of the memory")
     arrays: ListOf[Literal["key", "input", "label", "logprob"]] = setting(
@@ -131,11 +129,6 @@ class DatastoreConfig(Section):
 class RetrievalConfig(Section):
     """Search for neighbours (paper, section 2)."""
 
-    name: Name = setting("auto", "name of index and neighbours; auto: datastore.name")
-    exact_name: Name = setting(
-        "auto",
-        "name of the exact neighbours of valid and test; auto: retrieval.name",
-    )
     engine: Literal["auto", "scann", "exact"] = setting(
         "auto",
         "scann: approximate, re-ranked exactly; exact: brute force; auto: by the number of rows",
@@ -163,7 +156,6 @@ class RetrievalConfig(Section):
 class TargetsConfig(Section):
     """kNN next-token distributions (paper, Eq. 3)."""
 
-    name: Name = setting("base", "name of the targets")
     workdir: PathText | None = setting(None, "run directory of the teacher; not set: this run")
     temperature: Annotated[float, Field(ge=1e-6, le=1e9)] | Auto = setting(
         "auto", "τ of the softmax over distances; auto: tuned on validation for the kNN-LM"

@@ -9,7 +9,6 @@ from mlpmem_jax.config.types import (
     Count,
     Epsilon,
     ListOf,
-    Name,
     NgramOrder,
     PathText,
     RecentTokens,
@@ -25,7 +24,6 @@ ComputeDtype = Literal["auto", "float32", "bfloat16"]
 class DecoderConfig(Section):
     """A decoder-only Transformer of the GPT-2 or the Llama family."""
 
-    name: Name = setting("base", "name of the decoder")
     pretrained: PathText | None = runtime(
         None,
         "Hugging Face directory (config.json, *.safetensors, tokenizer.json) of a GPT-2, Llama, "
@@ -86,7 +84,6 @@ class DecoderConfig(Section):
 class MemoryConfig(Section):
     """The MLP Memory (paper, section 3.1): no token mixing."""
 
-    name: Name = setting("base", "name of the memory")
     width: Width = setting(128, "width of the residual stream, E")
     num_layers: Blocks = setting(4, "number of feed-forward blocks")
     ffn_width: Width | Auto = setting("auto", "feed-forward width, F; auto: as decoder.ffn_width")

@@ -45,6 +45,10 @@ class Config(Section):
     """Everything that can be set."""
 
     workdir: PathText = runtime("runs/quickstart", "run directory, local or gs://")
+    store: PathText | None = runtime(
+        None,
+        "directory of artifacts, which several runs may share; not set: workdir/artifacts",
+    )
     seed: Seed = setting(0, "seed of weight initialization and data order")
     corpus: CorpusConfig = setting(CorpusConfig(), CorpusConfig.__doc__ or "")
     tokenizer: TokenizerConfig = setting(TokenizerConfig(), TokenizerConfig.__doc__ or "")
@@ -79,17 +83,6 @@ class Config(Section):
         """Rows that one embedding window scores."""
         stride = self.datastore.stride_tokens
         return max(1, self.embedding_window_tokens // 2) if stride == "auto" else stride
-
-    @property
-    def retrieval_name(self) -> str:
-        """Name of index and neighbours."""
-        return self.datastore.name if self.retrieval.name == "auto" else self.retrieval.name
-
-    @property
-    def exact_name(self) -> str:
-        """Name of the exact neighbours of validation and test."""
-        name = self.retrieval.exact_name
-        return self.retrieval_name if name == "auto" else name
 
     @property
     def pretrain_window_tokens(self) -> int:
@@ -144,8 +137,3 @@ class Config(Section):
     def brings_interpolation(self) -> bool:
         """Whether λ is part of training: fixed in the loss, or given by a gate."""
         return self.memory.gate == "learned" or self.trained_interpolation is not None
-
-    @property
-    def joint_name(self) -> str:
-        """Name of the jointly trained model."""
-        return self.memory.name if self.train.name == "auto" else self.train.name

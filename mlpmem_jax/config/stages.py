@@ -14,7 +14,6 @@ from mlpmem_jax.config.types import (
     Epsilon,
     Fraction,
     ListOf,
-    Name,
     NonNegativeInt,
     OpenFraction,
     PositiveInt,
@@ -98,7 +97,6 @@ class TrainConfig(TrainingConfig):
     mode: Literal["memory", "joint"] = setting(
         "memory", "memory: frozen decoder (paper); joint: both trained"
     )
-    name: Name = setting("auto", "name of a joint model; auto: memory.name")
     inputs: Literal["stored", "online"] = setting(
         "stored",
         "stored: rows of the datastore; online: the frozen decoder runs in each step (mode=memory)",

@@ -67,7 +67,7 @@ class CostConfig(Section):
 class SearchSetting(Section):
     """One search setting."""
 
-    name: Name = setting("setting", "suffix of the names of index, targets and memory")
+    name: Name = setting("setting", "name in tables and figures")
     engine: Literal["scann", "exact"] = setting("scann", "as retrieval.engine")
     num_leaves_to_search: PositiveInt | Auto = setting("auto", "as in retrieval")
     num_reorder: PositiveInt | Auto = setting("auto", "as in retrieval")

@@ -57,7 +57,6 @@ class RecipeConfig(Section):
 class CompareConfig(Section):
     """The main table: the memory, its baselines and controls, over several seeds."""
 
-    name: Name = setting("compare", "name of the table in results/")
     seeds: ListOf[Seed] = setting((0, 1, 2), "seeds; every row is trained for each", min_length=1)
     rows: ListOf[RowName] = setting(
         ALL_ROWS, "rows of the table, in order; the decoder is always included", min_length=1
@@ -77,7 +76,6 @@ class CompareConfig(Section):
 class OverfittingConfig(Section):
     """Test loss (nats) by epoch of a decoder and a memory trained for many epochs."""
 
-    name: Name = setting("overfitting", "name of the table in results/")
     seeds: ListOf[Seed] = setting((0,), "seeds; one run for each", min_length=1)
     decoder_epochs: Epochs = setting(6, "training epochs of the decoder")
     memory_epochs: Epochs = setting(8, "training epochs of the memory")
@@ -104,6 +102,5 @@ class SweepConfig(Section):
 class AblateConfig(Section):
     """Sweeps over one key each, starting from the configuration."""
 
-    name: Name = setting("ablate", "name of the table in results/")
     seeds: ListOf[Seed] = setting((0,), "seeds; one run for each", min_length=1)
     sweeps: ListOf[SweepConfig] = setting((), "the sweeps, in order")

@@ -15,7 +15,7 @@ _TABLES = ("compare", "overfitting", "ablate")
 
 def table_mistakes(config: Config) -> Iterator[str]:
     """Yields one line for each broken rule."""
-    for rule in (_lists, _settings, _names, _recipes, _teachers):
+    for rule in (_lists, _settings, _recipes, _teachers):
         yield from rule(config)
 
 
@@ -50,16 +50,6 @@ def _settings(config: Config) -> Iterator[str]:
                 f"search_quality.settings.{place}.num_reorder={setting.num_reorder} must be more "
                 f"than retrieval.num_neighbors={least} (a row finds itself too)"
             )
-
-
-def _names(config: Config) -> Iterator[str]:
-    tables = {f"{section}.name": getattr(config, section).name for section in _TABLES}
-    for key, name in tables.items():
-        if name in (".", "..", "metrics"):
-            yield f"{key}={name} must be the name of a new directory in results/"
-        for other, taken in {"memory.name": config.memory.name, **tables}.items():
-            if other != key and taken == name and (other == "memory.name" or other < key):
-                yield f"{key}={name} and {other}={taken} must differ: both are in results/"
 
 
 def _recipes(config: Config) -> Iterator[str]:

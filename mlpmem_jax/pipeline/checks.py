@@ -3,8 +3,8 @@
 from mlpmem_jax.config.checks import without_keys
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import ArtifactError, ConfigError, Mistakes
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.store.array_specs import Split
-from mlpmem_jax.store.layout import Layout
 
 _WITH_TARGETS: tuple[Split, ...] = ("train", "valid")
 
@@ -78,7 +78,7 @@ def check_keys(config: Config) -> None:
         raise ConfigError(mistakes)
 
 
-def check_retrieval(config: Config) -> None:
+def check_retrieval(run: Artifacts) -> None:
     """Refuses to search what is not stored, an engine that is not installed, too large a K.
 
     How large K may be is known once there are tokens.
@@ -90,12 +90,12 @@ def check_retrieval(config: Config) -> None:
     from mlpmem_jax.retrieval.engine import choose_engine
     from mlpmem_jax.retrieval.neighbors import check_enough_rows
 
-    layout, mistakes, num_rows = Layout(config), Mistakes(), 0
+    config, mistakes, num_rows = run.config, Mistakes(), 0
     with mistakes.gather():
         check_keys(config)
-    if layout.tokens.is_complete():
-        num_rows = int(layout.tokens.load().counts["train_tokens"]) - 1
-        name = str(layout.datastore("train").path)
+    if run.tokens.is_complete():
+        num_rows = int(run.tokens.load().counts["train_tokens"]) - 1
+        name = str(run.datastore("train").path)
         with mistakes.gather():
             check_enough_rows(config.retrieval.num_neighbors, num_rows, name)
     with mistakes.gather():
@@ -104,24 +104,25 @@ def check_retrieval(config: Config) -> None:
     mistakes.refuse()
 
 
-def check_teacher(config: Config) -> None:
+def check_teacher(run: Artifacts) -> None:
     """Refuses a teacher's targets that are not there, or made from other tokens than the run's.
 
     Raises:
         ArtifactError: Names the artifacts, and their fingerprints.
     """
-    layout = Layout(config)
+    config = run.config
     if config.targets.workdir is None:
         return
-    manifests = {split: layout.targets(split).load() for split in _WITH_TARGETS}
-    if not layout.tokens.is_complete():
+    manifests = {split: run.targets(split).load() for split in _WITH_TARGETS}
+    if not run.tokens.is_complete():
         return
-    own = layout.tokens.load().fingerprint
+    own = run.tokens.load()
     for split, manifest in manifests.items():
-        targets, theirs = layout.targets(split), manifest.made_from.get(layout.tokens.relative)
-        if theirs != own:
+        made_from = manifest.made_from.items()
+        theirs = [digest for name, digest in made_from if name.split("/")[0] == "tokens"]
+        if theirs != [own.fingerprint]:
             raise ArtifactError(
-                f"{targets.path}: targets.workdir={config.targets.workdir} has targets of tokens "
-                f"{theirs}, and {layout.tokens.path} is {own}: a teacher needs the same corpus, "
-                "splits and tokenizer"
+                f"{run.targets(split).path}: targets.workdir={config.targets.workdir} has targets "
+                f"of tokens {theirs[0]}, and {run.tokens.path} is {own.fingerprint}: a teacher "
+                "needs the same corpus, splits and tokenizer"
             )

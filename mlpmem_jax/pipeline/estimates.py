@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.row_estimates import UNKNOWN_ROWS, count_rows, rows_entry
 from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.store.array_specs import Split, datastore_arrays
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.training.flops import (
     TRAINING_FACTOR,
     decoder_flops_per_token,
@@ -23,17 +22,19 @@ from mlpmem_jax.training.flops import (
 _TRAINING_BYTES_PER_PARAMETER = 16
 
 
-def _vocab_size(config: Config) -> int:
+def _vocab_size(run: Artifacts) -> int:
     """V of the tokenizer that is there, or that will be trained."""
+    config = run.config
     try:
-        return int(Layout(config).tokens.load().counts["vocab_size"])
+        return int(run.tokens.load().counts["vocab_size"])
     except ArtifactError:
         return config.tokenizer.vocab_size
 
 
-def pretraining_estimate(config: Config) -> dict[str, Any]:
+def pretraining_estimate(run: Artifacts) -> dict[str, Any]:
     """Parameters, memory, disk and flops of pretraining."""
-    vocab = _vocab_size(config)
+    config = run.config
+    vocab = _vocab_size(run)
     counts = decoder_parameters(config.decoder, vocab)
     window = config.pretrain_window_tokens
     tokens = config.pretrain.num_steps * config.pretrain.batch_size * window
@@ -50,15 +51,16 @@ def pretraining_estimate(config: Config) -> dict[str, Any]:
     }
 
 
-def training_estimate(config: Config, steps: range | None = None) -> dict[str, Any]:
+def training_estimate(run: Artifacts, steps: range | None = None) -> dict[str, Any]:
     """Parameters, memory, disk and flops of training the memory, or both networks.
 
     Args:
-        config: The whole configuration.
+        run: The artifacts of the configuration.
         steps: Those of one phase; None: all.
     """
+    config = run.config
     steps = range(config.train.num_steps) if steps is None else steps
-    vocab, window = _vocab_size(config), config.train_window_tokens
+    vocab, window = _vocab_size(run), config.train_window_tokens
     joint = config.train.mode == "joint"
     counts = memory_parameters(config.memory, config.decoder.width, vocab)
     step_rows = config.train.batch_size * window
@@ -95,16 +97,17 @@ def training_estimate(config: Config, steps: range | None = None) -> dict[str, A
     }
 
 
-def embedding_estimate(config: Config, split: Split) -> dict[str, Any]:
+def embedding_estimate(run: Artifacts, split: Split) -> dict[str, Any]:
     """Rows, disk, host memory and flops of embedding a split."""
-    counted = count_rows(config, split)
+    config = run.config
+    counted = count_rows(run, split)
     if counted is None:
         return {"rows": UNKNOWN_ROWS}
     rows = counted[0]
     specs = datastore_arrays(config.datastore, config.decoder.width)
     row_bytes = sum(spec.row_bytes for spec in specs.values())
     window, stride = config.embedding_window_tokens, config.embedding_stride_tokens
-    vocab = _vocab_size(config)
+    vocab = _vocab_size(run)
     # Every token of a window goes through the blocks, only scored rows through the head.
     blocks = decoder_flops_per_token(config.decoder, vocab, window, head=False)
     head = decoder_flops_per_token(config.decoder, vocab, window) - blocks

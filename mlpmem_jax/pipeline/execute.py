@@ -9,10 +9,13 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.yaml_text import YamlError, parse_yaml, write_yaml
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel.multihost import is_writer
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.plan import print_plan
+from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Rebuild, Stage, run_stages
 from mlpmem_jax.store.files import absolute, write_bytes
+from mlpmem_jax.store.run_record import RunRecord
 
 CONFIG = "config.yaml"
 # Configurations that were written before they began with this line hold all of these sections.
@@ -21,21 +24,57 @@ _SECTIONS = {"workdir", "seed", "corpus", "decoder", "memory", "train", "evaluat
 
 
 def execute(
-    stages_of: Callable[[Config], Sequence[Stage]],
+    stages_of: Callable[[Artifacts], Sequence[Stage]],
     config: Config,
     options: Options,
     when_rebuilding: Rebuild = Rebuild.ALWAYS,
+    report: Callable[[Artifacts], None] = lambda run: None,
+    *,
+    reads_sources: bool = False,
 ) -> int:
-    """Plans or runs the stages of a command; returns the exit code."""
+    """Plans or runs the stages of a command; returns the exit code.
+
+    Args:
+        stages_of: Returns the stages.
+        config: The configuration.
+        options: Flags.
+        when_rebuilding: What `--rebuild` does with complete artifacts.
+        report: Prints what was found once everything is there.
+        reads_sources: Whether the text is read again, rather than remembered.
+    """
+    run = Artifacts(config, Sources(config.workdir, reads=reads_sources))
     rebuild = when_rebuilding if options.rebuild else Rebuild.REFUSE
-    stages = stages_of(config)
+    stages = stages_of(run)
     if options.rebuild or not all(stage.artifact.is_complete() for stage in stages):
         check_config_file(config)
     if options.dry_run:
-        print_plan(config, stages, rebuild)
+        print_plan(run, stages, rebuild)
         return 0
-    run_stages(stages, rebuild, before_building=lambda: write_config(config))
+    run_stages(stages, rebuild, before_building=lambda: write_run(run, stages))
+    if stages:
+        record(run, stages)
+    report(run)
     return 0
+
+
+def write_run(run: Artifacts, stages: Sequence[Stage]) -> None:
+    """Writes what a run is made with, before something is made for it."""
+    write_config(run.config)
+    record(run, stages)
+
+
+def record(run: Artifacts, stages: Sequence[Stage]) -> None:
+    """Writes to `run.json` which artifacts the stages make or have made."""
+    if not is_writer() or not epath.Path(run.config.workdir).exists():
+        return
+    roles = {
+        one.label: one.relative
+        for stage in stages
+        for one in (*stage.artifact.inputs, stage.artifact)
+        if one.root == run.store
+    }
+    known = RunRecord.read(run.config.workdir)
+    known.updated(run.config.store, roles, run.sources.found).write()
 
 
 def write_config(config: Config) -> None:
@@ -72,17 +111,3 @@ def _is_ours(file: epath.Path) -> bool:
         return False
     is_whole = body != text or (isinstance(value, dict) and value.keys() >= _SECTIONS)
     return is_whole and write_yaml(value) == body
-
-
-def execute_and_report(
-    stages_of: Callable[[Config], Sequence[Stage]],
-    report: Callable[[Config], None],
-    config: Config,
-    options: Options,
-    when_rebuilding: Rebuild = Rebuild.ALWAYS,
-) -> int:
-    """As `execute`, and prints what was found once everything is there."""
-    code = execute(stages_of, config, options, when_rebuilding)
-    if code == 0 and not options.dry_run:
-        report(config)
-    return code

@@ -10,6 +10,7 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.errors import UserError
 from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 
 
@@ -17,15 +18,15 @@ def main(config: Config, options: Options) -> int:
     """Runs the command."""
     if options.dry_run:
         return execute(lambda _: [], config, options)
-    export(config, _free_directory(options.output))
+    export(Artifacts(config), _free_directory(options.output))
     return 0
 
 
-def export(config: Config, folder: Path) -> None:
+def export(artifacts: Artifacts, folder: Path) -> None:
     """Writes decoder and tokenizer into a directory, whole or not at all.
 
     Args:
-        config: The whole configuration.
+        artifacts: Those of the configuration.
         folder: A directory that does not exist.
 
     Raises:
@@ -36,7 +37,7 @@ def export(config: Config, folder: Path) -> None:
     from mlpmem_jax.interop.settings import huggingface_settings
     from mlpmem_jax.pipeline.opened_run import Run
 
-    run = Run(config)
+    run, config = Run(artifacts), artifacts.config
     tokenizer = run.tokenizer()
     settings = huggingface_settings(config.decoder, tokenizer.vocab_size, tokenizer.separator_id)
     about = {

@@ -16,11 +16,11 @@ from mlpmem_jax.parallel.hardware import Machine, bytes_under, this_machine
 from mlpmem_jax.units import human_bytes
 
 if TYPE_CHECKING:
-    from mlpmem_jax.config.schema import Config
+    from mlpmem_jax.pipeline.graph import Artifacts
     from mlpmem_jax.pipeline.stage import Stage
 
 # Rows of each split of a run, 0 where nothing can be said.
-RowCounter = Callable[["Config"], Rows]
+RowCounter = Callable[["Artifacts"], Rows]
 _LARGEST_SHOWN = 3
 _GUESSED = "(rows guessed by the size of the text; refused after `tokenize` if it is so)"
 
@@ -74,7 +74,7 @@ def check_fit(stages: Sequence["Stage"], *, everything: bool = False) -> None:
     if not stages:
         return
     missing = to_be_made(stages, everything=everything)
-    machine = this_machine(str(stages[0].artifact.workdir))
+    machine = this_machine(str(stages[0].artifact.root))
     # All processes come here, whatever their file systems show them of artifacts.
     lines = _told(of_all(shortages(missing, machine, least_rows)))
     if lines:
@@ -119,9 +119,9 @@ def shortages(stages: Sequence["Stage"], machine: Machine, count: RowCounter) ->
 def counted(count: RowCounter) -> RowCounter:
     """Returns the same, with no rows where the text cannot be found: others say so."""
 
-    def rows(config: "Config") -> Rows:
+    def rows(run: "Artifacts") -> Rows:
         try:
-            return count(config)
+            return count(run)
         except UserError:
             return {"train": 0, "valid": 0, "test": 0}
 
@@ -143,9 +143,9 @@ def _disk_shortage(needs: Sequence[tuple["Stage", Need]], machine: Machine) -> s
     largest = sorted(left, key=lambda name: -left[name])[:_LARGEST_SHOWN]
     shown = ", ".join(f"{name} {human_bytes(left[name])}" for name in largest)
     return (
-        f"workdir={needs[0][0].artifact.workdir}: the artifacts to be made need at least "
+        f"{needs[0][0].artifact.root}: the artifacts to be made need at least "
         f"{human_bytes(total)} ({shown}) and {human_bytes(machine.disk_bytes)} are free; set "
-        "workdir to another disk or lower corpus.max_bytes"
+        "store or workdir to another disk or lower corpus.max_bytes"
     )
 
 

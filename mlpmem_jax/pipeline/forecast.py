@@ -1,6 +1,6 @@
 """How long a list of artifacts will take, before it is begun.
 
-Rates come from what this work directory has already finished, artifacts of the same kind;
+Rates come from what this store already holds, artifacts of the same kind;
 where there is none, from shares of the measured peak and from searches as measured on two
 CPU cores. A forecast is an estimate and is called one.
 """
@@ -68,7 +68,7 @@ class Forecaster:
 
     def __init__(
         self,
-        workdir: epath.Path,
+        store: epath.Path,
         peak_flops: float,
         num_rows: Mapping[str, int] | None,
         width: int,
@@ -76,12 +76,12 @@ class Forecaster:
         """Prepares.
 
         Args:
-            workdir: The run directory.
+            store: Where the artifacts lie.
             peak_flops: Flop/s.
             num_rows: Rows of each split; None before there are tokens.
             width: D, for exact search.
         """
-        self._workdir = workdir
+        self._store = store
         self._peak = peak_flops
         self._num_rows = num_rows
         self._width = width
@@ -133,10 +133,11 @@ class Forecaster:
         train = num_rows["train"]
         if artifact.kind == "index":
             return train / _INDEXED_ROWS
-        split = artifact.relative.rsplit("/", 1)[1].removesuffix("-by-index")
+        recipe = artifact.recipe or {}
+        split = recipe["split"]
         if artifact.kind == "targets":
             return train / _SEARCHED_ROWS if split == "train" else 1.0
-        if artifact.relative.endswith("-by-index"):
+        if recipe.get("by_index"):
             return num_rows[split] / _SEARCHED_ROWS
         return 2.0 * num_rows[split] * train * self._width / (_EXACT_SHARE * self._peak)
 
@@ -146,7 +147,7 @@ class Forecaster:
         seconds: dict[str, float] = {}
         for relative in relatives:
             kind = relative.split("/")[0]
-            artifact = Artifact(self._workdir, relative, kind)
+            artifact = Artifact(self._store, relative, kind)
             if kind not in _NETWORKS or not artifact.is_complete():
                 continue
             manifest = artifact.load()

@@ -5,6 +5,7 @@ import sys
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import is_speaker, note, say
 from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.interpolation import interpolation
 from mlpmem_jax.pipeline.options import Options
 
@@ -14,16 +15,17 @@ def main(config: Config, options: Options) -> int:
     if options.dry_run:
         return execute(lambda _: [], config, options)
     # Artifacts are checked before a device is touched.
-    weight = 0.0 if options.without_memory else interpolation(config)
-    generate(config, weight, with_memory=not options.without_memory)
+    run = Artifacts(config)
+    weight = 0.0 if options.without_memory else interpolation(run)
+    generate(run, weight, with_memory=not options.without_memory)
     return 0
 
 
-def generate(config: Config, weight: float | None, *, with_memory: bool) -> None:
+def generate(artifacts: Artifacts, weight: float | None, *, with_memory: bool) -> None:
     """Continues the prompts on the terminal.
 
     Args:
-        config: The whole configuration.
+        artifacts: Those of the configuration.
         weight: λ; None: of the memory's gate.
         with_memory: Whether there is a memory.
 
@@ -35,8 +37,9 @@ def generate(config: Config, weight: float | None, *, with_memory: bool) -> None
     from mlpmem_jax.pipeline.opened_run import Run
     from mlpmem_jax.pipeline.prompts import prompts_of
 
-    settings, run = config.generate, Run(config)
-    prompts = prompts_of(config, run.tokenizer())
+    config, run = artifacts.config, Run(artifacts)
+    settings = config.generate
+    prompts = prompts_of(artifacts, run.tokenizer())
     model = run.model(weight=weight, with_memory=with_memory)
     sampling = Sampling(settings.sampling, settings.temperature, settings.top_k, settings.top_p)
     how = "decoder alone"

@@ -9,65 +9,42 @@ from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_retrieval
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Stage
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Completion
 
-# Keys of `retrieval` that decide the index; the others decide what is kept of a search.
-KEYS = (
-    "engine",
-    "num_neighbors",
-    "min_recall",
-    "recall_queries",
-    "shard_rows",
-    "num_leaves",
-    "num_leaves_to_search",
-    "num_reorder",
-    "dims_per_block",
-    "training_rows",
-)
 
-
-def recipe(config: Config) -> dict[str, Any]:
-    """Returns what decides the index, besides the keys."""
-    retrieval = config.retrieval.recipe()
-    return {"seed": config.seed, "retrieval": {name: retrieval[name] for name in KEYS}}
-
-
-def stages(config: Config) -> list[Stage]:
+def stages(run: Artifacts) -> list[Stage]:
     """Returns the one stage of this command."""
-    layout = Layout(config)
     return [
         Stage(
-            artifact=layout.index,
-            recipe=recipe(config),
-            upstream=(layout.datastore("train"),),
-            build=functools.partial(_build, config),
-            check=functools.partial(check_retrieval, config),
-            estimate=functools.partial(_estimate, config),
-            need=functools.partial(_need, config),
+            artifact=run.index,
+            build=functools.partial(_build, run),
+            check=functools.partial(check_retrieval, run),
+            estimate=functools.partial(_estimate, run),
+            need=functools.partial(_need, run),
         )
     ]
 
 
-def _estimate(config: Config) -> Mapping[str, Any]:
+def _estimate(run: Artifacts) -> Mapping[str, Any]:
     from mlpmem_jax.retrieval.estimates import estimate_index
 
-    return estimate_index(config)
+    return estimate_index(run)
 
 
-def _build(config: Config) -> Completion:
+def _build(run: Artifacts) -> Completion:
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.retrieval.index_builder import build_index
 
-    return build_index(config, make_mesh(config.mesh))
+    return build_index(run, make_mesh(run.config.mesh))
 
 
-def _need(config: Config, machine: Machine, count: RowCounter) -> Need:
+def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     from mlpmem_jax.pipeline.needs import index_need
 
-    return index_need(config, machine, count)
+    return index_need(run, machine, count)
 
 
 def main(config: Config, options: Options) -> int:

@@ -9,13 +9,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.stages import TUNING_ROWS
 from mlpmem_jax.corpus.row_estimates import Rows
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.parallel.mesh import mesh_sizes
 from mlpmem_jax.pipeline.fitting import Moment, Need, RowCounter
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.retrieval import approximate
 from mlpmem_jax.retrieval.engine import choose_engine
 from mlpmem_jax.retrieval.estimates import exact_bytes, held_index_bytes
@@ -27,7 +27,6 @@ from mlpmem_jax.store.array_specs import (
     targets_arrays,
     token_dtype,
 )
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
 
 _STATE_BYTES = 12  # of a parameter that is trained: itself and two moments, float32
@@ -36,36 +35,39 @@ _NEIGHBOR_BYTES = 12  # row and distance
 _EVIDENCE_BYTES = 8  # distance and label
 
 
-def tokens_need(config: Config, machine: Machine, count: RowCounter) -> Need:
+def tokens_need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     """Returns what the token stream takes."""
+    config = run.config
     del machine
     itemsize = token_dtype(config.tokenizer.vocab_size)().itemsize
-    return Need(disk_bytes=sum(count(config).values()) * itemsize)
+    return Need(disk_bytes=sum(count(run).values()) * itemsize)
 
 
-def pretraining_need(config: Config, machine: Machine, count: RowCounter) -> Need:
+def pretraining_need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     """Returns what the decoder's training takes."""
     del count
-    return _training(config, machine, _parameters(config, "decoder"), 0)
+    return _training(run, machine, _parameters(run, "decoder"), 0)
 
 
-def training_need(config: Config, machine: Machine, count: RowCounter) -> Need:
+def training_need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     """Returns what the memory's training takes, or that of both networks."""
+    config = run.config
     del count
-    decoder, memory = (_parameters(config, name) for name in ("decoder", "memory"))
+    decoder, memory = (_parameters(run, name) for name in ("decoder", "memory"))
     if config.train.mode == "joint":
-        return _training(config, machine, decoder + memory, 0)
+        return _training(run, machine, decoder + memory, 0)
     if config.decoder_runs or config.memory.head == "tied":
         beside = decoder
     else:
-        beside = config.decoder.width * _vocab_size(config) * config.memory.reads_decoder_table
-    need = _training(config, machine, memory, beside)
-    mixed = _mixed_rows(config, machine)
+        beside = config.decoder.width * _vocab_size(run) * config.memory.reads_decoder_table
+    need = _training(run, machine, memory, beside)
+    mixed = _mixed_rows(run, machine)
     return dataclasses.replace(need, moments=(*need.moments, *mixed))
 
 
-def _mixed_rows(config: Config, machine: Machine) -> tuple[Moment, ...]:
+def _mixed_rows(run: Artifacts, machine: Machine) -> tuple[Moment, ...]:
     """Returns the windows whose rows are dealt out together, and those that are read ahead."""
+    config = run.config
     mixed = config.train_mix_windows
     if mixed == 1:
         return ()
@@ -84,24 +86,26 @@ def _mixed_rows(config: Config, machine: Machine) -> tuple[Moment, ...]:
     )
 
 
-def embedding_need(config: Config, split: Split, machine: Machine, count: RowCounter) -> Need:
+def embedding_need(run: Artifacts, split: Split, machine: Machine, count: RowCounter) -> Need:
     """Returns what embedding a split takes."""
-    rows = count(config)[split]
+    config = run.config
+    rows = count(run)[split]
     row_bytes = _row_bytes(datastore_arrays(config.datastore, config.decoder.width))
     networks = Moment(
         "the decoder and a shard of rows",
         "raise mesh.fsdp or lower datastore.shard_rows",
-        _WEIGHT_BYTES * _parameters(config, "decoder") // _parts(config, machine),
+        _WEIGHT_BYTES * _parameters(run, "decoder") // _parts(run, machine),
         min(rows // machine.num_processes, config.datastore.shard_rows) * row_bytes,
     )
     return Need(rows * row_bytes, (networks,))
 
 
-def index_need(config: Config, machine: Machine, count: RowCounter) -> Need:
+def index_need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     """Returns what building the index takes, and choosing how thoroughly it is searched."""
-    rows, retrieval = count(config), config.retrieval
+    config = run.config
+    rows, retrieval = count(run), config.retrieval
     num_rows, width = rows["train"], config.decoder.width
-    if not num_rows or _engine(config, machine, num_rows) == "exact":
+    if not num_rows or _engine(run, machine, num_rows) == "exact":
         return Need()
     shard_rows = min(num_rows, retrieval.shard_rows)
     building = Moment(
@@ -111,61 +115,64 @@ def index_need(config: Config, machine: Machine, count: RowCounter) -> Need:
     )
     moments = [building]
     if "auto" in (retrieval.num_leaves_to_search, retrieval.num_reorder):
-        moments += [_held_index(config, machine, rows), _all_keys(config, machine, rows)]
+        moments += [_held_index(run, machine, rows), _all_keys(run, machine, rows)]
     disk = approximate.index_bytes(num_rows, width, retrieval.dims_per_block)
     return Need(disk, tuple(moments))
 
 
 def neighbors_need(
-    config: Config, split: Split, machine: Machine, count: RowCounter, *, by_index: bool = False
+    run: Artifacts, split: Split, machine: Machine, count: RowCounter, *, by_index: bool = False
 ) -> Need:
     """Returns what the kept neighbours of a split take."""
-    rows = count(config)
-    disk = rows[split] * _neighbors(config, rows) * _NEIGHBOR_BYTES
+    rows = count(run)
+    disk = rows[split] * _neighbors(run, rows) * _NEIGHBOR_BYTES
     if split == "train" or by_index:
-        return Need(disk, _measured_search(config, machine, rows))
-    return Need(disk, (_all_keys(config, machine, rows),))
+        return Need(disk, _measured_search(run, machine, rows))
+    return Need(disk, (_all_keys(run, machine, rows),))
 
 
-def targets_need(config: Config, split: Split, machine: Machine, count: RowCounter) -> Need:
+def targets_need(run: Artifacts, split: Split, machine: Machine, count: RowCounter) -> Need:
     """Returns what the targets of a split take."""
-    rows = count(config)
+    config = run.config
+    rows = count(run)
     disk = rows[split] * _row_bytes(
         targets_arrays(config.datastore, config.targets, config.tokenizer.vocab_size)
     )
     if split != "train":
         return Need(disk)
-    moments = (_evidence(config, rows, TUNING_ROWS, "lower retrieval.num_neighbors"),)
+    moments = (_evidence(run, rows, TUNING_ROWS, "lower retrieval.num_neighbors"),)
     if config.retrieval.keep_train == "all":
         return Need(disk, moments)
-    return Need(disk, (*moments, *_measured_search(config, machine, rows)))
+    return Need(disk, (*moments, *_measured_search(run, machine, rows)))
 
 
-def evaluation_need(config: Config, machine: Machine, count: RowCounter) -> Need:
+def evaluation_need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     """Returns what the table takes: tuning the kNN-LM, and timing its search."""
-    rows = count(config)
-    if _engine(config, machine, rows["train"]) == "exact":
-        searched = _all_keys(config, machine, rows)
+    rows = count(run)
+    if _engine(run, machine, rows["train"]) == "exact":
+        searched = _all_keys(run, machine, rows)
     else:
-        searched = _held_index(config, machine, rows)
-    return Need(moments=(*scores_need(config, machine, count).moments, searched))
+        searched = _held_index(run, machine, rows)
+    return Need(moments=(*scores_need(run, machine, count).moments, searched))
 
 
-def scores_need(config: Config, machine: Machine, count: RowCounter) -> Need:
+def scores_need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     """Returns what scoring the kNN-LM takes."""
+    config = run.config
     del machine
-    rows, most = count(config), config.evaluate.knn_valid_rows
-    return Need(moments=(_evidence(config, rows, most, "lower evaluate.knn_valid_rows"),))
+    rows, most = count(run), config.evaluate.knn_valid_rows
+    return Need(moments=(_evidence(run, rows, most, "lower evaluate.knn_valid_rows"),))
 
 
-def search_quality_need(config: Config, machine: Machine, count: RowCounter) -> Need:
+def search_quality_need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     """Returns what comparing searches with the exact one takes."""
-    moments = scores_need(config, machine, count).moments
-    return Need(moments=(*moments, _all_keys(config, machine, count(config))))
+    moments = scores_need(run, machine, count).moments
+    return Need(moments=(*moments, _all_keys(run, machine, count(run))))
 
 
-def _all_keys(config: Config, machine: Machine, rows: Rows) -> Moment:
+def _all_keys(run: Artifacts, machine: Machine, rows: Rows) -> Moment:
     """Returns the exact engine: all keys of the training split, over the devices."""
+    config = run.config
     num_rows, width = rows["train"], config.decoder.width
     memory = machine.device_bytes
     way_out = "lower corpus.max_bytes or use more devices"
@@ -179,8 +186,9 @@ def _all_keys(config: Config, machine: Machine, rows: Rows) -> Moment:
     )
 
 
-def _held_index(config: Config, machine: Machine, rows: Rows) -> Moment:
+def _held_index(run: Artifacts, machine: Machine, rows: Rows) -> Moment:
     """Returns the approximate engine: each process holds its shards of the index."""
+    config = run.config
     return Moment(
         "ScaNN holds all its shards",
         "lower corpus.max_bytes or use more hosts",
@@ -190,41 +198,43 @@ def _held_index(config: Config, machine: Machine, rows: Rows) -> Moment:
     )
 
 
-def _measured_search(config: Config, machine: Machine, rows: Rows) -> tuple[Moment, ...]:
+def _measured_search(run: Artifacts, machine: Machine, rows: Rows) -> tuple[Moment, ...]:
     """Returns a search by the engine of the index, with its recall against the exact one."""
-    exact = _all_keys(config, machine, rows)
-    if _engine(config, machine, rows["train"]) == "exact":
+    exact = _all_keys(run, machine, rows)
+    if _engine(run, machine, rows["train"]) == "exact":
         return (exact,)
-    return (_held_index(config, machine, rows), exact)
+    return (_held_index(run, machine, rows), exact)
 
 
-def _evidence(config: Config, rows: Rows, most: int | None, way_out: str) -> Moment:
+def _evidence(run: Artifacts, rows: Rows, most: int | None, way_out: str) -> Moment:
     """Returns what τ is chosen on: distances and labels of the neighbours of validation rows."""
     num_rows = rows["valid"] if most is None else min(rows["valid"], most)
     return Moment(
         "the neighbours of validation rows on which the kNN-LM is tuned",
         way_out,
-        host_bytes=num_rows * _neighbors(config, rows) * _EVIDENCE_BYTES,
+        host_bytes=num_rows * _neighbors(run, rows) * _EVIDENCE_BYTES,
     )
 
 
-def _neighbors(config: Config, rows: Rows) -> int:
+def _neighbors(run: Artifacts, rows: Rows) -> int:
     """Returns K; of more than there are rows another check says so."""
+    config = run.config
     return min(config.retrieval.num_neighbors, rows["train"])
 
 
-def _training(config: Config, machine: Machine, trained: int, beside: int) -> Need:
+def _training(run: Artifacts, machine: Machine, trained: int, beside: int) -> Need:
     held = _STATE_BYTES * trained + _WEIGHT_BYTES * beside
     state = Moment(
         "parameters and the optimiser's moments",
         "raise mesh.fsdp or mesh.tensor, or use more devices",
-        device_bytes=held // _parts(config, machine),
+        device_bytes=held // _parts(run, machine),
     )
     return Need(_STATE_BYTES * trained, (state,))
 
 
-def _parts(config: Config, machine: Machine) -> int:
+def _parts(run: Artifacts, machine: Machine) -> int:
     """Returns into how many parts the mesh cuts parameters, at most."""
+    config = run.config
     try:
         _, fsdp, tensor = mesh_sizes(config.mesh, machine.num_devices)
     except ConfigError:  # Another check refuses the mesh.
@@ -232,22 +242,25 @@ def _parts(config: Config, machine: Machine) -> int:
     return fsdp * tensor
 
 
-def _engine(config: Config, machine: Machine, num_rows: int) -> str:
+def _engine(run: Artifacts, machine: Machine, num_rows: int) -> str:
+    config = run.config
     try:
         return choose_engine(config.retrieval, num_rows, machine.platform).engine
     except ConfigError:  # Another check refuses what is not installed.
         return "scann"
 
 
-def _vocab_size(config: Config) -> int:
+def _vocab_size(run: Artifacts) -> int:
+    config = run.config
     try:
-        return int(Layout(config).tokens.load().counts["vocab_size"])
+        return int(run.tokens.load().counts["vocab_size"])
     except ArtifactError:  # At least the smallest that a tokenizer can have.
         return config.tokenizer.vocab_size if config.tokenizer.path is None else 257
 
 
-def _parameters(config: Config, network: str) -> int:
-    vocab = _vocab_size(config)
+def _parameters(run: Artifacts, network: str) -> int:
+    config = run.config
+    vocab = _vocab_size(run)
     if network == "decoder":
         return _counted(decoder_parameters, config.decoder, vocab)
     return _counted(memory_parameters, config.memory, config.decoder.width, vocab)

@@ -6,19 +6,19 @@ from typing import Any, Literal
 import jax
 from etils import epath
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.stages import WARMUP_STEPS, TrainingConfig
 from mlpmem_jax.console import say
 from mlpmem_jax.parallel.mesh import make_mesh
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.training.loop import fit
 from mlpmem_jax.training.optimizer import parameter_groups
 
 
 def train_task(
-    config: Config,
+    run: Artifacts,
     section_name: Literal["pretrain", "train"],
-    make_task: Callable[[Config, jax.sharding.Mesh], Any],
+    make_task: Callable[[Artifacts, jax.sharding.Mesh], Any],
     artifact: Artifact,
     *,
     first_step: int = 0,
@@ -27,17 +27,18 @@ def train_task(
     """Trains a network into an artifact.
 
     Args:
-        config: The whole configuration.
+        run: The artifacts of the configuration.
         section_name: The section that says how.
         make_task: Makes the task on a mesh.
         artifact: Where checkpoints go.
         first_step: Where a phase of a run in phases begins.
         stop_step: Where it pauses; None: at the end.
     """
+    config = run.config
     section = getattr(config, section_name)
     _log_short_warmup(section, section_name)
     mesh = make_mesh(config.mesh)
-    task = make_task(config, mesh)
+    task = make_task(run, mesh)
     name = artifact.relative.replace("/", "-")
     result = fit(
         task,
@@ -50,7 +51,7 @@ def train_task(
         stop_step=stop_step,
     )
     shown = ", ".join(f"{k} {v:.4f}" for k, v in result.measured["validation"].items())
-    say(f"{artifact.relative}: validation {shown}")
+    say(f"{artifact.title}: validation {shown}")
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(result.state.params))
     return Completion(
         counts={

@@ -18,13 +18,13 @@ from mlpmem_jax.generation.language_model import LanguageModel
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.mesh import make_mesh
-from mlpmem_jax.pipeline.evaluate import RESULTS
+from mlpmem_jax.pipeline.evaluate import RESULTS, results
 from mlpmem_jax.pipeline.execute import CONFIG
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.interpolation import interpolation
 from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.store.array_specs import Split
 from mlpmem_jax.store.files import absolute, read_json
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.stored_array import StoredArray
 from mlpmem_jax.training.networks import finished_decoder, finished_networks
@@ -42,7 +42,7 @@ def open_run(workdir: str | Path, overrides: Sequence[str] = ()) -> "Run":
     """
     folder = str(Path(workdir).expanduser())
     path = absolute(folder) / CONFIG
-    return Run(resolved(load_config(str(path), overrides, {"workdir": folder})))
+    return Run(Artifacts(resolved(load_config(str(path), overrides, {"workdir": folder}))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Run:
     """The artifacts that a configuration names. What is read is checked against its manifest.
 
     Attributes:
-        config: The configuration, with the compute dtypes of this machine.
+        artifacts: The artifacts of the configuration.
     """
 
-    config: Config
+    artifacts: Artifacts
 
     @property
-    def layout(self) -> Layout:
-        """Where the artifacts lie."""
-        return Layout(self.config)
+    def config(self) -> Config:
+        """The configuration, with the compute dtypes of this machine."""
+        return self.artifacts.config
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -67,33 +67,33 @@ class Run:
 
     def tokenizer(self) -> TextTokenizer:
         """Returns the tokenizer."""
-        return load_tokenizer(self.layout.tokenizer)
+        return load_tokenizer(self.artifacts.tokenizer)
 
     def tokens(self, split: Split) -> TokenSplit:
         """Returns the token stream of a split, with its documents."""
-        return TokenSplit.open(self.layout.tokens, split)
+        return TokenSplit.open(self.artifacts.tokens, split)
 
     def decoder(self) -> Decoder:
         """Returns the decoder: the one trained with the memory if `train.mode` is joint."""
         if self.config.train.mode == "joint":
-            return finished_networks(self.config, self.mesh)[0]
-        return finished_decoder(self.config, self.mesh)
+            return finished_networks(self.artifacts, self.mesh)[0]
+        return finished_decoder(self.artifacts, self.mesh)
 
     def memory(self) -> Memory:
         """Returns the memory."""
-        return finished_networks(self.config, self.mesh)[1]
+        return finished_networks(self.artifacts, self.mesh)[1]
 
     def datastore(self, split: Split) -> dict[str, StoredArray]:
         """Returns the stored states, labels and log-probabilities of a split."""
-        return _arrays(self.layout.datastore(split))
+        return _arrays(self.artifacts.datastore(split))
 
     def neighbors(self, split: Split) -> dict[str, StoredArray]:
         """Returns the nearest training rows of a split's rows, and their squared distances."""
-        return _arrays(self.layout.neighbors(split))
+        return _arrays(self.artifacts.neighbors(split))
 
     def targets(self, split: Split) -> dict[str, StoredArray]:
         """Returns the sparse kNN distributions of a split: id, prob, mass, label."""
-        return _arrays(self.layout.targets(split))
+        return _arrays(self.artifacts.targets(split))
 
     def results(self) -> dict[str, Any]:
         """Returns what `evaluate` found.
@@ -101,7 +101,7 @@ class Run:
         Raises:
             ArtifactError: The command has not run.
         """
-        artifact = self.layout.results
+        artifact = results(self.artifacts)
         artifact.verify()
         return dict(read_json(artifact.path / RESULTS))
 
@@ -123,18 +123,18 @@ class Run:
         config = self.config
         chosen = weight
         if with_memory and weight is None:
-            chosen = interpolation(config)
+            chosen = interpolation(self.artifacts)
         memory = None
         if with_memory or config.train.mode == "joint":
-            decoder, memory = finished_networks(config, self.mesh)
+            decoder, memory = finished_networks(self.artifacts, self.mesh)
         else:
-            decoder = finished_decoder(config, self.mesh)
+            decoder = finished_decoder(self.artifacts, self.mesh)
         tokenizer = self.tokenizer()
         if tokenizer.vocab_size != decoder.vocab_size:
             raise ArtifactError(
-                f"{self.layout.tokenizer.path} has a vocabulary of {tokenizer.vocab_size} tokens "
-                f"and {self.layout.decoder.path} one of {decoder.vocab_size}: use the tokenizer "
-                "that the decoder was trained with"
+                f"{self.artifacts.tokenizer.path} has a vocabulary of {tokenizer.vocab_size} "
+                f"tokens and {self.artifacts.decoder.path} one of {decoder.vocab_size}: use the "
+                "tokenizer that the decoder was trained with"
             )
         model = InterpolatedModel(
             decoder,

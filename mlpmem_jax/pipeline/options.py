@@ -11,8 +11,9 @@ class Options:
         workdir: The run's directory, as in `config.workdir`.
         dry_run: Print the plan, make nothing.
         print_config: Print the resolved configuration, make nothing.
-        rebuild: Remove and make again what is stale, instead of refusing.
+        rebuild: Rebuild what is stale, instead of refusing it.
         without_memory: `generate` only: the decoder alone.
+        remove_unused: `artifacts` only: remove what no work directory uses.
         output: Where the report of `compile` goes as JSON, or what `export` writes.
     """
 
@@ -21,6 +22,7 @@ class Options:
     print_config: bool = False
     rebuild: bool = False
     without_memory: bool = False
+    remove_unused: bool = False
     output: str | None = None
 
     def flags(self) -> dict[str, bool]:

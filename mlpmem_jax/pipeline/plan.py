@@ -3,24 +3,24 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.corpus.row_estimates import likely_rows
 from mlpmem_jax.errors import ArtifactError, MadeOtherwise, UserError
 from mlpmem_jax.parallel.hardware import Machine, this_machine
 from mlpmem_jax.pipeline.fitting import counted, doubts
 from mlpmem_jax.pipeline.forecast import Expected, Forecaster, duration
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.stage import Rebuild, Stage, check_stage
-from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store import nearest
 from mlpmem_jax.store.manifest import Status
 from mlpmem_jax.units import human_bytes
 
 
-def print_plan(config: Config, stages: Sequence[Stage], rebuild: Rebuild) -> None:
+def print_plan(run: Artifacts, stages: Sequence[Stage], rebuild: Rebuild) -> None:
     """Prints the state of each artifact and the estimates, then what this machine has."""
-    machine = this_machine(config.workdir)
+    config, machine = run.config, this_machine(str(run.store))
     estimates = [stage.estimate() for stage in stages]
-    times = _times(config, stages, estimates, machine)
+    times = _times(run, stages, estimates, machine)
     say(f"# plan for workdir {config.workdir}")
     for stage, estimate in zip(stages, estimates, strict=True):
         say(f"{stage.name:<28} {intention(stage, rebuild)}")
@@ -37,7 +37,7 @@ def print_plan(config: Config, stages: Sequence[Stage], rebuild: Rebuild) -> Non
 
 
 def _times(
-    config: Config,
+    run: Artifacts,
     stages: Sequence[Stage],
     estimates: Sequence[Mapping[str, Any]],
     machine: Machine,
@@ -47,17 +47,16 @@ def _times(
         return {}
     from mlpmem_jax.training.flops import measure_cpu_flops
 
-    rows = {str(split): num_rows for split, num_rows in likely_rows(config).items()}
+    rows = {str(split): num_rows for split, num_rows in likely_rows(run).items()}
     known = rows if rows["train"] else None
-    workdir, width = Layout(config).workdir, config.decoder.width
-    forecaster = Forecaster(workdir, measure_cpu_flops(), known, width)
+    forecaster = Forecaster(run.store, measure_cpu_flops(), known, run.config.decoder.width)
     missing = [
         Expected(stage.artifact, estimate)
         for stage, estimate in zip(stages, estimates, strict=True)
         if not stage.artifact.is_complete() and skipped(stage) is None
     ]
     found = zip(missing, forecaster.seconds(missing), strict=True)
-    return {one.artifact.relative: seconds for one, seconds in found if seconds is not None}
+    return {one.artifact.title: seconds for one, seconds in found if seconds is not None}
 
 
 def needed(stage: Stage, machine: Machine) -> dict[str, int]:
@@ -93,19 +92,19 @@ def intention(stage: Stage, rebuild: Rebuild) -> str:
     except MadeOtherwise as error:
         return f"REFUSED: {error}"
     except ArtifactError:
-        return "will be made, after what it is made from"
+        return "will be made, after its inputs" + nearest.in_words(stage.artifact)
     try:
         status = stage.status(made_from, rebuild)
     except ArtifactError as error:
         if rebuild is Rebuild.REFUSE:
             return f"REFUSED: {error}"
-        return "was made otherwise or is damaged; will be made again"
+        return "stale or damaged; will be made again"
     return {
         Status.COMPLETE: "complete; will be made again"
         if rebuild is Rebuild.ALWAYS
         else "complete; nothing to do",
         Status.PARTIAL: "begun; will be continued",
-        Status.MISSING: "will be made",
+        Status.MISSING: "will be made" + nearest.in_words(stage.artifact),
     }[status]
 
 

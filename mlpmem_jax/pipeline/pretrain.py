@@ -10,54 +10,33 @@ from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Stage
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Completion
 
 
-def recipe(config: Config) -> dict[str, Any]:
-    """Returns what decides the decoder, besides the tokens."""
-    if config.decoder.pretrained is not None:
-        from mlpmem_jax.interop.tensors import TensorFiles
-
-        weights = TensorFiles(config.decoder.pretrained).digest()
-        return {"decoder": config.decoder.recipe(), "weights": weights}
-    return {
-        "seed": config.seed,
-        "corpus": {"attention": config.corpus.attention},
-        "decoder": config.decoder.recipe(),
-        "pretrain": config.pretrain.recipe(),
-    }
-
-
-def stages(config: Config) -> list[Stage]:
+def stages(run: Artifacts) -> list[Stage]:
     """Returns the one stage of this command."""
-    layout = Layout(config)
-    if config.decoder.pretrained is not None:
-        return [_import_stage(config, config.decoder.pretrained)]
+    path = run.config.decoder.pretrained
+    if path is not None:
+        return [
+            Stage(
+                artifact=run.decoder,
+                build=functools.partial(_import, run, path),
+                check=functools.partial(_check_import, run.config, path),
+                estimate=lambda: {"model flops": 0.0},
+            )
+        ]
     return [
         Stage(
-            artifact=layout.decoder,
-            recipe=recipe(config),
-            upstream=(layout.tokens,),
-            build=functools.partial(_build, config),
-            check=functools.partial(check_devices, config, "pretrain"),
-            estimate=functools.partial(_estimate, config),
-            need=functools.partial(_need, config),
+            artifact=run.decoder,
+            build=functools.partial(_build, run),
+            check=functools.partial(check_devices, run.config, "pretrain"),
+            estimate=functools.partial(_estimate, run),
+            need=functools.partial(_need, run),
         )
     ]
-
-
-def _import_stage(config: Config, path: str) -> Stage:
-    return Stage(
-        artifact=Layout(config).decoder,
-        recipe=recipe(config),
-        upstream=(Layout(config).tokens,),
-        build=functools.partial(_import, config, path),
-        check=functools.partial(_check_import, config, path),
-        estimate=lambda: {"model flops": 0.0},
-    )
 
 
 def _check_import(config: Config, path: str) -> None:
@@ -70,7 +49,7 @@ def _check_import(config: Config, path: str) -> None:
     checked_tensors(path, config.decoder, tokenizer.vocab_size)
 
 
-def _import(config: Config, path: str) -> Completion:
+def _import(run: Artifacts, path: str) -> Completion:
     import jax
     from flax import nnx
 
@@ -78,33 +57,33 @@ def _import(config: Config, path: str) -> Completion:
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.training.networks import save_network, vocab_size
 
-    mesh, size = make_mesh(config.mesh), vocab_size(config)
+    config, artifact = run.config, run.decoder
+    mesh, size = make_mesh(config.mesh), vocab_size(run)
     decoder = load_decoder(path, config.decoder, size, mesh)
-    artifact = Layout(config).decoder
     files = save_network(decoder, artifact, 0, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(decoder, nnx.Param)))
-    say(f"{artifact.relative}: {parameters:,} parameters read from {path}")
+    say(f"{artifact.title}: {parameters:,} parameters read from {path}")
     counts = {"steps": 0, "parameters": parameters, "vocab_size": size}
     return Completion(counts=counts, files=files, measured={"model_flops": 0.0})
 
 
-def _estimate(config: Config) -> Mapping[str, Any]:
+def _estimate(run: Artifacts) -> Mapping[str, Any]:
     from mlpmem_jax.pipeline.estimates import pretraining_estimate
 
-    return pretraining_estimate(config)
+    return pretraining_estimate(run)
 
 
-def _build(config: Config) -> Completion:
+def _build(run: Artifacts) -> Completion:
     from mlpmem_jax.pipeline.network_stage import train_task
     from mlpmem_jax.training.pretraining import PretrainTask
 
-    return train_task(config, "pretrain", PretrainTask, Layout(config).decoder)
+    return train_task(run, "pretrain", PretrainTask, run.decoder)
 
 
-def _need(config: Config, machine: Machine, count: RowCounter) -> Need:
+def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     from mlpmem_jax.pipeline.needs import pretraining_need
 
-    return pretraining_need(config, machine, count)
+    return pretraining_need(run, machine, count)
 
 
 def main(config: Config, options: Options) -> int:

@@ -4,25 +4,25 @@ import re
 
 import numpy as np
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import is_speaker, note
 from mlpmem_jax.corpus.tokenizer import TextTokenizer
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.pipeline.graph import Artifacts
 
 _WORDS = 8
 _MOST_TOKENS = 64  # where so many words are longer, as in writing without white space
 _FIRST_WORDS = re.compile(rf"\s*(?:\S+\s+){{0,{_WORDS - 1}}}\S+")
 
 
-def prompts_of(config: Config, tokenizer: TextTokenizer) -> list[str]:
+def prompts_of(run: Artifacts, tokenizer: TextTokenizer) -> list[str]:
     """Returns the texts to continue; logs where they differ from what was typed.
 
     Raises:
         ArtifactError: `generate.prompts` is not set and there is no validation split.
     """
-    typed = list(config.generate.prompts) or [_beginning(config, tokenizer)]
+    config = run.config
+    typed = list(config.generate.prompts) or [_beginning(run, tokenizer)]
     prompts = [tokenizer.without_trailing_space(text) for text in typed]
     if not is_speaker():
         return prompts
@@ -39,9 +39,9 @@ def prompts_of(config: Config, tokenizer: TextTokenizer) -> list[str]:
     return prompts
 
 
-def _beginning(config: Config, tokenizer: TextTokenizer) -> str:
+def _beginning(run: Artifacts, tokenizer: TextTokenizer) -> str:
     """Returns the first words of a validation document, drawn with the sampler's seed."""
-    artifact = Layout(config).tokens
+    config, artifact = run.config, run.tokens
     if not artifact.is_complete():
         raise ArtifactError(
             f"{artifact.path}: missing; without generate.prompts the prompt is taken from the "

@@ -9,12 +9,10 @@ costs no more than elsewhere.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.pipeline import embed, index, retrieve
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.stage import Stage
-from mlpmem_jax.store.layout import REFRESHED, Layout
 from mlpmem_jax.store.manifest import Artifact, Completion
 
 
@@ -23,59 +21,59 @@ class Phases:
     """The phases of a joint run.
 
     Attributes:
-        config: The whole configuration.
-        stops: Step at which each phase ends.
+        run: The artifacts of the configuration.
     """
 
-    config: Config
-    stops: tuple[int, ...]
+    run: Artifacts
 
-    @classmethod
-    def of(cls, config: Config) -> "Phases":
-        """Returns the phases; one, where nothing is refreshed."""
-        last, interval = config.train.num_steps, config.train.refresh_interval_steps
-        inner = range(interval, last, interval) if interval else ()
-        return cls(config, (*inner, last))
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Step at which each phase ends."""
+        return self.run.phase_stops
+
+    @property
+    def artifacts(self) -> list[Artifact]:
+        """Checkpoints of each phase; the last one's are the joint model."""
+        return self.run.joint_phases
 
     def first(self, phase: int) -> int:
         """Returns the step at which a phase begins."""
         return self.stops[phase - 1] if phase else 0
 
-    def artifact(self, phase: int) -> Artifact:
-        """Returns the checkpoints of a phase; the last one's are the joint model."""
-        joint = Layout(self.config).joint
-        if phase == len(self.stops) - 1:
-            return joint
-        return Artifact(joint.workdir, f"{joint.relative}.phase-{phase}", joint.kind)
-
-    def refreshed(self, phase: int) -> Config:
-        """Returns the configuration whose names are those of what is made after a phase."""
-        name = f"{self.config.joint_name}{REFRESHED}{phase}"
-        sections = ("decoder", "datastore", "targets")
-        changed: dict[str, Any] = {
-            each: getattr(self.config, each).model_copy(update={"name": name}) for each in sections
-        }
-        own_names = {"name": "auto", "exact_name": "auto"}
-        changed["retrieval"] = self.config.retrieval.model_copy(update=own_names)
-        return self.config.model_copy(update=changed)
+    def refreshed(self, phase: int) -> Artifacts:
+        """Returns the artifacts that are made after a phase from its decoder."""
+        recipe = {"decoder": self.run.config.decoder.recipe(), "refreshed": self.stops[phase]}
+        inputs = (self.run.tokens, self.artifacts[phase])
+        role = f"decoder/step-{self.stops[phase]}"
+        return self.run.with_given(
+            {"decoder": Artifact.of(self.run.store, "decoder", recipe, inputs, role)}
+        )
 
     def is_fresh(self, phase: int) -> str | None:
         """Returns why the targets need not be made anew after a phase; None: they must."""
-        agreement = self.artifact(phase).load().measured["neighbor_agreement"]
-        wanted = self.config.train.refresh_agreement
+        agreement = self.artifacts[phase].load().measured["neighbor_agreement"]
+        wanted = self.run.config.train.refresh_agreement
         if wanted >= 1 or agreement < wanted:
             return None
         return f"{agreement:.3f} of the neighbours are the same, at least {wanted} are asked for"
 
-    def sources(self, phase: int) -> Config:
-        """Returns the configuration whose datastore and targets a phase uses.
+    def sources(self, phase: int) -> Artifacts:
+        """Returns the artifacts whose datastore and targets a phase uses.
 
         To be asked once the phases before are done.
         """
         for before in reversed(range(phase)):
             if self.is_fresh(before) is None:
                 return self.refreshed(before)
-        return self.config
+        return self.run
+
+    def inputs(self, phase: int) -> Sequence[Artifact]:
+        """Returns what a phase is made from: the start or the phase before, and its targets."""
+        inputs = self.artifacts[phase].inputs
+        if not phase:
+            return inputs
+        sources = self.sources(phase)
+        return (*inputs, sources.targets("train"), sources.targets("valid"))
 
 
 def phase_build(phases: Phases, phase: int) -> Completion:
@@ -86,17 +84,18 @@ def phase_build(phases: Phases, phase: int) -> Completion:
     from mlpmem_jax.training.joint_training import JointTask
     from mlpmem_jax.training.networks import finished_joint
 
-    artifact, sources = phases.artifact(phase), phases.sources(phase)
-    before = phases.artifact(phase - 1) if phase else None
-    # Names of the start, targets of the latest refresh.
-    config = phases.config.model_copy(update={"targets": sources.targets})
+    artifact, sources = phases.artifacts[phase], phases.sources(phase)
+    before = phases.artifacts[phase - 1] if phase else None
+    # What the run starts from, and the targets of the latest refresh.
+    targets = {f"targets/{split}": sources.targets(split) for split in ("train", "valid")}
+    run = phases.run.with_given(targets)
     task = functools.partial(JointTask, continues=before)
     first, stop = phases.first(phase), phases.stops[phase]
-    completion = train_task(config, "train", task, artifact, first_step=first, stop_step=stop)
+    completion = train_task(run, "train", task, artifact, first_step=first, stop_step=stop)
     if phase < len(phases.stops) - 1:
-        mesh = make_mesh(config.mesh)
+        mesh = make_mesh(run.config.mesh)
         # The manifest is not written yet: the checkpoint is named by its step.
-        decoder, _ = finished_joint(config, artifact, mesh, step=stop)
+        decoder, _ = finished_joint(run, artifact, mesh, step=stop)
         agreement = neighbor_agreement(sources, decoder, mesh)
         measured = {**completion.measured, "neighbor_agreement": agreement}
         return dataclasses.replace(completion, measured=measured)
@@ -105,35 +104,30 @@ def phase_build(phases: Phases, phase: int) -> Completion:
 
 def refresh_stages(phases: Phases, phase: int) -> list[Stage]:
     """Returns what is made between a phase and the next: decoder, datastore, index, targets."""
-    config = phases.refreshed(phase)
-    layout = Layout(config)
+    run = phases.refreshed(phase)
     decoder = Stage(
-        artifact=layout.decoder,
-        recipe={"decoder": config.decoder.recipe()},
-        upstream=(layout.tokens, phases.artifact(phase)),
+        artifact=run.decoder,
         build=functools.partial(_export_decoder, phases, phase),
         estimate=lambda: {"model flops": 0.0},
     )
-    made = [decoder, *embed.stages(config), *index.stages(config), *retrieve.stages(config)]
-    wanted = _needed(made, layout)
+    made = [decoder, *embed.stages(run), *index.stages(run), *retrieve.stages(run)]
+    only_evaluated = {run.datastore("test").relative, run.neighbors("test").relative}
     skip = functools.partial(phases.is_fresh, phase)
-    return [dataclasses.replace(stage, skip=skip) for stage in wanted]
-
-
-def _needed(stages: Sequence[Stage], layout: Layout) -> list[Stage]:
-    """Leaves out what only evaluation reads."""
-    test = {layout.datastore("test").relative, layout.neighbors("test").relative}
-    return [stage for stage in stages if stage.name not in test]
+    return [
+        dataclasses.replace(stage, skip=skip)
+        for stage in made
+        if stage.artifact.relative not in only_evaluated
+    ]
 
 
 def _export_decoder(phases: Phases, phase: int) -> Completion:
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.training.networks import finished_joint, save_network, vocab_size
 
-    config = phases.refreshed(phase)
-    artifact, mesh = phases.artifact(phase), make_mesh(config.mesh)
-    decoder, _ = finished_joint(phases.config, artifact, mesh)
+    run = phases.refreshed(phase)
+    artifact, mesh = phases.artifacts[phase], make_mesh(run.config.mesh)
+    decoder, _ = finished_joint(phases.run, artifact, mesh)
     step = phases.stops[phase]
-    files = save_network(decoder, Layout(config).decoder, step, mesh)
-    counts = {"steps": step, "vocab_size": vocab_size(config)}
+    files = save_network(decoder, run.decoder, step, mesh)
+    counts = {"steps": step, "vocab_size": vocab_size(run)}
     return Completion(counts=counts, files=files, measured={"model_flops": 0.0})

@@ -1,7 +1,7 @@
 """Neighbours of every row, and the next-token distributions that they imply."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlpmem_jax.config.schema import Config
@@ -9,17 +9,17 @@ from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_retrieval
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.array_specs import Split
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Completion
 
 if TYPE_CHECKING:
     from mlpmem_jax.retrieval.index_builder import ExactCache
 
 
-def stages(config: Config) -> list[Stage]:
+def stages(run: Artifacts) -> list[Stage]:
     """Returns the stages: neighbours of valid and test, then targets of train and valid.
 
     Valid and test are searched exactly, whatever the engine: they tune and score the
@@ -27,126 +27,100 @@ def stages(config: Config) -> list[Stage]:
     """
     from mlpmem_jax.retrieval.index_builder import ExactCache
 
-    layout = Layout(config)
-    exact = ExactCache(config)
-    train = layout.datastore("train")
-    check = functools.partial(check_retrieval, config)
-    kept = [
+    exact = ExactCache(run)
+    splits: tuple[Split, ...] = ("valid", "test")
+    if run.config.retrieval.keep_train == "all":
+        splits = (*splits, "train")
+    found = [_neighbors_stage(run, split, exact) for split in splits]
+    if not run.makes_targets:
+        return found  # The teacher's targets are read, never made here.
+    builds: dict[Split, Callable[[], Completion]] = {
+        "train": functools.partial(_build_train_targets, run, exact),
+        "valid": functools.partial(_build_valid_targets, run),
+    }
+    targets = [
         Stage(
-            artifact=layout.neighbors(split),
-            recipe=_exact_recipe(config),
-            upstream=(train, layout.datastore(split)),
-            build=functools.partial(_build_neighbors, config, split, exact),
-            check=check,
-            estimate=functools.partial(_estimate, config, split),
-            need=functools.partial(_need, config, split),
+            artifact=run.targets(split),
+            build=build,
+            check=functools.partial(check_retrieval, run),
+            estimate=functools.partial(_estimate_targets, run, split),
+            need=functools.partial(_targets_need, run, split),
         )
-        for split in ("valid", "test")
+        for split, build in builds.items()
     ]
-    if config.retrieval.keep_train == "all":
-        kept.append(
-            Stage(
-                artifact=layout.neighbors("train"),
-                recipe=_searched_recipe(config),
-                upstream=(train, layout.index),
-                build=functools.partial(_build_neighbors, config, "train", exact),
-                check=check,
-                estimate=functools.partial(_estimate, config, "train"),
-                need=functools.partial(_need, config, "train"),
-            )
-        )
-    if config.targets.workdir is not None:
-        return kept  # The teacher's targets are read, never made here.
-    valid = (layout.datastore("valid"), layout.neighbors("valid"))
-    searched = layout.neighbors("train") if config.retrieval.keep_train == "all" else layout.index
+    return [*found, *targets]
+
+
+def _neighbors_stage(run: Artifacts, split: Split, exact: "ExactCache") -> Stage:
+    return Stage(
+        artifact=run.neighbors(split),
+        build=functools.partial(_build_neighbors, run, split, exact),
+        check=functools.partial(check_retrieval, run),
+        estimate=functools.partial(_estimate, run, split),
+        need=functools.partial(_need, run, split),
+    )
+
+
+def by_index_stages(run: Artifacts) -> list[Stage]:
+    """Returns the neighbours of valid and test as the engine of the index finds them."""
+    from mlpmem_jax.retrieval.index_builder import ExactCache
+
+    exact = ExactCache(run)
+    splits: tuple[Split, ...] = ("valid", "test")
     return [
-        *kept,
         Stage(
-            artifact=layout.targets("train"),
-            recipe=_targets_recipe(config),
-            upstream=(layout.tokens, train, searched, *valid),
-            build=functools.partial(_build_train_targets, config, exact),
-            check=check,
-            estimate=functools.partial(_estimate_targets, config, "train"),
-            need=functools.partial(_targets_need, config, "train"),
-        ),
-        Stage(
-            artifact=layout.targets("valid"),
-            recipe=_targets_recipe(config),
-            upstream=(layout.tokens, train, *valid, layout.targets("train")),
-            build=functools.partial(_build_valid_targets, config),
-            check=check,
-            estimate=functools.partial(_estimate_targets, config, "valid"),
-            need=functools.partial(_targets_need, config, "valid"),
-        ),
+            artifact=run.neighbors_by_index(split),
+            build=functools.partial(_build_neighbors, run, split, exact, by_index=True),
+            need=functools.partial(_need, run, split, by_index=True),
+        )
+        for split in splits
     ]
 
 
-def _exact_recipe(config: Config) -> dict[str, Any]:
-    return {
-        "retrieval": {"num_neighbors": config.retrieval.num_neighbors},
-        "datastore": {
-            "shard_rows": config.datastore.shard_rows,
-            "chunk_rows": config.datastore.chunk_rows,
-        },
-    }
-
-
-def _searched_recipe(config: Config) -> dict[str, Any]:
-    """Returns what decides the engine's neighbours, and whether its recall suffices."""
-    names = ("num_neighbors", "min_recall", "recall_queries")
-    retrieval = config.retrieval.recipe()
-    return {
-        **_exact_recipe(config),
-        "seed": config.seed,
-        "retrieval": {name: retrieval[name] for name in names},
-    }
-
-
-def _targets_recipe(config: Config) -> dict[str, Any]:
-    return {**_searched_recipe(config), "targets": config.targets.recipe()}
-
-
-def _estimate(config: Config, split: Split) -> Mapping[str, Any]:
+def _estimate(run: Artifacts, split: Split) -> Mapping[str, Any]:
     from mlpmem_jax.retrieval.estimates import estimate_neighbors
 
-    return estimate_neighbors(config, split)
+    return estimate_neighbors(run, split)
 
 
-def _estimate_targets(config: Config, split: Split) -> Mapping[str, Any]:
+def _estimate_targets(run: Artifacts, split: Split) -> Mapping[str, Any]:
     from mlpmem_jax.retrieval.estimates import estimate_targets
 
-    return estimate_targets(config, split)
+    return estimate_targets(run, split)
 
 
-def _need(config: Config, split: Split, machine: Machine, count: RowCounter) -> Need:
+def _need(
+    run: Artifacts, split: Split, machine: Machine, count: RowCounter, *, by_index: bool = False
+) -> Need:
     from mlpmem_jax.pipeline.needs import neighbors_need
 
-    return neighbors_need(config, split, machine, count)
+    return neighbors_need(run, split, machine, count, by_index=by_index)
 
 
-def _targets_need(config: Config, split: Split, machine: Machine, count: RowCounter) -> Need:
+def _targets_need(run: Artifacts, split: Split, machine: Machine, count: RowCounter) -> Need:
     from mlpmem_jax.pipeline.needs import targets_need
 
-    return targets_need(config, split, machine, count)
+    return targets_need(run, split, machine, count)
 
 
-def _build_neighbors(config: Config, split: Split, exact: "ExactCache") -> Completion:
+def _build_neighbors(
+    run: Artifacts, split: Split, exact: "ExactCache", *, by_index: bool = False
+) -> Completion:
     from mlpmem_jax.retrieval.targets import keep_neighbors
 
-    return keep_neighbors(config, split, exact)
+    return keep_neighbors(run, split, exact, by_index=by_index)
 
 
-def _build_train_targets(config: Config, exact: "ExactCache") -> Completion:
+def _build_train_targets(run: Artifacts, exact: "ExactCache") -> Completion:
     from mlpmem_jax.retrieval.targets import make_train_targets
 
-    return make_train_targets(config, exact)
+    return make_train_targets(run, exact)
 
 
-def _build_valid_targets(config: Config) -> Completion:
+def _build_valid_targets(run: Artifacts) -> Completion:
     from mlpmem_jax.retrieval.targets import make_valid_targets
 
-    return make_valid_targets(config)
+    return make_valid_targets(run)
 
 
 def main(config: Config, options: Options) -> int:

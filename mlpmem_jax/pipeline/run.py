@@ -13,18 +13,19 @@ from mlpmem_jax.pipeline import (
     train,
 )
 from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Rebuild, Stage, check_stages
 
 
-def stages(config: Config) -> list[Stage]:
+def stages(run: Artifacts) -> list[Stage]:
     """Returns every stage, in the order of the data flow."""
     commands = (tokenize, pretrain, embed, index, retrieve, train, evaluate)
     found: list[Stage] = []
     mistakes = Mistakes()
     for command in commands:
         with mistakes.gather():
-            found += command.stages(config)
+            found += command.stages(run)
     if mistakes:
         with mistakes.gather():
             check_stages(found)
@@ -34,8 +35,6 @@ def stages(config: Config) -> list[Stage]:
 
 def main(config: Config, options: Options) -> int:
     """Runs the whole pipeline."""
-    code = execute(stages, config, options, when_rebuilding=Rebuild.STALE)
-    if code or options.dry_run:
-        return code
-    evaluate.print_report(config)
-    return generate.main(config, options)
+    report = evaluate.print_report
+    code = execute(stages, config, options, Rebuild.STALE, report, reads_sources=True)
+    return code if code or options.dry_run else generate.main(config, options)

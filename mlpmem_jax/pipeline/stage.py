@@ -37,8 +37,8 @@ class Builders(enum.Enum):
 class Rebuild(enum.Enum):
     """What happens to artifacts that are there already."""
 
-    REFUSE = "refuse"  # One that was made otherwise is an error.
-    STALE = "stale"  # One that was made otherwise is made again, and a damaged report.
+    REFUSE = "refuse"  # A stale one is an error.
+    STALE = "stale"  # A stale one is made again, and a damaged report.
     # Made again in any case, for example because it is damaged; but what this run has made or
     # begun before a preemption, it keeps.
     ALWAYS = "always"
@@ -50,10 +50,9 @@ class Stage:
 
     Attributes:
         artifact: What is made.
-        recipe: The settings that decide its content, JSON-ready.
-        upstream: Artifacts that it is made from, or a function that returns them once the
-            stages before are done; they must be complete when it is built.
         build: Makes it, continuing what an interrupted start left; returns the report.
+        upstream: Returns the artifacts that it is made from, once the stages before are done;
+            None: the inputs of the artifact. They must be complete when it is built.
         check: Refuses what can be known to be wrong before anything is made. Called for all
             stages first, when upstream artifacts may still be missing, and for those that are
             left whenever one was made: what a later stage refuses costs no earlier one.
@@ -67,9 +66,8 @@ class Stage:
     """
 
     artifact: Artifact
-    recipe: Mapping[str, Any]
-    upstream: Sequence[Artifact] | Callable[[], Sequence[Artifact]]
     build: Callable[[], Completion]
+    upstream: Callable[[], Sequence[Artifact]] | None = None
     check: Callable[[], None] = lambda: None
     estimate: Callable[[], Mapping[str, Any]] = dict
     need: Callable[[Machine, RowCounter], Need] = lambda machine, count: Need()
@@ -79,8 +77,8 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """The artifact's path in the run directory."""
-        return self.artifact.relative
+        """Role and beginning of the id of the artifact."""
+        return self.artifact.title
 
     def made_from(self) -> dict[str, str]:
         """Returns the fingerprints of the upstream artifacts."""
@@ -90,16 +88,16 @@ class Stage:
         """Tells how far the artifact is.
 
         Raises:
-            ArtifactError: It was made otherwise, or a report is damaged that a rebuild would keep.
+            ArtifactError: It is stale, or a report is damaged that a rebuild would keep.
         """
-        status = self.artifact.status(self.recipe, made_from)
+        status = self.artifact.status(made_from)
         if self.is_report and rebuild is Rebuild.STALE and status is Status.COMPLETE:
             self.artifact.verify()
         return status
 
     def origins(self) -> Sequence[Artifact]:
         """Returns the upstream artifacts."""
-        return self.upstream() if callable(self.upstream) else self.upstream
+        return self.artifact.inputs if self.upstream is None else self.upstream()
 
 
 def run_stages(
@@ -115,7 +113,7 @@ def run_stages(
         before_building: Called each time before something is made.
 
     Raises:
-        ArtifactError: An upstream artifact is missing, or an artifact was made otherwise.
+        ArtifactError: An upstream artifact is missing, or an artifact is stale.
     """
     check_stages(stages, rebuild)
     check_fit(stages, everything=rebuild is Rebuild.ALWAYS)
@@ -238,7 +236,8 @@ def run_stage(
     if status is not Status.COMPLETE:
         stage.check()
         # What it depends on beside the configuration, for example the files of the corpus.
-        refuse_different({stage.name: stage.recipe}, "would make it otherwise")
+        recipe = {stage.name: stage.artifact.recipe}
+        refuse_different(recipe, "would make it otherwise")
         barrier(f"{stage.name}: checked")
         with only_maker(stage.artifact), _telling_what_is_kept(stage.artifact):
             if status is None:
@@ -273,7 +272,7 @@ def _seen_status(stage: Stage, made_from: Mapping[str, str], rebuild: Rebuild) -
     except ArtifactError:
         if rebuild is Rebuild.REFUSE:
             raise
-        say(f"{stage.name}: made otherwise or damaged; making it again")
+        say(f"{stage.name}: stale or damaged; making it again")
         return None
 
 
@@ -286,7 +285,7 @@ def _make(
     say(f"{stage.name}: " + ("continuing" if status is Status.PARTIAL else "making"))
     if is_writer():
         before_building()
-        stage.artifact.begin(stage.recipe, made_from, run_id())
+        stage.artifact.begin(made_from, run_id())
     barrier(f"{stage.name}: begun")
     builds = stage.builders is Builders.ALL or is_writer()
     with Stopwatch(stage.artifact) as stopwatch, of_stage(stage.name):

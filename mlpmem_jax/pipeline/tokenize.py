@@ -1,16 +1,13 @@
 """tokenize: text to a tokenizer and to the token stream of each split."""
 
-import dataclasses
 import functools
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from mlpmem_jax.config.data import CorpusConfig
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import progress, say, warn
 from mlpmem_jax.corpus.checks import Scan, check_before, check_splits, check_window, tokenizer_for
-from mlpmem_jax.corpus.digests import Digests
 from mlpmem_jax.corpus.encoding import encoded
 from mlpmem_jax.corpus.row_estimates import BYTES_PER_TOKEN
 from mlpmem_jax.corpus.stream import Corpus, Position
@@ -18,7 +15,6 @@ from mlpmem_jax.corpus.tokenizer import (
     TOKENIZER_FILE,
     TextTokenizer,
     load_tokenizer,
-    read_tokenizer,
 )
 from mlpmem_jax.corpus.writer import PROGRESS_FILE, TokenWriter, batches, seen_by_first
 from mlpmem_jax.errors import ArtifactError, UserError
@@ -27,106 +23,75 @@ from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.parallel.multihost import is_writer
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Builders, Stage
 from mlpmem_jax.store.array_specs import SPLITS, token_dtype
 from mlpmem_jax.store.files import check_free_space, write_bytes
-from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.store.manifest import Completion, Status
+from mlpmem_jax.store.manifest import Artifact, Completion, Status
 
 
-def stages(config: Config) -> list[Stage]:
+def stages(run: Artifacts) -> list[Stage]:
     """Returns the stages tokenizer and tokens.
 
     Raises:
         UserError: The sources, the tokenizer or the text cannot do; nothing is written yet.
     """
-    layout = Layout(config)
-    path = config.tokenizer.path
-    given = None if path is None else read_tokenizer(path, config.tokenizer.separator)
+    config, digests = run.config, run.sources.digests
+    has_path = config.tokenizer.path is not None
+    given = run.sources.given_tokenizer(config.tokenizer) if has_path else None
     corpus = Corpus(config.corpus)
-    digests = Digests(layout.workdir)
-    listing = digests.listing_of(corpus.parts, config.corpus.max_bytes)
-    text = {"corpus": _settings(config.corpus), "listing": listing}
-    tokenizer = Stage(
-        artifact=layout.tokenizer,
-        recipe=_tokenizer_recipe(config, given, text),
-        upstream=(),
-        build=functools.partial(_make_tokenizer, config, given, digests),
-        builders=Builders.FIRST,
-    )
-    tokens = Stage(
-        artifact=layout.tokens,
-        recipe=text,
-        upstream=(layout.tokenizer,),
-        build=Completion,
-    )
-    current = _is_current(tokenizer) and _is_current(tokens)
+    listing = run.sources.text(config.corpus)["listing"]
+    current = _is_current(run.tokenizer) and _is_current(run.tokens)
     scan = None if current else check_before(config, corpus, given)
     if current and is_writer():
         digests.save()  # Files that were moved or touched are not read again next time.
     text_bytes = _text_bytes(config, listing["bytes"], scan)
     estimate = functools.partial(_estimate, config, text_bytes, scan)
     if current:
-        estimate = functools.partial(_found, layout)
+        estimate = functools.partial(_found, run.tokens)
     return [
-        tokenizer,
-        dataclasses.replace(
-            tokens,
-            build=functools.partial(_make_tokens, config, text_bytes, scan, digests),
+        Stage(
+            artifact=run.tokenizer,
+            build=functools.partial(_make_tokenizer, run, given),
+            builders=Builders.FIRST,
+        ),
+        Stage(
+            artifact=run.tokens,
+            build=functools.partial(_make_tokens, run, text_bytes, scan),
             estimate=estimate,
-            need=functools.partial(_need, config),
+            need=functools.partial(_need, run),
         ),
     ]
 
 
-def _need(config: Config, machine: Machine, count: RowCounter) -> Need:
+def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     from mlpmem_jax.pipeline.needs import tokens_need
 
-    return tokens_need(config, machine, count)
+    return tokens_need(run, machine, count)
 
 
 def main(config: Config, options: Options) -> int:
     """Runs the command."""
-    return execute(stages, config, options)
+    return execute(stages, config, options, reads_sources=True)
 
 
-def _settings(corpus: CorpusConfig) -> dict[str, Any]:
-    """Returns what decides the tokens beside the content of the files, wherever these lie.
-
-    Attention decides what the decoder sees, not what the tokens are.
-    """
-    ours = {"attention", "paths", "train", "valid", "test"}
-    settings = {key: value for key, value in corpus.recipe().items() if key not in ours}
-    more = [{k: v for k, v in source.items() if k != "paths"} for source in settings["more"]]
-    return {**settings, "more": more}
-
-
-def _tokenizer_recipe(
-    config: Config, given: TextTokenizer | None, text: Mapping[str, Any]
-) -> dict[str, Any]:
-    separator = {"separator": config.tokenizer.separator}
-    if given is not None:
-        return {**separator, "given": given.content_digest()}
-    keys = ("vocab_size", "train_bytes")
-    return {**separator, **{key: getattr(config.tokenizer, key) for key in keys}, **text}
-
-
-def _is_current(stage: Stage) -> bool:
+def _is_current(artifact: Artifact) -> bool:
     try:
-        status = stage.artifact.status(stage.recipe, stage.made_from())
+        made_from = {one.relative: one.load().fingerprint for one in artifact.inputs}
+        return artifact.status(made_from) is Status.COMPLETE
     except ArtifactError:
         return False
-    return status is Status.COMPLETE
 
 
-def _make_tokenizer(config: Config, given: TextTokenizer | None, digests: Digests) -> Completion:
-    digests.save()
+def _make_tokenizer(run: Artifacts, given: TextTokenizer | None) -> Completion:
+    config = run.config
+    run.sources.digests.save()
     tokenizer = given
     if tokenizer is None:
         with progress(None, "B", "tokenizer: reading") as bar:
             tokenizer = tokenizer_for(config, Corpus(config.corpus), bar.update)
-    write_bytes(Layout(config).tokenizer.path / TOKENIZER_FILE, tokenizer.to_json())
+    write_bytes(run.tokenizer.path / TOKENIZER_FILE, tokenizer.to_json())
     say(
         f"tokenizer: {tokenizer.vocab_size} entries (models hold {tokenizer.padded_vocab}), "
         f"separator {tokenizer.separator!r} = {tokenizer.separator_id}"
@@ -134,17 +99,15 @@ def _make_tokenizer(config: Config, given: TextTokenizer | None, digests: Digest
     return Completion(counts=tokenizer.counts(), files=[TOKENIZER_FILE])
 
 
-def _make_tokens(
-    config: Config, text_bytes: int | None, scan: Scan | None, digests: Digests
-) -> Completion:
+def _make_tokens(run: Artifacts, text_bytes: int | None, scan: Scan | None) -> Completion:
     """Makes the tokens: all processes encode, process 0 writes."""
-    tokenizer = load_tokenizer(Layout(config).tokenizer)
+    config, artifact = run.config, run.tokens
+    tokenizer = load_tokenizer(run.tokenizer)
     writer = None
     if is_writer():
-        artifact = Layout(config).tokens
         needed = _estimate(config, text_bytes, scan).get("disk_bytes", 0)
         check_free_space(artifact.path, needed, "the token stream")
-        digests.save()
+        run.sources.digests.save()
         writer = TokenWriter(artifact.path, tokenizer)
     begun = of_first(None if writer is None else writer.position.to_json())
     if writer is None:
@@ -152,17 +115,17 @@ def _make_tokens(
         for _ in encoded(tokenizer, source):
             pass  # Process 0 has got them.
         return Completion()
-    return _written(config, tokenizer, writer, text_bytes, scan)
+    return _written(config, artifact, tokenizer, writer, text_bytes, scan)
 
 
 def _written(
     config: Config,
+    artifact: Artifact,
     tokenizer: TextTokenizer,
     writer: TokenWriter,
     text_bytes: int | None,
     scan: Scan | None,
 ) -> Completion:
-    artifact = Layout(config).tokens
     corpus = Corpus(config.corpus)
     started = time.monotonic()
     done = writer.num_bytes
@@ -245,9 +208,9 @@ def _text_bytes(config: Config, listed_bytes: int, scan: Scan | None) -> int | N
     return listed_bytes or None
 
 
-def _found(layout: Layout) -> dict[str, int]:
+def _found(tokens: Artifact) -> dict[str, int]:
     """Returns how much text finished tokens were made from."""
-    counts = layout.tokens.load().counts
+    counts = tokens.load().counts
     return {
         shown: sum(int(counts[f"{split}_{name}"]) for split in SPLITS)
         for shown, name in (("text_bytes", "bytes"), ("documents", "documents"))

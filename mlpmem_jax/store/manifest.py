@@ -1,14 +1,15 @@
 """Artifacts: directories whose manifest is written last.
 
-An artifact is *missing* (nothing there), *partial* (begun: `building.json` says with which
-settings, so that the next start continues) or *complete* (`manifest.json`). One that was
-made with other settings, or from other artifacts, is refused with both fingerprints.
+An artifact's id is a hash of its kind, its recipe and the ids of its inputs, so it is known
+before the artifact is made, and other settings mean another artifact beside it. One is
+*missing* (nothing there), *partial* (begun: `building.json` holds its recipe, so that the next
+start continues) or *complete* (`manifest.json`). One whose inputs were rebuilt with other bits
+is *stale* and refused with both fingerprints.
 """
 
 import dataclasses
 import enum
 import importlib.metadata
-import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,11 @@ from typing import Any
 from etils import epath
 
 from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.store import replacement
+from mlpmem_jax.store import nearest, replacement
 from mlpmem_jax.store.checked_json import as_json as _as_json
 from mlpmem_jax.store.checked_json import fingerprint_of, without_checksum, write_checked_json
 from mlpmem_jax.store.contents import BUILDING, MANIFEST, holds_files
+from mlpmem_jax.store.differences import differences
 from mlpmem_jax.store.files import absolute, crc32_of, read_json
 from mlpmem_jax.store.shard_records import forget_written, with_digests
 
@@ -43,7 +45,7 @@ class Manifest:
     Attributes:
         kind: What sort of artifact, for example "tokens".
         recipe: The settings that decide its content.
-        made_from: Fingerprint of each upstream artifact, by its path in the run directory.
+        made_from: Fingerprint of each input, by its path in the store.
         counts: Numbers of rows, tokens, steps and the like.
         arrays: Shape, dtype, chunking and the digests of the shards of each array, by path in the
             artifact.
@@ -95,32 +97,61 @@ def software_versions() -> dict[str, str]:
     return versions
 
 
-def differences(made: Any, asked: Any, path: str = "") -> list[str]:
-    """Returns where two recipes differ, "key=value, now value" each."""
-    if isinstance(made, Mapping) and isinstance(asked, Mapping):
-        lines = []
-        for name in sorted(set(made) | set(asked)):
-            inner = f"{path}.{name}" if path else name
-            lines += differences(made.get(name), asked.get(name), inner)
-        return lines
-    if made == asked:
-        return []
-    shown = [json.dumps(v, ensure_ascii=False) for v in (made, asked)]
-    shown = [text if len(text) <= 60 else text[:57] + "…" for text in shown]
-    return [f"{path}={shown[0]}, now {shown[1]}"]
-
-
 class Artifact:
-    """One artifact of a run directory."""
+    """One artifact of a store.
 
-    def __init__(self, workdir: str | epath.Path, relative: str, kind: str):
-        self.workdir = absolute(workdir)
+    Attributes:
+        root: The store, or where reports go.
+        relative: KIND/ID.
+        kind: What sort of artifact.
+        path: Its directory.
+        recipe: The settings that decide its content; None: those that its manifest records.
+        inputs: The artifacts that it is made from.
+        label: Its role in a run, for example "datastore/train".
+    """
+
+    def __init__(
+        self,
+        root: str | epath.Path,
+        relative: str,
+        kind: str,
+        *,
+        recipe: Mapping[str, Any] | None = None,
+        inputs: "Sequence[Artifact]" = (),
+        label: str | None = None,
+    ):
+        """Names an artifact that lies at a known place; `of` derives the place from the content."""
+        self.root = absolute(root)
         self.relative = relative
         self.kind = kind
-        self.path = self.workdir / relative
+        self.path = self.root / relative
+        self.recipe = recipe
+        self.inputs = tuple(inputs)
+        self.label = label or relative
+
+    @classmethod
+    def of(
+        cls,
+        root: str | epath.Path,
+        kind: str,
+        recipe: Mapping[str, Any],
+        inputs: "Sequence[Artifact]" = (),
+        label: str | None = None,
+    ) -> "Artifact":
+        """Returns the artifact with this recipe and these inputs, which may not be made yet."""
+        content = {"version": SCHEMA_VERSION, "kind": kind, "recipe": _as_json(recipe)}
+        number = fingerprint_of(content | {"inputs": [one.relative for one in inputs]})
+        return cls(
+            root, f"{kind}/{number}", kind, recipe=recipe, inputs=inputs, label=label or kind
+        )
 
     def __repr__(self) -> str:
         return f"Artifact({str(self.path)!r}, kind={self.kind!r})"
+
+    @property
+    def title(self) -> str:
+        """Role and beginning of the id, for people."""
+        return f"{self.label} ({self.path.name[:8]})"
 
     def is_complete(self) -> bool:
         """Whether there is a manifest, of whatever settings."""
@@ -135,7 +166,10 @@ class Artifact:
         file = self.path / MANIFEST
         if not file.exists():
             state = "is not finished" if (self.path / BUILDING).exists() else "does not exist"
-            raise ArtifactError(f"{self.path}: {state}; make it with the command `{self.command}`")
+            raise ArtifactError(
+                f"{self.path}: {self.label} {state}; make it with the command `{self.command}`"
+                + nearest.in_words(self)
+            )
         raw = self._record(MANIFEST)
         version = raw.get("schema_version")
         if version != SCHEMA_VERSION and isinstance(version, int):
@@ -152,7 +186,7 @@ class Artifact:
 
     @property
     def _way_out(self) -> str:
-        return f"make {self.relative} again with --rebuild"
+        return f"rebuild it with `{self.command} --rebuild`"
 
     def _record(self, name: str) -> dict[str, Any]:
         """Reads the manifest, or what was recorded when the artifact was begun, unchecked.
@@ -214,49 +248,49 @@ class Artifact:
             verify_file(self.path / name, expected)
         return manifest
 
-    def status(self, recipe: Mapping[str, Any], made_from: Mapping[str, str]) -> Status:
+    def status(self, made_from: Mapping[str, str]) -> Status:
         """Tells how far the artifact is.
 
+        Args:
+            made_from: Fingerprints of the inputs as they are now, by their paths in the store.
+
         Raises:
-            ArtifactError: It was made, or begun, with another recipe or from other artifacts.
+            ArtifactError: It was built, or begun, from inputs with other content.
         """
         if (self.path / MANIFEST).exists():
             manifest = self.load()
-            self._refuse_if_other("made", manifest.recipe, manifest.made_from, recipe, made_from)
+            self._refuse_stale("built", manifest.recipe, manifest.made_from, made_from)
             return Status.COMPLETE
         if (self.path / BUILDING).exists():
             begun = self._begun()
             if begun == replacement.REMOVING or not holds_files(self.path):
                 return Status.MISSING  # Nothing to continue: removed, or refused at once.
-            self._refuse_if_other("begun", begun["recipe"], begun["made_from"], recipe, made_from)
+            self._refuse_stale("begun", begun["recipe"], begun["made_from"], made_from)
             return Status.PARTIAL
         return Status.MISSING
 
-    def _refuse_if_other(
+    def _refuse_stale(
         self,
         verb: str,
         old_recipe: Mapping[str, Any],
         old_from: Mapping[str, str],
-        recipe: Mapping[str, Any],
         made_from: Mapping[str, str],
     ) -> None:
-        old = {"recipe": old_recipe, "made_from": old_from}
-        new = _as_json({"recipe": recipe, "made_from": made_from})
-        if old == new:
-            return
-        lines = differences(old["recipe"], new["recipe"])
-        lines += [
-            f"from another {line}" for line in differences(old["made_from"], new["made_from"])
-        ]
-        shown = "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
-        raise ArtifactError(
-            f"{self.path}: was {verb} otherwise (fingerprint {fingerprint_of(old)}, asked for "
-            f"{fingerprint_of(new)}): {shown}; make it again with --rebuild, or use another workdir"
-        )
+        """Compares content with what is asked for; the recipes differ only where files were moved.
 
-    def begin(
-        self, recipe: Mapping[str, Any], made_from: Mapping[str, str], run: str | None = None
-    ) -> None:
+        Raises:
+            ArtifactError: Names what differs.
+        """
+        lines = [] if self.recipe is None else differences(old_recipe, _as_json(self.recipe))
+        lines += [f"from another {line}" for line in differences(old_from, _as_json(made_from))]
+        if lines:
+            more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
+            raise ArtifactError(
+                f"{self.path}: {self.label} is stale, {verb} {'; '.join(lines[:4])}{more}; rebuild "
+                f"it with `{self.command} --rebuild`"
+            )
+
+    def begin(self, made_from: Mapping[str, str], run: str | None = None) -> None:
         """Records what is about to be made, and by which run, so that it can be continued.
 
         Raises:
@@ -264,7 +298,7 @@ class Artifact:
         """
         replacement.refuse_foreign(self, removes=False)
         self.path.mkdir(parents=True, exist_ok=True)
-        begun = _as_json({"recipe": recipe, "made_from": made_from})
+        begun = _as_json({"recipe": self.recipe or {}, "made_from": made_from})
         seconds = 0.0
         if (self.path / BUILDING).exists():
             before = self._begun()

@@ -8,12 +8,12 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.suite import SweepConfig
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Stage
-from mlpmem_jax.store.checked_json import fingerprint_of
 from mlpmem_jax.store.files import read_json, write_bytes, write_json
-from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.store.manifest import Completion
+from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.studies.ablate.sweeps import CONFIGURED, value_text
 from mlpmem_jax.studies.tables.rows import Row, SeedPlan, model_parts
 from mlpmem_jax.studies.tables.runner import (
@@ -23,7 +23,7 @@ from mlpmem_jax.studies.tables.runner import (
     rows_stage,
     run_suite,
 )
-from mlpmem_jax.studies.tables.variants import Variant, changed_variant, label_of, taught_variant
+from mlpmem_jax.studies.tables.variants import Variant, changed_variant, taught_variant
 
 RESULTS = "ablate.json"
 MEASURED = "measured.json"
@@ -31,16 +31,16 @@ TABLE = "ablate.csv"
 _HELD_KEY = "memory.num_layers"
 
 
-def check_sweeps(config: Config) -> None:
+def check_sweeps(run: Artifacts) -> None:
     """Refuses sweeps that cannot be made, each with its place in the configuration.
 
     Raises:
         ConfigError: With one line for each mistake.
     """
-    mistakes = []
+    config, mistakes = run.config, []
     if not config.ablate.sweeps:
         mistakes.append("ablate.sweeps=[]: names no sweep (each has a key and values)")
-    plan = SeedPlan(config, config.ablate.seeds[0])
+    plan = SeedPlan(config, config.ablate.seeds[0], run.sources)
     for place, sweep in enumerate(config.ablate.sweeps):
         where = f"ablate.sweeps.{place}"
         if not sweep.values:
@@ -60,10 +60,10 @@ def check_sweeps(config: Config) -> None:
                 variants.append(variant_of(plan, sweep, value))
             except ConfigError as error:
                 mistakes += [f"{where}: {message}" for message in error.messages]
-        # Everything ends in what is trained: its name stays only where nothing is made anew.
-        names = {Layout(variant.config).trained.relative for variant in variants}
-        if len(variants) > 1 and names == {Layout(plan.base.config).trained.relative}:
-            mistakes.append(f"{where}.key={sweep.key} decides nothing that is made")
+        # Everything ends in what is trained: another artifact unless nothing is made anew.
+        trained = {variant.run.trained.relative for variant in variants}
+        if len(variants) > 1 and trained == {plan.base.run.trained.relative}:
+            mistakes.append(f"{where}.key={sweep.key} has no effect on any artifact")
     if mistakes:
         raise ConfigError(mistakes)
 
@@ -75,16 +75,13 @@ def variant_of(plan: SeedPlan, sweep: SweepConfig, value: Any) -> Variant:
         ConfigError: The key or the value is wrong.
     """
     overrides: dict[str, Any] = {sweep.key: value}
-    label = label_of(sweep.key, value)
-    if sweep.overrides:  # Not the artifacts of a sweep without them.
-        label = label_of(label, fingerprint_of(list(sweep.overrides))[:6])
+    label = f"{title_of(sweep)} = {value_text(value)}"
     if sweep.role == "teacher":
-        return taught_variant(plan.base, overrides, f"teacher-{label}", texts=sweep.overrides)
+        return taught_variant(plan.base, overrides, label, texts=sweep.overrides)
     if sweep.hold == "memory_parameters":
         from mlpmem_jax.studies.tables.sizes import memory_shape
 
         config = plan.base.config
-        label = f"held-{label}"
         if value != config.memory.num_layers:
             width = config.decoder.width
             overrides = memory_shape(config.memory, value, width, plan.vocab_size)
@@ -116,11 +113,11 @@ def title_of(sweep: SweepConfig) -> str:
     return ", ".join([title, *sweep.overrides])
 
 
-def works(config: Config) -> list[Work]:
+def works(run: Artifacts) -> list[Work]:
     """Returns the configured model and every value of every sweep, for every seed."""
-    found = []
+    config, found = run.config, []
     for seed in config.ablate.seeds:
-        plan = SeedPlan(config, seed)
+        plan = SeedPlan(config, seed, run.sources)
         configured = Row(CONFIGURED, "as configured", model_parts(plan.base))
         found.append(Work(f"seed {seed}, decoder", plan.decoder.stages))
         found.append(Work(f"seed {seed}, as configured", configured.stages))
@@ -135,16 +132,16 @@ def _stages(plan: SeedPlan, sweep: SweepConfig, value: Any) -> list[Stage]:
     return value_row(plan, sweep, value).stages()
 
 
-def table_stage(config: Config) -> Stage:
+def table_stage(run: Artifacts) -> Stage:
     """Returns the stage that makes the tables."""
-    plans = {seed: SeedPlan(config, seed) for seed in config.ablate.seeds}
+    config = run.config
+    plans = {seed: SeedPlan(config, seed, run.sources) for seed in config.ablate.seeds}
     tables = {
         str(place): {seed: sweep_rows(plan, sweep) for seed, plan in plans.items()}
         for place, sweep in enumerate(config.ablate.sweeps)
     }
     recipe = {"sweeps": [sweep.recipe() for sweep in config.ablate.sweeps]}
-    artifact = Layout(config).table("ablate", config.ablate.name)
-    return rows_stage(config, artifact, tables, recipe, _build)
+    return rows_stage(run, "ablate", tables, recipe, _build)
 
 
 def picture_name(place: int, sweep: SweepConfig) -> str:
@@ -152,10 +149,11 @@ def picture_name(place: int, sweep: SweepConfig) -> str:
     return f"ablate-{place}-{sweep.key}.png"
 
 
-def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
+def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed]) -> Completion:
     from mlpmem_jax.studies.ablate import sweeps
     from mlpmem_jax.studies.tables.assemble import table_costs, table_results
 
+    config = run.config
     settings = interval_settings(
         config,
         CONFIGURED,
@@ -165,7 +163,7 @@ def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
     found, costs, results = [], [], {}
     for place, sweep in enumerate(config.ablate.sweeps):
         rows = tables[str(place)]
-        results = table_results(config, rows, settings)
+        results = table_results(run, rows, settings)
         points = [(value, f"value={value_text(value)}") for value in sweep.values]
         found.append(
             {
@@ -177,11 +175,11 @@ def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
                 "documents": results["documents"]["test"],
             }
         )
-        costs.append(table_costs(config, rows))
+        costs.append(table_costs(run, rows))
     names = ("seeds", "confidence", "bootstrap_samples", "valid", "test")
     table = {name: results[name] for name in names} | {"sweeps": found}
     measured = {"sweeps": costs}
-    path = Layout(config).table("ablate", config.ablate.name).path
+    path = artifact.path
     if is_speaker():
         write_json(path / RESULTS, table)
         write_json(path / MEASURED, measured)
@@ -193,18 +191,16 @@ def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
 
 def main(config: Config, options: Options) -> int:
     """Runs the command."""
-    check_sweeps(config)
-    code = run_suite(
-        "ablate", config, options, works(config), functools.partial(table_stage, config)
-    )
-    if code == 0 and not options.dry_run:
+    run = Artifacts(config, Sources(config.workdir, reads=True))
+    check_sweeps(run)
+    made = run_suite("ablate", run, options, works(run), functools.partial(table_stage, run))
+    if made is not None:
         from mlpmem_jax.studies.ablate.sweeps import as_text
 
-        artifact = Layout(config).table("ablate", config.ablate.name)
-        measured = artifact.verify().measured
+        path, measured = made.artifact.path, made.artifact.verify().measured
         say()
-        say(as_text(read_json(artifact.path / RESULTS), measured))
+        say(as_text(read_json(path / RESULTS), measured))
         pictures = [picture_name(*each) for each in enumerate(config.ablate.sweeps)]
         for name in (RESULTS, TABLE, *pictures):
-            say(f"  {artifact.path / name}")
-    return code
+            say(f"  {path / name}")
+    return 0

@@ -20,6 +20,7 @@ from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.interpolation import interpolate
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.sharding import replicated
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.retrieval.distributions import sparse_distributions
 from mlpmem_jax.retrieval.knn_lm import read_labels
 from mlpmem_jax.store.array_specs import Split, input_array
@@ -54,7 +55,7 @@ class Sample:
 
 
 def measure_sample(
-    config: Config,
+    run: Artifacts,
     decoder: Decoder,
     memory: Memory,
     split: Split,
@@ -67,7 +68,7 @@ def measure_sample(
     """Measures the distributions at some rows of a split.
 
     Args:
-        config: The whole configuration.
+        run: The artifacts of the configuration.
         decoder: On the mesh.
         memory: On the mesh.
         split: Whose rows; its exact neighbours are stored.
@@ -76,13 +77,14 @@ def measure_sample(
         weight: λ of the memory in the mixture.
         mesh: Devices.
     """
-    layout, settings = Layout(config), config.analyze
-    tokens = TokenSplit.open(layout.tokens, split)
+    config = run.config
+    settings = config.analyze
+    tokens = TokenSplit.open(run.tokens, split)
     steps = sharpness.steps_up_to(decoder.vocab_size)
     label_N = np.empty(len(row_N), np.int32)
     step = _compiled(config, decoder, memory, weight, steps, mesh)
     num_recent = memory.config.num_read_tokens
-    reader = _Reader(layout, split, num_recent, tokens.separator_id)
+    reader = _Reader(run, split, num_recent, tokens.separator_id)
     parts: dict[str, list[Sharpness]] = {name: [] for name in DISTRIBUTIONS}
     label_logprob: list[np.ndarray] = []
     done = 0

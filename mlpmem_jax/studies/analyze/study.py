@@ -14,11 +14,11 @@ from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.evaluation.labels import StoredSplit
 from mlpmem_jax.evaluation.memory_scores import remember
 from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, draw_rows, read_labels
 from mlpmem_jax.stats.bootstrap import bootstrap_sums, interval
 from mlpmem_jax.stats.mixing import mixture_logprob
 from mlpmem_jax.store.array_specs import Split
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.studies.analyze.distributions import DISTRIBUTIONS, Sample, measure_sample
 from mlpmem_jax.studies.analyze.frequency import Bins, count_tokens
 from mlpmem_jax.studies.analyze.groups import gains_by_group
@@ -32,12 +32,12 @@ COMPARED = {"knn": "+ kNN-LM", "memory": "+ memory"}
 
 
 def analyze_run(
-    config: Config, evaluated: Mapping[str, Any], mesh: jax.sharding.Mesh
+    run: Artifacts, evaluated: Mapping[str, Any], mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
     """Analyses the test split with λ and τ as `evaluate` chose them.
 
     Args:
-        config: The whole configuration.
+        run: The artifacts of the configuration.
         evaluated: What `evaluate.json` holds.
         mesh: Devices.
 
@@ -47,22 +47,22 @@ def analyze_run(
     Raises:
         ArtifactError: Something is missing, damaged, or speaks of other tokens.
     """
-    layout = Layout(config)
-    decoder, memory = finished_decoder(config, mesh), finished_memory(config, mesh)
-    stored = StoredSplit.open(layout, _SPLIT)
+    config = run.config
+    decoder, memory = finished_decoder(run, mesh), finished_memory(run, mesh)
+    stored = StoredSplit.open(run, _SPLIT)
     systems = evaluated["systems"]
     temperature = float(systems["knn"]["temperature"])
     weights = {name: float(systems[name]["interpolation"]) for name in COMPARED}
-    neighbors = StoredKnn(layout, _SPLIT, stored.label_N, read_labels(layout, "train"))
+    neighbors = StoredKnn(run, _SPLIT, stored.label_N, read_labels(run, "train"))
     parts = {
         "knn": neighbors.logprob(stored.counts.scored_N, temperature),
-        "memory": remember(config, _SPLIT, decoder, memory, mesh).logprob_N,
+        "memory": remember(run, _SPLIT, decoder, memory, mesh).logprob_N,
     }
     system_N = {
         name: mixture_logprob(part, stored.logprob_N, weights[name]) for name, part in parts.items()
     }
     sample = measure_sample(
-        config,
+        run,
         decoder,
         memory,
         _SPLIT,
@@ -80,7 +80,7 @@ def analyze_run(
         "temperature": temperature,
         "interpolation": weights,
         "labels": COMPARED,
-        **_groups(config, layout, stored, system_N),
+        **_groups(run, stored, system_N),
         "sharpness": _sharpness(config, sample, stored),
         "notes": [
             *document_notes(stored.counts),
@@ -91,11 +91,11 @@ def analyze_run(
 
 
 def _groups(
-    config: Config, layout: Layout, stored: StoredSplit, system_N: Mapping[str, np.ndarray]
+    run: Artifacts, stored: StoredSplit, system_N: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     """Returns gains by frequency of the label and by whether the n-gram was seen."""
-    train, test = (TokenSplit.open(layout.tokens, split) for split in ("train", _SPLIT))
-    settings = config.analyze
+    train, test = (TokenSplit.open(run.tokens, split) for split in ("train", _SPLIT))
+    config, settings = run.config, run.config.analyze
 
     def gains(group_N: np.ndarray, labels: list[str]) -> list[dict[str, Any]]:
         return gains_by_group(

@@ -7,11 +7,12 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.suite import RowName
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.pipeline.checks import check_trained_apart
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.files import read_json, write_bytes, write_json
-from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.store.manifest import Completion
+from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.studies.tables.rows import SeedPlan, check_recipes, planned_row, row_recipe
 from mlpmem_jax.studies.tables.runner import (
     RowsBySeed,
@@ -39,11 +40,11 @@ def row_names(config: Config) -> list[str]:
     return [*([] if REFERENCE in chosen else [REFERENCE]), *chosen, *own]
 
 
-def works(config: Config) -> list[Work]:
+def works(run: Artifacts) -> list[Work]:
     """Returns the rows of every seed, those last that are sized by what the memory cost."""
-    found = []
+    config, found = run.config, []
     for seed in config.compare.seeds:
-        plan = SeedPlan(config, seed)
+        plan = SeedPlan(config, seed, run.sources)
         names = row_names(config)
         if any(row_recipe(config, name).uses_costs for name in names) and "memory" not in names:
             names.append("memory")
@@ -55,8 +56,9 @@ def works(config: Config) -> list[Work]:
     return found
 
 
-def _say_what_is_missing(config: Config) -> None:
-    plan = SeedPlan(config, config.compare.seeds[0])
+def _say_what_is_missing(run: Artifacts) -> None:
+    config = run.config
+    plan = SeedPlan(config, config.compare.seeds[0], run.sources)
     for name in row_names(config):
         if planned_row(plan, name) is None:
             recipe = row_recipe(config, name)
@@ -68,37 +70,34 @@ def _row_stages(plan: SeedPlan, name: str) -> list[Stage]:
     return row.stages() if row else []
 
 
-def rows_by_seed(config: Config) -> RowsBySeed:
+def rows_by_seed(run: Artifacts) -> RowsBySeed:
     """Returns the rows as they are planned now, by seed."""
+    config = run.config
     return {
         seed: [
             row
             for name in row_names(config)
-            if (row := planned_row(SeedPlan(config, seed), name)) is not None
+            if (row := planned_row(SeedPlan(config, seed, run.sources), name)) is not None
         ]
         for seed in config.compare.seeds
     }
 
 
-def table_stage(config: Config) -> Stage:
+def table_stage(run: Artifacts) -> Stage:
     """Returns the stage that makes the table from finished scores."""
-    layout = Layout(config)
-    rows = rows_by_seed(config)
-    return rows_stage(
-        config, layout.table("compare", config.compare.name), {"compare": rows}, {}, _build
-    )
+    return rows_stage(run, "compare", {"compare": rows_by_seed(run)}, {}, _build)
 
 
-def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
+def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed]) -> Completion:
     from mlpmem_jax.studies.tables import report
     from mlpmem_jax.studies.tables.assemble import table_costs, table_results
     from mlpmem_jax.studies.tables.picture import draw
 
     rows = tables["compare"]
-    results = table_results(config, rows, interval_settings(config, REFERENCE, FULL_GAIN))
+    results = table_results(run, rows, interval_settings(run.config, REFERENCE, FULL_GAIN))
     documents = results.pop("documents")
-    measured = table_costs(config, rows)
-    path = Layout(config).table("compare", config.compare.name).path
+    measured = table_costs(run, rows)
+    path = artifact.path
     if is_speaker():
         write_json(path / RESULTS, results)
         write_json(path / MEASURED, measured)
@@ -110,11 +109,10 @@ def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
     return Completion(counts, files=[RESULTS, PAIRS, DOCUMENTS], measured=measured)
 
 
-def print_report(config: Config) -> None:
+def print_report(artifact: Artifact) -> None:
     """Prints the finished table and where its files lie."""
     from mlpmem_jax.studies.tables.report import as_text
 
-    artifact = Layout(config).table("compare", config.compare.name)
     measured = artifact.verify().measured
     say()
     say(as_text(read_json(artifact.path / RESULTS), measured))
@@ -128,11 +126,10 @@ def main(config: Config, options: Options) -> int:
     check_trained_apart(
         config, "compare", "joint training is a row of it: joint, joint_gate, compare.recipes"
     )
-    check_recipes(config)
-    _say_what_is_missing(config)
-    code = run_suite(
-        "compare", config, options, works(config), functools.partial(table_stage, config)
-    )
-    if code == 0 and not options.dry_run:
-        print_report(config)
-    return code
+    run = Artifacts(config, Sources(config.workdir, reads=True))
+    check_recipes(run)
+    _say_what_is_missing(run)
+    made = run_suite("compare", run, options, works(run), functools.partial(table_stage, run))
+    if made is not None:
+        print_report(made.artifact)
+    return 0

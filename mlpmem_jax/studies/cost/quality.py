@@ -10,35 +10,35 @@ from typing import Any
 
 import jax
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.evaluation.evaluate_table import SYSTEMS
 from mlpmem_jax.evaluation.run_scores import score_run
+from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.store.array_specs import SPLITS
+from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.training.networks import finished_networks
 
 
-def with_rows(config: Config, num_rows: int) -> Config:
-    """Returns the configuration of the part with so many rows, with names of its own."""
-    ending = f"-rows-{num_rows}"
-
-    def renamed(name: str) -> Any:
-        section = getattr(config, name)
-        return section.model_copy(update={"name": section.name + ending})
-
-    retrieval = config.retrieval.model_copy(
-        update={"name": config.retrieval_name + ending, "exact_name": config.exact_name + ending}
-    )
-    names = {name: renamed(name) for name in ("datastore", "targets", "memory")}
-    return config.model_copy(update={"retrieval": retrieval, **names})
+def with_rows(run: Artifacts, num_rows: int) -> Artifacts:
+    """Returns the artifacts of the part with so many rows of the datastore."""
+    # The same inputs for all splits: retrieval compares them.
+    inputs = (run.tokens, run.decoder, *(run.datastore(split) for split in SPLITS))
+    title = f"{num_rows:,} rows"
+    given: dict[str, Artifact] = {}
+    for split in SPLITS:
+        recipe = {**(run.datastore(split).recipe or {}), "first_rows": num_rows}
+        label = f"datastore/{split} [{title}]"
+        given[f"datastore/{split}"] = Artifact.of(run.store, "datastore", recipe, inputs, label)
+    return run.of(run.config, given=given, title=title)
 
 
 def measure_quality(
-    config: Config, parts: Sequence[tuple[int, Config]], mesh: jax.sharding.Mesh
+    run: Artifacts, parts: Sequence[tuple[int, Artifacts]], mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
     """Scores the memories of all sizes on test.
 
     Args:
-        config: The whole configuration.
-        parts: Rows and configuration of each finished part, the run itself last.
+        run: The artifacts of the configuration.
+        parts: Rows and artifacts of each finished part, the run itself last.
         mesh: Devices.
     """
     sizes = []
@@ -66,7 +66,7 @@ def measure_quality(
     ]
     return {
         "labels": dict(SYSTEMS),
-        "steps": config.train.num_steps,
+        "steps": run.config.train.num_steps,
         "sizes": sizes,
         "notes": notes,
     }

@@ -15,10 +15,10 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import progress
 from mlpmem_jax.evaluation.cost import network_cost
 from mlpmem_jax.evaluation.latency import compiled_models
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.retrieval.approximate import AH_MIN_ROWS
 from mlpmem_jax.retrieval.knn_lm import read_labels
 from mlpmem_jax.store.array_specs import datastore_arrays
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.studies.cost import slopes
 from mlpmem_jax.studies.cost.measurements import PLAIN, Timer, sizes
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
@@ -34,12 +34,12 @@ LABELS = {
 
 
 def measure_growth(
-    config: Config, evaluated: Mapping[str, Any], mesh: jax.sharding.Mesh, path: epath.Path
+    run: Artifacts, evaluated: Mapping[str, Any], mesh: jax.sharding.Mesh, path: epath.Path
 ) -> dict[str, Any]:
     """Measures, or continues to.
 
     Args:
-        config: The whole configuration.
+        run: The artifacts of the configuration.
         evaluated: What `evaluate.json` holds: λ and τ.
         mesh: Devices.
         path: Where files of the measurement lie.
@@ -47,7 +47,8 @@ def measure_growth(
     Returns:
         What `cost.json` holds, without quality.
     """
-    timer, parameter_bytes = _timer(config, evaluated, mesh, path)
+    config = run.config
+    timer, parameter_bytes = _timer(run, evaluated, mesh, path)
     rows_S = sizes(len(timer.train_label), config.cost.doublings, config.retrieval.num_neighbors)
     prepared = {rows: timer.prepare(rows) for rows in rows_S}
     rounds: dict[int, list[dict[str, Any]]] = {rows: [] for rows in rows_S}
@@ -100,11 +101,11 @@ def machine(mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 
 def _timer(
-    config: Config, evaluated: Mapping[str, Any], mesh: jax.sharding.Mesh, path: epath.Path
+    run: Artifacts, evaluated: Mapping[str, Any], mesh: jax.sharding.Mesh, path: epath.Path
 ) -> tuple[Timer, dict[str, int]]:
     """Returns the timer, and the bytes of the parameters of both models."""
-    layout = Layout(config)
-    decoder, memory = finished_decoder(config, mesh), finished_memory(config, mesh)
+    config = run.config
+    decoder, memory = finished_decoder(run, mesh), finished_memory(run, mesh)
     systems = evaluated["systems"]
     vocab = decoder.vocab_size
     alone = network_cost(decoder, decoder_parameters(config.decoder, vocab))["parameter_bytes"]
@@ -114,8 +115,8 @@ def _timer(
         config,
         mesh,
         path,
-        compiled_models(config, decoder, memory, systems, mesh),
-        train_label=read_labels(layout, "train"),
+        compiled_models(run, decoder, memory, systems, mesh),
+        train_label=read_labels(run, "train"),
         temperature=float(systems["knn"]["temperature"]),
         weight=float(systems["knn"]["interpolation"]),
     )

@@ -12,11 +12,12 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline.checks import check_trained_apart
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.files import read_json, write_bytes, write_json
-from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.store.manifest import Completion
+from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.studies.overfitting.epochs import LABELS, row_key
 from mlpmem_jax.studies.tables.part_scores import Part
 from mlpmem_jax.studies.tables.rows import Row, SeedPlan, model_parts
@@ -40,15 +41,15 @@ _SECTIONS: dict[Network, Literal["pretrain", "train"]] = {"decoder": "pretrain",
 _REFERENCE = "decoder"
 
 
-def epoch_ends(config: Config, network: Network) -> list[int]:
+def epoch_ends(run: Artifacts, network: Network) -> list[int]:
     """Returns the step at the end of each epoch.
 
     Before there are tokens the length of an epoch is not known; that of the configured
     training then stands for it, so that a plan can be shown.
     """
+    config, tokens = run.config, run.tokens
     section = getattr(config, _SECTIONS[network])
     window = {"decoder": config.pretrain_window_tokens, "memory": config.train_window_tokens}
-    tokens = Layout(config).tokens
     per_epoch = int(section.num_steps)
     if tokens.is_complete():
         num_rows = int(tokens.load().counts["train_tokens"]) - 1
@@ -63,7 +64,7 @@ def epoch_ends(config: Config, network: Network) -> list[int]:
 def _trained_long(plan: SeedPlan, network: Network) -> list[Part]:
     """Returns the network after each epoch of one long run."""
     config, section = plan.base.config, _SECTIONS[network]
-    ends = epoch_ends(config, network)
+    ends = epoch_ends(plan.base.run, network)
     overrides: dict[str, Any] = {
         f"{section}.num_steps": ends[-1],
         f"{section}.checkpoint_interval_steps": ends[0],
@@ -71,7 +72,8 @@ def _trained_long(plan: SeedPlan, network: Network) -> list[Part]:
     }
     if getattr(config, section).optimizer.warmup_of(ends[-1]) > ends[-1]:
         overrides[f"{section}.optimizer.warmup_steps"] = ends[-1] // 2
-    variant = changed_variant(plan.base, overrides, f"{len(ends)}-epochs", always=(network,))
+    variant = changed_variant(plan.base, overrides, f"{network} by epoch")
+    variant = variant.keeping(network, ends)
     return [Part(network, variant, step=step) for step in ends]
 
 
@@ -87,11 +89,11 @@ def seed_rows(plan: SeedPlan) -> list[Row]:
     return rows
 
 
-def works(config: Config) -> list[Work]:
+def works(run: Artifacts) -> list[Work]:
     """Returns the two long runs of every seed, and their scores."""
     found = []
-    for seed in config.overfitting.seeds:
-        plan = SeedPlan(config, seed)
+    for seed in run.config.overfitting.seeds:
+        plan = SeedPlan(run.config, seed, run.sources)
         for network in ("decoder", "memory"):
             title = f"seed {seed}, {network} by epoch"
             found.append(Work(title, functools.partial(_stages, plan, network)))
@@ -103,38 +105,39 @@ def _stages(plan: SeedPlan, network: str) -> list[Stage]:
     return [stage for row in rows for stage in row.stages()]
 
 
-def table_stage(config: Config) -> Stage:
+def table_stage(run: Artifacts) -> Stage:
     """Returns the stage that makes the table."""
-    rows = {seed: seed_rows(SeedPlan(config, seed)) for seed in config.overfitting.seeds}
-    artifact = Layout(config).table("overfitting", config.overfitting.name)
-    return rows_stage(config, artifact, {"overfitting": rows}, {}, _build)
+    config = run.config
+    plans = {seed: SeedPlan(config, seed, run.sources) for seed in config.overfitting.seeds}
+    rows = {seed: seed_rows(plan) for seed, plan in plans.items()}
+    return rows_stage(run, "overfitting", {"overfitting": rows}, {}, _build)
 
 
-def _build(config: Config, tables: Mapping[str, RowsBySeed]) -> Completion:
+def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed]) -> Completion:
     from mlpmem_jax.studies.overfitting import epochs
     from mlpmem_jax.studies.tables.assemble import table_costs, table_results
     from mlpmem_jax.studies.tables.report import documents_csv
 
     rows = tables["overfitting"]
-    ends = {network: epoch_ends(config, network) for network in _SECTIONS}
+    ends = {network: epoch_ends(run, network) for network in _SECTIONS}
     steps = {
         "decoder": ends["decoder"],
         "memory": ends["memory"],
         "memory_alone": ends["memory"],
     }
     assert list(steps) == list(LABELS)
-    settings = interval_settings(config, _REFERENCE, family=epochs.last_against_best(steps))
-    found = table_results(config, rows, settings)
+    settings = interval_settings(run.config, _REFERENCE, family=epochs.last_against_best(steps))
+    found = table_results(run, rows, settings)
     reference = next(row for row in found["rows"] if row["key"] == _REFERENCE)
     names = ("seeds", "confidence", "bootstrap_samples", "valid", "test", "notes")
     results = {name: found[name] for name in names} | {
         "reference_nats": reference["test_nats"]["value"],
         "networks": epochs.by_epoch(found, steps),
     }
-    path = Layout(config).table("overfitting", config.overfitting.name).path
+    path = artifact.path
     if is_speaker():
         write_json(path / RESULTS, results)
-        write_json(path / MEASURED, table_costs(config, rows, with_costs=False))
+        write_json(path / MEASURED, table_costs(run, rows, with_costs=False))
         write_bytes(path / TABLE, epochs.as_csv(results).encode())
         write_bytes(path / DOCUMENTS, documents_csv(found["documents"]).encode())
         write_bytes(path / PICTURE, epochs.draw(results))
@@ -150,16 +153,15 @@ def main(config: Config, options: Options) -> int:
             f"decoder.pretrained={config.decoder.pretrained}: overfitting trains a decoder, and an "
             "imported one is not trained further"
         )
-    code = run_suite(
-        "overfitting", config, options, works(config), functools.partial(table_stage, config)
-    )
-    if code == 0 and not options.dry_run:
+    run = Artifacts(config, Sources(config.workdir, reads=True))
+    table = functools.partial(table_stage, run)
+    made = run_suite("overfitting", run, options, works(run), table)
+    if made is not None:
         from mlpmem_jax.studies.overfitting.epochs import as_text
 
-        artifact = Layout(config).table("overfitting", config.overfitting.name)
-        artifact.verify()
+        made.artifact.verify()
         say()
-        say(as_text(read_json(artifact.path / RESULTS)))
+        say(as_text(read_json(made.artifact.path / RESULTS)))
         for name in (RESULTS, TABLE, DOCUMENTS, PICTURE):
-            say(f"  {artifact.path / name}")
-    return code
+            say(f"  {made.artifact.path / name}")
+    return 0

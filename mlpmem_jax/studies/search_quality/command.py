@@ -10,62 +10,58 @@ from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline import embed, index, pretrain, retrieve, tokenize, train
 from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
-from mlpmem_jax.pipeline.execute import execute_and_report
+from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
+from mlpmem_jax.pipeline.graph import Artifacts, Report
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.recipes import compute_dtypes
 from mlpmem_jax.pipeline.reports import print_files, write_report
-from mlpmem_jax.pipeline.resolve import compute_dtypes
 from mlpmem_jax.pipeline.stage import Rebuild, Stage
 from mlpmem_jax.stats.bootstrap import INTERVALS
 from mlpmem_jax.store.array_specs import SPLITS
 from mlpmem_jax.store.files import read_json
-from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.store.manifest import Completion
+from mlpmem_jax.store.manifest import Artifact, Completion
+from mlpmem_jax.studies.search_quality.settings import with_setting
 
-NAME = "search-quality"
+NAME: Report = "search-quality"
+_SEARCHED = (index, retrieve, train)
 
 
-def recipe(config: Config) -> dict[str, Any]:
-    """Returns what decides the comparison, besides what is compared."""
-    names = ("bootstrap_samples", "confidence", "knn_valid_rows")
+def comparison(run: Artifacts) -> Artifact:
+    """Returns the tables and pictures of the comparison, in `results/`."""
+    config, names = run.config, ("bootstrap_samples", "confidence", "knn_valid_rows")
     evaluate = config.evaluate.recipe()
-    return {
+    recipe = {
         "seed": config.seed,
-        "num_neighbors": config.retrieval.num_neighbors,
         "evaluate": {name: evaluate[name] for name in names} | {"intervals": INTERVALS},
         "search_quality": config.search_quality.recipe(),
         **compute_dtypes(config, "decoder", "memory"),
-    } | (
-        {"interpolation": config.trained_interpolation, "gate": config.memory.gate}
-        if config.brings_interpolation
-        else {}
-    )
+    }
+    inputs = [run.tokens, run.decoder, *(run.datastore(split) for split in SPLITS)]
+    for one in _parts(run):
+        inputs += [one.index, one.targets("train"), one.targets("valid"), one.memory]
+    return run.report(NAME, recipe, inputs)
 
 
-def stages(config: Config) -> list[Stage]:
+def _parts(run: Artifacts) -> list[Artifacts]:
+    return [with_setting(run, setting) for setting in run.config.search_quality.settings]
+
+
+def stages(run: Artifacts) -> list[Stage]:
     """Returns the stages: the datastore, then index, targets and memory of each setting."""
-    from mlpmem_jax.studies.search_quality.settings import with_setting
-
-    layout = Layout(config)
-    parts = [with_setting(config, setting) for setting in config.search_quality.settings]
     made: dict[str, Stage] = {}
-    commands = (tokenize, pretrain, embed)
-    for stage in [stage for command in commands for stage in command.stages(config)]:
-        made[stage.name] = stage
-    for part in parts:
-        for stage in [s for command in (index, retrieve, train) for s in command.stages(part)]:
-            made.setdefault(stage.name, stage)  # The exact neighbours are those of all.
-    upstream = [layout.tokens, layout.decoder, *(layout.datastore(split) for split in SPLITS)]
-    for one in map(Layout, parts):
-        upstream += [one.index, one.targets("train"), one.targets("valid"), one.memory]
+    # Equal artifacts are one: the exact neighbours, for example, are those of all settings.
+    for commands, runs in (((tokenize, pretrain, embed), [run]), (_SEARCHED, _parts(run))):
+        for one in runs:
+            for command in commands:
+                for stage in command.stages(one):
+                    made.setdefault(stage.artifact.relative, stage)
     report = Stage(
-        artifact=layout.search_quality,
-        recipe=recipe(config),
-        upstream=tuple(upstream),
-        build=functools.partial(_build, config),
-        check=functools.partial(_check, config),
-        estimate=functools.partial(_estimate, config),
-        need=functools.partial(_need, config),
+        artifact=comparison(run),
+        build=functools.partial(_build, run),
+        check=functools.partial(_check, run.config),
+        estimate=functools.partial(_estimate, run.config),
+        need=functools.partial(_need, run),
         is_report=True,
     )
     return [*made.values(), report]
@@ -79,7 +75,6 @@ def _check(config: Config) -> None:
     """
     from mlpmem_jax.retrieval.engine import is_approximate_installed
 
-    check_trained_apart(config, NAME, "joint models are compared by compare")
     asked = [one.name for one in config.search_quality.settings if one.engine == "scann"]
     if asked and not is_approximate_installed():
         raise ConfigError(
@@ -94,35 +89,36 @@ def _estimate(config: Config) -> Mapping[str, Any]:
     return {"indices to build and memories to train": count}
 
 
-def _build(config: Config) -> Completion:
+def _build(run: Artifacts) -> Completion:
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.studies.search_quality.picture import draw
     from mlpmem_jax.studies.search_quality.study import measure_settings
     from mlpmem_jax.studies.search_quality.table import as_csv
 
-    artifact = Layout(config).search_quality
-    results = measure_settings(config, make_mesh(config.mesh), artifact.path)
-    files = write_report(artifact.path, NAME, results, as_csv(results), draw(results))
+    path = comparison(run).path
+    results = measure_settings(run, make_mesh(run.config.mesh), path)
+    files = write_report(path, NAME, results, as_csv(results), draw(results))
     return Completion(counts={"settings": len(results["settings"])}, files=files)
 
 
-def print_report(config: Config) -> None:
+def print_report(run: Artifacts) -> None:
     """Prints the tables of a finished comparison."""
     from mlpmem_jax.studies.search_quality.table import as_text
 
-    artifact = Layout(config).search_quality
+    artifact = comparison(run)
     artifact.verify()
     say()
     say(as_text(read_json(artifact.path / f"{NAME}.json")))
     print_files(artifact.path, NAME)
 
 
-def _need(config: Config, machine: Machine, count: RowCounter) -> Need:
+def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     from mlpmem_jax.pipeline.needs import search_quality_need
 
-    return search_quality_need(config, machine, count)
+    return search_quality_need(run, machine, count)
 
 
 def main(config: Config, options: Options) -> int:
     """Runs the command."""
-    return execute_and_report(stages, print_report, config, options, Rebuild.STALE)
+    check_trained_apart(config, NAME, "joint models are compared by compare")
+    return execute(stages, config, options, Rebuild.STALE, print_report, reads_sources=True)

@@ -1,36 +1,17 @@
-"""A configuration for each way to search, with names of its own for what it makes."""
-
-from typing import Any
+"""The artifacts of each way to search: index, targets and memory are its own, the rest shared."""
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.studies import SearchSetting
+from mlpmem_jax.pipeline.graph import Artifacts
 
 
-def with_setting(config: Config, setting: SearchSetting) -> Config:
-    """Returns the configuration of one setting.
-
-    Datastore, decoder and the exact neighbours of validation and test are shared; index,
-    targets and memory are the setting's own.
-    """
-    ending = f"-{setting.name}"
-    retrieval = config.retrieval.model_copy(
-        update={
-            "name": config.retrieval_name + ending,
-            "exact_name": config.exact_name,
-            "engine": setting.engine,
-            "num_leaves_to_search": setting.num_leaves_to_search,
-            "num_reorder": setting.num_reorder,
-            "dims_per_block": setting.dims_per_block,
-            "min_recall": setting.min_recall,
-        }
-    )
-
-    def renamed(name: str) -> Any:
-        section = getattr(config, name)
-        return section.model_copy(update={"name": section.name + ending})
-
-    names = {name: renamed(name) for name in ("targets", "memory")}
-    return config.model_copy(update={"retrieval": retrieval, **names})
+def with_setting(run: Artifacts, setting: SearchSetting) -> Artifacts:
+    """Returns the artifacts of one setting."""
+    names = ("engine", "num_leaves_to_search", "num_reorder", "dims_per_block", "min_recall")
+    changed = {name: getattr(setting, name) for name in names}
+    retrieval = run.config.retrieval.model_copy(update=changed)
+    config = run.config.model_copy(update={"retrieval": retrieval})
+    return run.of(config, title=setting.name)
 
 
 def reference_of(config: Config) -> str | None:

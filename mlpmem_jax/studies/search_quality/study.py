@@ -19,6 +19,7 @@ from mlpmem_jax.evaluation.labels import StoredSplit
 from mlpmem_jax.evaluation.memory_scores import remember
 from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
 from mlpmem_jax.evaluation.run_scores import EVALUATED
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.retrieval import recall
 from mlpmem_jax.retrieval.engine import Engine, StoredKeys
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
@@ -28,7 +29,6 @@ from mlpmem_jax.retrieval.temperature import temperature_notes, weight_notes
 from mlpmem_jax.stats.bootstrap import Draws, PairedSums
 from mlpmem_jax.store.array_specs import Split
 from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.studies.search_quality.divergence import compare_neighbors
 from mlpmem_jax.studies.search_quality.search_scores import SearchedKnn
 from mlpmem_jax.studies.search_quality.settings import reference_of, with_setting
@@ -41,20 +41,20 @@ _SAMPLE_SEED = 3
 _CHOSEN: Mapping[Split, None] = {}  # λ is chosen on validation.
 
 
-def measure_settings(config: Config, mesh: jax.sharding.Mesh, path: epath.Path) -> dict[str, Any]:
+def measure_settings(run: Artifacts, mesh: jax.sharding.Mesh, path: epath.Path) -> dict[str, Any]:
     """Measures all settings whose indices, targets and memories are finished.
 
     Args:
-        config: The whole configuration.
+        run: The artifacts of the configuration.
         mesh: Devices.
         path: Where what was measured of each setting is kept.
 
     Returns:
         What `search-quality.json` holds.
     """
-    layout = Layout(config)
-    stored = {split: StoredSplit.open(layout, split) for split in EVALUATED}
-    study = _Study(config, mesh, stored, read_labels(layout, "train"), ExactCache(config))
+    config = run.config
+    stored = {split: StoredSplit.open(run, split) for split in EVALUATED}
+    study = _Study(run, mesh, stored, read_labels(run, "train"), ExactCache(run))
     found = []
     for setting in config.search_quality.settings:
         file = path / f"setting-{setting.name}.json"
@@ -68,7 +68,7 @@ def measure_settings(config: Config, mesh: jax.sharding.Mesh, path: epath.Path) 
 class _Study:
     """What the settings share."""
 
-    config: Config
+    run: Artifacts
     mesh: jax.sharding.Mesh
     stored: Mapping[Split, StoredSplit]
     train_label: np.ndarray
@@ -76,13 +76,12 @@ class _Study:
 
     def measure(self, setting: SearchSetting) -> dict[str, Any]:
         """Measures one setting: its neighbours, its kNN-LM, its memory."""
-        config = with_setting(self.config, setting)
+        run = with_setting(self.run, setting)
         say(f"search-quality: measuring {setting.name}")
-        engine, settings = open_index(config, self.exact)
-        layout = Layout(config)
-        targets = layout.targets("train").load()
+        engine, settings = open_index(run, self.exact)
+        targets = run.targets("train").load()
         temperature = float(targets.counts["temperature"])
-        index = layout.index.load()
+        index = run.index.load()
         # Of the last start, which need not have searched all rows.
         rate = targets.measured.get("queries_per_sec") or None
         return {
@@ -95,16 +94,16 @@ class _Study:
             "search_secs": rate and int(targets.counts["rows"]) / rate,
             "queries_per_sec": rate,
             "temperature_of_targets": temperature,
-            **self._neighbors(config, engine, temperature),
-            "knn": self._knn(config, engine),
-            "memory": self._memory(config),
+            **self._neighbors(run, engine, temperature),
+            "knn": self._knn(run, engine),
+            "memory": self._memory(run),
         }
 
-    def _neighbors(self, config: Config, engine: Engine, temperature: float) -> dict[str, float]:
+    def _neighbors(self, run: Artifacts, engine: Engine, temperature: float) -> dict[str, float]:
         """Compares the neighbours of sampled training rows with the exact ones."""
-        retrieval = config.retrieval
+        config, retrieval = run.config, run.config.retrieval
         sample = recall.draw_sample(
-            StoredKeys(Layout(config).datastore("train")),
+            StoredKeys(run.datastore("train")),
             self.exact().search,
             config.search_quality.sample_rows,
             retrieval.num_neighbors,
@@ -115,12 +114,12 @@ class _Study:
         divergence = compare_neighbors(found, sample.truth, self.train_label, temperature)
         return {"recall": recall.recall(found, sample.truth), **dataclasses.asdict(divergence)}
 
-    def _knn(self, config: Config, engine: Engine) -> dict[str, Any]:
-        retrieval = config.retrieval
+    def _knn(self, run: Artifacts, engine: Engine) -> dict[str, Any]:
+        config, retrieval = run.config, run.config.retrieval
         searched = {
             split: SearchedKnn(
                 engine,
-                Layout(config).datastore(split),
+                run.datastore(split),
                 one.label_N,
                 self.train_label,
                 retrieval.num_neighbors,
@@ -139,9 +138,9 @@ class _Study:
             "temperature_at_bound": tuned.at_bound,
         }
 
-    def _memory(self, config: Config) -> dict[str, Any]:
-        networks = finished_networks(config, self.mesh)
-        remembered = {s: remember(config, s, *networks, self.mesh) for s in EVALUATED}
+    def _memory(self, run: Artifacts) -> dict[str, Any]:
+        networks = finished_networks(run, self.mesh)
+        remembered = {s: remember(run, s, *networks, self.mesh) for s in EVALUATED}
         part_N = {split: one.logprob_N for split, one in remembered.items()}
         return self._scores("memory", part_N, {s: one.weight for s, one in remembered.items()})
 
@@ -178,8 +177,8 @@ class _Study:
                 scores["test"],
                 name,
                 nats["test"],
-                self.config.evaluate.bootstrap_samples,
-                self.config.seed,
+                self.run.config.evaluate.bootstrap_samples,
+                self.run.config.seed,
             ).tolist(),
         }
 

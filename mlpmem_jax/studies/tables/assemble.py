@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.evaluation.labels import SplitLabels
 from mlpmem_jax.evaluation.systems import SplitParts, System
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
 from mlpmem_jax.store.array_specs import Split
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.studies.tables.draws import Settings
 from mlpmem_jax.studies.tables.ledger import Ledger
@@ -25,13 +24,8 @@ class ScoredPart(Protocol):
         ...
 
     @property
-    def name(self) -> str:
-        """Its name among the scores."""
-        ...
-
-    @property
-    def config(self) -> Config:
-        """The configuration that names it."""
+    def run(self) -> Artifacts:
+        """The artifacts of its configuration."""
         ...
 
     def scores(self, split: Split) -> Artifact:
@@ -70,51 +64,64 @@ _SCORED: tuple[Split, ...] = ("valid", "test")
 Rows = Mapping[int, Sequence[TableRow]]
 
 
-def table_results(config: Config, rows: Rows, settings: Settings) -> dict[str, Any]:
+def table_results(run: Artifacts, rows: Rows, settings: Settings) -> dict[str, Any]:
     """Returns the numbers of a table, from stored scores.
 
     Args:
-        config: The configuration, for the tokens.
+        run: The artifacts of the configuration, for the tokens.
         rows: The rows of each seed, the same keys in the same order.
         settings: How intervals are made.
     """
-    layout = Layout(config)
-    labels = {split: SplitLabels.open(layout, split) for split in _SCORED}
+    labels = {split: SplitLabels.open(run.tokens, split) for split in _SCORED}
+    names = _part_names(rows)
     seeds = {}
     for seed, of_seed in rows.items():
-        parts = {part.name: part for row in of_seed for part in row.parts}
+        parts = {
+            names[number, place]: part
+            for number, row in enumerate(of_seed)
+            for place, part in enumerate(row.parts)
+        }
         read: dict[Split, SplitParts] = {}
         for split, label in labels.items():
-            logprob = {
-                _alias(name, seed): label.read(part.scores(split)) for name, part in parts.items()
-            }
+            logprob = {name: label.read(part.scores(split)) for name, part in parts.items()}
             read[split] = SplitParts(label.counts, logprob)
         seeds[seed] = SeedScores(read["valid"], read["test"])
-    first = next(iter(rows))
     systems = [
-        System(row.key, row.label, tuple(_alias(part.name, first) for part in row.parts))
-        for row in rows[first]
+        System(
+            row.key,
+            row.label,
+            tuple(names[number, place] for place in range(len(row.parts))),
+        )
+        for number, row in enumerate(next(iter(rows.values())))
     ]
     return summarise(systems, seeds, settings)
 
 
-def _alias(name: str, seed: int) -> str:
-    """Returns a part's name without its seed: the same for all seeds."""
-    return name.replace(f"seed-{seed}", "base", 1)
+def _part_names(rows: Rows) -> dict[tuple[int, int], str]:
+    """Returns a name for each part by row and place: one for parts that are equal in all seeds."""
+    scores: dict[tuple[int, int], list[str]] = {}
+    for of_seed in rows.values():
+        for number, row in enumerate(of_seed):
+            for place, part in enumerate(row.parts):
+                found = part.scores("valid").relative
+                scores.setdefault((number, place), []).append(found)
+    first: dict[tuple[str, ...], str] = {}
+    return {
+        key: first.setdefault(tuple(found), f"part-{len(first)}") for key, found in scores.items()
+    }
 
 
-def table_costs(config: Config, rows: Rows, *, with_costs: bool = True) -> dict[str, Any]:
+def table_costs(run: Artifacts, rows: Rows, *, with_costs: bool = True) -> dict[str, Any]:
     """Returns sizes, costs and temperatures of every row and seed, from manifests.
 
     Args:
-        config: The configuration, for the vocabulary and the measured peak.
+        run: The artifacts of the configuration, for the vocabulary and the measured peak.
         rows: The rows of each seed.
         with_costs: Off where rows are parts of a run: manifests know what the whole cost.
     """
-    layout = Layout(config)
-    peak = float(layout.machine.load().counts["peak_flops"])
-    ledger = Ledger(layout.workdir, peak)
-    vocab_size = int(layout.tokens.load().counts["vocab_size"])
+    peak = float(run.machine.load().counts["peak_flops"])
+    ledger = Ledger(run.store, peak)
+    vocab_size = int(run.tokens.load().counts["vocab_size"])
     found: dict[str, dict[str, Any]] = {}
     for seed, of_seed in rows.items():
         for row in of_seed:
@@ -138,7 +145,7 @@ def _size(row: TableRow, vocab_size: int) -> dict[str, int]:
     """Returns the parameters of all networks of a row."""
     total = {"parameters": 0, "non_embedding_parameters": 0}
     for part in row.parts:
-        config = part.config
+        config = part.run.config
         counted = []
         if part.kind in ("decoder", "mixture", "joint"):
             counted.append(decoder_parameters(config.decoder, vocab_size))
@@ -175,8 +182,7 @@ def _recall(row: TableRow) -> float | None:
     """
     for part in row.parts:
         if part.kind == "knn_by_index":
-            layout = Layout(part.config)
-            found, truth = layout.neighbors_by_index("test"), layout.neighbors("test")
+            found, truth = part.run.neighbors_by_index("test"), part.run.neighbors("test")
             if truth.is_complete():
                 return StoredNeighbors(found).recall(StoredNeighbors(truth))
             return float(found.load().measured["recall"])
@@ -187,7 +193,7 @@ def _recall_of_targets(row: TableRow) -> float | None:
     """Returns the recall of the search that made a memory's targets, on training rows."""
     for part in row.parts:
         if part.kind in ("memory", "mixture", "joint"):
-            targets = Layout(part.config).targets("train")
+            targets = part.run.targets("train")
             if targets.is_complete():
                 found = targets.load().measured.get("recall")
                 return None if found is None else float(found)

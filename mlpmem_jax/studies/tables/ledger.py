@@ -12,7 +12,6 @@ from typing import Any
 from etils import epath
 
 from mlpmem_jax.store.checked_json import fingerprint_of
-from mlpmem_jax.store.layout import REFRESHED
 from mlpmem_jax.store.manifest import Artifact, Manifest
 
 _FREE = ("tokenizer", "tokens")
@@ -71,22 +70,22 @@ def _kind(relative: str) -> str:
 
 
 class Ledger:
-    """Reads the manifests of one work directory, each once."""
+    """Reads the manifests of one store, each once."""
 
-    def __init__(self, workdir: epath.Path, peak_flops: float):
+    def __init__(self, store: epath.Path, peak_flops: float):
         """Prepares.
 
         Args:
-            workdir: The run directory.
+            store: Where the artifacts lie.
             peak_flops: Flop/s that a second of search counts.
         """
-        self._workdir = workdir
+        self._store = store
         self._peak_flops = peak_flops
         self._manifests: dict[str, Manifest] = {}
 
     def _manifest(self, relative: str) -> Manifest:
         if relative not in self._manifests:
-            artifact = Artifact(self._workdir, relative, relative.split("/")[0])
+            artifact = Artifact(self._store, relative, relative.split("/")[0])
             self._manifests[relative] = artifact.load()
         return self._manifests[relative]
 
@@ -131,27 +130,27 @@ class Ledger:
                 stored = {
                     key: value
                     for key, value in manifest.recipe.get("datastore", {}).items()
-                    if key not in ("name", "input")
+                    if key != "input"
                 }
                 recipe = {**manifest.recipe, "datastore": stored}
-                split = relative.rsplit("/", 1)[1]
-                content = fingerprint_of([split, recipe, manifest.made_from])
+                content = fingerprint_of([recipe, manifest.made_from])
             found.setdefault(content, relative)
         return list(found.values())
 
     def _purpose(self, relative: str, decoders: set[str]) -> str:
         kind = _kind(relative)
+        closure = self.closure([relative])
         # What joint training makes anew from its own decoder half-way is no teacher's.
-        if kind in ("memory", "joint") or REFRESHED in relative:
+        if kind in ("memory", "joint") or any(_kind(name) == "joint" for name in closure):
             return PURPOSES[kind]
-        made_by = {name for name in self.closure([relative]) if _kind(name) == "decoder"}
+        made_by = {name for name in closure if _kind(name) == "decoder"}
         return PURPOSES[kind] if made_by <= decoders else TEACHER
 
     def cost(self, relatives: Iterable[str], decoders: Iterable[str]) -> Cost:
         """Returns the cost of artifacts and of all that they were made from.
 
         Args:
-            relatives: The trained parts of a row, by path in the run directory.
+            relatives: The trained parts of a row, by path in the store.
             decoders: Those of them that are decoders of the row; others are teachers.
 
         Raises:

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from mlpmem_jax.config.data import DatastoreConfig
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.embedding.blocks import EmbeddingSettings
 from mlpmem_jax.embedding.embed import embed_split
@@ -19,10 +18,10 @@ from mlpmem_jax.evaluation.labels import whole_array
 from mlpmem_jax.evaluation.memory_scores import remember, score_stored
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.stats.mixing import mixture_logprob
 from mlpmem_jax.store.array_specs import Split, scores_arrays
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.store.shards import ShardWriter
 from mlpmem_jax.training.interpolation import at_step
@@ -30,19 +29,19 @@ from mlpmem_jax.training.networks import finished_decoder, finished_memory, fini
 
 
 def score_decoder(
-    config: Config, decoder: Decoder, split: Split, artifact: Artifact, mesh: jax.sharding.Mesh
+    run: Artifacts, decoder: Decoder, split: Split, artifact: Artifact, mesh: jax.sharding.Mesh
 ) -> Completion:
     """Scores a decoder with the windows of `embed`; finished shards are skipped.
 
     Args:
-        config: Its configuration.
+        run: The artifacts of the configuration.
         decoder: On the mesh.
         split: What is scored.
         artifact: Where the scores go.
         mesh: Devices.
     """
-    layout = Layout(config)
-    tokens = TokenSplit.open(layout.tokens, split)
+    config = run.config
+    tokens = TokenSplit.open(run.tokens, split)
     settings = EmbeddingSettings.of(config)
     specs = scores_arrays(config.datastore)
     name = f"score {artifact.relative.removeprefix('scores/')}"
@@ -51,17 +50,17 @@ def score_decoder(
 
 
 def score_memory_alone(
-    config: Config, memory: Memory, split: Split, artifact: Artifact, mesh: jax.sharding.Mesh
+    run: Artifacts, memory: Memory, split: Split, artifact: Artifact, mesh: jax.sharding.Mesh
 ) -> Completion:
     """Scores a memory on the stored inputs of its datastore."""
-    layout = Layout(config)
-    decoder = finished_decoder(config, mesh) if config.memory.reads_decoder else None
-    scores = score_stored(config, split, decoder, memory, mesh, with_targets=False)
-    return _written(config.datastore, artifact, scores.logprob_N, read_labels(layout, split), {})
+    config = run.config
+    decoder = finished_decoder(run, mesh) if config.memory.reads_decoder else None
+    scores = score_stored(run, split, decoder, memory, mesh, with_targets=False)
+    return _written(config.datastore, artifact, scores.logprob_N, read_labels(run, split), {})
 
 
 def score_mixture(
-    config: Config,
+    run: Artifacts,
     split: Split,
     artifact: Artifact,
     mesh: jax.sharding.Mesh,
@@ -70,24 +69,24 @@ def score_mixture(
     """Scores decoder and memory mixed by the λ that they were trained with.
 
     Args:
-        config: Their configuration.
+        run: The artifacts of the configuration.
         split: What is scored.
         artifact: Where the scores go.
         mesh: Devices.
         step: Of a memory beside a frozen decoder, a step before its last; None: the last.
     """
-    layout = Layout(config)
-    decoder, memory = finished_networks(config, mesh)
+    config = run.config
+    decoder, memory = finished_networks(run, mesh)
     if step is not None:
-        memory = finished_memory(config, mesh, step)
+        memory = finished_memory(run, mesh, step)
         config = at_step(config, step)
-    scores = remember(config, split, decoder, memory, mesh)
+    scores = remember(run, split, decoder, memory, mesh)
     assert scores.weight is not None
     decoder_N = scores.decoder_N
     if decoder_N is None:
-        decoder_N = whole_array(layout.datastore(split), "logprob")
+        decoder_N = whole_array(run.datastore(split), "logprob")
     logprob_N = mixture_logprob(scores.logprob_N, decoder_N, scores.weight)
-    tokens = TokenSplit.open(layout.tokens, split)
+    tokens = TokenSplit.open(run.tokens, split)
     label_N = tokens.read(1, tokens.num_tokens)
     weight_N = np.broadcast_to(scores.weight, label_N.shape)[label_N != tokens.separator_id]
     counts = {"interpolation": float(np.mean(weight_N, dtype=np.float64))}
@@ -95,28 +94,28 @@ def score_mixture(
 
 
 def score_knn(
-    config: Config, split: Split, artifact: Artifact, *, by_index: bool, temperature: float | None
+    run: Artifacts, split: Split, artifact: Artifact, *, by_index: bool, temperature: float | None
 ) -> Completion:
     """Scores the kNN distribution over all K neighbours.
 
     Args:
-        config: Its configuration.
+        run: The artifacts of the configuration.
         split: What is scored.
         artifact: Where the scores go.
         by_index: Whether the neighbours are those that the engine of the index finds,
             rather than the exact ones.
         temperature: τ; None chooses it, together with λ, on this split.
     """
-    layout = Layout(config)
-    label_N = read_labels(layout, split)
-    train_label = read_labels(layout, "train")
-    found = layout.neighbors_by_index(split) if by_index else layout.neighbors(split)
-    neighbors = StoredKnn(layout, split, label_N, train_label, artifact=found)
-    separator_id = TokenSplit.open(layout.tokens, split).separator_id
+    config = run.config
+    label_N = read_labels(run, split)
+    train_label = read_labels(run, "train")
+    found = run.neighbors_by_index(split) if by_index else run.neighbors(split)
+    neighbors = StoredKnn(run, split, label_N, train_label, artifact=found)
+    separator_id = TokenSplit.open(run.tokens, split).separator_id
     scored_N = label_N != separator_id
     counts: dict[str, Any] = {}
     if temperature is None:
-        decoder_N = whole_array(layout.datastore(split), "logprob")
+        decoder_N = whole_array(run.datastore(split), "logprob")
         most = config.evaluate.knn_valid_rows
         tuned = neighbors.tune(scored_N, decoder_N, most, config.seed)
         temperature = tuned.temperature

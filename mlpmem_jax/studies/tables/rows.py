@@ -5,14 +5,15 @@ To add a row, name it in `config/suite.py` (`RowName`) and give its recipe here.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.suite import RecipeConfig, RowName
 from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Stage
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.studies.tables.ledger import Ledger
 from mlpmem_jax.studies.tables.part_scores import Part
 from mlpmem_jax.studies.tables.variants import (
@@ -55,7 +56,7 @@ class Row:
             elif part.kind == "mixture" or (
                 part.kind == "joint" and part.config.train.decoder_start == "checkpoint"
             ):
-                found.append(Layout(part.config).decoder.relative)
+                found.append(part.run.decoder.relative)
         return found
 
 
@@ -67,9 +68,10 @@ class SeedPlan:
         base: Decoder, datastore, targets and memory as configured.
     """
 
-    def __init__(self, config: Config, seed: int):
+    def __init__(self, config: Config, seed: int, sources: Sources | None = None):
         self.config = config
-        self.base = base_variant(config, seed)
+        sources = sources or Sources(config.workdir, reads=False)
+        self.base = base_variant(config, seed, sources)
 
     @property
     def decoder(self) -> Part:
@@ -126,7 +128,7 @@ class SeedPlan:
         (teacher,) = (one for one in self.config.compare.teachers if one.name == name)
         variant = taught_variant(self.base, {}, name, texts=teacher.overrides)
         if variant == self.base:
-            raise ConfigError(f"overrides={list(teacher.overrides)} decide nothing about targets")
+            raise ConfigError(f"overrides={list(teacher.overrides)} have no effect on targets")
         return variant
 
     @property
@@ -135,28 +137,27 @@ class SeedPlan:
 
         Asked anew each time: rows are planned before there are tokens, and again after.
         """
-        layout = Layout(self.base.config)
-        if layout.tokens.is_complete():
-            return int(layout.tokens.load().counts["vocab_size"])
+        tokens = self.base.run.tokens
+        if tokens.is_complete():
+            return int(tokens.load().counts["vocab_size"])
         return self.config.tokenizer.vocab_size
 
     def costs_are_known(self) -> bool:
         """Whether the memory is finished, so that what it cost stands in manifests."""
-        layout = Layout(self.base.config)
-        return all(one.is_complete() for one in (layout.memory, layout.machine))
+        run = self.base.run
+        return all(one.is_complete() for one in (run.memory, run.machine))
 
     def extra_flops(self) -> float:
         """Flops that the memory cost beyond its decoder, by manifests or by estimates."""
         from mlpmem_jax.pipeline.estimates import embedding_estimate, training_estimate
 
-        config = self.base.config
+        run = self.base.run
         if not self.costs_are_known():
-            known = [training_estimate(config), embedding_estimate(config, "train")]
+            known = [training_estimate(run), embedding_estimate(run, "train")]
             return float(sum(estimate.get("model flops", 0.0) for estimate in known))
-        layout = Layout(config)
-        ledger = Ledger(layout.workdir, float(layout.machine.load().counts["peak_flops"]))
-        decoder = [layout.decoder.relative]
-        whole = ledger.cost([layout.memory.relative, *decoder], decoder)
+        ledger = Ledger(run.store, float(run.machine.load().counts["peak_flops"]))
+        decoder = [run.decoder.relative]
+        whole = ledger.cost([run.memory.relative, *decoder], decoder)
         alone = ledger.cost(decoder, decoder)
         if self.config.compare.extra_flops == "networks":
             return whole.network_flops - alone.network_flops
@@ -228,10 +229,10 @@ class SeedPlan:
         from mlpmem_jax.parallel.mesh import make_mesh
         from mlpmem_jax.retrieval.engine import choose_engine
 
-        layout = Layout(self.base.config)
+        tokens = self.base.run.tokens
         num_rows = 0
-        if layout.tokens.is_complete():
-            num_rows = int(layout.tokens.load().counts["train_tokens"]) - 1
+        if tokens.is_complete():
+            num_rows = int(tokens.load().counts["train_tokens"]) - 1
         platform = make_mesh(self.config.mesh).devices.flat[0].platform
         return choose_engine(self.base.config.retrieval, num_rows, platform).engine
 
@@ -335,15 +336,15 @@ def planned_row(plan: SeedPlan, key: str) -> Row | None:
     return None if parts is None else Row(key, recipe.label, parts)
 
 
-def check_recipes(config: Config) -> None:
+def check_recipes(run: Artifacts) -> None:
     """Refuses teachers and rows of one's own that cannot be made, each with its place.
 
     Raises:
         ConfigError: With one line for each mistake.
     """
-    mistakes = []
-    plan = SeedPlan(config, config.compare.seeds[0])
-    configured = {part.name for part in (plan.decoder, *model_parts(plan.base))}
+    config, mistakes = run.config, []
+    plan = SeedPlan(config, config.compare.seeds[0], run.sources)
+    configured = _scored((plan.decoder, *model_parts(plan.base)))
     refused = set()
     for place, teacher in enumerate(config.compare.teachers):
         try:
@@ -360,7 +361,11 @@ def check_recipes(config: Config) -> None:
         except ConfigError as error:
             mistakes += [f"{where}: {message}" for message in error.messages]
             continue
-        if {part.name for part in parts} <= configured:
-            mistakes.append(f"{where}.overrides={list(recipe.overrides)} decide nothing")
+        if _scored(parts) <= configured:
+            mistakes.append(f"{where}.overrides={list(recipe.overrides)} have no effect")
     if mistakes:
         raise ConfigError(mistakes)
+
+
+def _scored(parts: Iterable[Part]) -> set[str]:
+    return {part.scores("valid").relative for part in parts}

@@ -10,20 +10,18 @@ from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
-from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.parallel.hardware import this_machine
 from mlpmem_jax.pipeline import tokenize
-from mlpmem_jax.pipeline.execute import check_config_file, write_config
+from mlpmem_jax.pipeline.execute import check_config_file, record, write_run
 from mlpmem_jax.pipeline.fitting import check_fit, doubts
 from mlpmem_jax.pipeline.forecast import Expected, Forecast, Forecaster, duration
+from mlpmem_jax.pipeline.graph import Artifacts, Report
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.plan import intention, skipped
 from mlpmem_jax.pipeline.stage import Rebuild, Stage, run_stages
 from mlpmem_jax.stats.bootstrap import INTERVALS
 from mlpmem_jax.store.array_specs import SPLITS
-from mlpmem_jax.store.checked_json import fingerprint_of
-from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.store.manifest import Artifact, Completion, differences
+from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.studies.tables.draws import Family, Settings
 from mlpmem_jax.studies.tables.part_scores import SCORED
 from mlpmem_jax.studies.tables.rows import Row
@@ -53,22 +51,21 @@ RowsBySeed = dict[int, list[Row]]
 
 
 def rows_stage(
-    config: Config,
-    artifact: Artifact,
+    run: Artifacts,
+    command: Report,
     tables: Mapping[str, RowsBySeed],
     recipe: Mapping[str, Any],
-    build: Callable[[Config, Mapping[str, RowsBySeed]], Completion],
+    build: Callable[[Artifacts, Artifact, Mapping[str, RowsBySeed]], Completion],
 ) -> Stage:
     """Returns the stage that makes tables from the finished scores of their rows.
 
     Args:
-        config: The configuration of the command.
-        artifact: Where the tables go.
+        run: The artifacts of the configuration of the command.
+        command: Its name.
         tables: The rows, by table and seed.
         recipe: What else decides the content.
         build: Makes them.
     """
-    layout = Layout(config)
     rows = [row for table in tables.values() for of_seed in table.values() for row in of_seed]
     scores = {
         part.scores(split).relative: part.scores(split)
@@ -79,19 +76,23 @@ def rows_stage(
     named = {
         name: {
             # A list: tables show labels, and have an order.
-            str(seed): [[row.key, row.label, [part.name for part in row.parts]] for row in of_seed]
+            str(seed): [
+                [row.key, row.label, [part.scores("test").relative for part in row.parts]]
+                for row in of_seed
+            ]
             for seed, of_seed in table.items()
         }
         for name, table in tables.items()
     }
-    evaluate = config.evaluate.recipe()
+    evaluate = run.config.evaluate.recipe()
     keys = ("bootstrap_samples", "confidence")
     intervals = {key: evaluate[key] for key in keys} | {"intervals": INTERVALS}
+    whole = {"seed": run.config.seed, "rows": named, "evaluate": intervals, **recipe}
+    artifact = run.report(command, whole, (run.tokens, *scores.values()))
     return Stage(
         artifact=artifact,
-        recipe={"seed": config.seed, "rows": named, "evaluate": intervals, **recipe},
-        upstream=(layout.tokens, layout.machine, *scores.values()),
-        build=functools.partial(build, config, tables),
+        upstream=lambda: (*artifact.inputs, run.machine),
+        build=functools.partial(build, run, artifact, tables),
     )
 
 
@@ -114,9 +115,9 @@ def interval_settings(
     )
 
 
-def machine_stage(config: Config) -> Stage:
+def machine_stage(run: Artifacts) -> Stage:
     """Returns the stage that measures the machine, once, so that costs stay the same."""
-    return Stage(artifact=Layout(config).machine, recipe={}, upstream=(), build=_measure_machine)
+    return Stage(artifact=run.machine, build=_measure_machine)
 
 
 def _measure_machine() -> Completion:
@@ -135,59 +136,62 @@ def cpu_peak_flops(seconds: float) -> float:
 
 def run_suite(
     command: str,
-    config: Config,
+    run: Artifacts,
     options: Options,
     works: Sequence[Work],
     table: Callable[[], Stage],
-) -> int:
-    """Plans or does all the work and makes the table; returns the exit code.
+) -> Stage | None:
+    """Plans or does all the work and makes the table.
 
     Args:
-        command: Its name, for what is said.
-        config: The configuration of the command.
+        command: Its name, for logs.
+        run: The artifacts of the configuration of the command.
         options: Flags.
         works: The pieces, in an order in which each finds what it is sized by.
         table: Returns the last stage.
+
+    Returns:
+        The stage of the finished table; None of a dry run.
     """
     rebuild = Rebuild.STALE if options.rebuild else Rebuild.REFUSE
+    config = run.config
     check_config_file(config)
-    tokens = tokenize.stages(config)
+    tokens = tokenize.stages(run)
     # Planned once before anything is made, so that a mistake costs a second, not an hour.
     planned = [work.stages() for work in works]
-    _refuse_clashes(works, planned)
     if options.dry_run:
-        _print_plan(command, config, [*tokens, machine_stage(config)], works, table, rebuild)
-        return 0
+        _print_plan(command, run, [*tokens, machine_stage(run)], works, table, rebuild)
+        return None
 
-    def run(stages: Sequence[Stage], rebuild: Rebuild = rebuild) -> None:
-        run_stages(stages, rebuild, before_building=lambda: write_config(config))
+    def make(stages: Sequence[Stage], rebuild: Rebuild = rebuild) -> None:
+        run_stages(stages, rebuild, before_building=lambda: write_run(run, stages))
+        record(run, stages)
 
     check_fit([*tokens, *_each_once(planned)])
-    run([*tokens, machine_stage(config)])
+    make([*tokens, machine_stage(run)])
     # Again, and before networks are trained: the vocabulary is known now.
     planned = [work.stages() for work in works]
-    _refuse_clashes(works, planned)
-    _refuse_other_table(table(), rebuild)
     check_fit(_each_once(planned))
-    peak = float(Layout(config).machine.load().counts["peak_flops"])
+    peak = float(run.machine.load().counts["peak_flops"])
     done: dict[str, None] = {}
     estimates = Estimates()
     for place, work in enumerate(works):
         for later in range(place, len(works)):
             if later == place or works[later].uses_costs:
                 planned[later] = works[later].stages()
-        stages = [stage for stage in made_by(planned[place]) if stage.name not in done]
+        stages = [one for one in made_by(planned[place]) if one.artifact.relative not in done]
         rest = [stage for later in planned[place:] for stage in later]
-        forecast = _forecast(config, made_by(rest), peak, estimates, done)
+        forecast = _forecast(run, made_by(rest), peak, estimates, done)
         if place == 0:
             say(f"{command}: {_in_words(forecast)}")
         if forecast.num_missing:
             left = duration(forecast.total_seconds)
             say(f"{command}: {place + 1} of {len(works)}, {work.title}; {left} left (estimated)")
-        run(stages)
-        done |= dict.fromkeys(stage.name for stage in stages)
-    run([table()], _of_table(rebuild))
-    return 0
+        make(stages)
+        done |= dict.fromkeys(stage.artifact.relative for stage in stages)
+    last = table()
+    make([last], _of_table(rebuild))
+    return last
 
 
 def _of_table(rebuild: Rebuild) -> Rebuild:
@@ -195,80 +199,38 @@ def _of_table(rebuild: Rebuild) -> Rebuild:
     return Rebuild.ALWAYS if rebuild is Rebuild.STALE else rebuild
 
 
-def _refuse_other_table(table: Stage, rebuild: Rebuild) -> None:
-    """Refuses a finished table of other rows before hours are spent on them.
-
-    Raises:
-        ArtifactError: Names what differs.
-    """
-    if rebuild is Rebuild.REFUSE and table.artifact.is_complete():
-        table.artifact.status(table.recipe, table.artifact.load().made_from)
-
-
-def _refuse_clashes(works: Sequence[Work], planned: Sequence[Sequence[Stage]]) -> None:
-    """Refuses rows that would make one artifact in two ways: the second would use the first's.
-
-    Raises:
-        ConfigError: Names the artifact, both rows, and what differs.
-    """
-    mistakes: dict[str, str] = {}
-    seen: dict[str, tuple[Stage, str]] = {}
-    for work, stages in zip(works, planned, strict=True):
-        for stage in stages:
-            first, title = seen.setdefault(stage.name, (stage, work.title))
-            differing = differences(first.recipe, stage.recipe)
-            if differing:
-                keys = ", ".join(one.partition("=")[0] for one in differing)
-                mistakes[stage.name] = (
-                    f"{title!r} and {work.title!r} would both make {stage.name}, with different "
-                    f"{keys}: they cannot be rows of one table, unless another name keeps them "
-                    "apart"
-                )
-    if mistakes:
-        raise ConfigError(list(mistakes.values()))
-
-
-def _intention_of_table(table: Stage, rebuild: Rebuild) -> str:
-    try:
-        _refuse_other_table(table, rebuild)
-    except ArtifactError as error:
-        return f"REFUSED: {error}"
-    return intention(table, _of_table(rebuild))
-
-
 def _each_once(planned: Sequence[Sequence[Stage]]) -> list[Stage]:
     return made_by([stage for piece in planned for stage in piece])
 
 
 class Estimates:
-    """What stages say beforehand, asked once for each recipe: to trace networks takes time."""
+    """The estimates of stages, asked once for each artifact: to trace networks takes time."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str], Mapping[str, Any]] = {}
+        self._known: dict[str, Mapping[str, Any]] = {}
 
     def of(self, stage: Stage) -> Expected:
         """Returns a stage's artifact with its estimate, if it is not finished."""
         if stage.artifact.is_complete():
             return Expected(stage.artifact, {})
-        key = (stage.name, fingerprint_of(stage.recipe))
+        key = str(stage.artifact.path)
         if key not in self._known or "model flops" not in self._known[key]:
             self._known[key] = stage.estimate()
         return Expected(stage.artifact, self._known[key])
 
 
 def _forecast(
-    config: Config,
+    run: Artifacts,
     stages: Sequence[Stage],
     peak: float,
     estimates: Estimates,
     others: Iterable[str] = (),
 ) -> Forecast:
-    layout = Layout(config)
     num_rows: dict[str, int] | None = None
-    if layout.tokens.is_complete():
-        counts = layout.tokens.load().counts
+    if run.tokens.is_complete():
+        counts = run.tokens.load().counts
         num_rows = {split: int(counts[f"{split}_tokens"]) - 1 for split in SPLITS}
-    forecaster = Forecaster(layout.workdir, peak, num_rows, config.decoder.width)
+    forecaster = Forecaster(run.store, peak, num_rows, run.config.decoder.width)
     needed = [stage for stage in stages if skipped(stage) is None]
     return forecaster.forecast([estimates.of(stage) for stage in needed], others)
 
@@ -289,22 +251,22 @@ def _in_words(forecast: Forecast) -> str:
 
 def _print_plan(
     command: str,
-    config: Config,
+    run: Artifacts,
     first: Sequence[Stage],
     works: Sequence[Work],
     table: Callable[[], Stage],
     rebuild: Rebuild,
 ) -> None:
     peak = cpu_peak_flops(_DRY_PEAK_SECONDS)
-    say(f"# plan of {command} for workdir {config.workdir}")
+    say(f"# plan of {command} for workdir {run.config.workdir}")
     everything = made_by([*first, *(stage for work in works for stage in work.stages())])
     for stage in everything:
         say(f"{stage.name:<44} {intention(stage, rebuild)}")
     last = table()
-    say(f"{last.name:<44} {_intention_of_table(last, rebuild)}")
-    for line in doubts(everything, this_machine(config.workdir)):
+    say(f"{last.name:<44} {intention(last, _of_table(rebuild))}")
+    for line in doubts(everything, this_machine(str(run.store))):
         say(line)
-    forecast = _forecast(config, everything, peak, Estimates())
+    forecast = _forecast(run, everything, peak, Estimates())
     say()
     for kind, seconds in forecast.seconds.items():
         say(f"  {kind:<12} {duration(seconds)} (estimated)")

@@ -1,0 +1,136 @@
+"""The settings that decide each artifact, as they enter its id.
+
+Every `auto` that follows from other keys is written out first, so that a default and the same
+value spelled out are one recipe.
+"""
+
+from typing import Any
+
+from mlpmem_jax.config.schema import Config
+
+Recipe = dict[str, Any]
+
+# Keys of `retrieval` that decide the index; the others decide what is kept of a search.
+_INDEX = (
+    "engine",
+    "num_neighbors",
+    "min_recall",
+    "recall_queries",
+    "shard_rows",
+    "num_leaves",
+    "num_leaves_to_search",
+    "num_reorder",
+    "dims_per_block",
+    "training_rows",
+)
+_SEARCH = ("num_neighbors", "min_recall", "recall_queries")
+
+
+def tokenizer(config: Config, text: Recipe | None, given: str | None) -> Recipe:
+    """Returns the recipe of the tokenizer: trained on text, or a given one by its digest."""
+    separator = {"separator": config.tokenizer.separator}
+    if given is not None:
+        return {**separator, "given": given}
+    keys = ("vocab_size", "train_bytes")
+    return {**separator, **{key: getattr(config.tokenizer, key) for key in keys}, **(text or {})}
+
+
+def decoder(config: Config, weights: str | None) -> Recipe:
+    """Returns the recipe of the decoder: its training, or a digest of pretrained weights."""
+    if weights is not None:
+        return {"decoder": network(config, "decoder"), "weights": weights}
+    pretrain = config.pretrain.recipe() | {"window_tokens": config.pretrain_window_tokens}
+    return {
+        "seed": config.seed,
+        "corpus": {"attention": config.corpus.attention},
+        "decoder": network(config, "decoder"),
+        "pretrain": pretrain,
+    }
+
+
+def network(config: Config, name: str) -> Recipe:
+    """Returns the keys of a network's section."""
+    recipe: Recipe = getattr(config, name).recipe()
+    if name == "decoder":
+        recipe |= {
+            "num_kv_heads": config.decoder.resolved_kv_heads,
+            "head_width": config.decoder.resolved_head_width,
+        }
+    return recipe
+
+
+def compute_dtypes(config: Config, *networks: str) -> Recipe:
+    """Returns the part of a recipe that says in which dtype networks are run."""
+    return {name: {"compute_dtype": getattr(config, name).compute_dtype} for name in networks}
+
+
+def datastore(config: Config) -> Recipe:
+    """Returns the recipe of the stored states, of any split."""
+    windows = {
+        "window_tokens": config.embedding_window_tokens,
+        "stride_tokens": config.embedding_stride_tokens,
+    }
+    return {
+        "datastore": config.datastore.recipe() | windows,
+        "corpus": {"attention": config.corpus.attention},
+        **compute_dtypes(config, "decoder"),
+    }
+
+
+def chunking(config: Config) -> dict[str, int]:
+    """Returns how the rows of an artifact are cut into files."""
+    return {name: getattr(config.datastore, name) for name in ("shard_rows", "chunk_rows")}
+
+
+def index(config: Config) -> Recipe:
+    """Returns the recipe of the search index."""
+    retrieval = config.retrieval.recipe()
+    return {"seed": config.seed, "retrieval": {name: retrieval[name] for name in _INDEX}}
+
+
+def exact_neighbors(config: Config) -> Recipe:
+    """Returns the recipe of exact neighbours."""
+    neighbors = {"num_neighbors": config.retrieval.num_neighbors}
+    return {"retrieval": neighbors, "datastore": chunking(config)}
+
+
+def found_neighbors(config: Config) -> Recipe:
+    """Returns the recipe of the neighbours that the engine of the index finds."""
+    retrieval = config.retrieval.recipe()
+    return {
+        "seed": config.seed,
+        "retrieval": {name: retrieval[name] for name in _SEARCH},
+        "datastore": chunking(config),
+    }
+
+
+def targets(config: Config) -> Recipe:
+    """Returns the recipe of kNN distributions."""
+    own = config.targets.recipe()
+    own.pop("workdir")
+    return {**found_neighbors(config), "targets": own}
+
+
+def trained(config: Config) -> Recipe:
+    """Returns the recipe of the memory, or of both networks if they are trained jointly."""
+    joint, lm, memory = config.loss_weights
+    train = config.train.recipe() | {
+        "window_tokens": config.train_window_tokens,
+        "mix_windows": config.train_mix_windows,
+        "joint_weight": joint,
+        "lm_weight": lm,
+        "memory_weight": memory,
+    }
+    decided: Recipe = {
+        "seed": config.seed,
+        "memory": network(config, "memory"),
+        "train": train,
+    }
+    if config.train.mode == "joint":
+        decided["decoder"] = network(config, "decoder")
+    elif config.decoder_runs:
+        decided |= compute_dtypes(config, "decoder")
+    if config.decoder_runs:
+        decided["corpus"] = {"attention": config.corpus.attention}
+        decided["datastore"] = {"input": config.datastore.input.recipe()}
+    return decided

@@ -1,0 +1,99 @@
+"""What a run starts from: text, a given tokenizer, pretrained weights, each by its content."""
+
+from collections.abc import Callable
+from typing import Any
+
+from mlpmem_jax.config.data import CorpusConfig, TokenizerConfig
+from mlpmem_jax.corpus.digests import Digests
+from mlpmem_jax.corpus.stream import Corpus
+from mlpmem_jax.corpus.tokenizer import TextTokenizer, read_tokenizer
+from mlpmem_jax.store.checked_json import fingerprint_of
+from mlpmem_jax.store.run_record import RunRecord
+
+
+class Sources:
+    """Digests of what a run reads that is no artifact, each taken once.
+
+    Commands that do not read text take what the work directory remembers (`run.json`): its
+    artifacts can be used where the text, or the files of a pretrained decoder, are gone.
+
+    Attributes:
+        digests: Of the files of the corpus.
+        found: What was found, by the settings that name it; for `run.json`.
+    """
+
+    def __init__(self, workdir: str, *, reads: bool):
+        """Prepares.
+
+        Args:
+            workdir: The work directory.
+            reads: Whether files are read again, rather than remembered.
+        """
+        self._reads = reads
+        self._known = dict(RunRecord.read(workdir).sources)
+        self._given: dict[str, TextTokenizer] = {}
+        self.digests = Digests(workdir)
+        self.found: dict[str, Any] = {}
+
+    def text(self, corpus: CorpusConfig) -> dict[str, Any]:
+        """Returns the settings that decide documents and splits, and a digest of the text.
+
+        Raises:
+            UserError: Files are missing or cannot be read.
+        """
+        return self._content(
+            ["text", corpus.model_dump(mode="json")],
+            lambda: {
+                "corpus": _settings(corpus),
+                "listing": self.digests.listing_of(Corpus(corpus).parts, corpus.max_bytes),
+            },
+        )
+
+    def tokenizer(self, config: TokenizerConfig) -> str:
+        """Returns a digest of the tokenizer that `tokenizer.path` names.
+
+        Raises:
+            UserError: It is missing, or not one that can be used.
+        """
+        key = ["tokenizer", config.path, config.separator]
+        return self._content(key, lambda: self.given_tokenizer(config).content_digest())
+
+    def given_tokenizer(self, config: TokenizerConfig) -> TextTokenizer:
+        """Reads the tokenizer that `tokenizer.path` names.
+
+        Raises:
+            UserError: It is missing, or not one that can be used.
+        """
+        assert config.path is not None
+        key = f"{config.path} {config.separator}"
+        if key not in self._given:
+            self._given[key] = read_tokenizer(config.path, config.separator)
+        return self._given[key]
+
+    def weights(self, path: str) -> str:
+        """Returns a digest of the tensors of a pretrained decoder.
+
+        Raises:
+            UserError: They are missing or damaged.
+        """
+        from mlpmem_jax.interop.tensors import TensorFiles
+
+        return self._content(["weights", path], lambda: TensorFiles(path).digest())
+
+    def _content(self, key: list[Any], read: Callable[[], Any]) -> Any:
+        name = fingerprint_of(key)
+        if name not in self.found:
+            known = None if self._reads else self._known.get(name)
+            self.found[name] = read() if known is None else known
+        return self.found[name]
+
+
+def _settings(corpus: CorpusConfig) -> dict[str, Any]:
+    """Returns what decides the tokens beside the content of the files, wherever these lie.
+
+    Attention decides what the decoder sees, not what the tokens are.
+    """
+    ours = {"attention", "paths", "train", "valid", "test"}
+    settings = {key: value for key, value in corpus.recipe().items() if key not in ours}
+    more = [{k: v for k, v in source.items() if k != "paths"} for source in settings["more"]]
+    return {**settings, "more": more}

@@ -1,0 +1,123 @@
+"""What a store holds: every artifact, its size, and the work directories that use it."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+from etils import epath
+
+from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.store.checked_json import read_checked_json
+from mlpmem_jax.store.contents import BUILDING, MANIFEST
+from mlpmem_jax.store.lock import only_maker
+from mlpmem_jax.store.manifest import Artifact, Manifest
+from mlpmem_jax.store.run_record import RUNS, RunRecord, store_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One artifact of a store.
+
+    Attributes:
+        artifact: The artifact.
+        manifest: Its manifest; None: it is not finished, or its manifest is damaged.
+        num_bytes: Of its files.
+        users: "WORKDIR: ROLE" of each work directory that uses it, or uses what is made from it.
+    """
+
+    artifact: Artifact
+    manifest: Manifest | None
+    num_bytes: int
+    users: tuple[str, ...]
+
+
+def entries(store: epath.Path) -> list[Entry]:
+    """Returns the artifacts of a store, by kind and age.
+
+    Raises:
+        ArtifactError: The record of a work directory that uses the store is damaged.
+    """
+    found = {one.relative: (one, _manifest(one)) for one in _artifacts(store)}
+    users = _users(store, {name: manifest for name, (_, manifest) in found.items()})
+    listed = [
+        Entry(artifact, manifest, _bytes_of(artifact.path), tuple(users.get(name, ())))
+        for name, (artifact, manifest) in found.items()
+    ]
+    return sorted(listed, key=lambda one: (one.artifact.kind, _created(one)))
+
+
+def remove_unused(listed: Sequence[Entry]) -> list[Entry]:
+    """Removes the artifacts that no work directory uses; returns them.
+
+    Raises:
+        ArtifactError: One holds what is not ours; those before it are removed.
+    """
+    unused = [one for one in listed if not one.users]
+    for one in unused:
+        with only_maker(one.artifact):
+            one.artifact.remove()
+    return unused
+
+
+def _artifacts(store: epath.Path) -> Iterator[Artifact]:
+    if not store.exists():
+        return
+    for kind in sorted(path for path in store.iterdir() if _is_shown(path)):
+        for path in sorted(entry for entry in kind.iterdir() if _is_shown(entry)):
+            if any((path / name).exists() for name in (MANIFEST, BUILDING)):
+                yield Artifact(store, f"{kind.name}/{path.name}", kind.name)
+
+
+def _is_shown(path: epath.Path) -> bool:
+    return not path.name.startswith(".") and path.is_dir()
+
+
+def _manifest(artifact: Artifact) -> Manifest | None:
+    try:
+        return artifact.load()
+    except ArtifactError:
+        return None
+
+
+def _users(
+    store: epath.Path, manifests: Mapping[str, Manifest | None]
+) -> dict[str, dict[str, None]]:
+    """Returns the users of each artifact, those of its successors included."""
+    users: dict[str, dict[str, None]] = {}
+    for record in _records(store):
+        for role, relative in record.roles.items():
+            todo = [relative]
+            while todo:
+                name = todo.pop()
+                of_name = users.setdefault(name, {})
+                user = f"{record.workdir}: {role}" if name == relative else f"{record.workdir}"
+                if user not in of_name:
+                    of_name[user] = None
+                    manifest = manifests.get(name)
+                    todo += [] if manifest is None else manifest.made_from
+    return users
+
+
+def _records(store: epath.Path) -> Iterator[RunRecord]:
+    """Yields the records of the work directories that use a store, as far as they still exist."""
+    folder = store / RUNS
+    for file in sorted(folder.iterdir()) if folder.exists() else ():
+        if file.suffix != ".json":
+            continue
+        record = RunRecord.read(read_checked_json(file)["workdir"])
+        if record.roles and store_of(record.workdir, record.store) == store:
+            yield record
+
+
+def _bytes_of(path: epath.Path) -> int:
+    total, folders = 0, [path]
+    while folders:
+        for entry in folders.pop().iterdir():
+            if entry.is_dir():
+                folders.append(entry)
+            else:
+                total += entry.stat().length
+    return total
+
+
+def _created(one: Entry) -> float:
+    return 0.0 if one.manifest is None else one.manifest.created

@@ -1,0 +1,85 @@
+"""`run.json`: which artifacts a work directory uses, by role, and where they lie."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.store.checked_json import fingerprint_of, read_checked_json, write_checked_json
+from mlpmem_jax.store.files import absolute
+from mlpmem_jax.store.manifest import Artifact
+
+FILE = "run.json"
+ARTIFACTS = "artifacts"  # The store of a work directory that names no other.
+RUNS = ".runs"  # In a store: the work directories that use it.
+
+
+def store_of(workdir: str | epath.Path, store: str | None) -> epath.Path:
+    """Returns the directory of the artifacts of a work directory."""
+    return absolute(workdir) / ARTIFACTS if store is None else absolute(store)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What `run.json` holds.
+
+    Attributes:
+        workdir: The work directory.
+        store: Another store than the work directory's own.
+        roles: KIND/ID by role, for example "datastore/train".
+        sources: What was read of texts and files, by the settings that name them.
+    """
+
+    workdir: epath.Path
+    store: str | None = None
+    roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(cls, workdir: str | epath.Path) -> "RunRecord":
+        """Reads the record of a work directory; an empty one where there is none.
+
+        Raises:
+            ArtifactError: It is damaged.
+        """
+        folder = absolute(workdir)
+        if not (folder / FILE).exists():
+            return cls(folder)
+        content = read_checked_json(folder / FILE, "delete it; the next command writes it again")
+        return cls(folder, content["store"], content["roles"], content["sources"])
+
+    def updated(
+        self, store: str | None, roles: Mapping[str, str], sources: Mapping[str, Any]
+    ) -> "RunRecord":
+        """Returns the record with more roles and sources; those of another store are dropped."""
+        kept = self.roles if store == self.store else {}
+        return RunRecord(self.workdir, store, {**kept, **roles}, {**self.sources, **sources})
+
+    def write(self) -> None:
+        """Writes the record, and registers the work directory with its store."""
+        if self == RunRecord.read(self.workdir):
+            return
+        content = {"store": self.store, "roles": dict(self.roles), "sources": dict(self.sources)}
+        write_checked_json(self.workdir / FILE, content)
+        store = store_of(self.workdir, self.store)
+        name = f"{fingerprint_of(str(self.workdir))}.json"
+        (store / RUNS).mkdir(parents=True, exist_ok=True)
+        write_checked_json(store / RUNS / name, {"workdir": str(self.workdir)})
+
+    def artifact(self, role: str, asked: str) -> Artifact:
+        """Returns the artifact that has a role in the work directory.
+
+        Args:
+            role: For example "targets/train".
+            asked: The key and value that ask for it, for the message.
+
+        Raises:
+            ArtifactError: The work directory has none.
+        """
+        if role not in self.roles:
+            raise ArtifactError(f"{asked}: {self.workdir / FILE} names no {role} artifact")
+        relative = self.roles[role]
+        root = store_of(self.workdir, self.store)
+        return Artifact(root, relative, relative.split("/")[0], label=role)
