@@ -14,9 +14,7 @@ from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.recipes import compute_dtypes
 from mlpmem_jax.pipeline.stage import Stage
-from mlpmem_jax.stats.bootstrap import INTERVALS
 from mlpmem_jax.store.array_specs import SPLITS
 from mlpmem_jax.store.differences import differences
 from mlpmem_jax.store.files import read_json, write_bytes, write_json
@@ -30,32 +28,11 @@ TABLE = "evaluate.csv"
 PICTURE = "evaluate.png"
 
 
-def results(run: Artifacts) -> Artifact:
-    """Returns the table of a run as JSON, CSV and picture, in `results/`."""
-    config = run.config
-    recipe = {
-        "seed": config.seed,
-        "evaluate": config.evaluate.recipe() | {"intervals": INTERVALS},
-        "memory": compute_dtypes(config, "memory")["memory"],
-    }
-    inputs = (
-        run.tokens,
-        run.decoder,
-        *(run.datastore(split) for split in SPLITS),
-        run.index,
-        run.neighbors("valid"),
-        run.neighbors("test"),
-        run.targets("valid"),
-        run.trained,
-    )
-    return run.report("evaluate", recipe, inputs)
-
-
 def stages(run: Artifacts) -> list[Stage]:
     """Returns the one stage of this command."""
     return [
         Stage(
-            artifact=results(run),
+            artifact=run.results,
             upstream=functools.partial(_upstream, run),
             build=functools.partial(_build, run),
             check=functools.partial(_check, run.config),
@@ -78,7 +55,7 @@ def _upstream(run: Artifacts) -> Sequence[Artifact]:
         MadeOtherwise: One was made from an earlier build of another; the results that there are
             stay.
     """
-    inputs = results(run).inputs
+    inputs = run.results.inputs
     if all(artifact.is_complete() for artifact in inputs):
         _refuse_mixed(inputs)
     return inputs
@@ -112,7 +89,7 @@ def check_current(run: Artifacts) -> None:
     Raises:
         ArtifactError: An input was rebuilt since; it is named.
     """
-    artifact = results(run)
+    artifact = run.results
     if artifact.is_complete():
         artifact.status({one.relative: one.load().fingerprint for one in artifact.inputs})
 
@@ -135,7 +112,7 @@ def _build(run: Artifacts) -> Completion:
 
     found, latency = evaluate_run(run, make_mesh(run.config.mesh))
     measured = {"latency_ms": latency}
-    path = results(run).path
+    path = run.results.path
     if is_speaker():
         write_json(path / RESULTS, found)
         write_json(path / MEASURED, measured)
@@ -150,7 +127,7 @@ def print_report(run: Artifacts) -> None:
     """Prints the table of finished results, the time of each stage, and where files lie."""
     from mlpmem_jax.evaluation.table import as_text
 
-    artifact = results(run)
+    artifact = run.results
     measured = {**artifact.verify().measured, "seconds": stage_seconds(run)}
     say()
     say(as_text(read_json(artifact.path / RESULTS), measured))
@@ -171,7 +148,7 @@ def stage_seconds(run: Artifacts) -> dict[str, float]:
         *(run.neighbors(split) for split in SPLITS),
         *(run.targets(split) for split in ("train", "valid")),
         *(stage.artifact for stage in train.stages(run)),  # All phases of a joint run.
-        results(run),
+        run.results,
     ]
     seconds: dict[str, float] = {}
     for artifact in artifacts:

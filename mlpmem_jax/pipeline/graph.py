@@ -12,7 +12,7 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.pipeline import recipes
 from mlpmem_jax.pipeline.recipes import Recipe
 from mlpmem_jax.pipeline.sources import Sources
-from mlpmem_jax.store.array_specs import Split
+from mlpmem_jax.store.array_specs import SPLITS, Split
 from mlpmem_jax.store.files import absolute
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.run_record import RunRecord, store_of
@@ -241,6 +241,21 @@ class Artifacts:
     def trained(self) -> Artifact:
         """What `train` makes."""
         return self.joint if self.config.train.mode == "joint" else self.memory
+
+    @property
+    def results(self) -> Artifact:
+        """The table of `evaluate` as JSON, CSV and picture."""
+        inputs = (
+            self.tokens,
+            self.decoder,
+            *(self.datastore(split) for split in SPLITS),
+            self.index,
+            self.neighbors("valid"),
+            self.neighbors("test"),
+            self.targets("valid"),
+            self.trained,
+        )
+        return self.report("evaluate", recipes.results(self.config), inputs)
 
     def scores(self, recipe: Recipe, inputs: Sequence[Artifact], role: str) -> Artifact:
         """Returns log-probabilities that a model gives the labels of a split."""

@@ -1,7 +1,7 @@
 """Which λ a finished run is used with."""
 
 from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.pipeline.evaluate import RESULTS, check_current, results
+from mlpmem_jax.pipeline.evaluate import RESULTS, check_current
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.store import nearest
 from mlpmem_jax.store.files import read_json
@@ -25,7 +25,7 @@ def interpolation(run: Artifacts) -> float | None:
         return None
     if config.trained_interpolation is not None:
         return config.trained_interpolation
-    artifact = results(run)
+    artifact = run.results
     if not artifact.is_complete():
         raise ArtifactError(
             f"{artifact.path}: generate.interpolation=auto takes λ from the results of "

@@ -18,7 +18,7 @@ from mlpmem_jax.generation.language_model import LanguageModel
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.mesh import make_mesh
-from mlpmem_jax.pipeline.evaluate import RESULTS, results
+from mlpmem_jax.pipeline.evaluate import RESULTS
 from mlpmem_jax.pipeline.execute import CONFIG
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.interpolation import interpolation
@@ -101,7 +101,7 @@ class Run:
         Raises:
             ArtifactError: The command has not run.
         """
-        artifact = results(self.artifacts)
+        artifact = self.artifacts.results
         artifact.verify()
         return dict(read_json(artifact.path / RESULTS))
 

@@ -7,6 +7,7 @@ value spelled out are one recipe.
 from typing import Any
 
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.stats.bootstrap import INTERVALS
 
 Recipe = dict[str, Any]
 
@@ -109,6 +110,15 @@ def targets(config: Config) -> Recipe:
     own = config.targets.recipe()
     own.pop("workdir")
     return {**found_neighbors(config), "targets": own}
+
+
+def results(config: Config) -> Recipe:
+    """Returns the recipe of the table of `evaluate`."""
+    return {
+        "seed": config.seed,
+        "evaluate": config.evaluate.recipe() | {"intervals": INTERVALS},
+        **compute_dtypes(config, "memory"),
+    }
 
 
 def trained(config: Config) -> Recipe:

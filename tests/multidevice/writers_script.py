@@ -24,7 +24,7 @@ def main():
     specs = {name: ArraySpec(tail, np.int32, 16, 4) for name, tail in (("a", (3,)), ("b", ()))}
     values = {"a": np.arange(300, dtype="i4").reshape(100, 3), "b": np.arange(100, dtype="i4")}
     if is_writer():
-        artifact.begin({}, {})
+        artifact.begin({})
     barrier("begun")
     writer = ShardWriter(artifact.path, specs, 100)
     written = writer.own_rows()

@@ -120,19 +120,19 @@ def test_an_appender_goes_on_and_a_fresh_one_forgets(bucket):
 
 
 def test_the_life_of_an_artifact(bucket, objects):
-    artifact = Artifact(f"{bucket}/run", "tokens", "tokens")
-    recipe, origin = {"a": 1}, {"tokenizer": "1234"}
-    assert artifact.status(recipe, origin) is Status.MISSING
-    artifact.begin(recipe, origin)
-    assert artifact.status({"a": 2}, {}) is Status.MISSING  # It holds nothing yet.
+    artifact = Artifact(f"{bucket}/run", "tokens", "tokens", recipe={"a": 1})
+    origin = {"tokenizer": "1234"}
+    assert artifact.status(origin) is Status.MISSING
+    artifact.begin(origin)
+    assert artifact.status({}) is Status.MISSING  # It holds nothing yet.
     (artifact.path / "train" / "token" / "c" / "0").write_bytes(b"content")
-    assert artifact.status(recipe, origin) is Status.PARTIAL
+    assert artifact.status(origin) is Status.PARTIAL
     manifest = artifact.finish(files=["train/token/c/0"])
-    assert artifact.status(recipe, origin) is Status.COMPLETE
+    assert artifact.status(origin) is Status.COMPLETE
     assert artifact.verify() == manifest
     assert not (artifact.path / "building.json").exists()
-    with pytest.raises(ArtifactError, match=f"^{artifact.path}: was made otherwise"):
-        artifact.status({"a": 2}, origin)
+    with pytest.raises(ArtifactError, match=f"^{artifact.path}: tokens is stale"):
+        artifact.status({"tokenizer": "5678"})
     part = f"{artifact.path}/train/token/c/0"
     objects.damage(part)
     with pytest.raises(ArtifactError, match=f"^{part}: damaged, checksum"):
@@ -148,7 +148,7 @@ def test_the_life_of_an_artifact(bucket, objects):
 def test_a_removal_that_was_killed_is_finished_by_the_next_start(bucket, objects, monkeypatch):
     """Buckets cannot rename: what is left says that it is being removed until nothing is left."""
     artifact = Artifact(f"{bucket}/run", "tokens", "tokens")
-    artifact.begin({"a": 1}, {})
+    artifact.begin({})
     (artifact.path / "train" / "token" / "c" / "0").write_bytes(b"old")
     artifact.finish()
 
@@ -159,8 +159,8 @@ def test_a_removal_that_was_killed_is_finished_by_the_next_start(bucket, objects
         patched.setattr(replacement, "finish_removal", killed)
         replacement.set_aside(artifact)
     assert not artifact.is_complete() and replacement.replaced(artifact) is None
-    assert artifact.status({"a": 1}, {}) is Status.MISSING  # Of what is left, nothing is used.
-    artifact.begin({"a": 1}, {})
+    assert artifact.status({}) is Status.MISSING  # Of what is left, nothing is used.
+    artifact.begin({})
     (left,) = objects.below(bucket.removeprefix("gs://"))
     assert left.endswith("run/tokens/building.json")
 
@@ -169,9 +169,9 @@ def test_objects_of_somebody_else_are_not_removed(bucket, objects):
     artifact = Artifact(f"{bucket}/run", "tokens", "tokens")
     (artifact.path / "mine").write_bytes(b"mine")
     with pytest.raises(ArtifactError, match="run/tokens/mine: not written by this program"):
-        artifact.begin({}, {})
+        artifact.begin({})
     (artifact.path / "mine").unlink()
-    artifact.begin({}, {})
+    artifact.begin({})
     artifact.finish()
     (artifact.path / "train" / "token" / "mine").write_bytes(b"mine")
     with pytest.raises(ArtifactError, match="tokens/train/token/mine: not written"):
@@ -190,7 +190,7 @@ def test_a_bucket_that_takes_nothing_is_named(bucket, monkeypatch, error, why):
     monkeypatch.setattr(Objects, "put", fail)
     artifact = Artifact(f"{bucket}/run", "tokens", "tokens")
     with pytest.raises(UserError, match=rf"^{artifact.path}/building.json: .*written \({why}\)$"):
-        artifact.begin({}, {})
+        artifact.begin({})
 
 
 # ScaNN.

@@ -50,7 +50,7 @@ def make_run(make_config):
         if (layout.tokens.path / "manifest.json").exists():
             return config
         for artifact in (layout.tokens, layout.decoder):
-            artifact.begin({}, {})
+            artifact.begin({})
             counts = {"separator_id": SEPARATOR, "vocab_size": VOCAB}
             artifact.finish(counts=counts | {f"{s}_tokens": ROWS[s] + 1 for s in SPLITS})
         origin = {one.relative: one.load().fingerprint for one in (layout.tokens, layout.decoder)}
@@ -65,7 +65,7 @@ def make_run(make_config):
                 "logprob": np.full(ROWS[split], -np.log(VOCAB)),
             }
             artifact = layout.datastore(split)
-            artifact.begin({}, origin)
+            artifact.begin(origin)
             specs = {
                 name: datastore_arrays(config.datastore, config.decoder.width)[name]
                 for name in arrays
@@ -410,7 +410,7 @@ def test_splits_of_different_decoders_are_refused(make_run):
     layout = Layout(config)
     manifest = layout.datastore("valid").load()
     origin = {**manifest.made_from, "decoder/base": "0" * 16}
-    layout.datastore("valid").begin({}, origin)
+    layout.datastore("valid").begin(origin)
     layout.datastore("valid").finish(counts=manifest.counts, arrays=manifest.arrays)
     with pytest.raises(ArtifactError, match="made from another decoder/base"):
         _run(config)

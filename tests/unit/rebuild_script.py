@@ -29,7 +29,7 @@ def _make(workdir, content, rebuild):
         file.write_text(content)
         return Completion(files=[FILE])
 
-    run_stage(Stage(artifact, {"size": 1}, (), build), rebuild)
+    run_stage(Stage(artifact, build), rebuild)
 
 
 def _in_child(work, *arguments):

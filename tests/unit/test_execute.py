@@ -6,14 +6,15 @@ from mlpmem_jax.__main__ import main
 from mlpmem_jax.commands import run_command
 from mlpmem_jax.config.load import dump_config, load_config
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.models import layers
-from mlpmem_jax.pipeline import embed, evaluate, pretrain, resolve, run, tokenize, train
+from mlpmem_jax.pipeline import embed, pretrain, resolve, run, tokenize, train
 from mlpmem_jax.pipeline.execute import check_config_file, write_config
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.studies.analyze import command as analyze
-from mlpmem_jax.studies.cost import command as cost
-from mlpmem_jax.studies.search_quality import command as search_quality
+from mlpmem_jax.studies.analyze.command import analysis
+from mlpmem_jax.studies.cost.command import measurement
+from mlpmem_jax.studies.search_quality.command import comparison
 
 JOINT = ("train.mode=joint", "train.decoder_optimizer.warmup_steps=2")
 
@@ -67,10 +68,12 @@ def test_what_a_run_wrote_a_later_one_replaces(tiny_config, make_config, tmp_pat
 
 
 def _recipes(config):
-    made = [*pretrain.stages(config), *embed.stages(config), *train.stages(config)]
-    of_stages = {stage.name: stage.recipe for stage in made}
-    reports = {module.__name__: module.recipe(config) for module in (analyze, evaluate, cost)}
-    return of_stages | reports | {"search-quality": search_quality.recipe(config)}
+    run = Artifacts(config)
+    stages = [*pretrain.stages(run), *embed.stages(run), *train.stages(run)]
+    made = [*(stage.artifact for stage in stages), run.results]
+    made += [comparison(run), measurement(run)]
+    made += [analysis(run)] if config.train.mode == "memory" else []
+    return {one.label: one.recipe for one in made}
 
 
 def _dtypes(value):
@@ -101,17 +104,18 @@ def test_the_shipped_quickstart_names_one_dtype_in_every_stage(root):
     assert len({one["compute_dtype"] for one in decoders}) == 1 and len(decoders) >= 5
 
 
-def test_what_one_platform_began_another_refuses(make_config, monkeypatch, capsys):
+def test_what_one_platform_began_another_does_not_continue(make_config, monkeypatch):
     config = make_config()
     assert run_command("tokenize", config, Options(config.workdir)) == 0
-    began = resolve.resolved(config)
-    (stage,) = pretrain.stages(began)
-    stage.artifact.begin(stage.recipe, stage.made_from())
-    (stage.artifact.path / "checkpoints").mkdir()
-    (stage.artifact.path / "checkpoints" / "state").write_text("half")
+    began = Artifacts(resolve.resolved(config)).decoder
+    began.begin({"tokens/1": "1234"})
+    (began.path / "checkpoints").mkdir()
+    (began.path / "checkpoints" / "state").write_text("half")
     monkeypatch.setattr(layers, "target_platform", lambda: "tpu")
-    assert main(["pretrain", "--config", f"{config.workdir}/config.yaml"]) == 2
-    assert 'decoder.compute_dtype="float32", now "bfloat16"' in capsys.readouterr().err
+    decoder = Artifacts(resolve.resolved(config)).decoder
+    assert decoder.relative != began.relative
+    with pytest.raises(ArtifactError, match='decoder.compute_dtype="float32", now "bfloat16"'):
+        decoder.load()
 
 
 def test_commands_resolve_before_they_plan(make_config, monkeypatch):

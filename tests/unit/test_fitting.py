@@ -137,7 +137,7 @@ def _stage(tmp_path, name, need, made=None):
         return Completion()
 
     artifact = Artifact(tmp_path / "run", name, "memory")
-    return Stage(artifact, {}, (), build, need=lambda machine, count: need)
+    return Stage(artifact, build, need=lambda machine, count: need)
 
 
 @pytest.fixture

@@ -11,83 +11,126 @@ from mlpmem_jax.config.keys import all_keys
 from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.store.files import check_free_space, check_reachable, write_bytes
 from mlpmem_jax.store.manifest import Artifact, Status
+from mlpmem_jax.store.nearest import nearest
 
 RECIPE = {"tokenizer": {"vocab_size": 4096}, "paths": ("a", "b")}
 
 
 @pytest.fixture
 def artifact(tmp_path):
-    return Artifact(tmp_path, "tokens", "tokens")
+    return Artifact(tmp_path, "tokens/1", "tokens", recipe=RECIPE, label="tokens")
 
 
 def _finished(artifact):
-    artifact.begin(RECIPE, {"tokenizer": "1234"})
+    artifact.begin({"tokenizer": "1234"})
     (artifact.path / "part.bin").write_bytes(b"content")
     return artifact.finish(counts={"rows": 3}, files=["part.bin"], measured={"seconds": 1.0})
 
 
 def test_life_of_an_artifact(artifact):
-    assert artifact.status(RECIPE, {"tokenizer": "1234"}) is Status.MISSING
+    assert artifact.status({"tokenizer": "1234"}) is Status.MISSING
     with pytest.raises(ArtifactError, match="does not exist.*`tokenize`"):
         artifact.load()
-    artifact.begin(RECIPE, {"tokenizer": "1234"})
+    artifact.begin({"tokenizer": "1234"})
     (artifact.path / "progress.npz").write_bytes(b"half")
-    assert artifact.status(RECIPE, {"tokenizer": "1234"}) is Status.PARTIAL
+    assert artifact.status({"tokenizer": "1234"}) is Status.PARTIAL
     with pytest.raises(ArtifactError, match="is not finished"):
         artifact.load()
     manifest = _finished(artifact)
-    assert artifact.status(RECIPE, {"tokenizer": "1234"}) is Status.COMPLETE
+    assert artifact.status({"tokenizer": "1234"}) is Status.COMPLETE
     assert artifact.verify() == artifact.load() == manifest
     artifact.remove()
-    assert artifact.status(RECIPE, {"tokenizer": "1234"}) is Status.MISSING
+    assert artifact.status({"tokenizer": "1234"}) is Status.MISSING
 
 
 def test_the_fingerprint_depends_on_content_and_not_on_measurements(artifact, tmp_path):
     first = _finished(artifact)
     artifact.remove()
-    artifact.begin(RECIPE, {"tokenizer": "1234"})
+    artifact.begin({"tokenizer": "1234"})
     (artifact.path / "part.bin").write_bytes(b"content")
     same = artifact.finish(counts={"rows": 3}, files=["part.bin"], measured={"seconds": 2.0})
     assert same.fingerprint == first.fingerprint
     artifact.remove()
-    artifact.begin(RECIPE, {"tokenizer": "1234"})
+    artifact.begin({"tokenizer": "1234"})
     (artifact.path / "part.bin").write_bytes(b"contenT")
     other = artifact.finish(counts={"rows": 3}, files=["part.bin"])
     assert other.fingerprint != first.fingerprint
 
 
 def test_seconds_of_another_attempt_are_not_carried_over(artifact):
-    made_from = {"tokenizer": "1234"}
-    artifact.begin(RECIPE, made_from)
+    artifact.begin({"tokenizer": "1234"})
     artifact.record_spent(600.0)
-    artifact.begin(RECIPE, made_from)
+    artifact.begin({"tokenizer": "1234"})
     assert artifact.spent() == 600.0
-    artifact.begin({**RECIPE, "paths": ("a",)}, made_from)
+    artifact.begin({"tokenizer": "5678"})
     assert artifact.spent() == 0.0
 
 
 @pytest.mark.parametrize("finish", [True, False])
-def test_another_recipe_is_refused_with_both_fingerprints(artifact, finish):
-    artifact.begin(RECIPE, {"tokenizer": "1234"})
+def test_one_whose_input_was_rebuilt_is_stale(artifact, finish):
+    artifact.begin({"tokenizer": "1234"})
     if finish:
         artifact.finish()
     else:
         (artifact.path / "shard").write_bytes(b"half")
-    asked = {"tokenizer": {"vocab_size": 1024}, "paths": ("a", "b")}
     with pytest.raises(ArtifactError) as caught:
-        artifact.status(asked, {"tokenizer": "5678"})
+        artifact.status({"tokenizer": "5678"})
     message = str(caught.value)
-    assert "tokenizer.vocab_size=4096, now 1024" in message
+    assert "tokens is stale" in message and "`tokenize --rebuild`" in message
     assert 'from another tokenizer="1234", now "5678"' in message
-    assert message.count("fingerprint") == 1 and "asked for" in message and "--rebuild" in message
+
+
+def test_files_that_were_moved_to_another_id_are_noticed(artifact, tmp_path):
+    _finished(artifact)
+    other = {"tokenizer": {"vocab_size": 1024}, "paths": ("a", "b")}
+    moved = Artifact(tmp_path, "tokens/1", "tokens", recipe=other)
+    with pytest.raises(ArtifactError, match="tokenizer.vocab_size=4096, now 1024"):
+        moved.status({"tokenizer": "1234"})
 
 
 def test_one_that_was_begun_and_holds_nothing_starts_afresh(artifact):
-    artifact.begin(RECIPE, {"tokenizer": "1234"})
-    asked = {"tokenizer": {"vocab_size": 1024}}
-    assert artifact.status(asked, {}) is Status.MISSING
-    artifact.begin(asked, {})
-    assert artifact.finish().recipe == asked
+    artifact.begin({"tokenizer": "1234"})
+    assert artifact.status({}) is Status.MISSING
+    artifact.begin({})
+    assert artifact.finish().made_from == {}
+
+
+def test_the_id_is_known_before_the_artifact_is_made(tmp_path):
+    def made(recipe=RECIPE, seed=0, kind="memory", root=tmp_path):
+        tokens = Artifact.of(root, "tokens", {"seed": seed})
+        return Artifact.of(root, kind, recipe, (tokens,), "memory")
+
+    one = made()
+    assert one.relative == f"memory/{one.path.name}" and one.path == tmp_path / one.relative
+    # A tuple is a list once it was written; where the store lies decides nothing.
+    again = made({"paths": ["a", "b"], "tokenizer": {"vocab_size": 4096}}, root=tmp_path / "b")
+    assert again.relative == one.relative
+    others = {made(RECIPE | {"more": 1}).path.name, made(seed=1).path.name}
+    others.add(made(kind="joint").path.name)
+    assert len(others) == 3 and one.path.name not in others
+
+
+def test_a_missing_artifact_names_the_nearest_one(tmp_path):
+    def decoder(steps, width=8):
+        return Artifact.of(tmp_path, "decoder", {"steps": steps, "width": width}, (), "decoder")
+
+    def rows(split, steps, dtype="float16"):
+        recipe = {"split": split, "dtype": dtype}
+        return Artifact.of(tmp_path, "datastore", recipe, (decoder(steps),), f"datastore/{split}")
+
+    for made in (decoder(5), decoder(7, width=16), rows("train", 5), rows("valid", 6)):
+        made.begin({one.relative: "1234" for one in made.inputs})
+        made.finish()
+    with pytest.raises(
+        ArtifactError, match=r"does not exist.*\(the nearest is .*: steps=5, now 6\)"
+    ):
+        decoder(6).load()
+    # What differs may be an input's; another split is no alternative.
+    assert nearest(rows("train", 6)) == (rows("train", 5).path.name, ["steps=5, now 6"])
+    number, lines = nearest(rows("train", 6, dtype="bfloat16"))
+    assert number == rows("train", 5).path.name
+    assert sorted(lines) == ['dtype="float16", now "bfloat16"', "steps=5, now 6"]
+    assert nearest(rows("test", 6)) is None
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "missing"])
@@ -146,13 +189,13 @@ MANIFEST = list(
 @pytest.mark.parametrize("damage", BUILDING, ids=range(len(BUILDING)))
 def test_a_damaged_record_of_the_beginning_is_one_line_with_a_way_out(artifact, damage):
     made_from = {"tokenizer": "1234"}
-    artifact.begin(RECIPE, made_from, "run-1")
+    artifact.begin(made_from, "run-1")
     (artifact.path / "progress.npz").write_bytes(b"half")
     file = artifact.path / "building.json"
     file.write_text(damage(file.read_text()))
     for ask in (
-        lambda: artifact.status(RECIPE, made_from),
-        lambda: artifact.begin(RECIPE, made_from),
+        lambda: artifact.status(made_from),
+        lambda: artifact.begin(made_from),
         artifact.spent,
         artifact.finish,
     ):
@@ -161,7 +204,7 @@ def test_a_damaged_record_of_the_beginning_is_one_line_with_a_way_out(artifact, 
         assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
     artifact.is_of("run-1")  # Whether it is kept, `status` says.
     artifact.remove()
-    assert artifact.status(RECIPE, made_from) is Status.MISSING
+    assert artifact.status(made_from) is Status.MISSING
 
 
 @pytest.mark.parametrize("damage", MANIFEST, ids=range(len(MANIFEST)))
@@ -327,7 +370,7 @@ def test_every_key_that_names_a_path_is_looked_at(drivers):
 
 def test_what_a_run_has_made_or_begun_is_its_own(artifact):
     assert not artifact.is_of("run-1")
-    artifact.begin(RECIPE, {"tokenizer": "1234"}, "run-1")
+    artifact.begin({"tokenizer": "1234"}, "run-1")
     assert artifact.is_of("run-1") and not artifact.is_of("run-2") and not artifact.is_of(None)
     (artifact.path / "ids.bin").write_bytes(b"x")
     made = artifact.finish(files=["ids.bin"])
@@ -338,9 +381,9 @@ def test_what_a_run_has_made_or_begun_is_its_own(artifact):
 
 
 def test_the_name_of_the_run_is_not_fingerprinted(artifact):
-    artifact.begin(RECIPE, {"tokenizer": "1234"}, "run-1")
+    artifact.begin({"tokenizer": "1234"}, "run-1")
     made = artifact.finish()
-    artifact.begin(RECIPE, {"tokenizer": "1234"})
+    artifact.begin({"tokenizer": "1234"})
     again = artifact.finish()
     assert (made.run, again.run) == ("run-1", None)
     assert made.fingerprint == again.fingerprint

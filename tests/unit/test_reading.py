@@ -45,7 +45,7 @@ def _write(artifact, values, shards=None):
 
 def _made(tmp_path, name="base", values=None):
     artifact = Artifact(tmp_path, f"datastore/{name}/train", "datastore")
-    artifact.begin({}, {})
+    artifact.begin({})
     artifact.finish(arrays=_write(artifact, values or _values()))
     return artifact
 
@@ -147,7 +147,7 @@ def test_a_copy_of_exchanged_shards_is_not_made(tmp_path):
 
 def test_manifests_depend_on_content_alone_and_not_on_interruptions(tmp_path):
     whole, stopped = _made(tmp_path), Artifact(tmp_path, "datastore/base2/train", "datastore")
-    stopped.begin({}, {})
+    stopped.begin({})
     _write(stopped, _values(), shards=2)
     assert ShardWriter(stopped.path, SPECS, ROWS).missing_shards() == [2, 3]
     made = stopped.finish(arrays=_write(stopped, _values()))
@@ -159,7 +159,7 @@ def test_manifests_depend_on_content_alone_and_not_on_interruptions(tmp_path):
 
 def test_shards_exchanged_before_the_artifact_was_finished_are_noticed(tmp_path):
     artifact = Artifact(tmp_path, "datastore/base/train", "datastore")
-    artifact.begin({}, {})
+    artifact.begin({})
     _write(artifact, _values(), shards=2)
     _exchange(_file(artifact, "key", 0), _file(artifact, "key", 1))
     artifact.finish(arrays=_write(artifact, _values()))
@@ -169,7 +169,7 @@ def test_shards_exchanged_before_the_artifact_was_finished_are_noticed(tmp_path)
 
 def test_a_damaged_record_of_an_interrupted_start_is_named(tmp_path):
     artifact = Artifact(tmp_path, "datastore/base/train", "datastore")
-    artifact.begin({}, {})
+    artifact.begin({})
     _write(artifact, _values(), shards=2)
     record = artifact.path / "written" / "000001.json"
     record.write_text(record.read_text().replace("label", "labels"))
@@ -183,7 +183,7 @@ def test_a_damaged_record_of_an_interrupted_start_is_named(tmp_path):
 
 def test_foreign_files_among_shards_are_nothing(tmp_path):
     artifact = Artifact(tmp_path, "datastore/base/train", "datastore")
-    artifact.begin({}, {})
+    artifact.begin({})
     _write(artifact, _values(), shards=2)
     folders = [artifact.path / name / "c" for name in SPECS]
     for folder in [*folders, artifact.path, artifact.path / "written", artifact.path / "key/c/0"]:

@@ -57,7 +57,7 @@ def test_stored_labels_give_what_the_tokens_give(tmp_path, num_recent):
     """Token n is the label of row n − 1, also in shifted windows and behind the last row."""
     label_N = STREAM[1:]
     artifact = Artifact(tmp_path, "datastore/base/train", "datastore")
-    artifact.begin({}, {})
+    artifact.begin({})
     writer = ShardWriter(artifact.path, {"label": ArraySpec((), np.int32, 8, 4)}, len(label_N))
     for rows in writer.own_rows():
         writer.put(rows.start, {"label": label_N[rows]})

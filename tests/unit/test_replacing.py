@@ -19,10 +19,15 @@ REBUILDS = pytest.mark.parametrize("rebuild", list(Rebuild), ids=lambda one: one
 
 @pytest.fixture
 def decoder(tmp_path):
-    return Artifact(tmp_path / "run", "decoder/base", "decoder")
+    return _named(tmp_path / "run", "decoder/base")
 
 
-def _stage(artifact, content="new", upstream=(), fails=False, size=1):
+def _named(store, relative, inputs=()):
+    recipe = {"size": 1}
+    return Artifact(store, relative, "decoder", recipe=recipe, inputs=inputs)
+
+
+def _stage(artifact, content="new", fails=False):
     def build():
         file = Path(artifact.path / FILE)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +36,7 @@ def _stage(artifact, content="new", upstream=(), fails=False, size=1):
             raise KeyboardInterrupt
         return Completion(files=[FILE])
 
-    return Stage(artifact, {"size": size}, upstream, build)
+    return Stage(artifact, build)
 
 
 def _write(file, text="mine"):
@@ -45,18 +50,14 @@ def _write(file, text="mine"):
 def test_a_directory_without_our_records_is_refused(decoder, rebuild, name):
     mine = _write(decoder.path / name)
     made = []
-    first = Stage(
-        Artifact(decoder.workdir, "tokens", "tokens"),
-        {},
-        (),
-        lambda: made.append(1) or Completion(),
-    )
+    tokens = Artifact(decoder.root, "tokens", "tokens")
+    first = Stage(tokens, lambda: made.append(1) or Completion())
     with pytest.raises(ArtifactError, match=f"{mine}: not written by this program"):
         run_stages([first, _stage(decoder)], rebuild)
     assert "REFUSED" in intention(_stage(decoder), rebuild)
     assert mine.read_text() == "mine" and not made  # Before the stages before it are made.
     with pytest.raises(ArtifactError, match="not written"):
-        decoder.begin({}, {})
+        decoder.begin({})
     with pytest.raises(ArtifactError, match="not written"):
         decoder.remove()
     assert [path for path in Path(decoder.path).rglob("*") if path.is_file()] == [mine]
@@ -69,9 +70,10 @@ def test_a_foreign_file_in_an_artifact_of_ours_stops_a_rebuild(decoder, name):
     run_stages([_stage(decoder, "old")])
     mine = _write(decoder.path / name)
     run_stages([_stage(decoder)], Rebuild.STALE)  # It is current, so nothing is removed.
-    for rebuild, size in ((Rebuild.ALWAYS, 1), (Rebuild.STALE, 2)):
+    stale = Artifact(decoder.root, decoder.relative, "decoder", recipe={"size": 2})
+    for rebuild, artifact in ((Rebuild.ALWAYS, decoder), (Rebuild.STALE, stale)):
         with pytest.raises(ArtifactError, match=f"{mine}: not written by this program"):
-            run_stages([_stage(decoder, size=size)], rebuild)
+            run_stages([_stage(artifact)], rebuild)
     assert mine.read_text() == "mine" and Path(decoder.path / FILE).read_text() == "old"
     mine.unlink()
     run_stages([_stage(decoder)], Rebuild.ALWAYS)
@@ -120,17 +122,17 @@ def test_what_systems_leave_in_directories_is_not_minded(decoder):
 
 def test_the_old_one_is_kept_until_the_new_one_is_whole(decoder, capsys):
     run_stages([_stage(decoder, "old")])
-    kept = Path(decoder.workdir / "decoder" / ".replaced.base")
+    kept = Path(decoder.root / "decoder" / ".replaced.base")
     for content in ("first attempt", "second attempt"):
         with pytest.raises(KeyboardInterrupt):
             run_stages([_stage(decoder, content, fails=True)], Rebuild.ALWAYS)
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert f"the old one is kept in {kept}" in line and len(line) < 400
         assert (kept / FILE).read_text() == "old" and (kept / "manifest.json").exists()
-        assert decoder.status({"size": 1}, {}) is Status.PARTIAL
+        assert decoder.status({}) is Status.PARTIAL
     run_stages([_stage(decoder)])  # Without the flag: it continues.
     assert Path(decoder.path / FILE).read_text() == "new"
-    assert [path.name for path in (decoder.workdir / "decoder").iterdir()] == ["base"]
+    assert [path.name for path in (decoder.root / "decoder").iterdir()] == ["base"]
 
 
 def test_the_old_one_can_be_moved_back(decoder):
@@ -138,7 +140,7 @@ def test_the_old_one_can_be_moved_back(decoder):
     with pytest.raises(KeyboardInterrupt):
         run_stages([_stage(decoder, fails=True)], Rebuild.ALWAYS)
     decoder.remove()
-    os.rename(decoder.workdir / "decoder" / ".replaced.base", decoder.path)
+    os.rename(decoder.root / "decoder" / ".replaced.base", decoder.path)
     run_stages([_stage(decoder)])
     assert Path(decoder.path / FILE).read_text() == "old" and decoder.verify()
 
@@ -147,7 +149,7 @@ def test_what_a_user_put_into_the_old_one_is_kept(decoder, capsys):
     run_stages([_stage(decoder, "old")])
     with pytest.raises(KeyboardInterrupt):
         run_stages([_stage(decoder, fails=True)], Rebuild.ALWAYS)
-    mine = _write(decoder.workdir / "decoder" / ".replaced.base" / "mine")
+    mine = _write(decoder.root / "decoder" / ".replaced.base" / "mine")
     run_stages([_stage(decoder)])
     assert mine.read_text() == "mine" and str(mine) in capsys.readouterr().err
     assert Path(decoder.path / FILE).read_text() == "new"
@@ -155,14 +157,15 @@ def test_what_a_user_put_into_the_old_one_is_kept(decoder, capsys):
 
 def test_damage_upstream_is_found_before_anything_is_set_aside(tmp_path):
     """Also what only a later stage of the command reads."""
-    index = Artifact(tmp_path / "run", "index/base", "decoder")
-    first, second = (Artifact(tmp_path / "run", f"targets/{n}", "decoder") for n in "ab")
-    stages = [_stage(first, "old"), _stage(second, "old", upstream=(index, first))]
-    run_stages([_stage(index), *stages])
+    store = tmp_path / "run"
+    index, first = _named(store, "index/base"), _named(store, "targets/a")
+    second = _named(store, "targets/b", (index, first))
+    run_stages([_stage(index), _stage(first, "old"), _stage(second, "old")])
+    stale = Artifact(store, "targets/b", "decoder", recipe={"size": 2}, inputs=(index, first))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     _write(index.path / FILE, "nEw")
     for rebuild in (Rebuild.ALWAYS, Rebuild.STALE):
-        changed = [_stage(first, size=1), _stage(second, upstream=(index, first), size=2)]
+        changed = [_stage(first), _stage(stale)]
         with pytest.raises(ArtifactError, match=f"index/base/{FILE}: damaged"):
             run_stages(changed, rebuild)
         left = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

@@ -8,7 +8,6 @@ from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
 from mlpmem_jax.pipeline.evaluate import RESULTS as EVALUATED
 from mlpmem_jax.pipeline.evaluate import check_current
-from mlpmem_jax.pipeline.evaluate import results as evaluated
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.graph import Artifacts, Report
 from mlpmem_jax.pipeline.options import Options
@@ -39,7 +38,7 @@ def analysis(run: Artifacts) -> Artifact:
         *(run.datastore(split) for split in SPLITS),
         run.neighbors("test"),
         run.memory,
-        evaluated(run),
+        run.results,
     )
     return run.report(NAME, recipe, inputs)
 
@@ -71,7 +70,7 @@ def _build(run: Artifacts) -> Completion:
     from mlpmem_jax.studies.analyze.study import analyze_run
     from mlpmem_jax.studies.analyze.table import as_csv
 
-    table = evaluated(run)
+    table = run.results
     table.verify()
     results = analyze_run(run, read_json(table.path / EVALUATED), make_mesh(run.config.mesh))
     files = write_report(analysis(run).path, NAME, results, as_csv(results), draw(results))

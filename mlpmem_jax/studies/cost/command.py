@@ -12,7 +12,6 @@ from mlpmem_jax.pipeline import index, recipes, retrieve, train
 from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
 from mlpmem_jax.pipeline.evaluate import RESULTS as EVALUATED
 from mlpmem_jax.pipeline.evaluate import check_current
-from mlpmem_jax.pipeline.evaluate import results as evaluated
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need
 from mlpmem_jax.pipeline.graph import Artifacts, Report
@@ -39,7 +38,7 @@ def measurement(run: Artifacts) -> Artifact:
         run.decoder,
         run.datastore("train"),
         run.memory,
-        evaluated(run),
+        run.results,
         *(part.memory for _, part in _parts(run)[:-1]),
     )
     return run.report(NAME, recipe, inputs)
@@ -145,7 +144,7 @@ def _build(run: Artifacts) -> Completion:
     from mlpmem_jax.studies.cost.study import measure_growth
     from mlpmem_jax.studies.cost.table import as_csv
 
-    mesh, table, path = make_mesh(run.config.mesh), evaluated(run), measurement(run).path
+    mesh, table, path = make_mesh(run.config.mesh), run.results, measurement(run).path
     table.verify()
     results = measure_growth(run, read_json(table.path / EVALUATED), mesh, path)
     if run.config.cost.quality == "train":
