@@ -96,9 +96,9 @@ def _estimate(config: Config) -> Mapping[str, Any]:
 
 def _build(config: Config) -> Completion:
     from mlpmem_jax.pipeline.network_stage import train_task
-    from mlpmem_jax.training.pretraining import PretrainTask
+    from mlpmem_jax.pipeline.tasks import pretrain_task
 
-    return train_task(config, "pretrain", PretrainTask, Layout(config).decoder)
+    return train_task(config, "pretrain", pretrain_task, Layout(config).decoder)
 
 
 def _need(config: Config, machine: Machine, count: RowCounter) -> Need:

@@ -82,15 +82,15 @@ def phase_build(phases: Phases, phase: int) -> Completion:
     """Trains one phase."""
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.pipeline.network_stage import train_task
+    from mlpmem_jax.pipeline.tasks import joint_task
     from mlpmem_jax.retrieval.drift import neighbor_agreement
-    from mlpmem_jax.training.joint_training import JointTask
     from mlpmem_jax.training.networks import finished_joint
 
     artifact, sources = phases.artifact(phase), phases.sources(phase)
     before = phases.artifact(phase - 1) if phase else None
     # Names of the start, targets of the latest refresh.
     config = phases.config.model_copy(update={"targets": sources.targets})
-    task = functools.partial(JointTask, continues=before)
+    task = functools.partial(joint_task, continues=before)
     first, stop = phases.first(phase), phases.stops[phase]
     completion = train_task(config, "train", task, artifact, first_step=first, stop_step=stop)
     if phase < len(phases.stops) - 1:

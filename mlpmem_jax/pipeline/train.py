@@ -104,9 +104,9 @@ def _estimate(config: Config, steps: range) -> Mapping[str, Any]:
 
 def _build(config: Config) -> Completion:
     from mlpmem_jax.pipeline.network_stage import train_task
-    from mlpmem_jax.training.memory_training import MemoryTask
+    from mlpmem_jax.pipeline.tasks import memory_task
 
-    return train_task(config, "train", MemoryTask, Layout(config).memory)
+    return train_task(config, "train", memory_task, Layout(config).memory)
 
 
 def _need(config: Config, machine: Machine, count: RowCounter) -> Need:

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar
 import jax
 from flax import nnx
 
+from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.models.decoder import Decoder
@@ -34,21 +35,74 @@ def separator_id(config: Config) -> int:
     return int(Layout(config).tokens.load().counts["separator_id"])
 
 
-def decoder_builder(config: Config, vocab_size: int) -> Callable[[nnx.Rngs], Decoder]:
+def decoder_builder(decoder: DecoderConfig, vocab_size: int) -> Callable[[nnx.Rngs], Decoder]:
     """Returns a function that makes the decoder."""
-    return lambda rngs: Decoder(config.decoder, vocab_size, rngs=rngs)
+    return lambda rngs: Decoder(decoder, vocab_size, rngs=rngs)
 
 
-def memory_builder(config: Config, vocab_size: int) -> Callable[[nnx.Rngs], Memory]:
-    """Returns a function that makes the memory."""
-    width, start = config.decoder.width, config.train.interpolation
-    return lambda rngs: Memory(config.memory, width, vocab_size, gate_start=start, rngs=rngs)
+def memory_builder(
+    memory: MemoryConfig, decoder_width: int, vocab_size: int, gate_start: float = 0.5
+) -> Callable[[nnx.Rngs], Memory]:
+    """Returns a function that makes the memory; its gate, if any, gives `gate_start` at first."""
+    return lambda rngs: Memory(memory, decoder_width, vocab_size, gate_start=gate_start, rngs=rngs)
 
 
-def joint_builder(config: Config, vocab_size: int) -> Callable[[nnx.Rngs], Joint]:
+def joint_builder(
+    decoder: DecoderConfig, memory: MemoryConfig, vocab_size: int, gate_start: float = 0.5
+) -> Callable[[nnx.Rngs], Joint]:
     """Returns a function that makes decoder and memory as one network."""
-    parts = decoder_builder(config, vocab_size), memory_builder(config, vocab_size)
+    parts = (
+        decoder_builder(decoder, vocab_size),
+        memory_builder(memory, decoder.width, vocab_size, gate_start),
+    )
     return lambda rngs: Joint(*parts, rngs=rngs)
+
+
+def restored_decoder(
+    artifact: Artifact,
+    decoder: DecoderConfig,
+    vocab_size: int,
+    mesh: jax.sharding.Mesh,
+    step: int | None = None,
+) -> Decoder:
+    """Restores a decoder; `check_shape` tells whether it has the shape of this section.
+
+    Args:
+        artifact: Its checkpoints.
+        decoder: Its shape.
+        vocab_size: V, unpadded.
+        mesh: Devices.
+        step: A step whose checkpoint is there; None: the last of a finished run.
+
+    Raises:
+        ArtifactError: It is missing, damaged, or does not fit.
+    """
+    return _restored(decoder_builder(decoder, vocab_size), artifact, mesh, step)
+
+
+def restored_memory(
+    artifact: Artifact,
+    memory: MemoryConfig,
+    decoder_width: int,
+    vocab_size: int,
+    mesh: jax.sharding.Mesh,
+    step: int | None = None,
+) -> Memory:
+    """Restores a memory, as `restored_decoder` does a decoder."""
+    return _restored(memory_builder(memory, decoder_width, vocab_size), artifact, mesh, step)
+
+
+def restored_joint(
+    artifact: Artifact,
+    decoder: DecoderConfig,
+    memory: MemoryConfig,
+    vocab_size: int,
+    mesh: jax.sharding.Mesh,
+    step: int | None = None,
+) -> tuple[Decoder, Memory]:
+    """Restores decoder and memory that were trained together, as `restored_decoder` does."""
+    network = _restored(joint_builder(decoder, memory, vocab_size), artifact, mesh, step)
+    return network.decoder, network.memory
 
 
 def finished_decoder(config: Config, mesh: jax.sharding.Mesh, step: int | None = None) -> Decoder:
@@ -67,7 +121,7 @@ def finished_decoder(config: Config, mesh: jax.sharding.Mesh, step: int | None =
             f"{layout.tokens.path} one of {wanted}; use the tokenizer that it was trained with"
         )
     check_shape(config, artifact, "decoder")
-    return _restored(decoder_builder(config, wanted), artifact, mesh, step)
+    return restored_decoder(artifact, config.decoder, wanted, mesh, step)
 
 
 def finished_memory(
@@ -101,7 +155,8 @@ def finished_memory(
     check_inputs(config, memory)
     if with_its_interpolation:
         check_interpolation(config, memory)
-    return _restored(memory_builder(config, vocab_size(config)), memory, mesh, step)
+    width = config.decoder.width
+    return restored_memory(memory, config.memory, width, vocab_size(config), mesh, step)
 
 
 def starting_memory(config: Config, mesh: jax.sharding.Mesh) -> Memory:
@@ -146,8 +201,8 @@ def finished_joint(
     Raises:
         ArtifactError: It is missing, damaged, or of another shape.
     """
-    network = _restored(joint_builder(config, vocab_size(config)), artifact, mesh, step)
-    return network.decoder, network.memory
+    networks = config.decoder, config.memory
+    return restored_joint(artifact, *networks, vocab_size(config), mesh, step)
 
 
 def save_network(

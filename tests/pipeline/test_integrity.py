@@ -70,7 +70,7 @@ def _readers(config):
         return [found.row_QK, found.distance_QK]
 
     def targets(split):
-        reader = TargetReader(layout, split)
+        reader = TargetReader(layout.targets(split))
         return list(reader.start(np.array([0]), reader.num_rows).result().values())
 
     def weights(finish):

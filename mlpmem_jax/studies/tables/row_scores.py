@@ -80,7 +80,7 @@ def score_mixture(
     decoder, memory = finished_networks(config, mesh)
     if step is not None:
         memory = finished_memory(config, mesh, step)
-        config = at_step(config, step)
+        config = config.model_copy(update={"train": at_step(config.train, step)})
     scores = remember(config, split, decoder, memory, mesh)
     assert scores.weight is not None
     decoder_N = scores.decoder_N
