@@ -135,7 +135,7 @@ def _upstream(config: Config) -> Sequence[Artifact]:
         layout.trained,
     )
     if all(artifact.is_complete() for artifact in upstream):
-        from mlpmem_jax.training.networks import check_interpolation, check_shape
+        from mlpmem_jax.pipeline.networks import check_interpolation, check_shape
 
         _refuse_mixed(upstream)
         _refuse_other_settings(config)
@@ -151,7 +151,7 @@ def check_current(config: Config) -> None:
         MadeOtherwise: Decoder, memory or datastore were made anew since; it is named.
         ArtifactError: The memory was trained with another λ than the configuration's.
     """
-    from mlpmem_jax.training.networks import check_interpolation
+    from mlpmem_jax.pipeline.networks import check_interpolation
 
     layout = Layout(config)
     if layout.trained.is_complete():
@@ -183,9 +183,10 @@ def _build(config: Config) -> Completion:
     from mlpmem_jax.evaluation.picture import draw
     from mlpmem_jax.evaluation.table import as_csv
     from mlpmem_jax.parallel.mesh import make_mesh
+    from mlpmem_jax.pipeline.networks import finished_networks
 
     mesh = make_mesh(config.mesh)
-    results, latency = evaluate_run(config, mesh)
+    results, latency = evaluate_run(config, *finished_networks(config, mesh), mesh)
     measured = {"latency_ms": latency}
     path = Layout(config).results.path
     if is_speaker():

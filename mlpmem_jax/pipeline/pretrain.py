@@ -76,7 +76,8 @@ def _import(config: Config, path: str) -> Completion:
 
     from mlpmem_jax.interop.huggingface import load_decoder
     from mlpmem_jax.parallel.mesh import make_mesh
-    from mlpmem_jax.training.networks import save_network, vocab_size
+    from mlpmem_jax.pipeline.networks import vocab_size
+    from mlpmem_jax.training.networks import save_network
 
     mesh, size = make_mesh(config.mesh), vocab_size(config)
     decoder = load_decoder(path, config.decoder, size, mesh)

@@ -82,9 +82,9 @@ def phase_build(phases: Phases, phase: int) -> Completion:
     """Trains one phase."""
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.pipeline.network_stage import train_task
+    from mlpmem_jax.pipeline.networks import finished_joint
     from mlpmem_jax.pipeline.tasks import joint_task
     from mlpmem_jax.retrieval.drift import neighbor_agreement
-    from mlpmem_jax.training.networks import finished_joint
 
     artifact, sources = phases.artifact(phase), phases.sources(phase)
     before = phases.artifact(phase - 1) if phase else None
@@ -128,7 +128,8 @@ def _needed(stages: Sequence[Stage], layout: Layout) -> list[Stage]:
 
 def _export_decoder(phases: Phases, phase: int) -> Completion:
     from mlpmem_jax.parallel.mesh import make_mesh
-    from mlpmem_jax.training.networks import finished_joint, save_network, vocab_size
+    from mlpmem_jax.pipeline.networks import finished_joint, vocab_size
+    from mlpmem_jax.training.networks import save_network
 
     config = phases.refreshed(phase)
     artifact, mesh = phases.artifact(phase), make_mesh(config.mesh)

@@ -6,13 +6,13 @@ import jax
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.models.decoder import Site
+from mlpmem_jax.pipeline.networks import finished_decoder, starting_memory
 from mlpmem_jax.roofline.blank import BlankRun
 from mlpmem_jax.store.array_specs import SPLITS
 from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.training.joint_training import JointTask, Start
 from mlpmem_jax.training.memory_training import MemoryTask
-from mlpmem_jax.training.networks import finished_decoder, starting_memory
 from mlpmem_jax.training.pretraining import PretrainTask
 from mlpmem_jax.training.run_data import RunData, TaskData
 from mlpmem_jax.training.train_settings import TrainSettings

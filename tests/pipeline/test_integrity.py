@@ -19,12 +19,12 @@ from mlpmem_jax.evaluation.labels import StoredSplit
 from mlpmem_jax.input.rows import RowReader, TargetReader
 from mlpmem_jax.parallel.mesh import make_mesh
 from mlpmem_jax.pipeline.generate import interpolation
+from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
 from mlpmem_jax.retrieval.engine import StoredKeys, read_all
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
 from mlpmem_jax.store.array_specs import SPLITS, input_array
 from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 # What is there for people, or only for a start after a kill: no finished run reads it.

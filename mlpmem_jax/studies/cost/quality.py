@@ -13,7 +13,7 @@ import jax
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.evaluation.evaluate_table import SYSTEMS
 from mlpmem_jax.evaluation.run_scores import score_run
-from mlpmem_jax.training.networks import finished_networks
+from mlpmem_jax.pipeline.networks import finished_networks
 
 
 def with_rows(config: Config, num_rows: int) -> Config:

@@ -15,6 +15,7 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import progress
 from mlpmem_jax.evaluation.cost import network_cost
 from mlpmem_jax.evaluation.latency import compiled_models
+from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
 from mlpmem_jax.retrieval.approximate import AH_MIN_ROWS
 from mlpmem_jax.retrieval.knn_lm import read_labels
 from mlpmem_jax.store.array_specs import datastore_arrays
@@ -22,7 +23,6 @@ from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.studies.cost import slopes
 from mlpmem_jax.studies.cost.measurements import PLAIN, Timer, sizes
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
-from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 SCHEMA_VERSION = 1
 LABELS = {

@@ -19,6 +19,7 @@ from mlpmem_jax.evaluation.labels import whole_array
 from mlpmem_jax.evaluation.memory_scores import remember, score_stored
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory, finished_networks
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.stats.mixing import mixture_logprob
 from mlpmem_jax.store.array_specs import Split, scores_arrays
@@ -26,7 +27,6 @@ from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.store.shards import ShardWriter
 from mlpmem_jax.training.interpolation import at_step
-from mlpmem_jax.training.networks import finished_decoder, finished_memory, finished_networks
 
 
 def score_decoder(
