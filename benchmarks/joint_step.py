@@ -20,10 +20,8 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.stages import TrainingConfig
 from mlpmem_jax.parallel.host import keep_freed_memory
 from mlpmem_jax.parallel.mesh import make_mesh
-from mlpmem_jax.training.joint_training import JointTask
+from mlpmem_jax.pipeline.tasks import joint_task, memory_task, pretrain_task
 from mlpmem_jax.training.loop import assemble
-from mlpmem_jax.training.memory_training import MemoryTask
-from mlpmem_jax.training.pretraining import PretrainTask
 
 WARM_UP = 2
 
@@ -49,9 +47,9 @@ def steppers(config: Config, joint: Config) -> dict[str, Callable[[], float]]:
     """Returns the three steps."""
     mesh = make_mesh(config.mesh)
     tasks: dict[str, tuple[Any, TrainingConfig]] = {
-        "decoder": (PretrainTask(config, mesh), config.pretrain),
-        "memory": (MemoryTask(config, mesh), config.train),
-        "joint": (JointTask(joint, mesh), joint.train),
+        "decoder": (pretrain_task(config, mesh), config.pretrain),
+        "memory": (memory_task(config, mesh), config.train),
+        "joint": (joint_task(joint, mesh), joint.train),
     }
     sizes = {name: task.tokens_per_step for name, (task, _) in tasks.items()}
     assert len(set(sizes.values())) == 1, f"steps of different sizes: {sizes}"

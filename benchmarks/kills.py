@@ -29,10 +29,10 @@ from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import quiet_libraries
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
 from mlpmem_jax.store.arrays import open_array, read_rows
 from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import BUILDING
-from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 LIMIT_SECS = 900.0
 TIMED = ("latency", "seconds", "measured")  # What differs between any two runs.

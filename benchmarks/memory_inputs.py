@@ -15,7 +15,7 @@ from benchmarks.joint_step import in_turns, stepper
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.parallel.host import keep_freed_memory
 from mlpmem_jax.parallel.mesh import make_mesh
-from mlpmem_jax.training.memory_training import MemoryTask
+from mlpmem_jax.pipeline.tasks import memory_task
 
 INPUTS = {
     "state": ("memory.recent_tokens=0", "memory.ngram_orders=[]"),
@@ -35,7 +35,7 @@ def main() -> None:
     for name, overrides in INPUTS.items():
         config = load_config(flags.config, overrides, {"workdir": flags.workdir})
         mesh = make_mesh(config.mesh)
-        steps[name] = stepper(MemoryTask(config, mesh), config.train, mesh)
+        steps[name] = stepper(memory_task(config, mesh), config.train, mesh)
     seconds = in_turns(steps, flags.rounds)
     for name, spent in seconds.items():
         ratios = [own / first for own, first in zip(spent, seconds["state"], strict=True)]

@@ -18,13 +18,13 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import quiet_libraries
 from mlpmem_jax.input.feed import Feed
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.tasks import run_data
 from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.training.run_data import RunData
 
 
 def seconds(config: Config, mix_windows: int, steps: int) -> float:
     """Returns the seconds that `steps` batches take, the first one included."""
-    source = RunData(config).stored_rows("train", config.train_window_tokens)
+    source = run_data(config).stored_rows("train", config.train_window_tokens)
     started = time.perf_counter()
     feed = Feed(
         source,

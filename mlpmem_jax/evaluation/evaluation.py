@@ -15,16 +15,19 @@ from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
 from mlpmem_jax.retrieval.knn_lm import read_labels
 from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.training.networks import finished_networks
 
 SCHEMA_VERSION = 1
 
 
-def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], dict[str, Any]]:
+def evaluate_run(
+    config: Config, decoder: Decoder, memory: Memory, mesh: jax.sharding.Mesh
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Makes the table.
 
     Args:
         config: The whole configuration.
+        decoder: On the mesh.
+        memory: On the mesh.
         mesh: Devices.
 
     Returns:
@@ -34,7 +37,6 @@ def evaluate_run(config: Config, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
         ArtifactError: Something is missing, damaged, or speaks of other tokens.
     """
     layout = Layout(config)
-    decoder, memory = finished_networks(config, mesh)
     scored = score_run(config, decoder, memory, mesh)
     results = {"schema_version": SCHEMA_VERSION} | scored.table(config)
     for system, cost in costs(config, decoder, memory, results["systems"]).items():

@@ -14,7 +14,7 @@ from mlpmem_jax.evaluation.timed_decoding import CompiledModel, System, Writer, 
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.training.networks import separator_id
+from mlpmem_jax.store.layout import Layout
 
 
 def compiled_models(
@@ -40,7 +40,7 @@ def compiled_models(
     weight = None
     if config.memory.gate != "learned":
         weight = float(systems["memory"]["interpolation"])
-    separator = separator_id(config)
+    separator = int(Layout(config).tokens.load().counts["separator_id"])
     return {
         name: CompiledModel(
             InterpolatedModel(

@@ -74,13 +74,12 @@ def score_stored(
     """
     layout = Layout(config)
     source = StoredRows(
-        layout,
-        split,
+        layout.datastore(split),
         config.datastore.chunk_rows,
         TokenSplit.open(layout.tokens, split).separator_id,
         config.memory.num_read_tokens,
+        targets=layout.targets(split) if with_targets else None,
         batch_size=config.evaluate.batch_size,
-        with_targets=with_targets,
     )
     chunk_tokens = config.train.loss_chunk_tokens
     return score_memory(memory, decoder, source, mesh, chunk_tokens=chunk_tokens)

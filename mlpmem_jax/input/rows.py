@@ -7,8 +7,7 @@ import numpy as np
 
 from mlpmem_jax.corpus.recent import after_start, recent_tokens
 from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.store.array_specs import Split, input_array
-from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store.array_specs import input_array
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.stored_array import PendingRead, StoredArray
 
@@ -100,8 +99,8 @@ def compare_labels(stored: np.ndarray, targets: np.ndarray, starts: np.ndarray, 
 class TargetReader:
     """Sparse kNN targets by row."""
 
-    def __init__(self, layout: Layout, split: Split):
-        self.artifact = layout.targets(split)
+    def __init__(self, artifact: Artifact):
+        self.artifact = artifact
         arrays = {
             "target_id": "id",
             "target_prob": "prob",
@@ -186,27 +185,25 @@ class StoredRows:
 
     def __init__(
         self,
-        layout: Layout,
-        split: Split,
+        datastore: Artifact,
         length: int,
         separator_id: int,
         num_recent: int = 0,
         *,
+        targets: Artifact | None = None,
         batch_size: int | None = None,
-        with_targets: bool = True,
         with_logprob: bool = False,
     ):
         """Opens the arrays.
 
         Args:
-            layout: Where they are.
-            split: Which split.
+            datastore: The split's rows.
             length: Rows in a window, L.
             separator_id: Label that is not scored.
             num_recent: Recent tokens that the memory reads, M; 0: none.
+            targets: The kNN targets of the same rows; None: they are not read.
             batch_size: None, for training: the last window shifts left, so that it is full. Else
                 all rows come once and in order, in batches of this size; behind the last is zero.
-            with_targets: Whether to read the kNN targets.
             with_logprob: Whether to read the decoder's log-probabilities of the labels.
 
         Raises:
@@ -214,19 +211,19 @@ class StoredRows:
         """
         self._length = length
         self.batch_size = batch_size
-        self.has_targets = with_targets
+        self.has_targets = targets is not None
         self._separator_id = separator_id
-        self._datastore = layout.datastore(split)
-        arrays = {"input": input_array(self._datastore.load().arrays), "label": "label"}
+        self._datastore = datastore
+        arrays = {"input": input_array(datastore.load().arrays), "label": "label"}
         if with_logprob:
             arrays["logprob"] = "logprob"
-        self._rows = RowReader(self._datastore, arrays)
-        self._recent = RecentReader(self._datastore, num_recent, separator_id)
+        self._rows = RowReader(datastore, arrays)
+        self._recent = RecentReader(datastore, num_recent, separator_id)
         self.num_rows = self._rows.num_rows
-        self._targets = TargetReader(layout, split) if with_targets else None
+        self._targets = None if targets is None else TargetReader(targets)
         if self._targets is not None and self.num_rows != self._targets.num_rows:
             raise ArtifactError(
-                f"{self._datastore.path} has {self.num_rows} rows and "
+                f"{datastore.path} has {self.num_rows} rows and "
                 f"{self._targets.artifact.path} has {self._targets.num_rows}: "
                 "they were made from different tokens"
             )

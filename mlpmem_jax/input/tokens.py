@@ -7,8 +7,7 @@ from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import TokenWindows
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.input.rows import TargetReader, compare_labels
-from mlpmem_jax.store.array_specs import Split
-from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store.manifest import Artifact
 
 
 class TokensWithTargets:
@@ -23,20 +22,20 @@ class TokensWithTargets:
 
     def __init__(
         self,
-        layout: Layout,
-        split: Split,
+        tokens: TokenSplit,
+        targets: Artifact,
         length: int,
         num_recent: int = 0,
         *,
         segments: bool = False,
     ):
-        self._tokens = tokens = TokenSplit.open(layout.tokens, split)
+        self._tokens = tokens
         self._length = length
         self._windows = TokenWindows(tokens, length, segments=segments)
         self._separator_id = tokens.separator_id
         self._num_recent = num_recent
-        self._targets = TargetReader(layout, split)
-        self._names = f"{layout.tokens.path}/{split} and {self._targets.artifact.path}"
+        self._targets = TargetReader(targets)
+        self._names = f"{tokens.artifact.path}/{tokens.split} and {targets.path}"
         if tokens.num_rows != self._targets.num_rows:
             raise ArtifactError(
                 f"{self._names}: {tokens.num_rows} and {self._targets.num_rows} rows: "

@@ -18,10 +18,15 @@ def main(config: Config, options: Options) -> int:
     if options.dry_run:
         return execute(lambda _: [], config, options)
     output = _checked(options.output)
+    from mlpmem_jax.parallel.mesh import make_mesh
+    from mlpmem_jax.pipeline.compiled_steps import lower_step
     from mlpmem_jax.roofline.analysis import analyse
     from mlpmem_jax.roofline.report import as_text, verdict
+    from mlpmem_jax.roofline.topology import devices_of
 
-    report = analyse(config)
+    settings = config.compile
+    mesh = make_mesh(config.mesh, devices_of(settings.topology, config.mesh.dcn_data))
+    report = analyse(lower_step(config, mesh), mesh, settings)
     say(as_text(report))
     say(verdict(report))
     if output:

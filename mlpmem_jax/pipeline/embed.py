@@ -42,7 +42,7 @@ def _build(run: Artifacts, split: Split) -> Completion:
     from mlpmem_jax.embedding.embed import embed_split
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.pipeline.estimates import embedding_estimate
-    from mlpmem_jax.training.networks import finished_decoder
+    from mlpmem_jax.pipeline.networks import finished_decoder
 
     config = run.config
     mesh = make_mesh(config.mesh)

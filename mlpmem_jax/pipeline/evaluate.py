@@ -109,8 +109,10 @@ def _build(run: Artifacts) -> Completion:
     from mlpmem_jax.evaluation.picture import draw
     from mlpmem_jax.evaluation.table import as_csv
     from mlpmem_jax.parallel.mesh import make_mesh
+    from mlpmem_jax.pipeline.networks import finished_networks
 
-    found, latency = evaluate_run(run, make_mesh(run.config.mesh))
+    mesh = make_mesh(run.config.mesh)
+    found, latency = evaluate_run(run, *finished_networks(run, mesh), mesh)
     measured = {"latency_ms": latency}
     path = run.results.path
     if is_speaker():

@@ -30,6 +30,7 @@ class Artifacts:
     Attributes:
         config: The configuration, with the compute dtypes of the devices.
         sources: What is read besides artifacts.
+        given: Artifacts by role that take the place of the configuration's own.
         title: Which of several configurations it is, for people.
         workdir: The run directory.
         store: Where artifacts lie; reports lie in the run directory.
@@ -56,19 +57,19 @@ class Artifacts:
         self.title = title
         self.workdir: epath.Path = absolute(config.workdir)
         self.store = store_of(config.workdir, config.store)
-        self._given = dict(given or {})
+        self.given = dict(given or {})
         self._known: dict[str, Artifact] = {}
 
     def of(
         self, config: Config, *, given: Mapping[str, Artifact] | None = None, title: str = ""
     ) -> "Artifacts":
         """Returns those of another configuration, with the same sources and given artifacts."""
-        kept = self._given if given is None else given
+        kept = self.given if given is None else given
         return Artifacts(config, self.sources, kept, title or self.title)
 
     def with_given(self, given: Mapping[str, Artifact]) -> "Artifacts":
         """Returns the same artifacts but for some that are given, and what is made from them."""
-        return self.of(self.config, given={**self._given, **given})
+        return self.of(self.config, given={**self.given, **given})
 
     def titled(self, title: str) -> "Artifacts":
         """Returns the same with another title."""
@@ -82,8 +83,8 @@ class Artifacts:
         inputs: Callable[[], Sequence[Artifact]] = tuple,
     ) -> Artifact:
         """Returns the artifact of a role: a given one, or by its recipe and its inputs."""
-        if role in self._given:
-            return self._given[role]
+        if role in self.given:
+            return self.given[role]
         if role not in self._known:
             label = f"{role} [{self.title}]" if self.title else role
             self._known[role] = Artifact.of(self.store, kind, recipe(), inputs(), label)
@@ -171,9 +172,9 @@ class Artifacts:
         """Sparse kNN distributions, of this run or of its teacher's."""
         role = f"targets/{split}"
         teacher = self.config.targets.workdir
-        if teacher is not None and role not in self._given:
+        if teacher is not None and role not in self.given:
             record = RunRecord.read(teacher)
-            self._given[role] = record.artifact(role, f"targets.workdir={teacher}")
+            self.given[role] = record.artifact(role, f"targets.workdir={teacher}")
         return self._role(
             role,
             "targets",
@@ -192,9 +193,9 @@ class Artifacts:
     @property
     def memory(self) -> Artifact:
         """Checkpoints of the memory; in joint training, of the one that it begins with."""
-        if self.config.train.mode == "joint" and "memory" not in self._given:
+        if self.config.train.mode == "joint" and "memory" not in self.given:
             asked = "train.memory_start=checkpoint"
-            self._given["memory"] = RunRecord.read(self.config.workdir).artifact("memory", asked)
+            self.given["memory"] = RunRecord.read(self.config.workdir).artifact("memory", asked)
         return self._role(
             "memory", "memory", lambda: recipes.trained(self.config), self._memory_inputs
         )

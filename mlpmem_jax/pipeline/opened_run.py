@@ -22,12 +22,12 @@ from mlpmem_jax.pipeline.evaluate import RESULTS
 from mlpmem_jax.pipeline.execute import CONFIG
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.interpolation import interpolation
+from mlpmem_jax.pipeline.networks import finished_decoder, finished_networks
 from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.store.array_specs import Split
 from mlpmem_jax.store.files import absolute, read_json
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.stored_array import StoredArray
-from mlpmem_jax.training.networks import finished_decoder, finished_networks
 
 
 def open_run(workdir: str | Path, overrides: Sequence[str] = ()) -> "Run":

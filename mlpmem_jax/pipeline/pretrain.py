@@ -55,7 +55,8 @@ def _import(run: Artifacts, path: str) -> Completion:
 
     from mlpmem_jax.interop.huggingface import load_decoder
     from mlpmem_jax.parallel.mesh import make_mesh
-    from mlpmem_jax.training.networks import save_network, vocab_size
+    from mlpmem_jax.pipeline.networks import vocab_size
+    from mlpmem_jax.training.networks import save_network
 
     config, artifact = run.config, run.decoder
     mesh, size = make_mesh(config.mesh), vocab_size(run)
@@ -75,9 +76,9 @@ def _estimate(run: Artifacts) -> Mapping[str, Any]:
 
 def _build(run: Artifacts) -> Completion:
     from mlpmem_jax.pipeline.network_stage import train_task
-    from mlpmem_jax.training.pretraining import PretrainTask
+    from mlpmem_jax.pipeline.tasks import pretrain_task
 
-    return train_task(run, "pretrain", PretrainTask, run.decoder)
+    return train_task(run, "pretrain", pretrain_task, run.decoder)
 
 
 def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:

@@ -80,16 +80,16 @@ def phase_build(phases: Phases, phase: int) -> Completion:
     """Trains one phase."""
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.pipeline.network_stage import train_task
+    from mlpmem_jax.pipeline.networks import finished_joint
+    from mlpmem_jax.pipeline.tasks import joint_task
     from mlpmem_jax.retrieval.drift import neighbor_agreement
-    from mlpmem_jax.training.joint_training import JointTask
-    from mlpmem_jax.training.networks import finished_joint
 
     artifact, sources = phases.artifacts[phase], phases.sources(phase)
     before = phases.artifacts[phase - 1] if phase else None
     # What the run starts from, and the targets of the latest refresh.
     targets = {f"targets/{split}": sources.targets(split) for split in ("train", "valid")}
     run = phases.run.with_given(targets)
-    task = functools.partial(JointTask, continues=before)
+    task = functools.partial(joint_task, continues=before)
     first, stop = phases.first(phase), phases.stops[phase]
     completion = train_task(run, "train", task, artifact, first_step=first, stop_step=stop)
     if phase < len(phases.stops) - 1:
@@ -122,7 +122,8 @@ def refresh_stages(phases: Phases, phase: int) -> list[Stage]:
 
 def _export_decoder(phases: Phases, phase: int) -> Completion:
     from mlpmem_jax.parallel.mesh import make_mesh
-    from mlpmem_jax.training.networks import finished_joint, save_network, vocab_size
+    from mlpmem_jax.pipeline.networks import finished_joint, vocab_size
+    from mlpmem_jax.training.networks import save_network
 
     run = phases.refreshed(phase)
     artifact, mesh = phases.artifacts[phase], make_mesh(run.config.mesh)

@@ -1,5 +1,6 @@
 """What a run starts from: text, a given tokenizer, pretrained weights, each by its content."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,6 @@ class Sources:
     artifacts can be used where the text, or the files of a pretrained decoder, are gone.
 
     Attributes:
-        digests: Of the files of the corpus.
         found: What was found, by the settings that name it; for `run.json`.
     """
 
@@ -29,11 +29,19 @@ class Sources:
             workdir: The work directory.
             reads: Whether files are read again, rather than remembered.
         """
+        self._workdir = workdir
         self._reads = reads
-        self._known = dict(RunRecord.read(workdir).sources)
         self._given: dict[str, TextTokenizer] = {}
-        self.digests = Digests(workdir)
         self.found: dict[str, Any] = {}
+
+    @functools.cached_property
+    def digests(self) -> Digests:
+        """Digests of the files of the corpus."""
+        return Digests(self._workdir)
+
+    @functools.cached_property
+    def _known(self) -> dict[str, Any]:
+        return dict(RunRecord.read(self._workdir).sources)
 
     def text(self, corpus: CorpusConfig) -> dict[str, Any]:
         """Returns the settings that decide documents and splits, and a digest of the text.

@@ -62,9 +62,9 @@ def _estimate(run: Artifacts, steps: range) -> Mapping[str, Any]:
 
 def _build(run: Artifacts) -> Completion:
     from mlpmem_jax.pipeline.network_stage import train_task
-    from mlpmem_jax.training.memory_training import MemoryTask
+    from mlpmem_jax.pipeline.tasks import memory_task
 
-    return train_task(run, "train", MemoryTask, run.memory)
+    return train_task(run, "train", memory_task, run.memory)
 
 
 def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:

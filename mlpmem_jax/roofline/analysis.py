@@ -1,40 +1,57 @@
 """Compiles a step for a topology and reports on it."""
 
+import dataclasses
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.compile import CompileConfig
 from mlpmem_jax.parallel.chips import chip_of
-from mlpmem_jax.parallel.mesh import make_mesh
 from mlpmem_jax.roofline.collectives import Fabric
 from mlpmem_jax.roofline.hlo import Program
 from mlpmem_jax.roofline.memory import Memory, capacity_of, memory_of, refused
 from mlpmem_jax.roofline.report import SCHEMA, as_json
 from mlpmem_jax.roofline.schedule import COMPUTE, INTERCONNECT, MEMORY, Simulator, by_kind
-from mlpmem_jax.roofline.steps import LoweredStep, lower_step
-from mlpmem_jax.roofline.topology import devices_of
 
 _NUM_HEAVIEST = 16
 
 
-def analyse(config: Config) -> dict[str, Any]:
-    """Compiles the step that `compile` names.
+@dataclasses.dataclass(frozen=True)
+class LoweredStep:
+    """One step, ready to be compiled.
+
+    Attributes:
+        lowered: What JAX lowered.
+        arguments: Shapes and shardings of what the step is given, by name.
+        model_flops: Operations that the networks need for it, by formula.
+        num_tokens: Tokens (or rows) that it handles, over all devices.
+        inner_trips: Rounds of loops whose number is decided while they run.
+    """
+
+    lowered: jax.stages.Lowered
+    arguments: Mapping[str, Any]
+    model_flops: float
+    num_tokens: int
+    inner_trips: int = 1
+
+
+def analyse(step: LoweredStep, mesh: jax.sharding.Mesh, settings: CompileConfig) -> dict[str, Any]:
+    """Compiles a step.
+
+    Args:
+        step: Lowered on the mesh.
+        mesh: Devices, which need not exist.
+        settings: The section `compile`.
 
     Returns:
         The report, JSON-ready; "roofline" and "flops" are None where the compiler refused
         the step for lack of memory.
-
-    Raises:
-        ConfigError: The topology is unknown, or the mesh or a batch does not fit it.
     """
-    settings = config.compile
-    devices = devices_of(settings.topology, config.mesh.dcn_data)
-    mesh = make_mesh(config.mesh, devices)
-    step = lower_step(config, mesh)
-    capacity = capacity_of(devices[0], len(devices), settings.memory_bytes)
+    device = mesh.devices.flat[0]
+    capacity = capacity_of(device, mesh.size, settings.memory_bytes)
     started = time.perf_counter()
     compiled: jax.stages.Compiled | None = None
     try:
@@ -50,7 +67,7 @@ def analyse(config: Config) -> dict[str, Any]:
         "schema": SCHEMA,
         "step": settings.step,
         "topology": settings.topology,
-        "devices": {"count": len(devices), "kind": devices[0].device_kind},
+        "devices": {"count": mesh.size, "kind": device.device_kind},
         "mesh": dict(mesh.shape),
         "tokens": step.num_tokens,
         "compile_secs": round(time.perf_counter() - started, 1),

@@ -1,17 +1,20 @@
 """A run without artifacts: shapes of what a task would read, for compiling it."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
-from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.data import DatastoreConfig, TargetsConfig
+from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
 from mlpmem_jax.corpus.windows import TokenWindows
 from mlpmem_jax.input.rows import TargetReader
 from mlpmem_jax.input.windows import WindowSource
 from mlpmem_jax.models.decoder import Decoder
+from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.sharding import batch_sharding
 from mlpmem_jax.store.array_specs import Split, datastore_arrays, input_array, targets_arrays
-from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.training.networks import abstract_network, decoder_builder
+from mlpmem_jax.training.networks import abstract_network, decoder_builder, memory_builder
 
 
 class BlankTokens:
@@ -25,27 +28,40 @@ class BlankTokens:
         return np.zeros((len(starts), length), np.int32)
 
 
+@dataclasses.dataclass(frozen=True)
 class BlankRun:
     """Stands in for `training.run_data.RunData` where nothing has been made yet.
 
     Every array that it yields is zero; only shapes and dtypes mean anything.
+
+    Attributes:
+        vocab_size: V of the tokenizer, unpadded.
+        decoder_config: The section `decoder`.
+        memory_config: The section `memory`.
+        datastore: The section `datastore`.
+        targets: The section `targets`.
+        within: As in `RunData`.
+        with_logprob: As in `RunData`.
     """
 
-    def __init__(self, config: Config):
-        self._config = config
-        self._layout = Layout(config)
-        self.vocab_size = config.tokenizer.vocab_size
+    vocab_size: int
+    decoder_config: DecoderConfig
+    memory_config: MemoryConfig
+    datastore: DatastoreConfig
+    targets: TargetsConfig
+    within: bool
+    with_logprob: bool
 
     def token_windows(self, split: Split, length: int) -> WindowSource:
         """Returns blank windows of tokens."""
-        return TokenWindows(BlankTokens(), length, segments=self._config.attends_within)
+        return TokenWindows(BlankTokens(), length, segments=self.within)
 
     def stored_rows(self, split: Split, length: int) -> WindowSource:
         """Returns blank windows of stored rows."""
-        specs = datastore_arrays(self._config.datastore, self._config.decoder.width)
+        specs = datastore_arrays(self.datastore, self.decoder_config.width)
         state = specs[input_array(specs)]
         names = {"input": state, "label": specs["label"]}
-        if self._config.loss_weights.joint > 0:
+        if self.with_logprob:
             names["logprob"] = specs["logprob"]
         weight = {"weight": np.zeros((1, length), np.float32)}
         rows = {name: np.zeros((1, length, *spec.tail), spec.dtype) for name, spec in names.items()}
@@ -59,14 +75,19 @@ class BlankRun:
 
     def decoder(self, mesh: jax.sharding.Mesh) -> Decoder:
         """Returns the decoder's shapes, dtypes and shardings."""
-        return abstract_network(decoder_builder(self._config, self.vocab_size), mesh)
+        return abstract_network(decoder_builder(self.decoder_config, self.vocab_size), mesh)
+
+    def memory(self, mesh: jax.sharding.Mesh) -> Memory:
+        """Returns the memory's shapes, dtypes and shardings."""
+        width = self.decoder_config.width
+        return abstract_network(memory_builder(self.memory_config, width, self.vocab_size), mesh)
 
     def _recent(self, length: int) -> dict[str, np.ndarray]:
-        num_recent = self._config.memory.num_read_tokens
+        num_recent = self.memory_config.num_read_tokens
         return {"recent": np.zeros((1, length, num_recent), np.int32)} if num_recent else {}
 
     def _targets(self, length: int) -> dict[str, np.ndarray]:
-        specs = targets_arrays(self._config.datastore, self._config.targets, self.vocab_size)
+        specs = targets_arrays(self.datastore, self.targets, self.vocab_size)
         rows = {
             f"target_{name}": np.zeros((1, length, *spec.tail), spec.dtype)
             for name, spec in specs.items()

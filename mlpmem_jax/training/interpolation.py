@@ -3,43 +3,33 @@
 import jax
 import jax.numpy as jnp
 
-from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.stages import TrainConfig
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.training.joint_loss import JointTerms
 
 
-def joint_terms(config: Config) -> JointTerms:
-    """Returns the weights of the loss as configured; the prior only where there is a gate."""
-    train = config.train
-    prior_weight = train.gate_prior if config.memory.gate == "learned" else 0.0
-    return JointTerms(config.loss_weights, train.alpha, train.interpolation, prior_weight)
-
-
-def at_step(config: Config, step: int) -> Config:
-    """Returns the configuration with λ as it was in the last of so many steps of training."""
-    value = float(_scheduled(config, jnp.int32(step - 1)))
-    fixed = {"interpolation": value, "interpolation_final": None}
-    return config.model_copy(update={"train": config.train.model_copy(update=fixed)})
+def at_step(train: TrainConfig, step: int) -> TrainConfig:
+    """Returns the section `train` with λ as it was in the last of so many steps of training."""
+    value = float(_scheduled(train, jnp.int32(step - 1)))
+    return train.model_copy(update={"interpolation": value, "interpolation_final": None})
 
 
 def interpolation_of(
-    config: Config, memory: Memory, input_BLX: jax.Array, step: jax.Array
+    train: TrainConfig, memory: Memory, input_BLX: jax.Array, step: jax.Array
 ) -> jax.Array:
     """Returns λ of each token, float32 [B, L].
 
     Args:
-        config: The whole configuration.
+        train: The section `train`.
         memory: The memory, with or without a gate.
         input_BLX: What it reads.
         step: Finished steps, int32 [].
     """
-    if config.memory.gate == "learned":
+    if memory.config.gate == "learned":
         return memory.interpolation(input_BLX)
-    return jnp.broadcast_to(_scheduled(config, step), input_BLX.shape[:-1])
+    return jnp.broadcast_to(_scheduled(train, step), input_BLX.shape[:-1])
 
 
-def _scheduled(config: Config, step: jax.Array) -> jax.Array:
-    train = config.train
+def _scheduled(train: TrainConfig, step: jax.Array) -> jax.Array:
     first = jnp.float32(train.interpolation)
     if train.interpolation_final is None:
         return first

@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.input.feed import Batch
-from mlpmem_jax.models.decoder import Site
+from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.joint import Joint, scale_gradient
+from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.training.checkpoint import restore_finished
 from mlpmem_jax.training.flops import (
@@ -21,13 +22,31 @@ from mlpmem_jax.training.flops import (
     tied_head_flops_per_token,
 )
 from mlpmem_jax.training.input_statistics import measured_statistics, with_statistics
-from mlpmem_jax.training.interpolation import interpolation_of, joint_terms
+from mlpmem_jax.training.interpolation import interpolation_of
 from mlpmem_jax.training.joint_loss import DecoderHead, joint_loss
-from mlpmem_jax.training.networks import finished_decoder, joint_builder, starting_memory
-from mlpmem_jax.training.run_data import RunData, TaskData
+from mlpmem_jax.training.networks import joint_builder
+from mlpmem_jax.training.run_data import TaskData
 from mlpmem_jax.training.state import TrainState, split_module
 from mlpmem_jax.training.step import LossParts
 from mlpmem_jax.training.task import WindowTask
+from mlpmem_jax.training.train_settings import TrainSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What joint training begins with.
+
+    Networks are restored by the functions given here, once a fresh state is made.
+
+    Attributes:
+        decoder: Restores the decoder on the mesh; None: a fresh one.
+        memory: Restores the memory on the mesh; None: a fresh one.
+        phase: A finished phase whose whole state is taken over instead; None: there is none.
+    """
+
+    decoder: Callable[[], Decoder] | None = None
+    memory: Callable[[], Memory] | None = None
+    phase: Artifact | None = None
 
 
 class JointTask(WindowTask):
@@ -37,73 +56,70 @@ class JointTask(WindowTask):
 
     def __init__(
         self,
-        config: Config,
+        settings: TrainSettings,
+        data: TaskData,
         mesh: jax.sharding.Mesh,
-        data: TaskData | None = None,
-        *,
-        continues: Artifact | None = None,
+        start: Start,
     ):
         """Prepares.
 
         Args:
-            config: The whole configuration.
+            settings: What is trained and how.
+            data: What is read.
             mesh: Devices.
-            data: What is read; None: the artifacts of the run.
-            continues: A finished phase whose whole state this run goes on from.
+            start: What it begins with.
         """
-        data = data or RunData(config)
-        length = config.train_window_tokens
-        self._config = config
-        self._continues = continues
-        self._site = Site.of(config.datastore.input, config.decoder.num_layers)
-        self._terms = joint_terms(config)
+        length = settings.window_tokens
+        self._train, self._memory = settings.train, settings.memory
+        self._start = start
+        self._site = settings.site
+        self._terms = settings.terms
         self.vocab_size = data.vocab_size
+        networks = (settings.decoder, settings.memory, data.vocab_size)
         super().__init__(
-            config.train,
+            settings.train,
             mesh,
-            joint_builder(config, self.vocab_size),
+            joint_builder(*networks, settings.train.interpolation),
             train=data.tokens_with_targets("train", length),
             valid=data.tokens_with_targets("valid", length),
             window_tokens=length,
-            seed=config.seed,
+            seed=settings.seed,
         )
-        memory = (config.memory, config.decoder.width, self.vocab_size)
+        memory = (settings.memory, settings.decoder.width, self.vocab_size)
         self._forward = (
-            decoder_flops_per_token(config.decoder, self.vocab_size, length),
+            decoder_flops_per_token(settings.decoder, self.vocab_size, length),
             memory_flops_per_token(*memory),
         )
         self._tied_head = tied_head_flops_per_token(*memory)
         self._frozen_input = frozen_input_flops_per_token(*memory[:2])
-        last = config.train.num_steps - 1
+        last = settings.train.num_steps - 1
         self.flops_per_step = self.flops_of(range(last, last + 1))
 
     def flops_of(self, steps: range) -> float:
         """Returns the model flops of some steps: fewer while a network is frozen."""
         per_token = joint_training_flops_per_token(
-            self._config.train, *self._forward, steps, self._tied_head, self._frozen_input
+            self._train, *self._forward, steps, self._tied_head, self._frozen_input
         )
         return self.tokens_per_step * per_token
 
     def continued(self, abstract: TrainState) -> TrainState | None:
         """Returns the whole state of the phase before, where there is one."""
-        if self._continues is None:
+        if self._start.phase is None:
             return None
-        return abstract.with_items(restore_finished(self._continues, abstract.items()))
+        return abstract.with_items(restore_finished(self._start.phase, abstract.items()))
 
     def prepare(self, state: TrainState) -> TrainState:
         """Takes over finished networks, and measures the input of a fresh memory."""
-        config, mesh = self._config, self._mesh
         network: Joint = nnx.merge(self._graphdef, state.params, state.fixed)
-        if config.train.decoder_start == "checkpoint":
-            nnx.update(network.decoder, nnx.state(finished_decoder(config, mesh)))
-        if config.train.memory_start == "checkpoint":
-            nnx.update(network.memory, nnx.state(starting_memory(config, mesh)))
+        if self._start.decoder is not None:
+            nnx.update(network.decoder, nnx.state(self._start.decoder()))
+        if self._start.memory is not None:
+            nnx.update(network.memory, nnx.state(self._start.memory()))
         _, params, fixed = split_module(network)
         state = dataclasses.replace(state, params=params, fixed=fixed)
-        measures = config.train.memory_start == "fresh"
-        if measures and config.memory.input_norm == "standardize":
-            batches = self.feed(range(config.train.normalizer_batches))
-            with jax.set_mesh(mesh):
+        if self._start.memory is None and self._memory.input_norm == "standardize":
+            batches = self.feed(range(self._train.normalizer_batches))
+            with jax.set_mesh(self._mesh):
                 measured = measured_statistics(self._inputs, (params, fixed), batches)
             state = with_statistics(state, network, network.memory, measured)
         return state
@@ -124,7 +140,7 @@ class JointTask(WindowTask):
         )
         assert final_BLD is not None
         # The memory reads a state of the decoder, perhaps its embeddings, and its head if tied.
-        scaled = functools.partial(scale_gradient, factor=self._config.train.decoder_gradient)
+        scaled = functools.partial(scale_gradient, factor=self._train.decoder_gradient)
         table_VD = scaled(decoder.embedding[...])
         input_BLX = memory.inputs(scaled(states[self._site]), batch.get("recent"), table_VD)
         decoder_head_VD = decoder.head_VD()
@@ -132,11 +148,11 @@ class JointTask(WindowTask):
             memory.hidden(input_BLX),
             memory.head_VE(scaled(decoder_head_VD)),
             DecoderHead(final_BLD, decoder_head_VD, batch["lm_weight"]),
-            interpolation_of(self._config, memory, input_BLX, step),
+            interpolation_of(self._train, memory, input_BLX, step),
             batch,
             self._terms,
             vocab_size=decoder.vocab_size,
-            chunk_tokens=self._config.train.loss_chunk_tokens,
+            chunk_tokens=self._train.loss_chunk_tokens,
             normalizer=1.0,
         )
         return LossParts(total, sums)

@@ -5,22 +5,20 @@ from typing import Any
 import jax
 from flax import nnx
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.input.feed import Batch
-from mlpmem_jax.input.windows import WindowSource
-from mlpmem_jax.models.decoder import Site
+from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.store.array_specs import Split
 from mlpmem_jax.training.flops import decoder_flops_per_token, memory_training_flops_per_token
 from mlpmem_jax.training.input_statistics import measured_statistics, with_statistics
-from mlpmem_jax.training.interpolation import interpolation_of, joint_terms
+from mlpmem_jax.training.interpolation import interpolation_of
 from mlpmem_jax.training.joint_loss import joint_loss
 from mlpmem_jax.training.losses import memory_loss
 from mlpmem_jax.training.networks import memory_builder
-from mlpmem_jax.training.run_data import RunData, TaskData
+from mlpmem_jax.training.run_data import TaskData
 from mlpmem_jax.training.state import TrainState
 from mlpmem_jax.training.step import LossParts
 from mlpmem_jax.training.task import WindowTask
+from mlpmem_jax.training.train_settings import TrainSettings
 
 
 class MemoryTask(WindowTask):
@@ -31,38 +29,55 @@ class MemoryTask(WindowTask):
 
     name = "train"
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh, data: TaskData | None = None):
-        data = data or RunData(config)
-        self._config = config
-        self._online = config.train.inputs == "online"
-        self._site = Site.of(config.datastore.input, config.decoder.num_layers)
-        self._terms = joint_terms(config)
+    def __init__(
+        self,
+        settings: TrainSettings,
+        data: TaskData,
+        mesh: jax.sharding.Mesh,
+        decoder: Decoder | None = None,
+    ):
+        """Prepares.
+
+        Args:
+            settings: What is trained and how.
+            data: What is read.
+            mesh: Devices.
+            decoder: The frozen decoder, on the mesh, if `settings.reads_decoder`.
+        """
+        self._train, self._memory = settings.train, settings.memory
+        self._online = settings.online
+        self._site = settings.site
+        self._terms = settings.terms
         self.vocab_size = data.vocab_size
+        windows = data.tokens_with_targets if settings.online else data.stored_rows
+        width = settings.decoder.width
         super().__init__(
-            config.train,
+            settings.train,
             mesh,
-            memory_builder(config, data.vocab_size),
-            train=_windows(config, data, "train"),
-            valid=_windows(config, data, "valid"),
-            window_tokens=config.train_window_tokens,
-            seed=config.seed,
-            mix_windows=config.train_mix_windows,
+            memory_builder(settings.memory, width, data.vocab_size, settings.train.interpolation),
+            train=windows("train", settings.window_tokens),
+            valid=windows("valid", settings.window_tokens),
+            window_tokens=settings.window_tokens,
+            seed=settings.seed,
+            mix_windows=settings.mix_windows,
         )
         self._decoder_graphdef: Any = None
-        if self._online or config.memory.head == "tied":
-            self._decoder_graphdef, self.frozen = nnx.split(data.decoder(mesh))
-        elif config.memory.reads_decoder_table:
-            self.frozen = nnx.state(data.decoder(mesh), nnx.PathContains("embedding"))
-        self.flops_per_step = self.tokens_per_step * self._flops_per_token()
+        if settings.reads_decoder:
+            assert decoder is not None
+            if self._online or self._memory.head == "tied":
+                self._decoder_graphdef, self.frozen = nnx.split(decoder)
+            else:
+                self.frozen = nnx.state(decoder, nnx.PathContains("embedding"))
+        self.flops_per_step = self.tokens_per_step * self._flops_per_token(settings)
 
-    def _flops_per_token(self) -> float:
-        config, width = self._config, self._config.decoder.width
-        flops = memory_training_flops_per_token(config.memory, width, self.vocab_size)
+    def _flops_per_token(self, settings: TrainSettings) -> float:
+        decoder = settings.decoder
+        flops = memory_training_flops_per_token(self._memory, decoder.width, self.vocab_size)
         if self._online:  # Forward only, and only up to the state that the memory reads.
             flops += decoder_flops_per_token(
-                config.decoder,
+                decoder,
                 self.vocab_size,
-                config.train_window_tokens,
+                settings.window_tokens,
                 num_layers=self._site.block,
                 last_ffn=self._site.kind == "residual",
                 head=False,
@@ -71,9 +86,9 @@ class MemoryTask(WindowTask):
 
     def prepare(self, state: TrainState) -> TrainState:
         """Measures mean and deviation of the input on the first training batches."""
-        if self._config.memory.input_norm != "standardize":
+        if self._memory.input_norm != "standardize":
             return state
-        batches = self.feed(range(self._config.train.normalizer_batches))
+        batches = self.feed(range(self._train.normalizer_batches))
         with jax.set_mesh(self._mesh):
             arrays = (state.params, state.fixed), self.frozen
             measured = measured_statistics(self._measured_inputs, arrays, batches)
@@ -87,7 +102,7 @@ class MemoryTask(WindowTask):
     def _inputs(self, model: Memory, frozen: Any, batch: Batch) -> jax.Array:
         """Returns what the memory reads, input_BLX."""
         table_VD = None
-        if self._config.memory.reads_decoder_table:
+        if self._memory.reads_decoder_table:
             table_VD = frozen["embedding"][...]
         return model.inputs(self._states(frozen, batch), batch.get("recent"), table_VD)
 
@@ -104,17 +119,17 @@ class MemoryTask(WindowTask):
     def loss(self, model: Memory, frozen: Any, batch: Batch, step: jax.Array) -> LossParts:
         """The memory's loss summed over the scored rows of the batch."""
         head_VD = None
-        if self._config.memory.head == "tied":
+        if self._memory.head == "tied":
             head_VD = nnx.merge(self._decoder_graphdef, frozen).head_VD()
         input_BLX = self._inputs(model, frozen, batch)
         hidden_BLE, head_VE = model.hidden(input_BLX), model.head_VE(head_VD)
-        chunk_tokens = self._config.train.loss_chunk_tokens
+        chunk_tokens = self._train.loss_chunk_tokens
         if self._terms.weights.joint:
             total, sums = joint_loss(
                 hidden_BLE,
                 head_VE,
                 batch["logprob"],
-                interpolation_of(self._config, model, input_BLX, step),
+                interpolation_of(self._train, model, input_BLX, step),
                 batch,
                 self._terms,
                 vocab_size=model.vocab_size,
@@ -136,10 +151,3 @@ class MemoryTask(WindowTask):
             normalizer=1.0,
         )
         return LossParts(total, sums)
-
-
-def _windows(config: Config, data: TaskData, split: Split) -> WindowSource:
-    length = config.train_window_tokens
-    if config.train.inputs == "online":
-        return data.tokens_with_targets(split, length)
-    return data.stored_rows(split, length)

@@ -4,13 +4,14 @@ from typing import Any
 
 import jax
 
-from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.networks import DecoderConfig
+from mlpmem_jax.config.stages import PretrainConfig
 from mlpmem_jax.input.feed import Batch
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.training.flops import TRAINING_FACTOR, decoder_flops_per_token
 from mlpmem_jax.training.losses import lm_loss
 from mlpmem_jax.training.networks import decoder_builder
-from mlpmem_jax.training.run_data import RunData, TaskData
+from mlpmem_jax.training.run_data import TaskData
 from mlpmem_jax.training.step import LossParts
 from mlpmem_jax.training.task import WindowTask
 
@@ -20,21 +21,38 @@ class PretrainTask(WindowTask):
 
     name = "pretrain"
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh, data: TaskData | None = None):
-        data = data or RunData(config)
-        settings, length = config.pretrain, config.pretrain_window_tokens
+    def __init__(
+        self,
+        decoder: DecoderConfig,
+        settings: PretrainConfig,
+        data: TaskData,
+        mesh: jax.sharding.Mesh,
+        *,
+        window_tokens: int,
+        seed: int,
+    ):
+        """Prepares.
+
+        Args:
+            decoder: The section `decoder`.
+            settings: The section `pretrain`.
+            data: What is read.
+            mesh: Devices.
+            window_tokens: Tokens in a window.
+            seed: Of the data order.
+        """
         self._chunk_tokens = settings.loss_chunk_tokens
         self.vocab_size = data.vocab_size
         super().__init__(
             settings,
             mesh,
-            decoder_builder(config, data.vocab_size),
-            train=data.token_windows("train", length),
-            valid=data.token_windows("valid", length),
-            window_tokens=length,
-            seed=config.seed,
+            decoder_builder(decoder, data.vocab_size),
+            train=data.token_windows("train", window_tokens),
+            valid=data.token_windows("valid", window_tokens),
+            window_tokens=window_tokens,
+            seed=seed,
         )
-        forward = decoder_flops_per_token(config.decoder, data.vocab_size, length)
+        forward = decoder_flops_per_token(decoder, data.vocab_size, window_tokens)
         self.flops_per_step = self.tokens_per_step * TRAINING_FACTOR * forward
 
     def loss(self, model: Decoder, frozen: Any, batch: Batch, step: jax.Array) -> LossParts:

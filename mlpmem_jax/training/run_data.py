@@ -1,20 +1,17 @@
-"""What training tasks read: the artifacts of a run."""
+"""What training tasks read: windows of stored tokens, rows and targets."""
 
+import dataclasses
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Literal, Protocol
 
-import jax
-
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import TokenWindows
 from mlpmem_jax.input.rows import StoredRows
 from mlpmem_jax.input.tokens import TokensWithTargets
 from mlpmem_jax.input.windows import WindowSource
-from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.store.array_specs import Split
-from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.training.networks import finished_decoder
+from mlpmem_jax.store.manifest import Artifact
 
 
 class TaskData(Protocol):
@@ -37,54 +34,56 @@ class TaskData(Protocol):
         """Returns windows of tokens with their targets."""
         ...
 
-    def decoder(self, mesh: jax.sharding.Mesh) -> Decoder:
-        """Returns the run's decoder."""
-        ...
 
-
+@dataclasses.dataclass(frozen=True)
 class RunData:
-    """The artifacts of a run (`compiling.blank.BlankRun` is the same without any)."""
+    """The artifacts that training reads (`roofline.blank.BlankRun` is the same without any).
 
-    def __init__(self, config: Config):
-        self._config = config
-        self._layout = Layout(config)
+    Attributes:
+        tokens: The token stream.
+        datastore: Stored rows of each split.
+        targets: The kNN targets of each split.
+        num_recent: Recent tokens that the memory reads, M; 0: none.
+        within: Whether attention stays within documents.
+        with_logprob: Whether the decoder's log-probabilities are read with stored rows.
+    """
+
+    tokens: Artifact
+    datastore: Mapping[Split, Artifact]
+    targets: Mapping[Split, Artifact]
+    num_recent: int
+    within: bool
+    with_logprob: bool
 
     @cached_property
     def _train(self) -> TokenSplit:
-        return TokenSplit.open(self._layout.tokens, "train")
+        return TokenSplit.open(self.tokens, "train")
+
+    def _split(self, split: Split) -> TokenSplit:
+        return self._train if split == "train" else TokenSplit.open(self.tokens, split)
 
     @property
     def vocab_size(self) -> int:
         """V of the tokenizer, unpadded."""
-        return int(self._train.vocab_size)
+        return self._train.vocab_size
 
     def token_windows(self, split: Split, length: int) -> WindowSource:
         """Returns windows of tokens; in validation the separator is no label."""
-        tokens = self._train if split == "train" else TokenSplit.open(self._layout.tokens, split)
         weights: Literal["train", "score"] = "train" if split == "train" else "score"
-        return TokenWindows(tokens, length, weights, segments=self._config.attends_within)
+        return TokenWindows(self._split(split), length, weights, segments=self.within)
 
     def stored_rows(self, split: Split, length: int) -> WindowSource:
         """Returns windows of stored inputs with their targets."""
         return StoredRows(
-            self._layout,
-            split,
+            self.datastore[split],
             length,
             self._train.separator_id,
-            self._config.memory.num_read_tokens,
-            with_logprob=self._config.loss_weights.joint > 0,
+            self.num_recent,
+            targets=self.targets[split],
+            with_logprob=self.with_logprob,
         )
 
     def tokens_with_targets(self, split: Split, length: int) -> WindowSource:
         """Returns windows of tokens with their targets."""
-        return TokensWithTargets(
-            self._layout,
-            split,
-            length,
-            self._config.memory.num_read_tokens,
-            segments=self._config.attends_within,
-        )
-
-    def decoder(self, mesh: jax.sharding.Mesh) -> Decoder:
-        """Restores the decoder."""
-        return finished_decoder(self._config, mesh)
+        tokens, targets = self._split(split), self.targets[split]
+        return TokensWithTargets(tokens, targets, length, self.num_recent, segments=self.within)

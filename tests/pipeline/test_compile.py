@@ -7,11 +7,9 @@ import pytest
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import EmbeddingPlan
 from mlpmem_jax.parallel.mesh import single_device_mesh
-from mlpmem_jax.roofline.blank import BlankRun, BlankTokens, abstract_batch
+from mlpmem_jax.pipeline.tasks import blank_run, memory_task, pretrain_task, run_data
+from mlpmem_jax.roofline.blank import BlankTokens, abstract_batch
 from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.training.memory_training import MemoryTask
-from mlpmem_jax.training.pretraining import PretrainTask
-from mlpmem_jax.training.run_data import RunData
 
 
 def described(batch):
@@ -21,9 +19,9 @@ def described(batch):
 @pytest.mark.parametrize(
     ("make", "section", "inputs"),
     [
-        (PretrainTask, "pretrain", "stored"),
-        (MemoryTask, "train", "stored"),
-        (MemoryTask, "train", "online"),
+        (pretrain_task, "pretrain", "stored"),
+        (memory_task, "train", "stored"),
+        (memory_task, "train", "online"),
     ],
 )
 def test_training_batches(tiny_run, make, section, inputs):
@@ -31,7 +29,7 @@ def test_training_batches(tiny_run, make, section, inputs):
     config = tiny_run.model_copy(update={"train": train})
     mesh = single_device_mesh()
     task = make(config, mesh)
-    blank = make(config, mesh, BlankRun(config))
+    blank = make(config, mesh, blank=True)
     size = getattr(config, section).batch_size
     with jax.set_mesh(mesh):
         real = next(iter(task.feed(range(1))))
@@ -48,7 +46,7 @@ def test_what_a_task_reads_besides(tiny_run):
     train = tiny_run.train.model_copy(update={"joint_weight": 1.0})
     config = tiny_run.model_copy(update={"corpus": corpus, "train": train})
     length, first = 32, np.zeros(1, np.int64)
-    for data in (RunData(config), BlankRun(config)):
+    for data in (run_data(config), blank_run(config)):
         assert "segment" in data.token_windows("train", length).read(first)
         assert "segment" in data.tokens_with_targets("train", length).read(first)
         assert "logprob" in data.stored_rows("train", length).read(first)

@@ -16,11 +16,11 @@ from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline import evaluate
+from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.store.array_specs import Split
 from mlpmem_jax.store.arrays import open_array, read_rows
 from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 
 def _read(layout: Layout, artifact: str, split: Split, name: str) -> np.ndarray:

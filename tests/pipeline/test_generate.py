@@ -24,10 +24,10 @@ from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline import generate
+from mlpmem_jax.pipeline.networks import check_shape, finished_networks
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.stats.mixing import mixture_logprob
 from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.training.networks import check_shape, finished_networks
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 

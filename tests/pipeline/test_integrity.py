@@ -19,12 +19,12 @@ from mlpmem_jax.evaluation.labels import StoredSplit
 from mlpmem_jax.input.rows import RowReader, TargetReader
 from mlpmem_jax.parallel.mesh import make_mesh
 from mlpmem_jax.pipeline.generate import interpolation
+from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
 from mlpmem_jax.retrieval.engine import StoredKeys, read_all
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
 from mlpmem_jax.store.array_specs import SPLITS, input_array
 from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 # What is there for people, or only for a start after a kill: no finished run reads it.
@@ -70,7 +70,7 @@ def _readers(config):
         return [found.row_QK, found.distance_QK]
 
     def targets(split):
-        reader = TargetReader(layout, split)
+        reader = TargetReader(layout.targets(split))
         return list(reader.start(np.array([0]), reader.num_rows).result().values())
 
     def weights(finish):

@@ -17,12 +17,12 @@ from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.evaluation.labels import whole_array
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.networks import finished_decoder, finished_networks
 from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.pipeline.stage import run_stage
 from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.studies.tables.rows import model_parts
 from mlpmem_jax.studies.tables.variants import Variant
-from mlpmem_jax.training.networks import finished_decoder, finished_networks
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parents[1] / "configs" / "tiny.yaml"

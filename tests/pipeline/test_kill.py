@@ -17,10 +17,10 @@ from flax import nnx
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.errors import PREEMPTED
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
 from mlpmem_jax.store.array_specs import SPLITS, datastore_arrays
 from mlpmem_jax.store.arrays import open_array, read_rows
 from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parents[1] / "configs" / "tiny.yaml"

@@ -11,10 +11,10 @@ from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.tasks import memory_task
 from mlpmem_jax.store.arrays import open_array, write_rows
 from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.stored_array import StoredArray
-from mlpmem_jax.training.memory_training import MemoryTask
 from mlpmem_jax.training.optimizer import make_optimizer
 from mlpmem_jax.training.state import Blueprint
 from mlpmem_jax.training.step import make_train_step
@@ -47,7 +47,7 @@ def _losses(workdir, inputs, *keys, steps=4):
     keys = (*SAME_WINDOWS, "train.mix_windows=1", f"train.inputs={inputs}", *keys)
     config = load_config(TINY, keys, {"workdir": workdir})
     mesh = single_device_mesh()
-    task = MemoryTask(config, mesh)
+    task = memory_task(config, mesh)
     optimizer = make_optimizer(config.train.optimizer, config.train.num_steps)
     blueprint = Blueprint(task.build, optimizer, config.seed, mesh)
     state = task.prepare(blueprint.create())

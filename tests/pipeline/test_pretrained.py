@@ -13,9 +13,9 @@ from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.corpus.tokenizer import train_tokenizer
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.networks import finished_decoder
 from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.stored_array import StoredArray
-from mlpmem_jax.training.networks import finished_decoder
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 VOCAB, WIDTH, HIDDEN, LAYERS = 300, 24, 40, 2

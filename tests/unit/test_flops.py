@@ -9,13 +9,12 @@ from mlpmem_jax.config.stages import TrainConfig
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.compiled_steps import lower_step
 from mlpmem_jax.pipeline.estimates import training_estimate
-from mlpmem_jax.roofline.blank import BlankRun, abstract_batch
-from mlpmem_jax.roofline.steps import lower_step
+from mlpmem_jax.pipeline.tasks import joint_task, memory_task
+from mlpmem_jax.roofline.blank import abstract_batch
 from mlpmem_jax.training import flops
-from mlpmem_jax.training.joint_training import JointTask
 from mlpmem_jax.training.loop import assemble
-from mlpmem_jax.training.memory_training import MemoryTask
 from mlpmem_jax.training.step import waiting_groups
 
 VOCAB, LENGTH = 1000, 64
@@ -241,8 +240,8 @@ def test_estimates_are_what_is_charged(make_config, keys, head):
     shape = ("memory.head=tied", "memory.width=256") if head == "tied" else ()
     gate = ("memory.gate=none",) if "train.mode=memory" in keys else ()
     config = make_config(*STEP, *JOINT, "train.decoder_freeze_steps=4", *keys, *gate, *shape)
-    make = JointTask if config.train.mode == "joint" else MemoryTask
-    task = make(config, single_device_mesh(), BlankRun(config))
+    make = joint_task if config.train.mode == "joint" else memory_task
+    task = make(config, single_device_mesh(), blank=True)
     charged = task.flops_of(range(config.train.num_steps))
     assert training_estimate(config)["model flops"] == pytest.approx(charged)
 
@@ -258,7 +257,7 @@ def test_flops_of_a_step_in_which_a_network_waits_agree_with_xla(
     shape = ("memory.head=tied", "memory.width=256") if head == "tied" else ()
     config = make_config(*STEP, *JOINT, *keys, *shape)
     mesh = single_device_mesh()
-    task = JointTask(config, mesh, BlankRun(config))
+    task = joint_task(config, mesh, blank=True)
     with jax.set_mesh(mesh):
         blueprint, step = assemble(task, config.train, seed=0, mesh=mesh)
         batch = abstract_batch(task.source, config.train.batch_size, mesh)

@@ -12,9 +12,9 @@ from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.joint import Joint, scale_gradient
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.mesh import single_device_mesh
-from mlpmem_jax.roofline.blank import BlankRun, abstract_batch
+from mlpmem_jax.pipeline.tasks import joint_task
+from mlpmem_jax.roofline.blank import abstract_batch
 from mlpmem_jax.training.joint_loss import DecoderHead, JointTerms, joint_loss
-from mlpmem_jax.training.joint_training import JointTask
 from mlpmem_jax.training.losses import means
 
 BATCH, LENGTH, WIDTH, VOCAB, PADDED, KEPT = 3, 7, 16, 70, 128, 5
@@ -162,7 +162,7 @@ def test_without_gradient_the_memory_does_not_move_the_decoder(make_config, head
     warmup = "train.decoder_optimizer.warmup_steps=2"
     config = make_config("train.mode=joint", warmup, *overrides, "train.joint_weight=0")
     mesh = single_device_mesh()
-    task = JointTask(config, mesh, BlankRun(config))
+    task = joint_task(config, mesh, blank=True)
     network = task.build(nnx.Rngs(0))
     key = jax.random.key(0)
     shapes = abstract_batch(task.source, config.train.batch_size, mesh)

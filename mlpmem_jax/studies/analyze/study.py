@@ -15,6 +15,7 @@ from mlpmem_jax.evaluation.labels import StoredSplit
 from mlpmem_jax.evaluation.memory_scores import remember
 from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, draw_rows, read_labels
 from mlpmem_jax.stats.bootstrap import bootstrap_sums, interval
 from mlpmem_jax.stats.mixing import mixture_logprob
@@ -23,7 +24,6 @@ from mlpmem_jax.studies.analyze.distributions import DISTRIBUTIONS, Sample, meas
 from mlpmem_jax.studies.analyze.frequency import Bins, count_tokens
 from mlpmem_jax.studies.analyze.groups import gains_by_group
 from mlpmem_jax.studies.analyze.ngrams import counts_of_labels
-from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 SCHEMA_VERSION = 1
 _SPLIT: Split = "test"

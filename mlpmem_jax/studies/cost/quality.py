@@ -13,6 +13,7 @@ import jax
 from mlpmem_jax.evaluation.evaluate_table import SYSTEMS
 from mlpmem_jax.evaluation.run_scores import score_run
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.networks import finished_networks
 from mlpmem_jax.store.array_specs import SPLITS
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.training.networks import finished_networks

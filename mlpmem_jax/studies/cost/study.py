@@ -16,13 +16,13 @@ from mlpmem_jax.console import progress
 from mlpmem_jax.evaluation.cost import network_cost
 from mlpmem_jax.evaluation.latency import compiled_models
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
 from mlpmem_jax.retrieval.approximate import AH_MIN_ROWS
 from mlpmem_jax.retrieval.knn_lm import read_labels
 from mlpmem_jax.store.array_specs import datastore_arrays
 from mlpmem_jax.studies.cost import slopes
 from mlpmem_jax.studies.cost.measurements import PLAIN, Timer, sizes
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
-from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
 SCHEMA_VERSION = 1
 LABELS = {

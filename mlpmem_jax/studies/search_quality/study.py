@@ -20,6 +20,7 @@ from mlpmem_jax.evaluation.memory_scores import remember
 from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
 from mlpmem_jax.evaluation.run_scores import EVALUATED
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.networks import finished_networks
 from mlpmem_jax.retrieval import recall
 from mlpmem_jax.retrieval.engine import Engine, StoredKeys
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
@@ -32,7 +33,6 @@ from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
 from mlpmem_jax.studies.search_quality.divergence import compare_neighbors
 from mlpmem_jax.studies.search_quality.search_scores import SearchedKnn
 from mlpmem_jax.studies.search_quality.settings import reference_of, with_setting
-from mlpmem_jax.training.networks import finished_networks
 
 SCHEMA_VERSION = 1
 MEASURED = ("knn", "memory")

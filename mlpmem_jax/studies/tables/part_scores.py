@@ -160,8 +160,8 @@ def _batches_of(part: Part) -> tuple[str, ...]:
 
 def _score(part: Part, split: Split) -> Completion:
     from mlpmem_jax.parallel.mesh import make_mesh
+    from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
     from mlpmem_jax.studies.tables import row_scores
-    from mlpmem_jax.training.networks import finished_decoder, finished_memory
 
     run, artifact = part.run, part.scores(split)
     if part.kind.startswith("knn"):

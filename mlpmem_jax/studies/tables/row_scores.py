@@ -19,13 +19,13 @@ from mlpmem_jax.evaluation.memory_scores import remember, score_stored
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory, finished_networks
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.stats.mixing import mixture_logprob
 from mlpmem_jax.store.array_specs import Split, scores_arrays
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.store.shards import ShardWriter
 from mlpmem_jax.training.interpolation import at_step
-from mlpmem_jax.training.networks import finished_decoder, finished_memory, finished_networks
 
 
 def score_decoder(
@@ -79,7 +79,7 @@ def score_mixture(
     decoder, memory = finished_networks(run, mesh)
     if step is not None:
         memory = finished_memory(run, mesh, step)
-        config = at_step(config, step)
+        config = config.model_copy(update={"train": at_step(config.train, step)})
     scores = remember(run, split, decoder, memory, mesh)
     assert scores.weight is not None
     decoder_N = scores.decoder_N

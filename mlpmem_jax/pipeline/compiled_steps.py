@@ -1,7 +1,6 @@
 """The steps that can be compiled: those of the pipeline, on shapes instead of arrays."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,33 +17,13 @@ from mlpmem_jax.generation.sampling import Sampling
 from mlpmem_jax.input.feed import Batch
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.parallel.mesh import check_batch
-from mlpmem_jax.roofline.blank import BlankRun, BlankTokens, abstract_batch
+from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.tasks import blank_run, joint_task, memory_task, pretrain_task
+from mlpmem_jax.roofline.analysis import LoweredStep
+from mlpmem_jax.roofline.blank import BlankTokens, abstract_batch
 from mlpmem_jax.store.array_specs import datastore_arrays
 from mlpmem_jax.training.flops import decoder_flops_per_token, memory_flops_per_token
-from mlpmem_jax.training.joint_training import JointTask
 from mlpmem_jax.training.loop import Task, assemble
-from mlpmem_jax.training.memory_training import MemoryTask
-from mlpmem_jax.training.networks import abstract_network, memory_builder
-from mlpmem_jax.training.pretraining import PretrainTask
-
-
-@dataclasses.dataclass(frozen=True)
-class LoweredStep:
-    """One step, ready to be compiled.
-
-    Attributes:
-        lowered: What JAX lowered.
-        arguments: Shapes and shardings of what the step is given, by name.
-        model_flops: Operations that the networks need for it, by formula.
-        num_tokens: Tokens (or rows) that it handles, over all devices.
-        inner_trips: Rounds of loops whose number is decided while they run.
-    """
-
-    lowered: jax.stages.Lowered
-    arguments: Mapping[str, Any]
-    model_flops: float
-    num_tokens: int
-    inner_trips: int = 1
 
 
 def lower_step(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
@@ -64,14 +43,12 @@ def lower_step(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
 
 
 def _pretrain(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
-    task = PretrainTask(config, mesh, BlankRun(config))
-    return _training(config, mesh, "pretrain", task)
+    return _training(config, mesh, "pretrain", pretrain_task(Artifacts(config), mesh, blank=True))
 
 
 def _train(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
-    make = JointTask if config.train.mode == "joint" else MemoryTask
-    task = make(config, mesh, BlankRun(config))
-    return _training(config, mesh, "train", task)
+    make = joint_task if config.train.mode == "joint" else memory_task
+    return _training(config, mesh, "train", make(Artifacts(config), mesh, blank=True))
 
 
 def _training(config: Config, mesh: jax.sharding.Mesh, section: str, task: Any) -> LoweredStep:
@@ -90,7 +67,7 @@ def _training(config: Config, mesh: jax.sharding.Mesh, section: str, task: Any) 
 def _embed(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
     size = config.datastore.batch_size
     check_batch(mesh, "datastore.batch_size", size)
-    run, specs = BlankRun(config), datastore_arrays(config.datastore, config.decoder.width)
+    run, specs = blank_run(config), datastore_arrays(config.datastore, config.decoder.width)
     settings = EmbeddingSettings.of(config, specs)
     window, stride = settings.window_tokens, settings.stride_tokens
     plan = EmbeddingPlan(1 << 40, window, stride, settings.within)
@@ -120,11 +97,10 @@ class _PlannedWindows:
 
 
 def _decode(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
-    run = BlankRun(config)
-    memory = abstract_network(memory_builder(config, run.vocab_size), mesh)
+    run = blank_run(config)
     site = Site.of(config.datastore.input, config.decoder.num_layers)
     model = InterpolatedModel(
-        run.decoder(mesh), memory, site=site, weight=0.5, separator=0, mesh=mesh
+        run.decoder(mesh), run.memory(mesh), site=site, weight=0.5, separator=0, mesh=mesh
     )
     settings = config.generate
     sampling = Sampling(settings.sampling, settings.temperature, settings.top_k, settings.top_p)

@@ -1,0 +1,150 @@
+"""The networks of a run, restored; those that its id does not pin down are checked."""
+
+from typing import Any
+
+import jax
+
+from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.models.decoder import Decoder
+from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.pipeline import recipes
+from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.store.differences import differences
+from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.training.networks import restored_decoder, restored_joint, restored_memory
+
+# Weights are float32 whatever they are computed in; a gate can be put on a memory without one.
+_NO_SHAPE = ("compute_dtype", "gate", "gate_floor")
+
+
+def vocab_size(run: Artifacts) -> int:
+    """Returns V of the run's tokenizer, unpadded."""
+    return int(run.tokens.load().counts["vocab_size"])
+
+
+def separator_id(run: Artifacts) -> int:
+    """Returns the token that starts each document of the run."""
+    return int(run.tokens.load().counts["separator_id"])
+
+
+def finished_decoder(run: Artifacts, mesh: jax.sharding.Mesh, step: int | None = None) -> Decoder:
+    """Restores the run's decoder, as it was after its last step or after a given one.
+
+    Raises:
+        ArtifactError: It is missing or damaged, or its tokens were rebuilt since.
+    """
+    _refuse_stale(run.decoder, run.tokens)
+    return restored_decoder(run.decoder, run.config.decoder, vocab_size(run), mesh, step)
+
+
+def finished_memory(run: Artifacts, mesh: jax.sharding.Mesh, step: int | None = None) -> Memory:
+    """Restores the run's memory, as it was after its last step or after a given one.
+
+    Args:
+        run: The artifacts of the configuration.
+        mesh: Devices.
+        step: A step whose checkpoint is there; None: the last.
+
+    Raises:
+        ArtifactError: It is missing or damaged, or its decoder was rebuilt since.
+    """
+    _refuse_stale(run.memory, run.decoder)
+    config = run.config
+    width = config.decoder.width
+    return restored_memory(run.memory, config.memory, width, vocab_size(run), mesh, step)
+
+
+def starting_memory(run: Artifacts, mesh: jax.sharding.Mesh) -> Memory:
+    """Restores the memory that joint training begins with; a gate that is new is left out.
+
+    Raises:
+        ArtifactError: It is missing or damaged, its decoder was rebuilt since, or it has another
+            shape or other inputs than the configuration's.
+    """
+    trained = run.memory.load().recipe["memory"]
+    check_start(run)
+    memory = run.config.memory
+    if trained["gate"] == "none":
+        gate = {name: trained[name] for name in ("gate", "gate_floor")}
+        memory = memory.model_copy(update=gate)
+    config = run.config.model_copy(update={"memory": memory})
+    return finished_memory(run.of(config, given=run.given | {"memory": run.memory}), mesh)
+
+
+def finished_networks(run: Artifacts, mesh: jax.sharding.Mesh) -> tuple[Decoder, Memory]:
+    """Restores decoder and memory as `train.mode` says: apart, or trained together.
+
+    Raises:
+        ArtifactError: One is missing, damaged or stale.
+    """
+    if run.config.train.mode == "memory":
+        return finished_decoder(run, mesh), finished_memory(run, mesh)
+    return finished_joint(run, run.joint, mesh)
+
+
+def finished_joint(
+    run: Artifacts, artifact: Artifact, mesh: jax.sharding.Mesh, step: int | None = None
+) -> tuple[Decoder, Memory]:
+    """Restores decoder and memory of a joint run.
+
+    Args:
+        run: The artifacts of the configuration.
+        artifact: The joint run, or one phase of it.
+        mesh: Devices.
+        step: A step whose checkpoint is complete, of a run that is not; None: it is finished.
+
+    Raises:
+        ArtifactError: It is missing or damaged.
+    """
+    networks = run.config.decoder, run.config.memory
+    return restored_joint(artifact, *networks, vocab_size(run), mesh, step)
+
+
+def _refuse_stale(artifact: Artifact, source: Artifact) -> None:
+    """Refuses a network whose input was rebuilt since.
+
+    Raises:
+        ArtifactError: Names both, and the fingerprints of the input then and now.
+    """
+    then, now = artifact.load().made_from.get(source.relative), source.load().fingerprint
+    if then != now:
+        raise ArtifactError(
+            f"{artifact.path}: {artifact.label} was trained with another {source.path} ({then}, "
+            f"now {now}); rebuild it with `{artifact.command} --rebuild`"
+        )
+
+
+def check_start(run: Artifacts) -> None:
+    """Refuses a memory to begin with of another shape or with other inputs.
+
+    Raises:
+        ArtifactError: Names the keys, and both values of each.
+    """
+    artifact = run.memory
+    manifest, config = artifact.load(), run.config
+    trained = {"memory": dict(manifest.recipe["memory"])}
+    asked = {"memory": recipes.network(config, "memory")}
+    for recipe in (trained, asked):
+        for name in _NO_SHAPE:
+            recipe["memory"].pop(name, None)
+    trained["datastore"] = {"input": _input_of(artifact)}
+    asked["datastore"] = {"input": config.datastore.input.recipe()}
+    lines = differences(trained, asked)
+    if lines:
+        raise ArtifactError(
+            f"{artifact.path}: train.memory_start=checkpoint: this memory was trained with other "
+            f"settings: {'; '.join(lines)}"
+        )
+
+
+def _input_of(artifact: Artifact) -> Any:
+    """Returns which state of the decoder a memory was trained on.
+
+    Raises:
+        ArtifactError: The rows that it was trained on are missing.
+    """
+    manifest = artifact.load()
+    if "datastore" in manifest.recipe:
+        return manifest.recipe["datastore"]["input"]
+    rows = next(name for name in manifest.made_from if name.startswith("datastore/"))
+    return Artifact(artifact.root, rows, "datastore").load().recipe["datastore"]["input"]
