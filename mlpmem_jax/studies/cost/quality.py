@@ -16,7 +16,6 @@ from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_networks
 from mlpmem_jax.store.array_specs import SPLITS
 from mlpmem_jax.store.manifest import Artifact
-from mlpmem_jax.training.networks import finished_networks
 
 
 def with_rows(run: Artifacts, num_rows: int) -> Artifacts:
