@@ -80,8 +80,10 @@ class Phases:
 
 def phase_build(phases: Phases, phase: int) -> Completion:
     """Trains one phase."""
+    from mlpmem_jax.corpus.tokens import TokenSplit
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.pipeline.network_stage import train_task
+    from mlpmem_jax.pipeline.settings import embedding_settings
     from mlpmem_jax.retrieval.drift import neighbor_agreement
     from mlpmem_jax.training.joint_training import JointTask
     from mlpmem_jax.training.networks import finished_joint
@@ -97,7 +99,15 @@ def phase_build(phases: Phases, phase: int) -> Completion:
         mesh = make_mesh(config.mesh)
         # The manifest is not written yet: the checkpoint is named by its step.
         decoder, _ = finished_joint(config, artifact, mesh, step=stop)
-        agreement = neighbor_agreement(sources, decoder, mesh)
+        layout = Layout(sources)
+        agreement = neighbor_agreement(
+            decoder,
+            TokenSplit.open(layout.tokens, "train"),
+            layout.datastore("train"),
+            embedding_settings(sources, ("key",)),
+            sources.seed,
+            mesh,
+        )
         measured = {**completion.measured, "neighbor_agreement": agreement}
         return dataclasses.replace(completion, measured=measured)
     return completion

@@ -11,7 +11,7 @@ from mlpmem_jax.config.compile import Step
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.windows import EmbeddingPlan
 from mlpmem_jax.embedding.blocks import EmbeddingSettings
-from mlpmem_jax.embedding.embed import make_embed_step
+from mlpmem_jax.embedding.embed import dtypes_of, make_embed_step
 from mlpmem_jax.generation.decode import STEPS_PER_CALL, Generator
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.generation.sampling import Sampling
@@ -91,10 +91,17 @@ def _embed(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
     size = config.datastore.batch_size
     check_batch(mesh, "datastore.batch_size", size)
     run, specs = BlankRun(config), datastore_arrays(config.datastore, config.decoder.width)
-    settings = EmbeddingSettings.of(config, specs)
-    window, stride = settings.window_tokens, settings.stride_tokens
+    window, stride = config.embedding_window_tokens, config.embedding_stride_tokens
+    settings = EmbeddingSettings.of(
+        config.datastore,
+        config.decoder.num_layers,
+        within=config.attends_within,
+        window_tokens=window,
+        stride_tokens=stride,
+        names=specs,
+    )
     plan = EmbeddingPlan(1 << 40, window, stride, settings.within)
-    step = make_embed_step(run.decoder(mesh), settings, specs)
+    step = make_embed_step(run.decoder(mesh), settings, dtypes_of(specs))
     batch = abstract_batch(_PlannedWindows(plan), size, mesh)
     blocks = decoder_flops_per_token(config.decoder, run.vocab_size, window, head=False)
     head = decoder_flops_per_token(config.decoder, run.vocab_size, window) - blocks

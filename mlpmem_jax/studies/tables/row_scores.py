@@ -13,12 +13,12 @@ import numpy as np
 from mlpmem_jax.config.data import DatastoreConfig
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.embedding.blocks import EmbeddingSettings
 from mlpmem_jax.embedding.embed import embed_split
 from mlpmem_jax.evaluation.labels import whole_array
 from mlpmem_jax.evaluation.memory_scores import remember, score_stored
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.pipeline.settings import embedding_settings
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.stats.mixing import mixture_logprob
 from mlpmem_jax.store.array_specs import Split, scores_arrays
@@ -43,7 +43,7 @@ def score_decoder(
     """
     layout = Layout(config)
     tokens = TokenSplit.open(layout.tokens, split)
-    settings = EmbeddingSettings.of(config)
+    settings = embedding_settings(config)
     specs = scores_arrays(config.datastore)
     name = f"score {artifact.relative.removeprefix('scores/')}"
     arrays = embed_split(decoder, tokens, artifact, specs, settings, mesh, name)
