@@ -52,9 +52,9 @@ def stages(config: Config) -> list[Stage]:
 
 
 def _estimate(config: Config) -> Mapping[str, Any]:
-    from mlpmem_jax.retrieval.estimates import estimate_index
+    from mlpmem_jax.pipeline.estimates import index_estimate
 
-    return estimate_index(config)
+    return index_estimate(config)
 
 
 def _build(config: Config) -> Completion:

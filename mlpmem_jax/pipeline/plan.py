@@ -47,10 +47,11 @@ def _times(
         return {}
     from mlpmem_jax.training.flops import measure_cpu_flops
 
-    rows = {str(split): num_rows for split, num_rows in likely_rows(config).items()}
+    layout, width = Layout(config), config.decoder.width
+    likely = likely_rows(config.corpus, layout.tokens)
+    rows = {str(split): num_rows for split, num_rows in likely.items()}
     known = rows if rows["train"] else None
-    workdir, width = Layout(config).workdir, config.decoder.width
-    forecaster = Forecaster(workdir, measure_cpu_flops(), known, width)
+    forecaster = Forecaster(layout.workdir, measure_cpu_flops(), known, width)
     missing = [
         Expected(stage.artifact, estimate)
         for stage, estimate in zip(stages, estimates, strict=True)

@@ -108,15 +108,15 @@ def _targets_recipe(config: Config) -> dict[str, Any]:
 
 
 def _estimate(config: Config, split: Split) -> Mapping[str, Any]:
-    from mlpmem_jax.retrieval.estimates import estimate_neighbors
+    from mlpmem_jax.pipeline.estimates import neighbors_estimate
 
-    return estimate_neighbors(config, split)
+    return neighbors_estimate(config, split)
 
 
 def _estimate_targets(config: Config, split: Split) -> Mapping[str, Any]:
-    from mlpmem_jax.retrieval.estimates import estimate_targets
+    from mlpmem_jax.pipeline.estimates import targets_estimate
 
-    return estimate_targets(config, split)
+    return targets_estimate(config, split)
 
 
 def _need(config: Config, split: Split, machine: Machine, count: RowCounter) -> Need:

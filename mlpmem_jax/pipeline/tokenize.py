@@ -9,7 +9,14 @@ from typing import Any
 from mlpmem_jax.config.data import CorpusConfig
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import progress, say, warn
-from mlpmem_jax.corpus.checks import Scan, check_before, check_splits, check_window, tokenizer_for
+from mlpmem_jax.corpus.checks import (
+    Scan,
+    Window,
+    check_before,
+    check_splits,
+    check_window,
+    tokenizer_for,
+)
 from mlpmem_jax.corpus.digests import Digests
 from mlpmem_jax.corpus.encoding import encoded
 from mlpmem_jax.corpus.row_estimates import BYTES_PER_TOKEN
@@ -62,7 +69,7 @@ def stages(config: Config) -> list[Stage]:
         build=Completion,
     )
     current = _is_current(tokenizer) and _is_current(tokens)
-    scan = None if current else check_before(config, corpus, given)
+    scan = None if current else check_before(corpus, config.tokenizer, given, _window(config))
     if current and is_writer():
         digests.save()  # Files that were moved or touched are not read again next time.
     text_bytes = _text_bytes(config, listing["bytes"], scan)
@@ -89,6 +96,12 @@ def _need(config: Config, machine: Machine, count: RowCounter) -> Need:
 def main(config: Config, options: Options) -> int:
     """Runs the command."""
     return execute(stages, config, options)
+
+
+def _window(config: Config) -> Window:
+    given = config.pretrain.window_tokens != "auto"
+    key = "pretrain.window_tokens" if given else "decoder.context_tokens"
+    return Window(config.pretrain_window_tokens, key)
 
 
 def _settings(corpus: CorpusConfig) -> dict[str, Any]:
@@ -125,7 +138,7 @@ def _make_tokenizer(config: Config, given: TextTokenizer | None, digests: Digest
     tokenizer = given
     if tokenizer is None:
         with progress(None, "B", "tokenizer: reading") as bar:
-            tokenizer = tokenizer_for(config, Corpus(config.corpus), bar.update)
+            tokenizer = tokenizer_for(Corpus(config.corpus), config.tokenizer, bar.update)
     write_bytes(Layout(config).tokenizer.path / TOKENIZER_FILE, tokenizer.to_json())
     say(
         f"tokenizer: {tokenizer.vocab_size} entries (models hold {tokenizer.padded_vocab}), "
@@ -176,7 +189,7 @@ def _written(
     try:
         documents = {str(split): counts[f"{split}_documents"] for split in SPLITS}
         check_splits(documents, config.corpus, counts["duplicate_documents"])
-        check_window(counts["train_tokens"], config)
+        check_window(counts["train_tokens"], _window(config))
     except UserError:
         artifact.remove()  # Nothing in it can be used, whatever the user changes.
         raise
