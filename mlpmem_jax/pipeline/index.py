@@ -61,7 +61,8 @@ def _build(config: Config) -> Completion:
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.retrieval.index_builder import build_index
 
-    return build_index(config, make_mesh(config.mesh))
+    layout, mesh = Layout(config), make_mesh(config.mesh)
+    return build_index(layout.index, layout.datastore("train"), config.retrieval, config.seed, mesh)
 
 
 def _need(config: Config, machine: Machine, count: RowCounter) -> Need:

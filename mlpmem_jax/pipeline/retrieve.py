@@ -13,10 +13,12 @@ from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.array_specs import Split
 from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.store.manifest import Completion
+from mlpmem_jax.store.manifest import Artifact, Completion
 
 if TYPE_CHECKING:
     from mlpmem_jax.retrieval.index_builder import ExactCache
+    from mlpmem_jax.retrieval.search import Search
+    from mlpmem_jax.retrieval.targets import TargetInputs
 
 
 def stages(config: Config) -> list[Stage]:
@@ -28,8 +30,8 @@ def stages(config: Config) -> list[Stage]:
     from mlpmem_jax.retrieval.index_builder import ExactCache
 
     layout = Layout(config)
-    exact = ExactCache(config)
     train = layout.datastore("train")
+    exact = ExactCache(train, config.retrieval.key_chunk_rows, config.mesh)
     check = functools.partial(check_retrieval, config)
     kept = [
         Stage(
@@ -132,21 +134,53 @@ def _targets_need(config: Config, split: Split, machine: Machine, count: RowCoun
 
 
 def _build_neighbors(config: Config, split: Split, exact: "ExactCache") -> Completion:
-    from mlpmem_jax.retrieval.targets import keep_neighbors
+    from mlpmem_jax.retrieval.search import keep_neighbors
 
-    return keep_neighbors(config, split, exact)
+    layout = Layout(config)
+    index = layout.index if split == "train" else None
+    return keep_neighbors(
+        layout.neighbors(split),
+        layout.datastore(split),
+        split,
+        config.datastore,
+        _search(config, index, exact),
+    )
 
 
 def _build_train_targets(config: Config, exact: "ExactCache") -> Completion:
     from mlpmem_jax.retrieval.targets import make_train_targets
 
-    return make_train_targets(config, exact)
+    layout = Layout(config)
+    kept = layout.neighbors("train") if config.retrieval.keep_train == "all" else None
+    search = _search(config, layout.index, exact)
+    return make_train_targets(layout.targets("train"), _target_inputs(config), search, kept)
 
 
 def _build_valid_targets(config: Config) -> Completion:
     from mlpmem_jax.retrieval.targets import make_valid_targets
 
-    return make_valid_targets(config)
+    layout = Layout(config)
+    train = layout.datastore("train"), layout.targets("train")
+    return make_valid_targets(layout.targets("valid"), _target_inputs(config), *train)
+
+
+def _search(config: Config, index: Artifact | None, exact: "ExactCache") -> "Search":
+    from mlpmem_jax.retrieval.search import Search
+
+    return Search(Layout(config).datastore("train"), index, exact, config.retrieval, config.seed)
+
+
+def _target_inputs(config: Config) -> "TargetInputs":
+    from mlpmem_jax.retrieval.targets import TargetInputs
+
+    layout = Layout(config)
+    return TargetInputs(
+        tokens=layout.tokens,
+        valid=layout.datastore("valid"),
+        valid_neighbors=layout.neighbors("valid"),
+        targets=config.targets,
+        chunking=config.datastore,
+    )
 
 
 def main(config: Config, options: Options) -> int:

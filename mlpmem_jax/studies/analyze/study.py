@@ -53,7 +53,8 @@ def analyze_run(
     systems = evaluated["systems"]
     temperature = float(systems["knn"]["temperature"])
     weights = {name: float(systems[name]["interpolation"]) for name in COMPARED}
-    neighbors = StoredKnn(layout, _SPLIT, stored.label_N, read_labels(layout, "train"))
+    train_label = read_labels(layout.datastore("train"))
+    neighbors = StoredKnn(layout.neighbors(_SPLIT), stored.label_N, train_label)
     parts = {
         "knn": neighbors.logprob(stored.counts.scored_N, temperature),
         "memory": remember(config, _SPLIT, decoder, memory, mesh).logprob_N,

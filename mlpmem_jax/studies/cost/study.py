@@ -115,7 +115,7 @@ def _timer(
         mesh,
         path,
         compiled_models(config, decoder, memory, systems, mesh),
-        train_label=read_labels(layout, "train"),
+        train_label=read_labels(layout.datastore("train")),
         temperature=float(systems["knn"]["temperature"]),
         weight=float(systems["knn"]["interpolation"]),
     )

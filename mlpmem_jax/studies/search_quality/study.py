@@ -54,7 +54,9 @@ def measure_settings(config: Config, mesh: jax.sharding.Mesh, path: epath.Path) 
     """
     layout = Layout(config)
     stored = {split: StoredSplit.open(layout, split) for split in EVALUATED}
-    study = _Study(config, mesh, stored, read_labels(layout, "train"), ExactCache(config))
+    train = layout.datastore("train")
+    exact = ExactCache(train, config.retrieval.key_chunk_rows, config.mesh)
+    study = _Study(config, mesh, stored, read_labels(train), exact)
     found = []
     for setting in config.search_quality.settings:
         file = path / f"setting-{setting.name}.json"
@@ -78,8 +80,8 @@ class _Study:
         """Measures one setting: its neighbours, its kNN-LM, its memory."""
         config = with_setting(self.config, setting)
         say(f"search-quality: measuring {setting.name}")
-        engine, settings = open_index(config, self.exact)
-        layout = Layout(config)
+        layout, width = Layout(config), config.decoder.width
+        engine, settings = open_index(layout.index, config.retrieval, width, self.exact)
         targets = layout.targets("train").load()
         temperature = float(targets.counts["temperature"])
         index = layout.index.load()

@@ -102,7 +102,7 @@ def _by_index_stages(variant: Variant) -> list[Stage]:
 
     config = variant.config
     layout = Layout(config)
-    exact = ExactCache(config)
+    exact = ExactCache(layout.datastore("train"), config.retrieval.key_chunk_rows, config.mesh)
     retrieval = config.retrieval.recipe()
     names = ("num_neighbors", "min_recall", "recall_queries")
     found = [
@@ -134,9 +134,12 @@ def _need_by_index(config: Config, split: Split, machine: Machine, count: RowCou
 
 
 def _find(config: Config, split: Split, exact: Any) -> Completion:
-    from mlpmem_jax.retrieval.targets import keep_neighbors
+    from mlpmem_jax.retrieval.search import Search, keep_neighbors
 
-    return keep_neighbors(config, split, exact, by_index=True)
+    layout = Layout(config)
+    train, rows = layout.datastore("train"), layout.datastore(split)
+    search = Search(train, layout.index, exact, config.retrieval, config.seed)
+    return keep_neighbors(layout.neighbors_by_index(split), rows, split, config.datastore, search)
 
 
 def _chunking(config: Config) -> dict[str, int]:

@@ -57,7 +57,8 @@ def score_memory_alone(
     layout = Layout(config)
     decoder = finished_decoder(config, mesh) if config.memory.reads_decoder else None
     scores = score_stored(config, split, decoder, memory, mesh, with_targets=False)
-    return _written(config.datastore, artifact, scores.logprob_N, read_labels(layout, split), {})
+    label_N = read_labels(layout.datastore(split))
+    return _written(config.datastore, artifact, scores.logprob_N, label_N, {})
 
 
 def score_mixture(
@@ -108,10 +109,10 @@ def score_knn(
         temperature: τ; None chooses it, together with λ, on this split.
     """
     layout = Layout(config)
-    label_N = read_labels(layout, split)
-    train_label = read_labels(layout, "train")
+    label_N = read_labels(layout.datastore(split))
+    train_label = read_labels(layout.datastore("train"))
     found = layout.neighbors_by_index(split) if by_index else layout.neighbors(split)
-    neighbors = StoredKnn(layout, split, label_N, train_label, artifact=found)
+    neighbors = StoredKnn(found, label_N, train_label)
     separator_id = TokenSplit.open(layout.tokens, split).separator_id
     scored_N = label_N != separator_id
     counts: dict[str, Any] = {}
