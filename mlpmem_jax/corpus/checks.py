@@ -3,9 +3,9 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
-from mlpmem_jax.config.data import CorpusConfig
-from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.data import CorpusConfig, TokenizerConfig
 from mlpmem_jax.console import warn
 from mlpmem_jax.corpus.sample import sample_texts
 from mlpmem_jax.corpus.stream import Corpus
@@ -38,6 +38,13 @@ class Scan:
     stopped_at: Mapping[str, int]
 
 
+class Window(NamedTuple):
+    """How many tokens a window of pretraining has, and the key that says so."""
+
+    tokens: int
+    key: str
+
+
 def scan_corpus(corpus: Corpus) -> Scan:
     """Reads the corpus, or the beginning of a large one; a remote dataset is not touched.
 
@@ -57,13 +64,16 @@ def scan_corpus(corpus: Corpus) -> Scan:
     return Scan(documents, num_bytes, complete, duplicates, corpus.stopped_at)
 
 
-def check_before(config: Config, corpus: Corpus, given: TextTokenizer | None) -> Scan:
+def check_before(
+    corpus: Corpus, settings: TokenizerConfig, given: TextTokenizer | None, window: Window
+) -> Scan:
     """Refuses a corpus that cannot do, as far as a scan shows it.
 
     Args:
-        config: The configuration.
-        corpus: Its text.
+        corpus: The text.
+        settings: How a tokenizer is trained.
         given: The tokenizer, unless it is to be trained.
+        window: What the training split must fill.
 
     Raises:
         UserError: An empty split, less than a window to train on, or text that is none.
@@ -73,33 +83,32 @@ def check_before(config: Config, corpus: Corpus, given: TextTokenizer | None) ->
         return scan
     for note in corpus.notes():
         warn(note)
-    check_splits(scan.documents, config.corpus, scan.duplicates)
-    window = config.pretrain_window_tokens
-    if scan.num_bytes["train"] <= _BYTES_PER_TOKEN * (window + 1):
-        tokenizer = given or tokenizer_for(config, corpus)
+    check_splits(scan.documents, corpus.config, scan.duplicates)
+    if scan.num_bytes["train"] <= _BYTES_PER_TOKEN * (window.tokens + 1):
+        tokenizer = given or tokenizer_for(corpus, settings)
         pieces = [piece for piece in corpus.pieces() if piece.split == "train"]
         tokens = tokenizer.encode([piece.text for piece in pieces])
-        check_window(scan.documents["train"] + sum(map(len, tokens)), config)
+        check_window(scan.documents["train"] + sum(map(len, tokens)), window)
     return scan
 
 
 def tokenizer_for(
-    config: Config, corpus: Corpus, on_progress: Callable[[int], object] = abs
+    corpus: Corpus, settings: TokenizerConfig, on_progress: Callable[[int], object] = abs
 ) -> TextTokenizer:
-    """Trains the tokenizer that the configuration describes.
+    """Trains a tokenizer.
 
     Args:
-        config: The configuration.
-        corpus: Its text.
+        corpus: The text.
+        settings: Size of the vocabulary, separator, and how much is read.
         on_progress: Called with the number of characters of each text that is read.
     """
 
     def texts() -> Iterator[str]:
-        for text in sample_texts(corpus, config.tokenizer.train_bytes):
+        for text in sample_texts(corpus, settings.train_bytes):
             on_progress(len(text))
             yield text
 
-    return train_tokenizer(texts(), config.tokenizer.vocab_size, config.tokenizer.separator)
+    return train_tokenizer(texts(), settings.vocab_size, settings.separator)
 
 
 def check_splits(documents: Mapping[str, int], corpus: CorpusConfig, duplicates: int) -> None:
@@ -135,20 +144,15 @@ def check_splits(documents: Mapping[str, int], corpus: CorpusConfig, duplicates:
         raise UserError(mistakes)
 
 
-def check_window(num_tokens: int, config: Config) -> None:
+def check_window(num_tokens: int, window: Window) -> None:
     """Refuses a training split that does not fill one window and its labels.
 
     Raises:
         UserError: Both numbers and the keys to change.
     """
-    window = config.pretrain_window_tokens
-    if num_tokens <= window:
-        key = (
-            "decoder.context_tokens"
-            if config.pretrain.window_tokens == "auto"
-            else "pretrain.window_tokens"
-        )
+    size, key = window
+    if num_tokens <= size:
         raise UserError(
-            f"corpus: the train split has {num_tokens} tokens and one window takes {window + 1} "
-            f"({key}={window} and the last label): give more text or lower {key}"
+            f"corpus: the train split has {num_tokens} tokens and one window takes {size + 1} "
+            f"({key}={size} and the last label): give more text or lower {key}"
         )

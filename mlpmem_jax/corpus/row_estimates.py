@@ -4,23 +4,28 @@ import functools
 from collections.abc import Mapping
 
 from mlpmem_jax.config.data import CorpusConfig
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.digests import stamp_of
 from mlpmem_jax.corpus.sources import find_parts
 from mlpmem_jax.store.array_specs import SPLITS, Split
-from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store.manifest import Artifact
 
 # Of text; vocabularies of 4 k entries on source code have 3.4, of 50 k on English 4.4.
 BYTES_PER_TOKEN = 3
 # More than any vocabulary makes of text; records hold other fields beside it.
 _MOST_BYTES_PER_TOKEN = {"jsonl": 32}
 UNKNOWN_ROWS = "known once there are tokens"
+Rows = Mapping[Split, int]
 
 
-def count_rows(config: Config, split: Split) -> tuple[int, bool] | None:
+def count_rows(corpus: CorpusConfig, tokens: Artifact, split: Split) -> tuple[int, bool] | None:
     """Returns the rows of a split, and whether they are known rather than guessed.
 
     Before there are tokens they are guessed from the bytes of the files.
+
+    Args:
+        corpus: The files.
+        tokens: Their tokens, finished or not.
+        split: Which rows.
 
     Returns:
         None where nothing can be said beforehand, as of a remote dataset.
@@ -28,30 +33,26 @@ def count_rows(config: Config, split: Split) -> tuple[int, bool] | None:
     Raises:
         UserError: The sources of the corpus match nothing.
     """
-    layout = Layout(config)
-    if layout.tokens.is_complete():
-        return max(0, int(layout.tokens.load().counts[f"{split}_tokens"]) - 1), True
-    num_bytes = _split_bytes(config.corpus)[split]
+    if tokens.is_complete():
+        return max(0, int(tokens.load().counts[f"{split}_tokens"]) - 1), True
+    num_bytes = _split_bytes(corpus)[split]
     return (num_bytes // BYTES_PER_TOKEN, False) if num_bytes else None
 
 
-Rows = Mapping[Split, int]
-
-
-def likely_rows(config: Config) -> Rows:
+def likely_rows(corpus: CorpusConfig, tokens: Artifact) -> Rows:
     """Returns the rows of each split: known, or guessed; 0 where nothing can be said."""
-    counted = {split: count_rows(config, split) for split in SPLITS}
+    counted = {split: count_rows(corpus, tokens, split) for split in SPLITS}
     return {split: one[0] if one else 0 for split, one in counted.items()}
 
 
-def least_rows(config: Config) -> Rows:
+def least_rows(corpus: CorpusConfig, tokens: Artifact) -> Rows:
     """Returns how many rows each split has at least, by which needs are refused."""
-    if Layout(config).tokens.is_complete():
-        return likely_rows(config)
-    sources = (config.corpus, *config.corpus.more)
+    if tokens.is_complete():
+        return likely_rows(corpus, tokens)
+    sources = (corpus, *corpus.more)
     most = max(_MOST_BYTES_PER_TOKEN.get(source.source, 8) for source in sources)
     weight = min(source.weight for source in sources)
-    guessed = likely_rows(config).items()
+    guessed = likely_rows(corpus, tokens).items()
     return {split: int(rows * BYTES_PER_TOKEN * weight / most) for split, rows in guessed}
 
 

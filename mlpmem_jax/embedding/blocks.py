@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.data import DatastoreConfig
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import EmbeddingPlan
 from mlpmem_jax.input.feed import local_positions, to_devices
@@ -44,20 +44,29 @@ class EmbeddingSettings:
     batch_size: int
 
     @classmethod
-    def of(cls, config: Config, names: Iterable[str] = ()) -> "EmbeddingSettings":
-        """Returns the settings of a configuration that stores arrays of these names."""
-        store = config.datastore
-        return cls(
-            states={
-                name: Site.of(getattr(store, name), config.decoder.num_layers)
-                for name in ("key", "input")
-                if name in names
-            },
-            within=config.attends_within,
-            window_tokens=config.embedding_window_tokens,
-            stride_tokens=config.embedding_stride_tokens,
-            batch_size=store.batch_size,
-        )
+    def of(
+        cls,
+        store: DatastoreConfig,
+        num_layers: int,
+        *,
+        within: bool,
+        window_tokens: int,
+        stride_tokens: int,
+        names: Iterable[str] = (),
+    ) -> "EmbeddingSettings":
+        """Returns the settings of a datastore.
+
+        Args:
+            store: Its sites and batches.
+            num_layers: Blocks of the decoder.
+            within: Whether attention stays within documents.
+            window_tokens: W.
+            stride_tokens: R.
+            names: Arrays that are stored, or otherwise wanted.
+        """
+        sites = {name: getattr(store, name) for name in ("key", "input") if name in names}
+        states = {name: Site.of(site, num_layers) for name, site in sites.items()}
+        return cls(states, within, window_tokens, stride_tokens, store.batch_size)
 
     def plan(self, num_rows: int) -> EmbeddingPlan:
         """Returns the windows of a split of this many rows."""

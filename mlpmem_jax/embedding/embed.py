@@ -29,12 +29,12 @@ EmbedStep = functools.partial[dict[str, jax.Array]]  # takes a batch
 
 
 def make_embed_step(
-    decoder: Decoder, settings: EmbeddingSettings, specs: Mapping[str, ArraySpec]
+    decoder: Decoder, settings: EmbeddingSettings, dtypes: Mapping[str, np.dtype[Any]]
 ) -> EmbedStep:
     """Returns the jitted forward pass: arrays of windows [B, W] to arrays of rows [B, R, …].
 
     Only the R scored columns of a window go through the output head and leave the devices,
-    cast to their storage dtypes.
+    cast to the storage dtype of each array that is wanted.
     """
     graphdef, weights = nnx.split(decoder)
     wanted = tuple(dict.fromkeys(settings.states.values()))
@@ -57,10 +57,15 @@ def make_embed_step(
                 chunk_tokens=LOSS_CHUNK_TOKENS,
             ),
         }
-        stored = {name: rows[name].astype(spec.dtype) for name, spec in specs.items()}
+        stored = {name: rows[name].astype(dtype) for name, dtype in dtypes.items()}
         return {name: by_window(array) for name, array in stored.items()}
 
     return functools.partial(embed, weights)
+
+
+def dtypes_of(specs: Mapping[str, ArraySpec]) -> dict[str, np.dtype[Any]]:
+    """Returns the storage dtype of each array."""
+    return {name: np.dtype(spec.dtype) for name, spec in specs.items()}
 
 
 def embed_split(
@@ -100,7 +105,7 @@ def embed_split(
     owner_B = owners(mesh, settings.batch_size)
     parts = [(shard, plan.shard_blocks(shard, writer.shard_rows)) for shard in missing]
     own_P = np.flatnonzero(owner_B == process_index())
-    step = make_embed_step(decoder, settings, specs)
+    step = make_embed_step(decoder, settings, dtypes_of(specs))
     if missing:
         say(f"{description}: {human_bytes(writer.missing_bytes())} to be stored")
     bar = progress(tokens.num_rows, "row", description)

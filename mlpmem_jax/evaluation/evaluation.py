@@ -1,5 +1,6 @@
 """Evaluates a finished run: reads what the stages stored, scores, compares, measures."""
 
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from mlpmem_jax.evaluation.run_scores import RunScores, score_run
 from mlpmem_jax.evaluation.timed_decoding import System, make_search
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
+from mlpmem_jax.retrieval.index_builder import exact_engine, open_index
 from mlpmem_jax.retrieval.knn_lm import read_labels
 from mlpmem_jax.store.layout import Layout
 
@@ -57,10 +58,12 @@ def _latency(
     """Returns milliseconds per token of each system, with λ and τ as they were chosen."""
     models = compiled_models(config, decoder, memory, results["systems"], mesh)
     knn = results["systems"]["knn"]
+    train, retrieval = layout.datastore("train"), config.retrieval
+    exact = functools.partial(exact_engine, train, mesh, retrieval.key_chunk_rows)
     search = make_search(
-        open_index(config, ExactCache(config))[0],
-        read_labels(layout, "train"),
-        config.retrieval.num_neighbors,
+        open_index(layout.index, retrieval, config.decoder.width, exact)[0],
+        read_labels(train),
+        retrieval.num_neighbors,
         knn["temperature"],
         knn["interpolation"],
     )

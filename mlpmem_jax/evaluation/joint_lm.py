@@ -48,7 +48,14 @@ def score_joint(
         tokens: The split.
         mesh: Devices.
     """
-    settings = EmbeddingSettings.of(config, ("input",))
+    settings = EmbeddingSettings.of(
+        config.datastore,
+        config.decoder.num_layers,
+        within=config.attends_within,
+        window_tokens=config.embedding_window_tokens,
+        stride_tokens=config.embedding_stride_tokens,
+        names=("input",),
+    )
     plan, site = settings.plan(tokens.num_rows), settings.states["input"]
     chunk_tokens, num_recent = config.train.loss_chunk_tokens, memory.config.num_read_tokens
     graphdef, state = nnx.split((decoder, memory))

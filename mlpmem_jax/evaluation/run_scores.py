@@ -60,9 +60,10 @@ def score_run(
     """
     layout = Layout(config)
     stored = {split: StoredSplit.open(layout, split) for split in EVALUATED}
-    train_label = read_labels(layout, "train")
+    train_label = read_labels(layout.datastore("train"))
     neighbors = {
-        split: StoredKnn(layout, split, one.label_N, train_label) for split, one in stored.items()
+        split: StoredKnn(layout.neighbors(split), one.label_N, train_label)
+        for split, one in stored.items()
     }
     valid, most = stored["valid"], config.evaluate.knn_valid_rows
     tuned = neighbors["valid"].tune(valid.counts.scored_N, valid.logprob_N, most, config.seed)

@@ -9,8 +9,7 @@ import numpy as np
 from mlpmem_jax.config.compile import Step
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.windows import EmbeddingPlan
-from mlpmem_jax.embedding.blocks import EmbeddingSettings
-from mlpmem_jax.embedding.embed import make_embed_step
+from mlpmem_jax.embedding.embed import dtypes_of, make_embed_step
 from mlpmem_jax.generation.decode import STEPS_PER_CALL, Generator
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.generation.sampling import Sampling
@@ -18,6 +17,7 @@ from mlpmem_jax.input.feed import Batch
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.parallel.mesh import check_batch
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.settings import embedding_settings
 from mlpmem_jax.pipeline.tasks import blank_run, joint_task, memory_task, pretrain_task
 from mlpmem_jax.roofline.analysis import LoweredStep
 from mlpmem_jax.roofline.blank import BlankTokens, abstract_batch
@@ -68,10 +68,10 @@ def _embed(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
     size = config.datastore.batch_size
     check_batch(mesh, "datastore.batch_size", size)
     run, specs = blank_run(config), datastore_arrays(config.datastore, config.decoder.width)
-    settings = EmbeddingSettings.of(config, specs)
+    settings = embedding_settings(config, specs)
     window, stride = settings.window_tokens, settings.stride_tokens
     plan = EmbeddingPlan(1 << 40, window, stride, settings.within)
-    step = make_embed_step(run.decoder(mesh), settings, specs)
+    step = make_embed_step(run.decoder(mesh), settings, dtypes_of(specs))
     batch = abstract_batch(_PlannedWindows(plan), size, mesh)
     blocks = decoder_flops_per_token(config.decoder, run.vocab_size, window, head=False)
     head = decoder_flops_per_token(config.decoder, run.vocab_size, window) - blocks

@@ -38,23 +38,22 @@ def _estimate(run: Artifacts, split: Split) -> Mapping[str, Any]:
 
 def _build(run: Artifacts, split: Split) -> Completion:
     from mlpmem_jax.corpus.tokens import TokenSplit
-    from mlpmem_jax.embedding.blocks import EmbeddingSettings
     from mlpmem_jax.embedding.embed import embed_split
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.pipeline.estimates import embedding_estimate
     from mlpmem_jax.pipeline.networks import finished_decoder
+    from mlpmem_jax.pipeline.settings import embedding_settings
 
     config = run.config
     mesh = make_mesh(config.mesh)
     tokens = TokenSplit.open(run.tokens, split)
     specs = datastore_arrays(config.datastore, config.decoder.width)
-    settings = EmbeddingSettings.of(config, specs)
     arrays = embed_split(
         finished_decoder(run, mesh),
         tokens,
         run.datastore(split),
         specs,
-        settings,
+        embedding_settings(config, specs),
         mesh,
         f"embed {split}",
     )

@@ -5,7 +5,9 @@ from typing import Any
 from mlpmem_jax.corpus.row_estimates import UNKNOWN_ROWS, count_rows, rows_entry
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.pipeline.graph import Artifacts
-from mlpmem_jax.store.array_specs import Split, datastore_arrays
+from mlpmem_jax.retrieval import approximate
+from mlpmem_jax.retrieval.estimates import exact_bytes
+from mlpmem_jax.store.array_specs import Split, datastore_arrays, neighbors_arrays, targets_arrays
 from mlpmem_jax.training.flops import (
     TRAINING_FACTOR,
     decoder_flops_per_token,
@@ -100,7 +102,7 @@ def training_estimate(run: Artifacts, steps: range | None = None) -> dict[str, A
 def embedding_estimate(run: Artifacts, split: Split) -> dict[str, Any]:
     """Rows, disk, host memory and flops of embedding a split."""
     config = run.config
-    counted = count_rows(run, split)
+    counted = _count(run, split)
     if counted is None:
         return {"rows": UNKNOWN_ROWS}
     rows = counted[0]
@@ -117,3 +119,55 @@ def embedding_estimate(run: Artifacts, split: Split) -> dict[str, Any]:
         "host bytes of shards under way": 4 * config.datastore.shard_rows * row_bytes,
         "model flops": rows * (blocks * window / stride + head),
     }
+
+
+def index_estimate(run: Artifacts) -> dict[str, Any]:
+    """Disk and memory of the index, as far as the number of rows is known."""
+    config = run.config
+    counted, width = _count(run, "train"), config.decoder.width
+    if counted is None:
+        return {"rows": UNKNOWN_ROWS}
+    num_rows = counted[0]
+    largest = min(num_rows, config.retrieval.shard_rows)
+    return {
+        "index bytes on disk, at most": approximate.index_bytes(
+            num_rows, width, config.retrieval.dims_per_block
+        ),
+        "index bytes of memory, at most": approximate.build_memory_bytes(
+            largest, width, config.retrieval.training_rows
+        ),
+    }
+
+
+def neighbors_estimate(run: Artifacts, split: Split) -> dict[str, Any]:
+    """Disk and work of keeping the neighbours of a split."""
+    config = run.config
+    queries, keys = _count(run, split), _count(run, "train")
+    if queries is None or keys is None:
+        return {"rows": UNKNOWN_ROWS}
+    num_rows, num_keys = queries[0], keys[0]
+    specs = neighbors_arrays(config.datastore, config.retrieval.num_neighbors)
+    return {
+        **rows_entry(*queries),
+        "bytes on disk": num_rows * sum(spec.row_bytes for spec in specs.values()),
+        "bytes of all keys, all devices": exact_bytes(num_keys, config.decoder.width, 1),
+        "flops": 2.0 * num_rows * num_keys * config.decoder.width,
+    }
+
+
+def targets_estimate(run: Artifacts, split: Split) -> dict[str, Any]:
+    """Disk of the targets of a split."""
+    config = run.config
+    counted = _count(run, split)
+    if counted is None:
+        return {"rows": UNKNOWN_ROWS}
+    num_rows = counted[0]
+    specs = targets_arrays(config.datastore, config.targets, config.tokenizer.vocab_size)
+    return {
+        **rows_entry(*counted),
+        "bytes on disk": num_rows * sum(spec.row_bytes for spec in specs.values()),
+    }
+
+
+def _count(run: Artifacts, split: Split) -> tuple[int, bool] | None:
+    return count_rows(run.config.corpus, run.tokens, split)

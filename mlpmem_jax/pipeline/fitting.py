@@ -16,11 +16,14 @@ from mlpmem_jax.parallel.hardware import Machine, bytes_under, this_machine
 from mlpmem_jax.units import human_bytes
 
 if TYPE_CHECKING:
+    from mlpmem_jax.config.data import CorpusConfig
     from mlpmem_jax.pipeline.graph import Artifacts
     from mlpmem_jax.pipeline.stage import Stage
+    from mlpmem_jax.store.manifest import Artifact
 
 # Rows of each split of a run, 0 where nothing can be said.
 RowCounter = Callable[["Artifacts"], Rows]
+RowEstimate = Callable[["CorpusConfig", "Artifact"], Rows]
 _LARGEST_SHOWN = 3
 _GUESSED = "(rows guessed by the size of the text; refused after `tokenize` if it is so)"
 
@@ -108,20 +111,20 @@ def doubts(stages: Sequence["Stage"], machine: Machine) -> list[str]:
     return [f"warning: {line} {_GUESSED}" for line in shortages(missing, machine, likely_rows)]
 
 
-def shortages(stages: Sequence["Stage"], machine: Machine, count: RowCounter) -> list[str]:
+def shortages(stages: Sequence["Stage"], machine: Machine, estimate: RowEstimate) -> list[str]:
     """Returns one line for each stage that does not fit in memory, and one for the disk."""
-    needs = {stage.name: (stage, stage.need(machine, counted(count))) for stage in stages}
+    needs = {stage.name: (stage, stage.need(machine, counted(estimate))) for stage in stages}
     lines = [_disk_shortage(list(needs.values()), machine)]
     lines += [_memory_shortage(name, need, machine) for name, (_, need) in needs.items()]
     return [line for line in lines if line is not None]
 
 
-def counted(count: RowCounter) -> RowCounter:
-    """Returns the same, with no rows where the text cannot be found: others say so."""
+def counted(estimate: RowEstimate) -> RowCounter:
+    """Returns an estimate of runs, with no rows where the text cannot be found: others say so."""
 
     def rows(run: "Artifacts") -> Rows:
         try:
-            return count(run)
+            return estimate(run.config.corpus, run.tokens)
         except UserError:
             return {"train": 0, "valid": 0, "test": 0}
 

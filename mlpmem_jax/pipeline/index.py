@@ -29,16 +29,17 @@ def stages(run: Artifacts) -> list[Stage]:
 
 
 def _estimate(run: Artifacts) -> Mapping[str, Any]:
-    from mlpmem_jax.retrieval.estimates import estimate_index
+    from mlpmem_jax.pipeline.estimates import index_estimate
 
-    return estimate_index(run)
+    return index_estimate(run)
 
 
 def _build(run: Artifacts) -> Completion:
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.retrieval.index_builder import build_index
 
-    return build_index(run, make_mesh(run.config.mesh))
+    config, mesh = run.config, make_mesh(run.config.mesh)
+    return build_index(run.index, run.datastore("train"), config.retrieval, config.seed, mesh)
 
 
 def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:

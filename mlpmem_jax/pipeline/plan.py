@@ -47,7 +47,8 @@ def _times(
         return {}
     from mlpmem_jax.training.flops import measure_cpu_flops
 
-    rows = {str(split): num_rows for split, num_rows in likely_rows(run).items()}
+    likely = likely_rows(run.config.corpus, run.tokens)
+    rows = {str(split): num_rows for split, num_rows in likely.items()}
     known = rows if rows["train"] else None
     forecaster = Forecaster(run.store, measure_cpu_flops(), known, run.config.decoder.width)
     missing = [

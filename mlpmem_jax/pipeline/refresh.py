@@ -78,9 +78,11 @@ class Phases:
 
 def phase_build(phases: Phases, phase: int) -> Completion:
     """Trains one phase."""
+    from mlpmem_jax.corpus.tokens import TokenSplit
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.pipeline.network_stage import train_task
     from mlpmem_jax.pipeline.networks import finished_joint
+    from mlpmem_jax.pipeline.settings import embedding_settings
     from mlpmem_jax.pipeline.tasks import joint_task
     from mlpmem_jax.retrieval.drift import neighbor_agreement
 
@@ -96,7 +98,14 @@ def phase_build(phases: Phases, phase: int) -> Completion:
         mesh = make_mesh(run.config.mesh)
         # The manifest is not written yet: the checkpoint is named by its step.
         decoder, _ = finished_joint(run, artifact, mesh, step=stop)
-        agreement = neighbor_agreement(sources, decoder, mesh)
+        agreement = neighbor_agreement(
+            decoder,
+            TokenSplit.open(sources.tokens, "train"),
+            sources.datastore("train"),
+            embedding_settings(sources.config, ("key",)),
+            sources.config.seed,
+            mesh,
+        )
         measured = {**completion.measured, "neighbor_agreement": agreement}
         return dataclasses.replace(completion, measured=measured)
     return completion

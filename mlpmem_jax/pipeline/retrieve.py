@@ -13,10 +13,12 @@ from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.array_specs import Split
-from mlpmem_jax.store.manifest import Completion
+from mlpmem_jax.store.manifest import Artifact, Completion
 
 if TYPE_CHECKING:
     from mlpmem_jax.retrieval.index_builder import ExactCache
+    from mlpmem_jax.retrieval.search import Search
+    from mlpmem_jax.retrieval.targets import TargetInputs
 
 
 def stages(run: Artifacts) -> list[Stage]:
@@ -25,9 +27,7 @@ def stages(run: Artifacts) -> list[Stage]:
     Valid and test are searched exactly, whatever the engine: they tune and score the
     explicit kNN-LM that the memory is held against. Train is searched by the engine.
     """
-    from mlpmem_jax.retrieval.index_builder import ExactCache
-
-    exact = ExactCache(run)
+    exact = _exact_cache(run)
     splits: tuple[Split, ...] = ("valid", "test")
     if run.config.retrieval.keep_train == "all":
         splits = (*splits, "train")
@@ -63,9 +63,7 @@ def _neighbors_stage(run: Artifacts, split: Split, exact: "ExactCache") -> Stage
 
 def by_index_stages(run: Artifacts) -> list[Stage]:
     """Returns the neighbours of valid and test as the engine of the index finds them."""
-    from mlpmem_jax.retrieval.index_builder import ExactCache
-
-    exact = ExactCache(run)
+    exact = _exact_cache(run)
     splits: tuple[Split, ...] = ("valid", "test")
     return [
         Stage(
@@ -78,15 +76,15 @@ def by_index_stages(run: Artifacts) -> list[Stage]:
 
 
 def _estimate(run: Artifacts, split: Split) -> Mapping[str, Any]:
-    from mlpmem_jax.retrieval.estimates import estimate_neighbors
+    from mlpmem_jax.pipeline.estimates import neighbors_estimate
 
-    return estimate_neighbors(run, split)
+    return neighbors_estimate(run, split)
 
 
 def _estimate_targets(run: Artifacts, split: Split) -> Mapping[str, Any]:
-    from mlpmem_jax.retrieval.estimates import estimate_targets
+    from mlpmem_jax.pipeline.estimates import targets_estimate
 
-    return estimate_targets(run, split)
+    return targets_estimate(run, split)
 
 
 def _need(
@@ -106,21 +104,52 @@ def _targets_need(run: Artifacts, split: Split, machine: Machine, count: RowCoun
 def _build_neighbors(
     run: Artifacts, split: Split, exact: "ExactCache", *, by_index: bool = False
 ) -> Completion:
-    from mlpmem_jax.retrieval.targets import keep_neighbors
+    from mlpmem_jax.retrieval.search import keep_neighbors
 
-    return keep_neighbors(run, split, exact, by_index=by_index)
+    index = run.index if by_index or split == "train" else None
+    artifact = run.neighbors_by_index(split) if by_index else run.neighbors(split)
+    rows, search = run.datastore(split), _search(run, index, exact)
+    return keep_neighbors(artifact, rows, split, run.config.datastore, search)
 
 
 def _build_train_targets(run: Artifacts, exact: "ExactCache") -> Completion:
     from mlpmem_jax.retrieval.targets import make_train_targets
 
-    return make_train_targets(run, exact)
+    kept = run.neighbors("train") if run.config.retrieval.keep_train == "all" else None
+    search = _search(run, run.index, exact)
+    return make_train_targets(run.targets("train"), _target_inputs(run), search, kept)
 
 
 def _build_valid_targets(run: Artifacts) -> Completion:
     from mlpmem_jax.retrieval.targets import make_valid_targets
 
-    return make_valid_targets(run)
+    train = run.datastore("train"), run.targets("train")
+    return make_valid_targets(run.targets("valid"), _target_inputs(run), *train)
+
+
+def _exact_cache(run: Artifacts) -> "ExactCache":
+    from mlpmem_jax.retrieval.index_builder import ExactCache
+
+    config = run.config
+    return ExactCache(run.datastore("train"), config.retrieval.key_chunk_rows, config.mesh)
+
+
+def _search(run: Artifacts, index: Artifact | None, exact: "ExactCache") -> "Search":
+    from mlpmem_jax.retrieval.search import Search
+
+    return Search(run.datastore("train"), index, exact, run.config.retrieval, run.config.seed)
+
+
+def _target_inputs(run: Artifacts) -> "TargetInputs":
+    from mlpmem_jax.retrieval.targets import TargetInputs
+
+    return TargetInputs(
+        tokens=run.tokens,
+        valid=run.datastore("valid"),
+        valid_neighbors=run.neighbors("valid"),
+        targets=run.config.targets,
+        chunking=run.config.datastore,
+    )
 
 
 def main(config: Config, options: Options) -> int:

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from mlpmem_jax.config.data import CorpusConfig
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import progress, say, warn
-from mlpmem_jax.corpus.checks import Scan, check_before, check_splits, check_window, tokenizer_for
+from mlpmem_jax.corpus.checks import (
+    Scan,
+    Window,
+    check_before,
+    check_splits,
+    check_window,
+    tokenizer_for,
+)
 from mlpmem_jax.corpus.encoding import encoded
 from mlpmem_jax.corpus.row_estimates import BYTES_PER_TOKEN
 from mlpmem_jax.corpus.stream import Corpus, Position
@@ -43,7 +50,7 @@ def stages(run: Artifacts) -> list[Stage]:
     corpus = Corpus(config.corpus)
     listing = run.sources.text(config.corpus)["listing"]
     current = _is_current(run.tokenizer) and _is_current(run.tokens)
-    scan = None if current else check_before(config, corpus, given)
+    scan = None if current else check_before(corpus, config.tokenizer, given, _window(config))
     if current and is_writer():
         digests.save()  # Files that were moved or touched are not read again next time.
     text_bytes = _text_bytes(config, listing["bytes"], scan)
@@ -76,6 +83,12 @@ def main(config: Config, options: Options) -> int:
     return execute(stages, config, options, reads_sources=True)
 
 
+def _window(config: Config) -> Window:
+    given = config.pretrain.window_tokens != "auto"
+    key = "pretrain.window_tokens" if given else "decoder.context_tokens"
+    return Window(config.pretrain_window_tokens, key)
+
+
 def _is_current(artifact: Artifact) -> bool:
     try:
         made_from = {one.relative: one.load().fingerprint for one in artifact.inputs}
@@ -90,7 +103,7 @@ def _make_tokenizer(run: Artifacts, given: TextTokenizer | None) -> Completion:
     tokenizer = given
     if tokenizer is None:
         with progress(None, "B", "tokenizer: reading") as bar:
-            tokenizer = tokenizer_for(config, Corpus(config.corpus), bar.update)
+            tokenizer = tokenizer_for(Corpus(config.corpus), config.tokenizer, bar.update)
     write_bytes(run.tokenizer.path / TOKENIZER_FILE, tokenizer.to_json())
     say(
         f"tokenizer: {tokenizer.vocab_size} entries (models hold {tokenizer.padded_vocab}), "
@@ -139,7 +152,7 @@ def _written(
     try:
         documents = {str(split): counts[f"{split}_documents"] for split in SPLITS}
         check_splits(documents, config.corpus, counts["duplicate_documents"])
-        check_window(counts["train_tokens"], config)
+        check_window(counts["train_tokens"], _window(config))
     except UserError:
         artifact.remove()  # Nothing in it can be used, whatever the user changes.
         raise

@@ -6,40 +6,44 @@ Suffixes: Q sampled rows, D key width.
 import jax
 import numpy as np
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.embedding.blocks import EmbeddingSettings, computed_rows, in_batches
 from mlpmem_jax.embedding.embed import make_embed_step
 from mlpmem_jax.models.decoder import Decoder
-from mlpmem_jax.store.array_specs import datastore_arrays
-from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.stored_array import StoredArray
 
 SAMPLE_ROWS = 8192
 NEIGHBORS = 10
 
 
-def neighbor_agreement(config: Config, decoder: Decoder, mesh: jax.sharding.Mesh) -> float:
+def neighbor_agreement(
+    decoder: Decoder,
+    tokens: TokenSplit,
+    rows: Artifact,
+    settings: EmbeddingSettings,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+) -> float:
     """Returns the share of nearest neighbours that are the same as with the stored keys.
 
     Both searches run within one sample of about 8192 rows (whole embedding blocks, the same
     windows as when they were stored): what is compared is the geometry, not the search.
 
     Args:
-        config: Names the datastore that is compared with.
         decoder: The decoder of now.
+        tokens: The training split.
+        rows: Its datastore, which is compared with.
+        settings: How its keys were made.
+        seed: Seed of the sample.
         mesh: Devices.
     """
-    layout = Layout(config)
-    tokens = TokenSplit.open(layout.tokens, "train")
-    specs = {"key": datastore_arrays(config.datastore, config.decoder.width)["key"]}
-    settings = EmbeddingSettings.of(config, specs)
     plan = settings.plan(tokens.num_rows)
     wanted = min(plan.num_blocks, max(1, SAMPLE_ROWS // settings.stride_tokens))
-    chosen = np.random.default_rng(config.seed).choice(plan.num_blocks, wanted, replace=False)
+    chosen = np.random.default_rng(seed).choice(plan.num_blocks, wanted, replace=False)
     blocks = sorted(int(block) for block in chosen)
-    step = make_embed_step(decoder, settings, specs)
-    stored = StoredArray(layout.datastore("train"), "key")
+    stored = StoredArray(rows, "key")
+    step = make_embed_step(decoder, settings, {"key": stored.dtype})
     old: list[np.ndarray] = []
     new: list[np.ndarray] = []
     with jax.set_mesh(mesh):

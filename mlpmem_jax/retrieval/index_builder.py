@@ -1,6 +1,7 @@
-"""Making, checking and opening the index artifact of a run."""
+"""Making, checking and opening an index."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 from etils import epath
 
 from mlpmem_jax.config.data import RetrievalConfig
-from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.networks import MeshConfig
 from mlpmem_jax.console import say
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.parallel.hardware import check_host_memory, device_memory
@@ -21,8 +22,7 @@ from mlpmem_jax.retrieval.estimates import exact_bytes, held_index_bytes
 from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.neighbors import check_enough_rows
 from mlpmem_jax.store.files import check_free_space, read_json, write_json
-from mlpmem_jax.store.layout import Layout
-from mlpmem_jax.store.manifest import Completion, describe_file
+from mlpmem_jax.store.manifest import Artifact, Completion, describe_file
 from mlpmem_jax.store.verification import verify_together
 from mlpmem_jax.units import human_bytes
 
@@ -33,30 +33,41 @@ MEASUREMENT_SEED = 2
 _MAX_REORDER_GROWTH = 8
 
 
-def exact_engine(config: Config, mesh: jax.sharding.Mesh) -> ExactEngine:
-    """Opens the exact engine over the training split's keys."""
-    keys = StoredKeys(Layout(config).datastore("train"))
+def exact_engine(train: Artifact, mesh: jax.sharding.Mesh, key_chunk_rows: int) -> ExactEngine:
+    """Opens the exact engine over the keys of the training rows."""
+    keys = StoredKeys(train)
     _check_holds_keys(keys, mesh)
-    return ExactEngine(keys, mesh, config.retrieval.key_chunk_rows)
+    return ExactEngine(keys, mesh, key_chunk_rows)
 
 
-def build_index(config: Config, mesh: jax.sharding.Mesh) -> Completion:
-    """Builds the index, or continues a build that was interrupted.
+def build_index(
+    artifact: Artifact,
+    train: Artifact,
+    retrieval: RetrievalConfig,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+) -> Completion:
+    """Builds an index, or continues a build that was interrupted.
+
+    Args:
+        artifact: Where it goes.
+        train: The datastore of the training rows, whose keys it holds.
+        retrieval: The section.
+        seed: Seed of the sample on which it is calibrated.
+        mesh: Devices.
 
     Raises:
         UserError: There are too few rows, too little memory or disk, or ScaNN is missing.
     """
-    layout = Layout(config)
-    retrieval = config.retrieval
-    keys = StoredKeys(layout.datastore("train"))
-    check_enough_rows(retrieval.num_neighbors, keys.num_rows, str(layout.datastore("train").path))
+    keys = StoredKeys(train)
+    check_enough_rows(retrieval.num_neighbors, keys.num_rows, str(train.path))
     choice = choose_engine(retrieval, keys.num_rows, mesh.devices.flat[0].platform)
     say(f"index: {choice.engine} engine ({choice.why})")
     counts: dict[str, Any] = {"engine": choice.engine, "rows": keys.num_rows}
     measured: dict[str, Any] = {"why": choice.why}
     if choice.engine == "exact":  # Nothing to build: it reads the datastore's keys.
         return Completion(counts, measured=measured)
-    path = layout.index.path
+    path = artifact.path
     with first_alone("index: directory"):
         if is_writer():
             index_files.remove_unfinished(path)
@@ -67,7 +78,7 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> Completion:
         f"lower retrieval.shard_rows={retrieval.shard_rows}",
     )
     check_free_space(
-        config.workdir,
+        path,
         approximate.index_bytes(keys.num_rows, keys.width, retrieval.dims_per_block),
         "the index",
     )
@@ -76,7 +87,8 @@ def build_index(config: Config, mesh: jax.sharding.Mesh) -> Completion:
     barrier("index: shards")
     num_shards = len(approximate.shard_ranges(keys.num_rows, retrieval.shard_rows))
     files = index_files.shard_files(path, num_shards)
-    settings, calibrated = choose_settings(path, keys, ExactCache(config), retrieval, config.seed)
+    exact = functools.partial(exact_engine, train, mesh, retrieval.key_chunk_rows)
+    settings, calibrated = choose_settings(path, keys, exact, retrieval, seed)
     if calibrated is not None:
         measured["calibration_recall"] = calibrated
     if is_writer():
@@ -148,11 +160,15 @@ def choose_settings(
     return recall.calibrate(measure_with, first, last, retrieval.min_recall)
 
 
-def open_index(config: Config, exact: "ExactCache") -> tuple[Engine, SearchSettings | None]:
-    """Opens the engine that the index artifact names; its files are verified first.
+def open_index(
+    artifact: Artifact, retrieval: RetrievalConfig, width: int, exact: Callable[[], Engine]
+) -> tuple[Engine, SearchSettings | None]:
+    """Opens the engine that an index names; its files are verified first.
 
     Args:
-        config: The run's configuration.
+        artifact: The index.
+        retrieval: The section.
+        width: Of its keys.
         exact: Opens the exact engine, where that is the one.
 
     Returns:
@@ -161,7 +177,6 @@ def open_index(config: Config, exact: "ExactCache") -> tuple[Engine, SearchSetti
     Raises:
         ArtifactError: The index is missing or a file of it is damaged (named).
     """
-    artifact = Layout(config).index
     manifest = artifact.load()
     verify_together(artifact.path, manifest.files)
     if manifest.counts["engine"] == "exact":
@@ -175,7 +190,7 @@ def open_index(config: Config, exact: "ExactCache") -> tuple[Engine, SearchSetti
     settings = SearchSettings(**read_json(artifact.path / SEARCH))
     num_rows = int(manifest.counts["rows"])
     check_host_memory(
-        held_index_bytes(num_rows, config.decoder.width, config.retrieval, process_count()),
+        held_index_bytes(num_rows, width, retrieval, process_count()),
         f"{artifact.path}: ScaNN holds all its shards and",
         "use more hosts",
     )
@@ -183,10 +198,16 @@ def open_index(config: Config, exact: "ExactCache") -> tuple[Engine, SearchSetti
 
 
 class ExactCache:
-    """Opens the exact engine once and keeps it while it is needed: its keys fill memory."""
+    """Opens the exact engine once and keeps it while it is needed: its keys fill memory.
 
-    def __init__(self, config: Config):
-        self._config = config
+    Args:
+        train: The datastore of the training rows.
+        key_chunk_rows: Keys scored at once.
+        mesh: Devices, which are not touched before they are needed.
+    """
+
+    def __init__(self, train: Artifact, key_chunk_rows: int, mesh: MeshConfig):
+        self._train, self._key_chunk_rows, self._mesh = train, key_chunk_rows, mesh
         self._engine: ExactEngine | None = None
 
     def __call__(self) -> ExactEngine:
@@ -194,7 +215,8 @@ class ExactCache:
         if self._engine is None:
             from mlpmem_jax.parallel.mesh import make_mesh
 
-            self._engine = exact_engine(self._config, make_mesh(self._config.mesh))
+            mesh = make_mesh(self._mesh)
+            self._engine = exact_engine(self._train, mesh, self._key_chunk_rows)
         return self._engine
 
     def release(self) -> None:

@@ -16,8 +16,6 @@ from mlpmem_jax.retrieval.distributions import LabelEvidence
 from mlpmem_jax.retrieval.engine import row_ranges
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
 from mlpmem_jax.retrieval.temperature import Tuned
-from mlpmem_jax.store.array_specs import Split
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.stored_array import StoredArray
 
@@ -27,9 +25,9 @@ _READ_ROWS = 1 << 14
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def read_labels(layout: Layout, split: Split) -> np.ndarray:
-    """Returns the int32 labels of a split."""
-    return StoredArray(layout.datastore(split), "label").read_all()
+def read_labels(rows: Artifact) -> np.ndarray:
+    """Returns the int32 labels of the rows of a datastore."""
+    return StoredArray(rows, "label").read_all()
 
 
 class KnnLm(abc.ABC):
@@ -103,25 +101,15 @@ class StoredKnn(KnnLm):
     """The kNN-LM of stored neighbours.
 
     Args:
-        layout: Where they are.
-        split: valid or test.
-        label_N: Labels of the split's rows.
+        artifact: The neighbours.
+        label_N: Labels of the rows whose neighbours they are.
         train_label: Labels of the training rows.
-        artifact: Which neighbours; None: the exact ones.
 
     Raises:
         ArtifactError: Neighbours are missing, damaged, or of another number of rows.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        split: Split,
-        label_N: np.ndarray,
-        train_label: np.ndarray,
-        artifact: Artifact | None = None,
-    ):
-        artifact = artifact or layout.neighbors(split)
+    def __init__(self, artifact: Artifact, label_N: np.ndarray, train_label: np.ndarray):
         super().__init__(artifact.path, label_N, train_label)
         self._neighbors = StoredNeighbors(artifact)
         found = self._neighbors.num_rows

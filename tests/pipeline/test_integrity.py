@@ -21,7 +21,7 @@ from mlpmem_jax.parallel.mesh import make_mesh
 from mlpmem_jax.pipeline.generate import interpolation
 from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
 from mlpmem_jax.retrieval.engine import StoredKeys, read_all
-from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
+from mlpmem_jax.retrieval.index_builder import exact_engine, open_index
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
 from mlpmem_jax.store.array_specs import SPLITS, input_array
 from mlpmem_jax.store.layout import Layout
@@ -77,7 +77,11 @@ def _readers(config):
         return jax.tree.leaves(nnx.to_pure_dict(nnx.state(finish(config, mesh))))
 
     def index():
-        return [np.array(open_index(config, ExactCache(config))[0].num_rows)]
+        def exact():
+            return exact_engine(layout.datastore("train"), mesh, config.retrieval.key_chunk_rows)
+
+        width = config.decoder.width
+        return [np.array(open_index(layout.index, config.retrieval, width, exact)[0].num_rows)]
 
     readers = {
         "tokenizer": lambda: [np.frombuffer(load_tokenizer(layout.tokenizer).to_json(), np.uint8)],

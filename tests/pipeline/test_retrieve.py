@@ -11,7 +11,7 @@ from mlpmem_jax.pipeline import index, retrieve
 from mlpmem_jax.pipeline.stage import run_stages
 from mlpmem_jax.retrieval import approximate, targets
 from mlpmem_jax.retrieval.distributions import LabelEvidence
-from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
+from mlpmem_jax.retrieval.index_builder import open_index
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.store.array_specs import SPLITS, datastore_arrays
 from mlpmem_jax.store.arrays import open_array, read_rows
@@ -137,9 +137,9 @@ def test_exact_neighbours_and_targets(make_run, capsys):
 
 
 def _evidence(layout, split):
-    label = read_labels(layout, split)
+    label, train_label = (read_labels(layout.datastore(s)) for s in (split, "train"))
     rows = np.flatnonzero(label != SEPARATOR)
-    return StoredKnn(layout, split, label, read_labels(layout, "train")).evidence(rows), rows
+    return StoredKnn(layout.neighbors(split), label, train_label).evidence(rows), rows
 
 
 def test_the_temperature_is_the_best_on_validation(make_run):
@@ -228,7 +228,7 @@ def test_the_approximate_engine(make_run, capsys):
     layout.index.begin(made_index.recipe, made_index.made_from)
     layout.index.finish(counts=made_index.counts | {"shard_by": "cells"}, files=made_index.files)
     with pytest.raises(ArtifactError, match="cut by cells; this software reads shards cut by rows"):
-        open_index(config, ExactCache(config))
+        open_index(layout.index, config.retrieval, WIDTH, pytest.fail)
 
 
 def test_auto_says_what_it_chose(make_run, capsys):

@@ -25,6 +25,7 @@ from mlpmem_jax.pipeline import (
 from mlpmem_jax.pipeline.fitting import Moment, Need, check_fit, shortages
 from mlpmem_jax.pipeline.stage import Stage, run_stages
 from mlpmem_jax.retrieval import engine
+from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact, Completion
 from tests.conftest import ROOT
 
@@ -87,7 +88,7 @@ def test_what_a_header_says_of_disk_and_retrieval_is_what_is_computed(monkeypatc
     shares["train"] = 1 - sum(shares.values())
     rows = {split: int(tokens * share) for split, share in shares.items()}
     stages, header = _stages(config), _header(name)
-    lines = shortages(stages, machine, lambda _: rows)
+    lines = shortages(stages, machine, lambda *_: rows)
     assert {line.split(":")[0] for line in lines} == refused
     assert ("is refused before the first stage" in header) == bool(refused)
     assert ("is not refused" in header) == (not refused)
@@ -111,7 +112,7 @@ def test_an_h100_does_not_hold_the_keys_that_an_h200_does(monkeypatch):
     smaller = dataclasses.replace(machine, device_bytes=int(0.75 * 80 * GB))
     rows = {"train": int(0.9 * tokens), "valid": int(0.05 * tokens), "test": int(0.05 * tokens)}
     stages = _stages(load_config(ROOT / "configs" / "gpt2_xl_h200.yaml"))
-    refused = {line.split(":")[0] for line in shortages(stages, smaller, lambda _: rows)}
+    refused = {line.split(":")[0] for line in shortages(stages, smaller, lambda *_: rows)}
     assert refused == SEARCHED
 
 
@@ -192,12 +193,12 @@ def test_what_is_there_counts_and_what_is_complete_is_not_asked(tmp_path, on):
 def test_moments_are_not_added_and_on_cpu_devices_share_the_host(tmp_path):
     moments = tuple(Moment("x", "y", 10 * GIB, 300 * GB) for _ in range(3))
     stage = _stage(tmp_path, "memory/base", Need(0, moments))
-    assert shortages([stage], _machine(), lambda _: {}) == []
+    assert shortages([stage], _machine(), lambda *_: {}) == []
     cpu = _machine(platform="cpu", device_bytes=None, local_devices=8)
-    (line,) = shortages([stage], cpu, lambda _: {})
+    (line,) = shortages([stage], cpu, lambda *_: {})
     assert "at least 359.4 GiB of host memory" in line
     unknown = _machine(device_bytes=None, host_bytes=None, disk_bytes=None)
-    assert shortages([stage], unknown, lambda _: {}) == []
+    assert shortages([stage], unknown, lambda *_: {}) == []
 
 
 def test_a_run_is_refused_before_its_text_is_tokenized(tmp_path, monkeypatch, capsys):
@@ -217,7 +218,8 @@ def test_a_run_is_refused_before_its_text_is_tokenized(tmp_path, monkeypatch, ca
 def test_what_most_likely_will_not_fit_is_warned_of(tmp_path, monkeypatch, capsys, make_config):
     """Between the rows that there are at least and those that there most likely are."""
     config = make_config()
-    least, likely = least_rows(config)["train"], likely_rows(config)["train"]
+    text = config.corpus, Layout(config).tokens
+    least, likely = (rows(*text)["train"] for rows in (least_rows, likely_rows))
     assert 2 * least < likely
     width = config.decoder.width
     memory = 4 * (width + 1) * (least + likely) // 2 // 8

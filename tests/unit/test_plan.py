@@ -61,10 +61,11 @@ def test_a_plan_of_a_fresh_directory_has_an_estimate_for_every_stage(text_config
 
 
 def test_guessed_rows_are_near_those_that_come_out(text_config, capsys):
-    guessed = {split: count_rows(text_config, split) for split in ("train", "valid", "test")}
+    text = text_config.corpus, Layout(text_config).tokens
+    guessed = {split: count_rows(*text, split) for split in ("train", "valid", "test")}
     assert all(one is not None and not one[1] for one in guessed.values())
     assert execute(tokenize.stages, text_config, Options(workdir="")) == 0
-    rows, known = count_rows(text_config, "train")
+    rows, known = count_rows(*text, "train")
     assert known and rows == Layout(text_config).tokens.load().counts["train_tokens"] - 1
     total = 60 * len("document 10 " * 200) / 3
     assert sum(one[0] for one in guessed.values()) == pytest.approx(total, rel=0.02)
@@ -103,7 +104,7 @@ def test_explicit_splits_are_counted_apart(make_config, tmp_path):
     splits = [f"corpus.{split}.paths=['{tmp_path}/{split}.txt']" for split in sizes]
     config = make_config("corpus.source=text", "corpus.paths=[]", "corpus.max_bytes=null", *splits)
     for split, size in sizes.items():
-        assert count_rows(config, split) == (size // 3, False)
+        assert count_rows(config.corpus, Layout(config).tokens, split) == (size // 3, False)
 
 
 def test_what_would_be_refused_says_so(make_config, capsys):

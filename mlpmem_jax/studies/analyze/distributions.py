@@ -179,7 +179,7 @@ class _Reader:
         self._distance = StoredArray(neighbors, "distance")
         self._input = StoredArray(datastore, input_array(datastore.load().arrays))
         self._label = StoredArray(datastore, "label")
-        self._train_label = read_labels(layout, "train")
+        self._train_label = read_labels(layout.datastore("train"))
         self.num_neighbors = int(self._row.shape[1])
 
     def _take(self, stored: StoredArray, row_C: np.ndarray) -> np.ndarray:

@@ -15,8 +15,9 @@ from flax import nnx
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.embedding.blocks import EmbeddingSettings, by_window, computed_rows, in_batches
+from mlpmem_jax.embedding.blocks import by_window, computed_rows, in_batches
 from mlpmem_jax.models.decoder import Decoder
+from mlpmem_jax.pipeline.settings import embedding_settings
 
 
 def final_states(
@@ -38,7 +39,7 @@ def final_states(
     Yields:
         Some of the rows, ascending, and their states after the final norm, float32 [n, D].
     """
-    settings = EmbeddingSettings.of(config)
+    settings = embedding_settings(config)
     plan = settings.plan(tokens.num_rows)
     graphdef, weights = nnx.split(decoder)
 

@@ -53,7 +53,9 @@ def analyze_run(
     systems = evaluated["systems"]
     temperature = float(systems["knn"]["temperature"])
     weights = {name: float(systems[name]["interpolation"]) for name in COMPARED}
-    neighbors = StoredKnn(run, _SPLIT, stored.label_N, read_labels(run, "train"))
+    neighbors = StoredKnn(
+        run.neighbors(_SPLIT), stored.label_N, read_labels(run.datastore("train"))
+    )
     parts = {
         "knn": neighbors.logprob(stored.counts.scored_N, temperature),
         "memory": remember(run, _SPLIT, decoder, memory, mesh).logprob_N,

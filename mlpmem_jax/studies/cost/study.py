@@ -116,7 +116,7 @@ def _timer(
         mesh,
         path,
         compiled_models(run, decoder, memory, systems, mesh),
-        train_label=read_labels(run, "train"),
+        train_label=read_labels(run.datastore("train")),
         temperature=float(systems["knn"]["temperature"]),
         weight=float(systems["knn"]["interpolation"]),
     )

@@ -54,7 +54,9 @@ def measure_settings(run: Artifacts, mesh: jax.sharding.Mesh, path: epath.Path) 
     """
     config = run.config
     stored = {split: StoredSplit.open(run, split) for split in EVALUATED}
-    study = _Study(run, mesh, stored, read_labels(run, "train"), ExactCache(run))
+    train = run.datastore("train")
+    exact = ExactCache(train, config.retrieval.key_chunk_rows, config.mesh)
+    study = _Study(run, mesh, stored, read_labels(train), exact)
     found = []
     for setting in config.search_quality.settings:
         file = path / f"setting-{setting.name}.json"
@@ -78,7 +80,9 @@ class _Study:
         """Measures one setting: its neighbours, its kNN-LM, its memory."""
         run = with_setting(self.run, setting)
         say(f"search-quality: measuring {setting.name}")
-        engine, settings = open_index(run, self.exact)
+        config = run.config
+        width = config.decoder.width
+        engine, settings = open_index(run.index, config.retrieval, width, self.exact)
         targets = run.targets("train").load()
         temperature = float(targets.counts["temperature"])
         index = run.index.load()

@@ -12,7 +12,6 @@ import numpy as np
 
 from mlpmem_jax.config.data import DatastoreConfig
 from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.embedding.blocks import EmbeddingSettings
 from mlpmem_jax.embedding.embed import embed_split
 from mlpmem_jax.evaluation.labels import whole_array
 from mlpmem_jax.evaluation.memory_scores import remember, score_stored
@@ -20,6 +19,7 @@ from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory, finished_networks
+from mlpmem_jax.pipeline.settings import embedding_settings
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.stats.mixing import mixture_logprob
 from mlpmem_jax.store.array_specs import Split, scores_arrays
@@ -42,7 +42,7 @@ def score_decoder(
     """
     config = run.config
     tokens = TokenSplit.open(run.tokens, split)
-    settings = EmbeddingSettings.of(config)
+    settings = embedding_settings(config)
     specs = scores_arrays(config.datastore)
     name = f"score {artifact.relative.removeprefix('scores/')}"
     arrays = embed_split(decoder, tokens, artifact, specs, settings, mesh, name)
@@ -56,7 +56,9 @@ def score_memory_alone(
     config = run.config
     decoder = finished_decoder(run, mesh) if config.memory.reads_decoder else None
     scores = score_stored(run, split, decoder, memory, mesh, with_targets=False)
-    return _written(config.datastore, artifact, scores.logprob_N, read_labels(run, split), {})
+    return _written(
+        config.datastore, artifact, scores.logprob_N, read_labels(run.datastore(split)), {}
+    )
 
 
 def score_mixture(
@@ -107,10 +109,10 @@ def score_knn(
         temperature: τ; None chooses it, together with λ, on this split.
     """
     config = run.config
-    label_N = read_labels(run, split)
-    train_label = read_labels(run, "train")
+    label_N = read_labels(run.datastore(split))
+    train_label = read_labels(run.datastore("train"))
     found = run.neighbors_by_index(split) if by_index else run.neighbors(split)
-    neighbors = StoredKnn(run, split, label_N, train_label, artifact=found)
+    neighbors = StoredKnn(found, label_N, train_label)
     separator_id = TokenSplit.open(run.tokens, split).separator_id
     scored_N = label_N != separator_id
     counts: dict[str, Any] = {}

@@ -1,0 +1,148 @@
+"""Search among the training rows for every row of a split, and the neighbours that are kept."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mlpmem_jax.config.data import DatastoreConfig, RetrievalConfig
+from mlpmem_jax.console import say
+from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.retrieval import recall
+from mlpmem_jax.retrieval.engine import Engine, StoredKeys
+from mlpmem_jax.retrieval.index_builder import MEASUREMENT_SEED, ExactCache, open_index
+from mlpmem_jax.retrieval.merge import Neighbors
+from mlpmem_jax.retrieval.neighbors import Consume, check_enough_rows, search_split
+from mlpmem_jax.store.array_specs import Split, neighbors_arrays
+from mlpmem_jax.store.manifest import Artifact, Completion
+from mlpmem_jax.store.shards import ShardWriter
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Which rows are searched, and how.
+
+    Attributes:
+        train: The datastore of the training rows.
+        index: Their index; None: they are searched exactly.
+        exact: The exact engine over them.
+        retrieval: The section.
+        seed: Seed of the sample on which recall is measured.
+    """
+
+    train: Artifact
+    index: Artifact | None
+    exact: ExactCache
+    retrieval: RetrievalConfig
+    seed: int
+
+    def check_rows(self) -> None:
+        """Refuses more neighbours than there are.
+
+        Raises:
+            ConfigError: Names the key and both numbers.
+        """
+        num_rows = int(self.train.load().counts["rows"])
+        check_enough_rows(self.retrieval.num_neighbors, num_rows, str(self.train.path))
+
+    def measured_engine(self, *, must_suffice: bool = True) -> tuple[Engine, dict[str, Any]]:
+        """Opens the engine of the index and measures its recall.
+
+        Raises:
+            ConfigError: The recall is below `retrieval.min_recall`, and must not be.
+        """
+        assert self.index is not None
+        retrieval, keys = self.retrieval, StoredKeys(self.train)
+        engine, settings = open_index(self.index, retrieval, keys.width, self.exact)
+        reference = recall.plain_search(keys) if settings is None else self.exact().search
+        sample = recall.draw_sample(
+            keys,
+            reference,
+            retrieval.recall_queries,
+            retrieval.num_neighbors,
+            (self.seed, MEASUREMENT_SEED),
+        )
+        found = recall.measure(engine, sample)
+        num_queries = len(sample.row_Q)
+        say(
+            f"retrieve: recall@{retrieval.num_neighbors} of the {engine.name} engine is "
+            f"{found:.4f} on {num_queries:,} random rows"
+        )
+        if must_suffice:
+            recall.check(found, retrieval, settings, num_queries)
+        if settings is not None:
+            self.exact.release()
+        return engine, {"engine": engine.name, "recall": found, "recall_queries": num_queries}
+
+    def search_split(
+        self,
+        engine: Engine,
+        keys: StoredKeys,
+        split: Split,
+        writer: ShardWriter,
+        consume: Consume,
+    ) -> dict[str, Any]:
+        """Searches for every row of a split; see `neighbors.search_split`."""
+        numbers = search_split(
+            engine,
+            keys,
+            writer,
+            consume,
+            num_neighbors=self.retrieval.num_neighbors,
+            query_batch=self.retrieval.query_batch,
+            exclude_own_row=split == "train",
+            description=f"retrieve {split}",
+        )
+        if numbers["queries"]:
+            say(
+                f"retrieve: {numbers['queries']:,} rows of {split} by the {engine.name} engine, "
+                f"{numbers['queries_per_sec']:,.0f} rows/s"
+            )
+        return numbers
+
+
+def keep_neighbors(
+    artifact: Artifact, rows: Artifact, split: Split, chunking: DatastoreConfig, search: Search
+) -> Completion:
+    """Finds and stores the neighbours of a split among the training rows.
+
+    Args:
+        artifact: Where they go.
+        rows: The datastore of the split.
+        split: Which it is; a training row is never its own neighbour.
+        chunking: How arrays are cut: as those of the datastore.
+        search: What is searched, and how.
+    """
+    _check_same_origin(search.train, rows)
+    keys = StoredKeys(rows)
+    search.check_rows()
+    specs = neighbors_arrays(chunking, search.retrieval.num_neighbors)
+    # The distance of a neighbour that does not exist is infinite.
+    writer = ShardWriter(artifact.path, specs, keys.num_rows, refuse_non_finite=False)
+    measured: dict[str, Any] = {"engine": "exact"}
+    engine: Engine
+    if search.index is None:
+        engine = search.exact()
+    else:
+        # Targets must be good; a baseline is what it is, and its recall is reported.
+        engine, about = search.measured_engine(must_suffice=split == "train")
+        measured |= about
+
+    def consume(row_Q: np.ndarray, found: Neighbors) -> Mapping[str, np.ndarray]:
+        del row_Q
+        return {"row": found.row_QK, "distance": found.distance_QK}
+
+    measured |= search.search_split(engine, keys, split, writer, consume)
+    return Completion({"rows": keys.num_rows}, writer.describe(), measured=measured)
+
+
+def _check_same_origin(train: Artifact, rows: Artifact) -> None:
+    """Refuses splits that different decoders or tokenizers made."""
+    first, other = train.load().made_from, rows.load().made_from
+    for name in first:
+        if first[name] != other.get(name):
+            raise ArtifactError(
+                f"{rows.path}: made from another {name} ({other.get(name)}) than {train.path} "
+                f"({first[name]}); run embed again with --rebuild"
+            )
