@@ -179,10 +179,10 @@ def _estimate(config: Config) -> Mapping[str, Any]:
 
 
 def _build(config: Config) -> Completion:
-    from mlpmem_jax.evaluation.evaluation import evaluate_run
     from mlpmem_jax.evaluation.picture import draw
     from mlpmem_jax.evaluation.table import as_csv
     from mlpmem_jax.parallel.mesh import make_mesh
+    from mlpmem_jax.pipeline.scoring import evaluate_run
 
     mesh = make_mesh(config.mesh)
     results, latency = evaluate_run(config, mesh)

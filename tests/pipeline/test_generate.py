@@ -18,13 +18,12 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokenizer import load_tokenizer
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.evaluation.labels import StoredSplit
-from mlpmem_jax.evaluation.memory_scores import remember
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline import generate
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.scoring import memory_scores, stored_split
 from mlpmem_jax.stats.mixing import mixture_logprob
 from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.training.networks import check_shape, finished_networks
@@ -147,8 +146,8 @@ def test_cached_generation_gives_what_evaluation_gives(tiny_run: Config):
     tokens = TokenSplit.open(Layout(config).tokens, "test")
     count = config.embedding_stride_tokens  # of the first window, whose context begins with it
     token_T = tokens.read(0, count + 1)
-    weight, scored = 0.3, remember(config, "test", decoder, memory, mesh)
-    stored_N = StoredSplit.open(Layout(config), "test").logprob_N[:count]
+    weight, scored = 0.3, memory_scores(config, "test", decoder, memory, mesh)
+    stored_N = stored_split(config, "test").logprob_N[:count]
     expected_N = mixture_logprob(scored.logprob_N[:count], stored_N, weight)
     site = Site.of(config.datastore.input, config.decoder.num_layers)
     model = InterpolatedModel(

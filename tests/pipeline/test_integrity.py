@@ -15,10 +15,10 @@ from mlpmem_jax.config.load import load_config
 from mlpmem_jax.corpus.tokenizer import load_tokenizer
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.evaluation.labels import StoredSplit
 from mlpmem_jax.input.rows import RowReader, TargetReader
 from mlpmem_jax.parallel.mesh import make_mesh
 from mlpmem_jax.pipeline.generate import interpolation
+from mlpmem_jax.pipeline.scoring import stored_split
 from mlpmem_jax.retrieval.engine import StoredKeys, read_all
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
@@ -58,7 +58,7 @@ def _readers(config):
         ]
 
     def rows(split):
-        stored, store = StoredSplit.open(layout, split), layout.datastore(split)
+        stored, store = stored_split(config, split), layout.datastore(split)
         keys = read_all(StoredKeys(store))
         reader = RowReader(store, {"input": input_array(store.load().arrays)})
         inputs = reader.start(np.array([0]), reader.num_rows).result()["input"]

@@ -12,8 +12,8 @@ import numpy as np
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.evaluation.labels import StoredSplit
-from mlpmem_jax.evaluation.memory_scores import remember
 from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
+from mlpmem_jax.pipeline.scoring import memory_scores, stored_split
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, draw_rows, read_labels
 from mlpmem_jax.stats.bootstrap import bootstrap_sums, interval
 from mlpmem_jax.stats.mixing import mixture_logprob
@@ -49,14 +49,14 @@ def analyze_run(
     """
     layout = Layout(config)
     decoder, memory = finished_decoder(config, mesh), finished_memory(config, mesh)
-    stored = StoredSplit.open(layout, _SPLIT)
+    stored = stored_split(config, _SPLIT)
     systems = evaluated["systems"]
     temperature = float(systems["knn"]["temperature"])
     weights = {name: float(systems[name]["interpolation"]) for name in COMPARED}
     neighbors = StoredKnn(layout, _SPLIT, stored.label_N, read_labels(layout, "train"))
     parts = {
         "knn": neighbors.logprob(stored.counts.scored_N, temperature),
-        "memory": remember(config, _SPLIT, decoder, memory, mesh).logprob_N,
+        "memory": memory_scores(config, _SPLIT, decoder, memory, mesh).logprob_N,
     }
     system_N = {
         name: mixture_logprob(part, stored.logprob_N, weights[name]) for name, part in parts.items()

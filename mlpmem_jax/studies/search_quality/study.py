@@ -16,9 +16,9 @@ from mlpmem_jax.config.studies import SearchSetting
 from mlpmem_jax.console import say
 from mlpmem_jax.evaluation.evaluate_table import SplitScores, chosen_weight, drawn_nats
 from mlpmem_jax.evaluation.labels import StoredSplit
-from mlpmem_jax.evaluation.memory_scores import remember
 from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
 from mlpmem_jax.evaluation.run_scores import EVALUATED
+from mlpmem_jax.pipeline.scoring import memory_scores, stored_split
 from mlpmem_jax.retrieval import recall
 from mlpmem_jax.retrieval.engine import Engine, StoredKeys
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
@@ -53,7 +53,7 @@ def measure_settings(config: Config, mesh: jax.sharding.Mesh, path: epath.Path) 
         What `search-quality.json` holds.
     """
     layout = Layout(config)
-    stored = {split: StoredSplit.open(layout, split) for split in EVALUATED}
+    stored = {split: stored_split(config, split) for split in EVALUATED}
     study = _Study(config, mesh, stored, read_labels(layout, "train"), ExactCache(config))
     found = []
     for setting in config.search_quality.settings:
@@ -141,7 +141,9 @@ class _Study:
 
     def _memory(self, config: Config) -> dict[str, Any]:
         networks = finished_networks(config, self.mesh)
-        remembered = {s: remember(config, s, *networks, self.mesh) for s in EVALUATED}
+        remembered = {
+            split: memory_scores(config, split, *networks, self.mesh) for split in EVALUATED
+        }
         part_N = {split: one.logprob_N for split, one in remembered.items()}
         return self._scores("memory", part_N, {s: one.weight for s, one in remembered.items()})
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.evaluation.labels import SplitLabels
 from mlpmem_jax.evaluation.systems import SplitParts, System
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
@@ -79,7 +80,7 @@ def table_results(config: Config, rows: Rows, settings: Settings) -> dict[str, A
         settings: How intervals are made.
     """
     layout = Layout(config)
-    labels = {split: SplitLabels.open(layout, split) for split in _SCORED}
+    labels = {split: SplitLabels.open(TokenSplit.open(layout.tokens, split)) for split in _SCORED}
     seeds = {}
     for seed, of_seed in rows.items():
         parts = {part.name: part for row in of_seed for part in row.parts}

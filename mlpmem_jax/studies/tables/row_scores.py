@@ -16,9 +16,10 @@ from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.embedding.blocks import EmbeddingSettings
 from mlpmem_jax.embedding.embed import embed_split
 from mlpmem_jax.evaluation.labels import whole_array
-from mlpmem_jax.evaluation.memory_scores import remember, score_stored
+from mlpmem_jax.evaluation.memory_lm import score_memory
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.pipeline.scoring import memory_scores, stored_rows
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.stats.mixing import mixture_logprob
 from mlpmem_jax.store.array_specs import Split, scores_arrays
@@ -56,7 +57,9 @@ def score_memory_alone(
     """Scores a memory on the stored inputs of its datastore."""
     layout = Layout(config)
     decoder = finished_decoder(config, mesh) if config.memory.reads_decoder else None
-    scores = score_stored(config, split, decoder, memory, mesh, with_targets=False)
+    rows = stored_rows(config, split, with_targets=False)
+    chunk_tokens = config.train.loss_chunk_tokens
+    scores = score_memory(memory, decoder, rows, mesh, chunk_tokens=chunk_tokens)
     return _written(config.datastore, artifact, scores.logprob_N, read_labels(layout, split), {})
 
 
@@ -81,7 +84,7 @@ def score_mixture(
     if step is not None:
         memory = finished_memory(config, mesh, step)
         config = at_step(config, step)
-    scores = remember(config, split, decoder, memory, mesh)
+    scores = memory_scores(config, split, decoder, memory, mesh)
     assert scores.weight is not None
     decoder_N = scores.decoder_N
     if decoder_N is None:
