@@ -51,8 +51,7 @@ class RunScores:
         report: dict[str, Any] = {"valid_memory_against_targets": dict(self.against_targets)}
         for split, one in self.splits.items():
             scored_N = one.counts.scored_N
-            knn = one.knn_N[scored_N]
-            beside_N = one.parts("memory")[1]
+            knn, beside_N = one.knn_N[scored_N], one.beside_N
             report[split] = {
                 "memory_alone_nats": float(-one.memory_N[scored_N].mean(dtype=np.float64)),
                 "decoder_beside_memory_nats": float(-beside_N[scored_N].mean(dtype=np.float64)),
@@ -88,7 +87,7 @@ def score_run(
             decoder_N=one.logprob_N,
             knn_N=neighbors[split].logprob(one.counts.scored_N, tuned.temperature),
             memory_N=remembered[split].logprob_N,
-            beside_memory_N=remembered[split].decoder_N,
+            joint_decoder_N=remembered[split].decoder_N,
             memory_weight=remembered[split].weight,
         )
         for split, one in stored.items()

@@ -180,7 +180,7 @@ def _estimate(config: Config) -> Mapping[str, Any]:
 
 def _build(config: Config) -> Completion:
     from mlpmem_jax.evaluation.picture import draw
-    from mlpmem_jax.evaluation.table import as_csv
+    from mlpmem_jax.evaluation.report import as_csv
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.pipeline.scoring import evaluate_run
 
@@ -200,7 +200,7 @@ def _build(config: Config) -> Completion:
 
 def print_report(config: Config) -> None:
     """Prints the table of finished results, the time of each stage, and where files lie."""
-    from mlpmem_jax.evaluation.table import as_text
+    from mlpmem_jax.evaluation.report import as_text
 
     layout = Layout(config)
     path = layout.results.path

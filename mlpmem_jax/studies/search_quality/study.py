@@ -14,7 +14,8 @@ from etils import epath
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.studies import SearchSetting
 from mlpmem_jax.console import say
-from mlpmem_jax.evaluation.evaluate_table import SplitScores, chosen_weight, drawn_nats
+from mlpmem_jax.evaluation.draws import Settings, drawn_nats
+from mlpmem_jax.evaluation.evaluate_table import SplitScores
 from mlpmem_jax.evaluation.labels import StoredSplit
 from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
 from mlpmem_jax.evaluation.run_scores import EVALUATED
@@ -167,22 +168,20 @@ class _Study:
             )
             for split, one in self.stored.items()
         }
-        weight = chosen_weight(scores["valid"], name)
-        nats = {split: one.nats_by_document(name, weight) for split, one in scores.items()}
+        valid, test = scores["valid"], scores["test"]
+        system, evaluate = valid.systems[name], self.config.evaluate
+        weight_M = valid.parts.tuned_weights(system)
+        nats = {s: one.parts.nats_by_document(system, weight_M) for s, one in scores.items()}
         tokens = {split: int(one.counts.tokens_D.sum()) for split, one in scores.items()}
+        settings = Settings(
+            evaluate.bootstrap_samples, evaluate.confidence, self.config.seed, "decoder", "knn"
+        )
         return {
-            "interpolation": weight,
+            "interpolation": valid.weight(name, weight_M),
             "valid_nats": float(nats["valid"].sum()) / tokens["valid"],
             "test_nats": float(nats["test"].sum()) / tokens["test"],
             "test_nats_by_document": nats["test"].tolist(),
-            BY_DRAW: drawn_nats(
-                scores["valid"],
-                scores["test"],
-                name,
-                nats["test"],
-                self.config.evaluate.bootstrap_samples,
-                self.config.seed,
-            ).tolist(),
+            BY_DRAW: drawn_nats(valid.parts, test.parts, system, settings).tolist(),
         }
 
 
