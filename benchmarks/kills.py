@@ -29,9 +29,9 @@ from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import quiet_libraries
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
 from mlpmem_jax.store.arrays import open_array, read_rows
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import BUILDING
 
 LIMIT_SECS = 900.0
@@ -57,7 +57,7 @@ def weights_of(config: Config) -> list[np.ndarray]:
 
 
 def numbers_of(config: Config) -> dict[str, Any]:
-    raw = json.loads((Layout(config).results.path / "evaluate.json").read_text())
+    raw = json.loads((Artifacts(config).results.path / "evaluate.json").read_text())
     return {name: value for name, value in raw.items() if name not in TIMED}
 
 

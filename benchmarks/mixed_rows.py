@@ -18,8 +18,8 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import quiet_libraries
 from mlpmem_jax.input.feed import Feed
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.tasks import run_data
-from mlpmem_jax.store.layout import Layout
 
 
 def seconds(config: Config, mix_windows: int, steps: int) -> float:
@@ -66,7 +66,7 @@ def main() -> None:
             f"mix {mix:4}: {rows / median:12,.0f} rows/s, time {median / first:.2f}, "
             f"peak {peak[mix]:,.0f} MiB"
         )
-    measured = Layout(config).memory.load().measured
+    measured = Artifacts(config).memory.load().measured
     print(
         f"training: {measured['tokens_per_sec']:,.0f} rows/s, "
         f"{measured['input_wait_share']:.1%} of it waiting for rows"

@@ -23,10 +23,10 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import quiet_libraries
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.pipeline import embed
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.stage import run_stages
 from mlpmem_jax.store.arrays import open_array, read_rows
 from mlpmem_jax.store.files import read_json, write_json
-from mlpmem_jax.store.layout import Layout
 
 ROWS = (
     "decoder", "longer decoder", "+ kNN-LM", "+ memory", "+ memory, state alone",
@@ -52,7 +52,7 @@ def command(name: str, config: str, workdir: Path, *overrides: str) -> float:
 
 def longer_overrides(config: Config) -> list[str]:
     """Pretraining steps that cost what decoder, embedding and memory training cost together."""
-    layout = Layout(config)
+    layout = Artifacts(config)
     pretraining = layout.decoder.load().measured["model_flops"]
     extra = layout.memory.load().measured["model_flops"]
     extra += layout.datastore("train").load().measured["model_flops"]
@@ -62,7 +62,7 @@ def longer_overrides(config: Config) -> list[str]:
 
 def decoder_nats(config: Config) -> float:
     """Test nats per scored token of the configured decoder, from its datastore."""
-    layout = Layout(config)
+    layout = Artifacts(config)
     run_stages([s for s in embed.stages(config) if s.name.endswith("/test")])
     folder = layout.datastore("test").path
     stores = {name: open_array(folder / name) for name in ("label", "logprob")}
@@ -75,7 +75,7 @@ def memory_nats(path: str, workdir: Path, *overrides: str) -> float:
     """Trains another memory; returns test nats per scored token of decoder and memory."""
     command("train", path, workdir, *overrides)
     command("evaluate", path, workdir, *overrides)
-    results = Layout(load_config(path, overrides, {"workdir": str(workdir)})).results
+    results = Artifacts(load_config(path, overrides, {"workdir": str(workdir)})).results
     return float(read_json(results.path / "evaluate.json")["systems"]["memory"]["test_nats"])
 
 
@@ -84,7 +84,7 @@ def one_seed(path: str, seed: int, workdir: Path) -> dict[str, float]:
     own = (f"seed={seed}",)
     wall = command("run", path, workdir, *own)
     config = load_config(path, own, {"workdir": str(workdir)})
-    systems = read_json(Layout(config).results.path / "evaluate.json")["systems"]
+    systems = read_json(Artifacts(config).results.path / "evaluate.json")["systems"]
     timing = workdir / "wall.json"
     if not timing.exists():
         write_json(timing, {"run_secs": wall})

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from mlpmem_jax.config.load import load_config
-from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.store.manifest import MANIFEST
 
 INTERVAL = 5
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"))
     flags = parser.parse_args()
     config = load_config(flags.config, (), {"workdir": str(flags.workdir)})
-    layout = Layout(config)
+    layout = Artifacts(config)
     commands = [("pretrain", "decoder")]
     if (layout.targets("train").path / MANIFEST).exists():
         commands.append(("train", "memory"))

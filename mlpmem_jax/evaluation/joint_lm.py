@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import progress
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.embedding.blocks import EmbeddingSettings, computed_rows, in_batches
@@ -36,28 +35,39 @@ class JointScores:
     gate_N: np.ndarray | None
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenWindows:
+    """A split that decoder and memory run over.
+
+    Attributes:
+        tokens: The split.
+        settings: The windows that `embed` uses, and the state "input" that the memory reads.
+    """
+
+    tokens: TokenSplit
+    settings: EmbeddingSettings
+
+
 def score_joint(
-    config: Config, decoder: Decoder, memory: Memory, tokens: TokenSplit, mesh: jax.sharding.Mesh
+    decoder: Decoder,
+    memory: Memory,
+    windows: TokenWindows,
+    mesh: jax.sharding.Mesh,
+    *,
+    chunk_tokens: int,
 ) -> JointScores:
-    """Runs decoder and memory over a split, in the windows that `embed` uses.
+    """Runs decoder and memory over a split.
 
     Args:
-        config: The whole configuration.
         decoder: The decoder.
         memory: The memory.
-        tokens: The split.
+        windows: The split.
         mesh: Devices.
+        chunk_tokens: Rows on a device whose logits exist at the same time.
     """
-    settings = EmbeddingSettings.of(
-        config.datastore,
-        config.decoder.num_layers,
-        within=config.attends_within,
-        window_tokens=config.embedding_window_tokens,
-        stride_tokens=config.embedding_stride_tokens,
-        names=("input",),
-    )
+    tokens, settings = windows.tokens, windows.settings
     plan, site = settings.plan(tokens.num_rows), settings.states["input"]
-    chunk_tokens, num_recent = config.train.loss_chunk_tokens, memory.config.num_read_tokens
+    num_recent = memory.config.num_read_tokens
     graphdef, state = nnx.split((decoder, memory))
 
     @jax.jit

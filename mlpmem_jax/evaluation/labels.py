@@ -10,8 +10,6 @@ import numpy as np
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.evaluation.metrics import DocumentCounts, count_documents
-from mlpmem_jax.store.array_specs import Split
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.stored_array import StoredArray
 
@@ -29,13 +27,12 @@ class SplitLabels:
     counts: DocumentCounts
 
     @classmethod
-    def open(cls, layout: Layout, split: Split) -> "SplitLabels":
+    def open(cls, tokens: TokenSplit) -> "SplitLabels":
         """Reads the labels from the tokens.
 
         Raises:
-            ArtifactError: The tokens are missing or damaged, or there is nothing to score.
+            ArtifactError: The tokens are damaged, or there is nothing to score.
         """
-        tokens = TokenSplit.open(layout.tokens, split)
         label_N = tokens.read(1, tokens.num_tokens)
         return cls(label_N, _scored_documents(tokens, label_N, _path(tokens)))
 
@@ -55,24 +52,30 @@ class SplitLabels:
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredSplit(SplitLabels):
+class StoredSplit:
     """What `embed` stored of a split: its labels, and what the decoder gives them.
 
     Attributes:
+        label_N: int32 labels.
+        counts: Documents and scored rows.
         logprob_N: float32 log p_LM(label).
     """
 
+    label_N: np.ndarray
+    counts: DocumentCounts
     logprob_N: np.ndarray
 
     @classmethod
-    def open(cls, layout: Layout, split: Split) -> "StoredSplit":
+    def open(cls, tokens: TokenSplit, rows: Artifact) -> "StoredSplit":
         """Reads a split.
+
+        Args:
+            tokens: Its tokens.
+            rows: Its rows in the datastore.
 
         Raises:
             ArtifactError: It is missing, damaged, of other tokens, or has nothing to score.
         """
-        tokens = TokenSplit.open(layout.tokens, split)
-        rows = layout.datastore(split)
         label_N = whole_array(rows, "label")
         counts = _scored_documents(tokens, label_N, f"{rows.path} and {_path(tokens)}")
         return cls(label_N, counts, whole_array(rows, "logprob"))

@@ -4,53 +4,10 @@ The systems take turns, so that whatever else the machine does falls on all of t
 """
 
 from collections.abc import Mapping
-from typing import Any
 
-import jax
 import numpy as np
 
-from mlpmem_jax.config.schema import Config
-from mlpmem_jax.evaluation.timed_decoding import CompiledModel, System, Writer, in_turns
-from mlpmem_jax.generation.interpolated import InterpolatedModel
-from mlpmem_jax.models.decoder import Decoder, Site
-from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.store.layout import Layout
-
-
-def compiled_models(
-    config: Config,
-    decoder: Decoder,
-    memory: Memory,
-    systems: Mapping[str, Mapping[str, Any]],
-    mesh: jax.sharding.Mesh,
-) -> dict[str, CompiledModel]:
-    """Returns the decoder alone and with the memory, ready to be timed.
-
-    Args:
-        config: The whole configuration.
-        decoder: On the mesh.
-        memory: On the mesh.
-        systems: As in `evaluate.json`: λ of the kNN-LM and of the memory.
-        mesh: Devices.
-    """
-    key, read = (
-        Site.of(site, config.decoder.num_layers)
-        for site in (config.datastore.key, config.datastore.input)
-    )
-    weight = None
-    if config.memory.gate != "learned":
-        weight = float(systems["memory"]["interpolation"])
-    separator = int(Layout(config).tokens.load().counts["separator_id"])
-    return {
-        name: CompiledModel(
-            InterpolatedModel(
-                decoder, each, site=read, weight=weight, separator=separator, mesh=mesh
-            ),
-            key,
-            float(systems["knn"]["interpolation"]),
-        )
-        for name, each in (("decoder", None), ("memory", memory))
-    }
+from mlpmem_jax.evaluation.timed_decoding import System, Writer, in_turns
 
 
 def time_tokens(systems: Mapping[str, System], num_tokens: int) -> dict[str, dict[str, float]]:

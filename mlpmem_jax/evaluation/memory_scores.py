@@ -9,15 +9,11 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from mlpmem_jax.config.schema import Config
-from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.evaluation.joint_lm import score_joint
-from mlpmem_jax.evaluation.memory_lm import MemoryScores, score_memory
+from mlpmem_jax.evaluation.joint_lm import TokenWindows, score_joint
+from mlpmem_jax.evaluation.memory_lm import score_memory
 from mlpmem_jax.input.rows import StoredRows
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.store.array_specs import Split
-from mlpmem_jax.store.layout import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,52 +35,28 @@ class Remembered:
 
 
 def remember(
-    config: Config, split: Split, decoder: Decoder, memory: Memory, mesh: jax.sharding.Mesh
-) -> Remembered:
-    """Scores a split: from stored inputs, or, trained together, by running both networks."""
-    if config.train.mode == "joint":
-        tokens = TokenSplit.open(Layout(config).tokens, split)
-        joint = score_joint(config, decoder, memory, tokens, mesh)
-        weight = _weight(config, joint.gate_N)
-        return Remembered(joint.memory_N, joint.decoder_N, weight, {})
-    # There are targets of validation rows; those of test rows are never made.
-    stored = score_stored(config, split, decoder, memory, mesh, with_targets=split == "valid")
-    weight = _weight(config, stored.gate_N)
-    return Remembered(stored.logprob_N, None, weight, stored.diagnostics)
-
-
-def score_stored(
-    config: Config,
-    split: Split,
-    decoder: Decoder | None,
+    decoder: Decoder,
     memory: Memory,
+    inputs: StoredRows | TokenWindows,
     mesh: jax.sharding.Mesh,
     *,
-    with_targets: bool,
-) -> MemoryScores:
-    """Scores the stored inputs of a split.
+    chunk_tokens: int,
+    weight: float | None,
+) -> Remembered:
+    """Scores a split: from stored inputs, or, trained together, by running both networks.
 
     Args:
-        config: The whole configuration.
-        split: Which.
-        decoder: As in `score_memory`.
+        decoder: The decoder that the memory reads.
         memory: The memory.
+        inputs: Rows of the split in order, or its windows where both networks run.
         mesh: Devices.
-        with_targets: Whether the kNN targets are read too, for diagnostics.
+        chunk_tokens: Rows on a device whose logits exist at the same time.
+        weight: λ that a memory without a gate was trained with; None: it is to be chosen.
     """
-    layout = Layout(config)
-    source = StoredRows(
-        layout.datastore(split),
-        config.datastore.chunk_rows,
-        TokenSplit.open(layout.tokens, split).separator_id,
-        config.memory.num_read_tokens,
-        targets=layout.targets(split) if with_targets else None,
-        batch_size=config.evaluate.batch_size,
-    )
-    chunk_tokens = config.train.loss_chunk_tokens
-    return score_memory(memory, decoder, source, mesh, chunk_tokens=chunk_tokens)
-
-
-def _weight(config: Config, gate_N: np.ndarray | None) -> np.ndarray | float | None:
-    """Returns λ as the networks were trained with it; None: it is to be chosen."""
-    return config.trained_interpolation if gate_N is None else gate_N
+    if isinstance(inputs, TokenWindows):
+        joint = score_joint(decoder, memory, inputs, mesh, chunk_tokens=chunk_tokens)
+        trained = weight if joint.gate_N is None else joint.gate_N
+        return Remembered(joint.memory_N, joint.decoder_N, trained, {})
+    stored = score_memory(memory, decoder, inputs, mesh, chunk_tokens=chunk_tokens)
+    trained = weight if stored.gate_N is None else stored.gate_N
+    return Remembered(stored.logprob_N, None, trained, stored.diagnostics)

@@ -199,6 +199,13 @@ def document_notes(test: DocumentCounts, valid: DocumentCounts | None = None) ->
     return notes
 
 
+def choice_notes(valid: DocumentCounts) -> list[str]:
+    """Returns what intervals include, where clusters of validation are drawn too."""
+    if valid.num_clusters < 2:
+        return []
+    return ["intervals include the choice of λ on validation; τ is held fixed"]
+
+
 def documents_text(counts: DocumentCounts) -> str:
     """Returns how many documents have scored tokens, and of how many files if it is fewer."""
     number = int(np.count_nonzero(counts.tokens_D))
@@ -249,6 +256,11 @@ def score(nats_D: np.ndarray, counts: DocumentCounts) -> Metrics:
         word_perplexity=_exp(_ratio(nats, totals["words"])),
         bits_per_byte=_ratio(nats, math.log(2) * totals["bytes"]),
     )
+
+
+def finite(value: float) -> float | None:
+    """Returns a number as JSON may hold it; None: it is infinite or not defined."""
+    return value if np.isfinite(value) else None
 
 
 def _ratio(numerator: float, denominator: float) -> float:

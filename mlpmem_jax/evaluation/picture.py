@@ -1,11 +1,11 @@
 """The results as a picture, drawn from the dictionary of `evaluate.json` alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mlpmem_jax.evaluation.evaluate_table import JOINT_DECODER
+from mlpmem_jax.evaluation.evaluate_table import JOINT_DECODER, rows_of
 from mlpmem_jax.evaluation.style import (
     COLORS,
     DASHED,
@@ -18,7 +18,7 @@ from mlpmem_jax.evaluation.style import (
     plain,
     title,
 )
-from mlpmem_jax.evaluation.table import number
+from mlpmem_jax.evaluation.table import level_text, number
 
 _DECODERS = ("decoder", JOINT_DECODER)
 
@@ -36,43 +36,64 @@ def draw(results: Mapping[str, Any]) -> bytes:
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.15, 1.0, 1.0))
     for axes in (left, middle, right):
         plain(axes)
-    _draw_scores(left, results)
+    rows = rows_of(results)
+    reference = results["systems"]["decoder"]["test_nats"]
+    draw_rows(left, rows, [COLORS[row["key"]] for row in rows], reference)
+    title(left, "Test", f"bars: {level_text(results)} interval of the paired difference")
     _draw_weights(middle, results)
     _draw_documents(right, results)
     return as_png(figure)
 
 
-def _draw_scores(axes: Any, results: Mapping[str, Any]) -> None:
-    """Test nats of each system, with the interval of its difference to the decoder."""
-    systems = results["systems"]
-    reference = systems["decoder"]["test_nats"]
+def draw_rows(
+    axes: Any, rows: Sequence[Mapping[str, Any]], colors: Sequence[str], reference: float
+) -> None:
+    """Draws test nats of rows: mean, every seed, interval of the difference to the decoder.
+
+    Args:
+        axes: Where.
+        rows: As of `statistics.Table`.
+        colors: Of each row.
+        reference: Nats of the decoder.
+    """
     axes.axvline(reference, color=COLORS["decoder"], linewidth=1, linestyle=DASHED)
-    for height, (key, system) in enumerate(systems.items()):
-        nats, color = system["test_nats"], COLORS[key]
-        if nats is None:  # A label that has no probability left.
+    for height, (row, color) in enumerate(zip(rows, colors, strict=True)):
+        nats = row["test_nats"]["value"]
+        if nats is None:  # A label has no probability left.
             nats = np.nan
-        axes.plot([reference, nats], [height, height], color=color, linewidth=5, alpha=0.25)
-        low, high = system["difference_low"], system["difference_high"]
-        if low is not None:
-            ends = [reference + low, reference + high]
+        axes.plot([reference, nats], [height, height], color=color, linewidth=6, alpha=0.16,
+                  solid_capstyle="butt")  # fmt: skip
+        difference = row.get("difference")
+        if difference and difference["low"] is not None:
+            ends = [reference + difference["low"], reference + difference["high"]]
             axes.plot(ends, [height, height], color=color, linewidth=2.2)
-            axes.plot(ends, [height, height], "|", color=color, markersize=12, markeredgewidth=2)
-        axes.plot([nats], [height], "o", color=color, markersize=8)
-        text = f"{system['label']}   {number(nats, 3)}"
-        if key != "decoder":
-            text += f"   ({number(system['difference_nats'], 3, sign=True)})"
+            axes.plot(ends, [height, height], "|", color=color, markersize=11, markeredgewidth=2)
+        seeds = [one["test_nats"]["value"] for one in row["by_seed"].values()]
+        if len(seeds) > 1:
+            axes.plot(seeds, [height + 0.26] * len(seeds), "o", color=color, markersize=3.2,
+                      alpha=0.75, markeredgewidth=0)  # fmt: skip
+        axes.plot([nats], [height], "o", color=color, markersize=8, markeredgecolor="white")
+        shown = number(difference["value"], 3, sign=True) if difference else ""
         axes.annotate(
-            text, (0.0, height), (2, 14), xycoords=("axes fraction", "data"),
-            textcoords="offset points", fontsize=10, color=color, fontweight="bold",
+            number(nats, 3), (1, height), (10, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", va="center", fontsize=10, color=color,
+            fontweight="bold", annotation_clip=False,
         )  # fmt: skip
-    axes.set_ylim(len(systems) - 0.55, -0.65)
-    axes.set_yticks([])
+        axes.annotate(
+            shown, (1, height), (52, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", va="center", fontsize=9.5, color=color,
+            annotation_clip=False,
+        )  # fmt: skip
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=10.5)
+    for tick, color in zip(axes.get_yticklabels(), colors, strict=True):
+        tick.set_color(color)
+        tick.set_fontweight("bold")
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
-    axes.margins(x=0.08)
-    axis_labels(axes, "nats per token (lower is better)")
-    level = f"{100 * results['confidence']:g} %"
-    title(axes, "Test", f"bars: {level} interval of the paired difference")
+    axes.margins(x=0.06)
+    axis_labels(axes, "test nats per token (lower is better)")
 
 
 def _draw_weights(axes: Any, results: Mapping[str, Any]) -> None:

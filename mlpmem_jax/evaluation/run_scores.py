@@ -7,18 +7,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
+import numpy as np
 
-from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.stages import EvaluateConfig
 from mlpmem_jax.evaluation.evaluate_table import SplitScores, compare
 from mlpmem_jax.evaluation.labels import StoredSplit
-from mlpmem_jax.evaluation.memory_scores import remember
-from mlpmem_jax.models.decoder import Decoder
-from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
+from mlpmem_jax.evaluation.memory_scores import Remembered
+from mlpmem_jax.retrieval.knn_lm import KnnLm
 from mlpmem_jax.retrieval.temperature import Tuned
 from mlpmem_jax.store.array_specs import Split
-from mlpmem_jax.store.layout import Layout
 
 EVALUATED: tuple[Split, ...] = ("valid", "test")
 
@@ -37,44 +34,60 @@ class RunScores:
     tuned: Tuned
     against_targets: Mapping[str, float]
 
-    def table(self, config: Config) -> dict[str, Any]:
+    def table(self, settings: EvaluateConfig, seed: int) -> dict[str, Any]:
         """Returns what `compare` returns."""
         return compare(
             self.splits["valid"],
             self.splits["test"],
             temperature=self.tuned.temperature,
             temperature_at_bound=self.tuned.at_bound,
-            bootstrap_samples=config.evaluate.bootstrap_samples,
-            confidence=config.evaluate.confidence,
-            seed=config.seed,
+            bootstrap_samples=settings.bootstrap_samples,
+            confidence=settings.confidence,
+            seed=seed,
         )
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Returns numbers that explain the table, none of which is chosen by."""
+        report: dict[str, Any] = {"valid_memory_against_targets": dict(self.against_targets)}
+        for split, one in self.splits.items():
+            scored_N = one.counts.scored_N
+            knn, beside_N = one.knn_N[scored_N], one.beside_N
+            report[split] = {
+                "memory_alone_nats": float(-one.memory_N[scored_N].mean(dtype=np.float64)),
+                "decoder_beside_memory_nats": float(-beside_N[scored_N].mean(dtype=np.float64)),
+                "label_among_neighbors": float(np.isfinite(knn).mean()),
+                "memory_better_than_decoder": float(
+                    (one.memory_N[scored_N] > beside_N[scored_N]).mean()
+                ),
+            }
+        return report
 
 
 def score_run(
-    config: Config, decoder: Decoder, memory: Memory, mesh: jax.sharding.Mesh
+    stored: Mapping[Split, StoredSplit],
+    neighbors: Mapping[Split, KnnLm],
+    remembered: Mapping[Split, Remembered],
+    most_rows: int | None,
+    seed: int,
 ) -> RunScores:
-    """Scores the three systems, the kNN-LM with exact neighbours.
+    """Puts the three systems together: τ of the kNN-LM is chosen on validation.
 
-    Raises:
-        ArtifactError: Something is missing, damaged, or speaks of other tokens.
+    Args:
+        stored: Labels, and what the decoder gives them.
+        neighbors: The exact neighbours.
+        remembered: What the memory gives the labels.
+        most_rows: Rows of validation that τ is chosen on; None: all.
+        seed: Seed of their draw.
     """
-    layout = Layout(config)
-    stored = {split: StoredSplit.open(layout, split) for split in EVALUATED}
-    train_label = read_labels(layout.datastore("train"))
-    neighbors = {
-        split: StoredKnn(layout.neighbors(split), one.label_N, train_label)
-        for split, one in stored.items()
-    }
-    valid, most = stored["valid"], config.evaluate.knn_valid_rows
-    tuned = neighbors["valid"].tune(valid.counts.scored_N, valid.logprob_N, most, config.seed)
-    remembered = {split: remember(config, split, decoder, memory, mesh) for split in EVALUATED}
+    valid = stored["valid"]
+    tuned = neighbors["valid"].tune(valid.counts.scored_N, valid.logprob_N, most_rows, seed)
     scores = {
         split: SplitScores(
             one.counts,
             decoder_N=one.logprob_N,
             knn_N=neighbors[split].logprob(one.counts.scored_N, tuned.temperature),
             memory_N=remembered[split].logprob_N,
-            beside_memory_N=remembered[split].decoder_N,
+            joint_decoder_N=remembered[split].decoder_N,
             memory_weight=remembered[split].weight,
         )
         for split, one in stored.items()

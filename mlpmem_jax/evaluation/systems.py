@@ -56,3 +56,15 @@ class SplitParts:
         nats_N = np.zeros(len(self.counts.document_N))
         nats_N[self.counts.scored_N] = -mixture_of(self.scored(system), weight_M)
         return self.counts.sum_by_document(nats_N)
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedScores:
+    """One seed: the same parts on validation and on test."""
+
+    valid: SplitParts
+    test: SplitParts
+
+    def of(self, split: str) -> SplitParts:
+        """Returns the parts of a split."""
+        return self.valid if split == "valid" else self.test

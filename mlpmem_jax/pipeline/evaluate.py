@@ -105,14 +105,12 @@ def _estimate(config: Config) -> Mapping[str, Any]:
 
 
 def _build(run: Artifacts) -> Completion:
-    from mlpmem_jax.evaluation.evaluation import evaluate_run
     from mlpmem_jax.evaluation.picture import draw
-    from mlpmem_jax.evaluation.table import as_csv
+    from mlpmem_jax.evaluation.report import as_csv
     from mlpmem_jax.parallel.mesh import make_mesh
-    from mlpmem_jax.pipeline.networks import finished_networks
+    from mlpmem_jax.pipeline.scoring import evaluate_run
 
-    mesh = make_mesh(run.config.mesh)
-    found, latency = evaluate_run(run, *finished_networks(run, mesh), mesh)
+    found, latency = evaluate_run(run, make_mesh(run.config.mesh))
     measured = {"latency_ms": latency}
     path = run.results.path
     if is_speaker():
@@ -127,7 +125,7 @@ def _build(run: Artifacts) -> Completion:
 
 def print_report(run: Artifacts) -> None:
     """Prints the table of finished results, the time of each stage, and where files lie."""
-    from mlpmem_jax.evaluation.table import as_text
+    from mlpmem_jax.evaluation.report import as_text
 
     artifact = run.results
     measured = {**artifact.verify().measured, "seconds": stage_seconds(run)}

@@ -29,14 +29,14 @@ def only_maker(artifact: Artifact) -> Iterator[None]:
     Raises:
         ArtifactError: Another run is making it; its process and machine are named.
     """
-    if not is_writer() or not is_local(artifact.workdir):
+    if not is_writer() or not is_local(artifact.root):
         yield
         return
-    if not has_locks(artifact.workdir):
+    if not has_locks(artifact.root):
         _warn_of_no_locks(artifact)
         yield
         return
-    file = Path(os.fspath(artifact.workdir)) / LOCKS / artifact.relative.replace("/", ".")
+    file = Path(os.fspath(artifact.root)) / LOCKS / artifact.relative.replace("/", ".")
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _locked(file, artifact)
     try:
@@ -49,10 +49,10 @@ def only_maker(artifact: Artifact) -> Iterator[None]:
 
 
 def _warn_of_no_locks(artifact: Artifact) -> None:
-    if artifact.workdir not in _warned:
-        _warned.add(artifact.workdir)
+    if artifact.root not in _warned:
+        _warned.add(artifact.root)
         warn(
-            f"{artifact.workdir}: this file system does not lock files: two runs in it at the same "
+            f"{artifact.root}: this file system does not lock files: two runs in it at the same "
             "time are not kept apart"
         )
 

@@ -12,9 +12,9 @@ from mlpmem_jax.parallel import multihost
 def main():
     import jax
     import numpy as np
+    from mlpmem_jax.store.layout import ArraySpec
 
     from mlpmem_jax.parallel.multihost import barrier, is_writer
-    from mlpmem_jax.store.layout import ArraySpec
     from mlpmem_jax.store.manifest import Artifact
     from mlpmem_jax.store.shards import ShardWriter
     from mlpmem_jax.store.stored_array import StoredArray

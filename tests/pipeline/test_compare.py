@@ -14,9 +14,9 @@ import pytest
 
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.load import load_config
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.stats.mixing import solve
 from mlpmem_jax.store.arrays import open_array, read_rows
-from mlpmem_jax.store.layout import Layout
 from tests.pipeline.conftest import TINY
 
 HERE = Path(__file__).resolve().parent
@@ -314,7 +314,7 @@ def test_overfitting_by_epoch(compared: Path, capsys: pytest.CaptureFixture[str]
         lost = nats[-1] - best["test_nats"]["value"]
         assert network["epochs"][-1]["after_best"]["value"] == pytest.approx(lost)
     config = load_config(TINY, SMALL, {"workdir": str(compared)})
-    num_rows = int(Layout(config).tokens.load().counts["train_tokens"]) - 1
+    num_rows = int(Artifacts(config).tokens.load().counts["train_tokens"]) - 1
     first = networks["decoder"]["epochs"][0]["step"]
     rows_per_step = config.pretrain.batch_size * config.pretrain_window_tokens
     assert abs(first * rows_per_step - num_rows) <= rows_per_step

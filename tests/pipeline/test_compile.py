@@ -7,9 +7,9 @@ import pytest
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import EmbeddingPlan
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.tasks import blank_run, memory_task, pretrain_task, run_data
 from mlpmem_jax.roofline.blank import BlankTokens, abstract_batch
-from mlpmem_jax.store.layout import Layout
 
 
 def described(batch):
@@ -58,6 +58,6 @@ def described_tree(tree):
 
 def test_embedding_batches(tiny_run):
     plan = EmbeddingPlan(1000, 32, 16)
-    tokens = TokenSplit.open(Layout(tiny_run).tokens, "train")
+    tokens = TokenSplit.open(Artifacts(tiny_run).tokens, "train")
     real, blank = (plan.read(each, np.arange(4)) for each in (tokens, BlankTokens()))
     assert described(real) == described(blank)

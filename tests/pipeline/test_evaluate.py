@@ -16,25 +16,25 @@ from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline import evaluate
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.store.array_specs import Split
 from mlpmem_jax.store.arrays import open_array, read_rows
-from mlpmem_jax.store.layout import Layout
 
 
-def _read(layout: Layout, artifact: str, split: Split, name: str) -> np.ndarray:
+def _read(layout: Artifacts, artifact: str, split: Split, name: str) -> np.ndarray:
     store = open_array(getattr(layout, artifact)(split).path / name)
     return read_rows(store, 0, store.shape[0])
 
 
 def _results(config: Config) -> dict:
-    return json.loads((Layout(config).results.path / evaluate.RESULTS).read_text())
+    return json.loads((Artifacts(config).results.path / evaluate.RESULTS).read_text())
 
 
 def test_decoder_and_knn_numbers_from_the_arrays(tiny_run: Config):
     """A loop in plain NumPy over the stored arrays gives the same nats."""
-    layout, results = Layout(tiny_run), _results(tiny_run)
+    layout, results = Artifacts(tiny_run), _results(tiny_run)
     label_N = _read(layout, "datastore", "test", "label")
     scored = label_N != TokenSplit.open(layout.tokens, "test").separator_id
     decoder_N = _read(layout, "datastore", "test", "logprob").astype(np.float64)
@@ -54,7 +54,7 @@ def test_decoder_and_knn_numbers_from_the_arrays(tiny_run: Config):
 
 def test_the_memory_is_scored_on_every_row(tiny_run: Config):
     """Chunks, batches and padding against the whole split at once."""
-    layout, results = Layout(tiny_run), _results(tiny_run)
+    layout, results = Artifacts(tiny_run), _results(tiny_run)
     mesh = single_device_mesh()
     memory, decoder = finished_memory(tiny_run, mesh), finished_decoder(tiny_run, mesh)
     separator = TokenSplit.open(layout.tokens, "valid").separator_id
@@ -95,7 +95,7 @@ def test_tuned_systems_are_never_worse_than_the_decoder_on_validation(tiny_run: 
 def test_costs(tiny_run: Config):
     systems = _results(tiny_run)["systems"]
     counts = {
-        name: int(getattr(Layout(tiny_run), name).load().counts["parameters"])
+        name: int(getattr(Artifacts(tiny_run), name).load().counts["parameters"])
         for name in ("decoder", "memory")
     }
     assert systems["decoder"]["parameters"] == counts["decoder"]
@@ -106,7 +106,7 @@ def test_costs(tiny_run: Config):
 
 
 def test_files_and_report(tiny_run: Config, capsys: pytest.CaptureFixture[str]):
-    path = Layout(tiny_run).results.path
+    path = Artifacts(tiny_run).results.path
     assert (path / evaluate.PICTURE).read_bytes().startswith(b"\x89PNG")
     assert (path / evaluate.TABLE).read_text().count("\n") == 4
     assert evaluate.main(tiny_run, Options(workdir=tiny_run.workdir)) == 0
@@ -127,7 +127,7 @@ def _copied(tiny_run: Config, tmp_path: Path) -> Config:
 
 def test_made_again_it_is_the_same_bit_for_bit(tiny_run: Config, tmp_path: Path):
     config = _copied(tiny_run, tmp_path)
-    layout = Layout(config)
+    layout = Artifacts(config)
     before = layout.results.load().fingerprint
     layout.results.remove()
     assert evaluate.main(config, Options(workdir=config.workdir)) == 0
@@ -136,7 +136,7 @@ def test_made_again_it_is_the_same_bit_for_bit(tiny_run: Config, tmp_path: Path)
 
 def test_a_damaged_result_is_named(tiny_run: Config, tmp_path: Path):
     config = _copied(tiny_run, tmp_path)
-    file = Layout(config).results.path / evaluate.RESULTS
+    file = Artifacts(config).results.path / evaluate.RESULTS
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ArtifactError, match=r"evaluate\.json: truncated"):
         evaluate.print_report(config)
@@ -144,7 +144,7 @@ def test_a_damaged_result_is_named(tiny_run: Config, tmp_path: Path):
 
 def test_missing_neighbours_name_the_command(tiny_run: Config, tmp_path: Path):
     config = _copied(tiny_run, tmp_path)
-    layout = Layout(config)
+    layout = Artifacts(config)
     layout.results.remove()
     layout.neighbors("test").remove()
     with pytest.raises(ArtifactError, match="command `retrieve`"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.pipeline.graph import Artifacts
 
 ROOT = Path(__file__).resolve().parents[2]
 # A file system of its own in a name space of its own: no root needed where that is allowed.
@@ -95,5 +95,5 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(tiny_run, tmp_pa
     # What was finished is not made again.
     assert "tokens: complete" in last["out"]
     assert "decoder/base: complete" in last["out"]
-    expected = json.loads((Layout(tiny_run).results.path / "evaluate.json").read_text())
+    expected = json.loads((Artifacts(tiny_run).results.path / "evaluate.json").read_text())
     assert results == expected

@@ -18,16 +18,15 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokenizer import load_tokenizer
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.evaluation.labels import StoredSplit
-from mlpmem_jax.evaluation.memory_scores import remember
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline import generate
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import check_shape, finished_networks
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.scoring import memory_scores, stored_split
 from mlpmem_jax.stats.mixing import mixture_logprob
-from mlpmem_jax.store.layout import Layout
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 
@@ -48,7 +47,7 @@ def _shown(
 
 
 def _stored_weight(config: Config) -> float:
-    results = json.loads((Layout(config).results.path / "evaluate.json").read_text())
+    results = json.loads((Artifacts(config).results.path / "evaluate.json").read_text())
     return float(results["systems"]["memory"]["interpolation"])
 
 
@@ -77,7 +76,7 @@ def test_without_memory_needs_none(
 ):
     shutil.copytree(tiny_run.workdir, tmp_path / "run")
     config = tiny_run.model_copy(update={"workdir": str(tmp_path / "run")})
-    Layout(config).memory.remove()
+    Artifacts(config).memory.remove()
     out, _ = _shown(config, capsys, without_memory=True)
     assert out.startswith("sample (decoder alone")
     with pytest.raises(ArtifactError, match="not trained yet.*`train`.*--without-memory"):
@@ -113,8 +112,8 @@ def test_the_default_prompt_begins_a_validation_document(
     prompt = ast.literal_eval(re.search(r"^prompt: (.*) \(generate.prompts", logged, re.M)[1])
     assert len(prompt.split()) == 8
     assert shown.split("\n", 1)[1].startswith(prompt)
-    split = TokenSplit(Layout(config).tokens, "valid")
-    decode = load_tokenizer(Layout(config).tokenizer).decode
+    split = TokenSplit(Artifacts(config).tokens, "valid")
+    decode = load_tokenizer(Artifacts(config).tokenizer).decode
     texts = [
         decode(split.read(start + 1, stop).tolist())
         for start, stop in itertools.pairwise(split.document_offset.tolist())
@@ -125,7 +124,7 @@ def test_the_default_prompt_begins_a_validation_document(
     assert len(others) > 1
     moved = config.model_copy(update={"workdir": str(tmp_path / "run")})
     shutil.copytree(tiny_run.workdir, moved.workdir)
-    Layout(moved).tokens.remove()
+    Artifacts(moved).tokens.remove()
     with pytest.raises(ArtifactError, match="Run `tokenize`, or set generate.prompts"):
         generate.main(moved, Options(workdir=moved.workdir))
 
@@ -133,7 +132,7 @@ def test_the_default_prompt_begins_a_validation_document(
 def test_interpolation_without_results(tiny_run: Config, tmp_path: Path):
     shutil.copytree(tiny_run.workdir, tmp_path / "run")
     config = tiny_run.model_copy(update={"workdir": str(tmp_path / "run")})
-    Layout(config).results.remove()
+    Artifacts(config).results.remove()
     with pytest.raises(ArtifactError, match="run `evaluate`, or set generate.interpolation"):
         generate.main(config, Options(workdir=config.workdir))
     assert generate.interpolation(_with(config, interpolation=0.25)) == 0.25
@@ -144,11 +143,11 @@ def test_cached_generation_gives_what_evaluation_gives(tiny_run: Config):
     config, mesh = tiny_run, single_device_mesh()
     assert config.memory.recent_tokens > 0
     decoder, memory = finished_networks(config, mesh)
-    tokens = TokenSplit.open(Layout(config).tokens, "test")
+    tokens = TokenSplit.open(Artifacts(config).tokens, "test")
     count = config.embedding_stride_tokens  # of the first window, whose context begins with it
     token_T = tokens.read(0, count + 1)
-    weight, scored = 0.3, remember(config, "test", decoder, memory, mesh)
-    stored_N = StoredSplit.open(Layout(config), "test").logprob_N[:count]
+    weight, scored = 0.3, memory_scores(config, "test", decoder, memory, mesh)
+    stored_N = stored_split(config, "test").logprob_N[:count]
     expected_N = mixture_logprob(scored.logprob_N[:count], stored_N, weight)
     site = Site.of(config.datastore.input, config.decoder.num_layers)
     model = InterpolatedModel(

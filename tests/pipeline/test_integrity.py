@@ -15,16 +15,16 @@ from mlpmem_jax.config.load import load_config
 from mlpmem_jax.corpus.tokenizer import load_tokenizer
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.evaluation.labels import StoredSplit
 from mlpmem_jax.input.rows import RowReader, TargetReader
 from mlpmem_jax.parallel.mesh import make_mesh
 from mlpmem_jax.pipeline.generate import interpolation
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
+from mlpmem_jax.pipeline.scoring import stored_split
 from mlpmem_jax.retrieval.engine import StoredKeys, read_all
 from mlpmem_jax.retrieval.index_builder import exact_engine, open_index
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
 from mlpmem_jax.store.array_specs import SPLITS, input_array
-from mlpmem_jax.store.layout import Layout
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 # What is there for people, or only for a start after a kill: no finished run reads it.
@@ -45,7 +45,7 @@ def run(tiny_run, tmp_path_factory):
 
 def _readers(config):
     """Returns, by path in the run, functions that return all that is read there."""
-    layout, mesh = Layout(config), make_mesh(config.mesh)
+    layout, mesh = Artifacts(config), make_mesh(config.mesh)
 
     def tokens(split):
         stream = TokenSplit.open(layout.tokens, split)
@@ -58,7 +58,7 @@ def _readers(config):
         ]
 
     def rows(split):
-        stored, store = StoredSplit.open(layout, split), layout.datastore(split)
+        stored, store = stored_split(config, split), layout.datastore(split)
         keys = read_all(StoredKeys(store))
         reader = RowReader(store, {"input": input_array(store.load().arrays)})
         inputs = reader.start(np.array([0]), reader.num_rows).result()["input"]

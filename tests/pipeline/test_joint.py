@@ -17,10 +17,10 @@ from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.evaluation.labels import whole_array
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_decoder, finished_networks
 from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.pipeline.stage import run_stage
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.studies.tables.rows import model_parts
 from mlpmem_jax.studies.tables.variants import Variant
 
@@ -90,11 +90,11 @@ def test_phases_change_the_targets_and_skip_where_they_still_agree(refreshed, tm
     config = load_config(TINY, REFRESHED, {"workdir": str(refreshed)})
     phase = json.loads((refreshed / "joint/refreshed.phase-0/manifest.json").read_text())
     assert 0 < phase["measured"]["neighbor_agreement"] < 1
-    made_from = Layout(config).joint.load().made_from
+    made_from = Artifacts(config).joint.load().made_from
     assert "targets/refreshed.refresh-0/train" in made_from
     assert "targets/base/train" not in made_from
     # Of five steps the first phase makes three; each is charged for its own.
-    flops = Layout(config).joint.load().measured["model_flops"]
+    flops = Artifacts(config).joint.load().measured["model_flops"]
     assert phase["measured"]["model_flops"] / flops == pytest.approx(3 / 2)
     workdir = tmp_path / "run"
     shutil.copytree(refreshed, workdir)
@@ -103,7 +103,7 @@ def test_phases_change_the_targets_and_skip_where_they_still_agree(refreshed, tm
     assert _main(workdir, "train", *kept) == 0
     assert "decoder/kept.refresh-0: not needed (" in capsys.readouterr().out
     config = load_config(TINY, kept, {"workdir": str(workdir)})
-    assert "targets/base/train" in Layout(config).joint.load().made_from
+    assert "targets/base/train" in Artifacts(config).joint.load().made_from
 
 
 def test_evaluation_and_generation_use_the_gate(refreshed, capsys):
@@ -131,7 +131,7 @@ def test_evaluation_and_generation_use_the_gate(refreshed, capsys):
 def test_what_the_memory_was_not_trained_to_read_is_refused(refreshed, capsys, overrides):
     """Before what is there is removed."""
     capsys.readouterr()
-    layout = Layout(load_config(TINY, overrides, {"workdir": str(refreshed)}))
+    layout = Artifacts(load_config(TINY, overrides, {"workdir": str(refreshed)}))
     if not layout.results.is_complete():
         assert _main(refreshed, "evaluate", *overrides) == 0
     results = layout.results.load()

@@ -17,10 +17,10 @@ from flax import nnx
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.errors import PREEMPTED
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
 from mlpmem_jax.store.array_specs import SPLITS, datastore_arrays
 from mlpmem_jax.store.arrays import open_array, read_rows
-from mlpmem_jax.store.layout import Layout
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parents[1] / "configs" / "tiny.yaml"
@@ -72,7 +72,7 @@ def _run(command, **variables):
 
 
 def _arrays(config):
-    layout = Layout(config)
+    layout = Artifacts(config)
     paths = [layout.tokens.path / s / "token" for s in SPLITS]
     for split in SPLITS:
         folder = layout.datastore(split).path
@@ -94,12 +94,12 @@ def _weights(config):
 
 
 def _numbers(config):
-    raw = json.loads((Layout(config).results.path / "evaluate.json").read_text())
+    raw = json.loads((Artifacts(config).results.path / "evaluate.json").read_text())
     return {name: value for name, value in raw.items() if name not in ("latency", "seconds")}
 
 
 def _losses(config, name):
-    file = Layout(config).workdir / "results" / "metrics" / name / "metrics.jsonl"
+    file = Artifacts(config).workdir / "results" / "metrics" / name / "metrics.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
     return [(r["step"], r["loss"]) for r in records if "loss" in r]
 

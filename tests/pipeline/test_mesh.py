@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.config.load import load_config
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.store.arrays import open_array, read_rows
-from mlpmem_jax.store.layout import Layout
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parents[1] / "configs" / "tiny.yaml"
@@ -74,7 +74,7 @@ def test_a_run_on_eight_devices_equals_one_on_one(
 
 def _check_same(tiny_run, other):
     """Compares all that a run makes, to the rounding of other shardings."""
-    one, eight = Layout(tiny_run), Layout(other)
+    one, eight = Artifacts(tiny_run), Artifacts(other)
     assert eight.tokens.load().fingerprint == one.tokens.load().fingerprint
     for name in ("decoder-base", "memory-base"):
         np.testing.assert_allclose(_losses(eight, name), _losses(one, name), rtol=2e-4)
@@ -142,7 +142,7 @@ def test_training_that_runs_the_decoder_on_two_processes(
             done = on_processes(*((2, 4) if shape else (1, 1)), "-m", "mlpmem_jax", *command)
             assert done.returncode == 0, done.stderr[-6000:]
         texts.append(done.stdout)
-        layouts.append(Layout(load_config(TINY, changes, {"workdir": workdir})))
+        layouts.append(Artifacts(load_config(TINY, changes, {"workdir": workdir})))
     one, several = layouts
     np.testing.assert_allclose(_losses(several, name), _losses(one, name), rtol=2e-4)
     results = [json.loads((each.results.path / "evaluate.json").read_text()) for each in layouts]

@@ -11,9 +11,9 @@ from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.tasks import memory_task
 from mlpmem_jax.store.arrays import open_array, write_rows
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.stored_array import StoredArray
 from mlpmem_jax.training.optimizer import make_optimizer
 from mlpmem_jax.training.state import Blueprint
@@ -85,7 +85,7 @@ def test_targets_of_other_tokens_are_refused(workdir, tmp_path, monkeypatch, inp
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy)
     config = load_config(TINY, SAME_WINDOWS, {"workdir": str(copy)})
-    array = Layout(config).targets("train").path / "label"
+    array = Artifacts(config).targets("train").path / "label"
     labels = np.array(open_array(array)[:1024].read().result())
     shutil.rmtree(array / "c" / "0", ignore_errors=True)
     (array / "c" / "0").unlink(missing_ok=True)

@@ -9,9 +9,8 @@ import pytest
 import mlpmem_jax as mm
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import ArtifactError, ConfigError
-from mlpmem_jax.evaluation.labels import StoredSplit
-from mlpmem_jax.evaluation.memory_scores import remember
 from mlpmem_jax.generation.language_model import _windows
+from mlpmem_jax.pipeline.scoring import memory_scores, stored_split
 from mlpmem_jax.stats.mixing import mixture_logprob
 
 SCRIPT = """
@@ -50,8 +49,8 @@ def test_scores_of_a_text_are_those_of_evaluation(tiny_run: Config):
     model = run.model()
     scores = model.score(text)
     np.testing.assert_array_equal(scores.token_T, document)
-    stored = StoredSplit.open(run.layout, "test")
-    remembered = remember(tiny_run, "test", run.decoder(), run.memory(), run.mesh)
+    stored = stored_split(tiny_run, "test")
+    remembered = memory_scores(tiny_run, "test", run.decoder(), run.memory(), run.mesh)
     weight = run.results()["systems"]["memory"]["interpolation"]
     expected = mixture_logprob(remembered.logprob_N, stored.logprob_N, weight)
     # The first window of both begins here. Evaluation reads states that are stored as float16.

@@ -13,8 +13,8 @@ from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.corpus.tokenizer import train_tokenizer
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_decoder
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.stored_array import StoredArray
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
@@ -76,8 +76,8 @@ def test_its_states_and_its_losses_are_stored(run: Path, capsys: pytest.CaptureF
     decoder = finished_decoder(config, single_device_mesh())
     table = load_file(run.parent / "llama" / "model.safetensors")["model.embed_tokens.weight"]
     np.testing.assert_array_equal(np.asarray(decoder.embedding[...])[:VOCAB], table)
-    label = StoredArray(Layout(config).datastore("test"), "label").read(0, 15)
-    logprob = StoredArray(Layout(config).datastore("test"), "logprob").read(0, 15)
+    label = StoredArray(Artifacts(config).datastore("test"), "label").read(0, 15)
+    logprob = StoredArray(Artifacts(config).datastore("test"), "logprob").read(0, 15)
     token = [0, *label[:-1].tolist()]  # the first token of a split is the separator
     final, _ = decoder.hidden(np.array([token], np.int32))
     logits = jax.nn.log_softmax(decoder.logits(final))[0]
@@ -107,4 +107,4 @@ def test_a_missing_tensor_is_refused_before_all_work(run: Path, capsys: pytest.C
     save_file(tensors, file)
     assert main(["run", "--config", str(run)]) == 2
     assert "missing: norm.weight" in capsys.readouterr().err
-    assert not Layout(load_config(run)).workdir.exists()
+    assert not Artifacts(load_config(run)).workdir.exists()

@@ -12,9 +12,9 @@ from etils import epath
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.pipeline.compile import _checked
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.retrieval import engine
 from mlpmem_jax.store.contents import foreign_file
-from mlpmem_jax.store.layout import Layout
 from tests.pipeline.conftest import TINY
 
 
@@ -133,7 +133,7 @@ def test_a_truncated_file_of_the_index_is_noticed(tiny_run: Config, tmp_path, mo
     from mlpmem_jax.retrieval.engine import StoredKeys
 
     config = tiny_run
-    keys = StoredKeys(Layout(config).datastore("train"))
+    keys = StoredKeys(Artifacts(config).datastore("train"))
     written = approximate._check_written
 
     def cut(path, files, rows):
@@ -147,7 +147,7 @@ def test_a_truncated_file_of_the_index_is_noticed(tiny_run: Config, tmp_path, mo
 
     monkeypatch.setattr(approximate, "_check_written", cut)
     with pytest.raises(UserError, match="could not be written whole; is the disk full"):
-        for _ in approximate.build_shards(keys, Layout(config).index.path, config.retrieval):
+        for _ in approximate.build_shards(keys, Artifacts(config).index.path, config.retrieval):
             pass
 
 

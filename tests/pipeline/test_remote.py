@@ -14,6 +14,7 @@ from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.errors import ArtifactError, UserError
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.retrieval import approximate, index_files
 from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
 from mlpmem_jax.store import replacement
@@ -28,7 +29,6 @@ from mlpmem_jax.store.arrays import (
     write_rows,
 )
 from mlpmem_jax.store.files import check_reachable
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact, Status
 from mlpmem_jax.store.shards import ShardWriter
 from mlpmem_jax.training.checkpoint import Checkpoints
@@ -306,7 +306,7 @@ def remote_run(objects, tiny_run):
 
 @pytest.mark.slow
 def test_the_whole_pipeline_makes_what_it_makes_here(remote_run, tiny_run):
-    there, here = Layout(remote_run), Layout(tiny_run)
+    there, here = Artifacts(remote_run), Artifacts(tiny_run)
     arrays = datastore_arrays(tiny_run.datastore, tiny_run.decoder.width)
     for split in SPLITS:
         assert_same(here.tokens.path / split, there.tokens.path / split, ["token"])
@@ -338,7 +338,7 @@ def test_a_finished_run_is_not_made_again(remote_run, objects, capsys):
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_named(remote_run, objects, capsys):
-    decoder = Layout(remote_run).decoder
+    decoder = Artifacts(remote_run).decoder
     largest = max(decoder.load().files, key=lambda name: (decoder.path / name).stat().length)
     kept = (decoder.path / largest).read_bytes()
     objects.damage(f"{decoder.path}/{largest}")

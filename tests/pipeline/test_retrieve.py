@@ -8,6 +8,7 @@ import pytest
 
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline import index, retrieve
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.stage import run_stages
 from mlpmem_jax.retrieval import approximate, targets
 from mlpmem_jax.retrieval.distributions import LabelEvidence
@@ -15,7 +16,6 @@ from mlpmem_jax.retrieval.index_builder import open_index
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.store.array_specs import SPLITS, datastore_arrays
 from mlpmem_jax.store.arrays import open_array, read_rows
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.shards import ShardWriter
 
 WIDTH, VOCAB, SEPARATOR = 32, 300, 0
@@ -46,7 +46,7 @@ def make_run(make_config):
             *overrides,
             workdir=workdir,
         )
-        layout = Layout(config)
+        layout = Artifacts(config)
         if (layout.tokens.path / "manifest.json").exists():
             return config
         for artifact in (layout.tokens, layout.decoder):
@@ -81,7 +81,7 @@ def make_run(make_config):
 
 def _run(config):
     run_stages([*index.stages(config), *retrieve.stages(config)])
-    return Layout(config)
+    return Artifacts(config)
 
 
 def _all(artifact, name):
@@ -307,7 +307,7 @@ def test_a_killed_index_build_continues(make_run, monkeypatch):
         run_stages(index.stages(config))
     run_stages(index.stages(config))
     assert count == 3  # The first shard was not built again.
-    assert sorted(p.name for p in Layout(config).index.path.glob("shard-*")) == [
+    assert sorted(p.name for p in Artifacts(config).index.path.glob("shard-*")) == [
         "shard-00000", "shard-00001",
     ]  # fmt: skip
 
@@ -319,7 +319,7 @@ def test_a_damaged_shard_of_an_interrupted_index_is_built_again(make_run, monkey
     with monkeypatch.context() as patch, pytest.raises(_Killed):
         patch.setattr("mlpmem_jax.retrieval.index_builder.choose_settings", _kill)
         run_stages(index.stages(config))
-    shard = Layout(config).index.path / "shard-00001"
+    shard = Artifacts(config).index.path / "shard-00001"
     for name in ("dataset.npy", "shard.json"):
         whole = (shard / name).read_bytes()
         (shard / name).write_bytes(whole.replace(whole[-40:-20], whole[-20:]))
@@ -354,7 +354,7 @@ def test_a_changed_temperature_of_an_interrupted_start_is_named(make_run, monkey
     with pytest.raises(_Killed):
         _run(config)
     monkeypatch.undo()
-    file = Layout(config).targets("train").path / "temperature.json"
+    file = Artifacts(config).targets("train").path / "temperature.json"
     text = file.read_text()
     file.write_text(edit(text))
     with pytest.raises(ArtifactError, match=f"{file}: damaged"):
@@ -397,7 +397,7 @@ def test_a_damaged_index_file_is_named(make_run):
     pytest.importorskip("scann")
     config = make_run("retrieval.engine=scann")
     run_stages(index.stages(config))
-    file = Layout(config).index.path / "shard-00000" / "dataset.npy"
+    file = Artifacts(config).index.path / "shard-00000" / "dataset.npy"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -407,7 +407,7 @@ def test_a_damaged_index_file_is_named(make_run):
 
 def test_splits_of_different_decoders_are_refused(make_run):
     config = make_run("retrieval.engine=exact")
-    layout = Layout(config)
+    layout = Artifacts(config)
     manifest = layout.datastore("valid").load()
     origin = {**manifest.made_from, "decoder/base": "0" * 16}
     layout.datastore("valid").begin(origin)

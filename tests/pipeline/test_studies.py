@@ -13,9 +13,9 @@ from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.retrieval.engine import is_approximate_installed
 from mlpmem_jax.store.arrays import open_array, read_rows
-from mlpmem_jax.store.layout import Layout
 from tests.pipeline.conftest import TINY
 
 # Where ScaNN has no wheels, the exact engine alone is measured.
@@ -67,7 +67,7 @@ def _second_start_is_complete(command: str, config: Config, capsys, name: str) -
 
 def test_analyze(run: Config, capsys: pytest.CaptureFixture[str]):
     assert _start("analyze", run) == 0
-    layout = Layout(run)
+    layout = Artifacts(run)
     results, rows = _report(layout.analysis.path, "analyze")
     evaluated = json.loads((layout.results.path / "evaluate.json").read_text())["systems"]
     for system in ("knn", "memory"):
@@ -92,10 +92,10 @@ def test_analyze(run: Config, capsys: pytest.CaptureFixture[str]):
 
 def test_seen_bigrams_are_those_of_a_set(run: Config):
     assert _start("analyze", run) == 0
-    results = json.loads((Layout(run).analysis.path / "analyze.json").read_text())
+    results = json.loads((Artifacts(run).analysis.path / "analyze.json").read_text())
     streams = {}
     for split in ("train", "test"):
-        tokens = TokenSplit.open(Layout(run).tokens, split)
+        tokens = TokenSplit.open(Artifacts(run).tokens, split)
         streams[split] = tokens.read(0, tokens.num_tokens).tolist()
     separator = tokens.separator_id
     seen = {
@@ -113,7 +113,7 @@ def test_seen_bigrams_are_those_of_a_set(run: Config):
 
 def test_cost(run: Config, capsys: pytest.CaptureFixture[str]):
     assert _start("cost", run) == 0
-    layout = Layout(run)
+    layout = Artifacts(run)
     results, rows = _report(layout.cost.path, "cost")
     num_rows = layout.datastore("train").load().counts["rows"]
     assert results["rows"] == [num_rows // 4, num_rows // 2, num_rows]
@@ -140,7 +140,7 @@ def test_cost(run: Config, capsys: pytest.CaptureFixture[str]):
 
 def test_cost_goes_on_from_what_was_measured(run: Config):
     assert _start("cost", run) == 0
-    path = Layout(run).cost.path
+    path = Artifacts(run).cost.path
     (path / "manifest.json").rename(path / "building.json")  # As a kill before the end leaves it.
     kept = {file: file.read_bytes() for file in path.glob("round-*.json")}
     assert len(kept) == 9
@@ -156,7 +156,7 @@ def test_what_was_measured_before_a_kill_is_not_believed_where_it_was_changed(
     run: Config, capsys: pytest.CaptureFixture[str], command: str, names: tuple[str, ...]
 ):
     assert _start(command, run) == 0
-    path = (Layout(run).cost if command == "cost" else Layout(run).search_quality).path
+    path = (Artifacts(run).cost if command == "cost" else Artifacts(run).search_quality).path
     whole = (path / "manifest.json").read_bytes()
     (path / "manifest.json").rename(path / "building.json")  # As a kill leaves it.
     for name in names:
@@ -173,7 +173,7 @@ def test_what_was_measured_before_a_kill_is_not_believed_where_it_was_changed(
 
 def test_search_quality(run: Config, capsys: pytest.CaptureFixture[str]):
     assert _start("search-quality", run) == 0
-    layout = Layout(run)
+    layout = Artifacts(run)
     results, rows = _report(layout.search_quality.path, "search-quality")
     *coarse, exact = results["settings"]
     assert exact["recall"] == 1
@@ -195,18 +195,18 @@ def test_search_quality(run: Config, capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.slow
 def test_quality_of_memories_of_growing_datastores(run: Config):
-    shutil.rmtree(Layout(run).cost.path, ignore_errors=True)
+    shutil.rmtree(Artifacts(run).cost.path, ignore_errors=True)
     assert _start("cost", run, "cost.quality=train", "cost.doublings=1") == 0
-    results = json.loads((Layout(run).cost.path / "cost.json").read_text())
+    results = json.loads((Artifacts(run).cost.path / "cost.json").read_text())
     half, whole = results["quality"]["sizes"]
     assert half["rows"] == whole["rows"] // 2
-    evaluated = json.loads((Layout(run).results.path / "evaluate.json").read_text())["systems"]
+    evaluated = json.loads((Artifacts(run).results.path / "evaluate.json").read_text())["systems"]
     for system, nats in whole["test_nats"].items():
         assert nats == pytest.approx(evaluated[system]["test_nats"], rel=1e-6)
     part = Path(run.workdir) / "datastore" / f"base-rows-{half['rows']}" / "train"
     for name in ("key", "label"):
         copied = open_array(part / name)
-        original = open_array(Layout(run).datastore("train").path / name)
+        original = open_array(Artifacts(run).datastore("train").path / name)
         np.testing.assert_array_equal(
             read_rows(copied, 0, copied.shape[0]), read_rows(original, 0, half["rows"])
         )
@@ -215,7 +215,7 @@ def test_quality_of_memories_of_growing_datastores(run: Config):
 def test_parts_are_not_trained_otherwise_than_the_whole(
     run: Config, capsys: pytest.CaptureFixture[str]
 ):
-    shutil.rmtree(Layout(run).cost.path, ignore_errors=True)
+    shutil.rmtree(Artifacts(run).cost.path, ignore_errors=True)
     capsys.readouterr()
     for override, said in (
         ("train.num_steps=6", "train.num_steps=8, now 6"),

@@ -21,9 +21,9 @@ from mlpmem_jax.corpus.tokenizer import load_tokenizer
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import TokenWindows
 from mlpmem_jax.errors import PREEMPTED, ArtifactError, UserError
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.tokenize import stages
 from mlpmem_jax.store.array_specs import SPLITS
-from mlpmem_jax.store.layout import Layout
 from tests.pipeline.tokenizing import WORDS, contents, failing_at, make, settings
 
 pytestmark = pytest.mark.usefixtures("small_shards")
@@ -322,7 +322,7 @@ def test_pieces_of_a_document_make_one_document(
     monkeypatch.setattr("mlpmem_jax.corpus.documents.PIECE_CHARS", 40)
     make({**given, "workdir": str(text / "pieces")})
     whole, pieces = (
-        TokenSplit.open(Layout(Config(**{**given, "workdir": str(text / name)})).tokens, "train")
+        TokenSplit.open(Artifacts(Config(**{**given, "workdir": str(text / name)})).tokens, "train")
         for name in ("whole", "pieces")
     )
     np.testing.assert_array_equal(

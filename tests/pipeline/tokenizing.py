@@ -7,10 +7,10 @@ import numpy as np
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus import writer
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.stage import run_stages
 from mlpmem_jax.pipeline.tokenize import stages
 from mlpmem_jax.store import array_specs
-from mlpmem_jax.store.layout import Layout
 
 WORDS = ["def", "class", "return", "for", "'é'", "🙂", "value", "(", ")", ":", "<|endoftext|>"]
 
@@ -49,10 +49,10 @@ def settings(tmp_path: Path, workdir: str = "run", **changes: Any) -> dict[str, 
     }
 
 
-def make(values: dict[str, Any]) -> Layout:
+def make(values: dict[str, Any]) -> Artifacts:
     config = Config(**values)
     run_stages(stages(config))
-    return Layout(config)
+    return Artifacts(config)
 
 
 def contents(workdir: Path) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from mlpmem_jax.evaluation import evaluate_table as compare_module
 from mlpmem_jax.evaluation import metrics
 from mlpmem_jax.evaluation.evaluate_table import SplitScores, compare
 from mlpmem_jax.evaluation.picture import draw
-from mlpmem_jax.evaluation.table import sentence
+from mlpmem_jax.evaluation.report import sentence
 
 SEPARATOR = 0
 
@@ -48,10 +48,10 @@ def test_numbers_agree_with_a_direct_computation():
         weight = found["systems"][name]["interpolation"]
         grid = np.linspace(0.001, 0.999, 999)
         rows = valid.counts.scored_N
-        base, part = np.exp(valid.decoder_N[rows]), np.exp(valid.parts(name)[0][rows])
+        base, part = np.exp(valid.decoder_N[rows]), np.exp(valid.parts.logprob[name][rows])
         best = min(-np.log(w * part + (1 - w) * base).mean() for w in grid)
         assert found["systems"][name]["valid_nats"] <= best + 1e-9
-        mixture = weight * np.exp(test.parts(name)[0]) + (1 - weight) * np.exp(test.decoder_N)
+        mixture = weight * np.exp(test.parts.logprob[name]) + (1 - weight) * np.exp(test.decoder_N)
         nats[name] = -np.log(mixture[scored]).mean()
     for name, value in nats.items():
         assert found["systems"][name]["test_nats"] == pytest.approx(value)
@@ -68,7 +68,7 @@ def test_numbers_agree_with_a_direct_computation():
 def jointly(scores: SplitScores) -> SplitScores:
     """The same with another decoder beside the memory, and λ as trained."""
     beside_N = np.minimum(scores.decoder_N + 0.05, -1e-3)
-    return dataclasses.replace(scores, beside_memory_N=beside_N, memory_weight=0.3)
+    return dataclasses.replace(scores, joint_decoder_N=beside_N, memory_weight=0.3)
 
 
 def test_the_decoder_trained_jointly_is_a_row_and_where_the_memory_s_curve_begins():
@@ -80,7 +80,7 @@ def test_the_decoder_trained_jointly_is_a_row_and_where_the_memory_s_curve_begin
     row, decoder = found["systems"]["joint_decoder"], found["systems"]["decoder"]
     scored = test.counts.scored_N
     assert row["label"] == "decoder, trained jointly"
-    assert row["test_nats"] == pytest.approx(-test.beside_memory_N[scored].mean())
+    assert row["test_nats"] == pytest.approx(-test.joint_decoder_N[scored].mean())
     assert row["interpolation"] is row["interpolation_source"] is None
     assert row["difference_nats"] == pytest.approx(row["test_nats"] - decoder["test_nats"])
     assert row["difference_low"] < row["difference_nats"] < row["difference_high"]

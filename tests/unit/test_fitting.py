@@ -23,9 +23,9 @@ from mlpmem_jax.pipeline import (
     train,
 )
 from mlpmem_jax.pipeline.fitting import Moment, Need, check_fit, shortages
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.stage import Stage, run_stages
 from mlpmem_jax.retrieval import engine
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact, Completion
 from tests.conftest import ROOT
 
@@ -218,7 +218,7 @@ def test_a_run_is_refused_before_its_text_is_tokenized(tmp_path, monkeypatch, ca
 def test_what_most_likely_will_not_fit_is_warned_of(tmp_path, monkeypatch, capsys, make_config):
     """Between the rows that there are at least and those that there most likely are."""
     config = make_config()
-    text = config.corpus, Layout(config).tokens
+    text = config.corpus, Artifacts(config).tokens
     least, likely = (rows(*text)["train"] for rows in (least_rows, likely_rows))
     assert 2 * least < likely
     width = config.decoder.width

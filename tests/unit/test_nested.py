@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.evaluation import metrics
-from mlpmem_jax.evaluation.evaluate_table import SplitScores, chosen_weight, drawn_nats
+from mlpmem_jax.evaluation.draws import Settings, drawn_nats
+from mlpmem_jax.evaluation.systems import SplitParts, System
 from mlpmem_jax.stats.bootstrap import Draws
-from mlpmem_jax.stats.mixing import mixture_of, solve_weights
+from mlpmem_jax.stats.mixing import mixture_logprob, mixture_of, solve_weights
 from mlpmem_jax.stats.nested import choose, sum_nats
 
 
@@ -86,7 +87,12 @@ def test_rows_without_any_probability_do_not_choose():
     np.testing.assert_allclose(choose(lost_MN, cluster_N, draws), wanted_RM, atol=1e-6)
 
 
-def _scores(seed: int, num_documents: int, shift: float) -> SplitScores:
+DECODER = System("decoder", "", ("decoder",))
+MEMORY = System("memory", "", ("decoder", "memory"))
+SETTINGS = Settings(500, 0.95, 0, "decoder", "")
+
+
+def _scores(seed: int, num_documents: int, shift: float) -> SplitParts:
     rng = np.random.default_rng(seed)
     offsets = np.arange(num_documents + 1) * 31
     tokens = np.ones(num_documents * 31, np.int64)
@@ -96,37 +102,40 @@ def _scores(seed: int, num_documents: int, shift: float) -> SplitScores:
     base_N = -rng.gamma(3.0, 1.0, len(tokens) - 1)
     likes_N = rng.standard_normal(num_documents)[counts.document_N]
     added_N = np.minimum(base_N + likes_N + shift + rng.standard_normal(len(base_N)), -1e-3)
-    return SplitScores(counts, base_N, added_N, added_N)
+    return SplitParts(counts, {"decoder": base_N, "memory": added_N})
 
 
-def _drawn(test: SplitScores, system: str, weight: float) -> np.ndarray:
+def _drawn(test: SplitParts, system: System, weight_M: np.ndarray) -> np.ndarray:
     """Nats over the drawn test documents while λ stays."""
     ((_, count_RC),) = Draws(test.counts.num_clusters, 500, 0).chunks()
-    return count_RC @ test.nats_by_document(system, weight)
+    return count_RC @ test.nats_by_document(system, weight_M)
 
 
 def test_a_small_validation_split_widens_the_interval():
     """λ of 4 documents is 0.04 by chance, and says little; of 300 it is 0.61 and stays."""
     test = _scores(2, 40, 0.2)
-    base_R = _drawn(test, "decoder", 0.0)
+    base_R = _drawn(test, DECODER, np.ones(1))
     ratio = {}
     for size in (4, 300):
         valid = _scores(5, size, 0.2)
-        test_D = test.nats_by_document("memory", weight := chosen_weight(valid, "memory"))
-        drawn_R = drawn_nats(valid, test, "memory", test_D, 500, 0) - base_R
-        ratio[size] = drawn_R.std() / (_drawn(test, "memory", weight) - base_R).std()
+        weight_M = valid.tuned_weights(MEMORY)
+        drawn_R = drawn_nats(valid, test, MEMORY, SETTINGS) - base_R
+        ratio[size] = drawn_R.std() / (_drawn(test, MEMORY, weight_M) - base_R).std()
     assert ratio[4] > 4 and 0.95 < ratio[300] < 1.1
     # A λ of training is not chosen on validation: only test is drawn.
-    fixed = SplitScores(valid.counts, valid.decoder_N, valid.knn_N, valid.memory_N, None, 0.5)
-    found = drawn_nats(fixed, test, "memory", test_D, 500, 0)
-    np.testing.assert_allclose(found, _drawn(test, "memory", weight))
+    trained, mixture = [], System("memory", "", ("mixture",))
+    for one in (valid, test):
+        mixture_N = mixture_logprob(one.logprob["memory"], one.logprob["decoder"], weight_M[1])
+        trained.append(SplitParts(one.counts, {"mixture": mixture_N}))
+    found = drawn_nats(*trained, mixture, SETTINGS)
+    np.testing.assert_allclose(found, _drawn(test, MEMORY, weight_M))
 
 
 def test_one_validation_document_leaves_lambda_as_it_is():
     valid, test = _scores(1, 1, 0.5), _scores(2, 20, 0.5)
     draws = Draws(1, 30, (0, 1))
-    weight_RM = choose(valid.scored_parts("knn"), valid.counts.scored_cluster_N, draws)
+    weight_RM = choose(valid.scored(MEMORY), valid.counts.scored_cluster_N, draws)
     assert np.ptp(weight_RM[:, 1]) == 0
-    exact = solve_weights(valid.scored_parts("knn"))
+    exact = solve_weights(valid.scored(MEMORY))
     np.testing.assert_allclose(weight_RM[0], exact, atol=1e-6)
     assert test.counts.num_clusters == 20

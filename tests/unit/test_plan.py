@@ -10,8 +10,8 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.row_estimates import count_rows
 from mlpmem_jax.pipeline import run, tokenize
 from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.units import human_bytes
 
 DRY = Options(workdir="", dry_run=True)
@@ -61,12 +61,12 @@ def test_a_plan_of_a_fresh_directory_has_an_estimate_for_every_stage(text_config
 
 
 def test_guessed_rows_are_near_those_that_come_out(text_config, capsys):
-    text = text_config.corpus, Layout(text_config).tokens
+    text = text_config.corpus, Artifacts(text_config).tokens
     guessed = {split: count_rows(*text, split) for split in ("train", "valid", "test")}
     assert all(one is not None and not one[1] for one in guessed.values())
     assert execute(tokenize.stages, text_config, Options(workdir="")) == 0
     rows, known = count_rows(*text, "train")
-    assert known and rows == Layout(text_config).tokens.load().counts["train_tokens"] - 1
+    assert known and rows == Artifacts(text_config).tokens.load().counts["train_tokens"] - 1
     total = 60 * len("document 10 " * 200) / 3
     assert sum(one[0] for one in guessed.values()) == pytest.approx(total, rel=0.02)
     plan = _plan(text_config, capsys)
@@ -104,7 +104,7 @@ def test_explicit_splits_are_counted_apart(make_config, tmp_path):
     splits = [f"corpus.{split}.paths=['{tmp_path}/{split}.txt']" for split in sizes]
     config = make_config("corpus.source=text", "corpus.paths=[]", "corpus.max_bytes=null", *splits)
     for split, size in sizes.items():
-        assert count_rows(config.corpus, Layout(config).tokens, split) == (size // 3, False)
+        assert count_rows(config.corpus, Artifacts(config).tokens, split) == (size // 3, False)
 
 
 def test_what_would_be_refused_says_so(make_config, capsys):

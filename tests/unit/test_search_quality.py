@@ -5,8 +5,8 @@ import pytest
 
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.retrieval.merge import Neighbors
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.studies.search_quality.divergence import SKEW, compare_neighbors
 from mlpmem_jax.studies.search_quality.settings import reference_of, with_setting
 from tests.conftest import ROOT
@@ -66,7 +66,7 @@ def test_each_setting_has_names_of_its_own_and_shares_the_rest():
     config = _config()
     names = [one.name for one in config.search_quality.settings]
     parts = [with_setting(config, one) for one in config.search_quality.settings]
-    layouts = [Layout(config), *map(Layout, parts)]
+    layouts = [Artifacts(config), *map(Artifacts, parts)]
     for own in ("index", "memory"):
         assert len({getattr(layout, own).relative for layout in layouts}) == len(layouts)
     assert len({layout.targets("train").relative for layout in layouts}) == len(layouts)

@@ -7,12 +7,12 @@ import io
 import numpy as np
 import pytest
 
-from mlpmem_jax.evaluation.systems import SplitParts, System
+from mlpmem_jax.evaluation.draws import Settings
+from mlpmem_jax.evaluation.statistics import summarise
+from mlpmem_jax.evaluation.systems import SeedScores, SplitParts, System
 from mlpmem_jax.studies.ablate import sweeps
 from mlpmem_jax.studies.overfitting import epochs
 from mlpmem_jax.studies.tables import report
-from mlpmem_jax.studies.tables.draws import Settings
-from mlpmem_jax.studies.tables.statistics import SeedScores, summarise
 from tests.unit.test_suite_statistics import _split
 
 COST = {

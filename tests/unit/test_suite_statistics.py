@@ -6,17 +6,17 @@ import json
 import numpy as np
 import pytest
 
+from mlpmem_jax.evaluation.draws import Settings
+from mlpmem_jax.evaluation.lines import correction_note
 from mlpmem_jax.evaluation.metrics import count_documents
-from mlpmem_jax.evaluation.systems import SplitParts, System
+from mlpmem_jax.evaluation.pairs import spread
+from mlpmem_jax.evaluation.statistics import summarise
+from mlpmem_jax.evaluation.systems import SeedScores, SplitParts, System
 from mlpmem_jax.stats.mixing import solve
 from mlpmem_jax.studies.ablate import sweeps
 from mlpmem_jax.studies.overfitting import epochs
 from mlpmem_jax.studies.tables import report
-from mlpmem_jax.studies.tables.draws import Settings
-from mlpmem_jax.studies.tables.lines import correction_note
-from mlpmem_jax.studies.tables.pairs import spread
 from mlpmem_jax.studies.tables.report import _carried_by_one
-from mlpmem_jax.studies.tables.statistics import SeedScores, summarise
 
 SYSTEMS = (
     System("decoder", "decoder", ("base",)),

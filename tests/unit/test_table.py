@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from matplotlib.colors import to_hex
 
-from mlpmem_jax.evaluation import picture, table
+from mlpmem_jax.evaluation import picture, report, table
 from mlpmem_jax.evaluation.style import COLORS, new_figure
 
 
 def _system(label: str, nats: float, **more: Any) -> dict[str, Any]:
-    system: dict[str, Any] = dict.fromkeys(table.COLUMNS)
+    system: dict[str, Any] = dict.fromkeys(report.COLUMNS)
     del system["system"], system["ms_per_token"]
     return (
         system
@@ -76,7 +76,7 @@ MEASURED = {
 def test_lines_are_aligned_and_fit(low: float):
     results = make_results(low=low)
     results["systems"]["decoder"]["word_perplexity"] = 3.9e13
-    lines = table.as_text(results, MEASURED).splitlines()
+    lines = report.as_text(results, MEASURED).splitlines()
     assert all(table.display_width(line) <= 100 for line in lines)
     drawn = [line for line in lines if line.startswith(("┌", "│", "├", "└"))]
     assert len(drawn) == 2 * 8
@@ -110,7 +110,7 @@ def test_ascii_in_numbers_becomes_a_true_minus():
     ],
 )
 def test_the_sentence(difference: float, low: float, high: float, said: str):
-    text = table.sentence(make_results(difference, low, high))
+    text = report.sentence(make_results(difference, low, high))
     assert said in text
     assert "recovers 70.3 % of what the explicit kNN-LM gains [66.0, 74.2]." in text
 
@@ -120,16 +120,16 @@ def test_the_sentence_without_weight():
     memory = results["systems"]["memory"]
     memory |= {"interpolation": 0.0, "interpolation_source": "training"}
     # The decoder that was trained with the memory is another one.
-    assert "decoder + memory is better" in table.sentence(results)
+    assert "decoder + memory is better" in report.sentence(results)
     memory |= {"interpolation_source": "validation", "difference_nats": 0.0}
-    assert "the memory got no weight (λ = 0)" in table.sentence(results)
+    assert "the memory got no weight (λ = 0)" in report.sentence(results)
 
 
 def test_a_share_without_interval_is_no_empty_cell():
     results = make_results()
     memory = results["systems"]["memory"]
     memory |= {"gain_recovered_low": None, "gain_recovered_high": None}
-    lines = table.as_text(results, MEASURED).splitlines()
+    lines = report.as_text(results, MEASURED).splitlines()
     of_memory, of_knn = (
         next(line.rstrip(" │") for line in lines if share in line)
         for share in ("70.3 %", "100.0 %")
@@ -141,13 +141,13 @@ def test_a_share_without_interval_is_no_empty_cell():
 def test_the_sentence_without_a_gain_to_recover():
     results = make_results()
     results["systems"]["memory"]["gain_recovered"] = None
-    assert "nothing to recover" in table.sentence(results)
+    assert "nothing to recover" in report.sentence(results)
 
 
 def test_csv_has_the_same_systems_in_full():
-    rows = list(csv.DictReader(io.StringIO(table.as_csv(make_results(), MEASURED))))
+    rows = list(csv.DictReader(io.StringIO(report.as_csv(make_results(), MEASURED))))
     assert [row["system"] for row in rows] == ["decoder", "+ kNN-LM", "+ memory"]
-    assert tuple(rows[0]) == table.COLUMNS
+    assert tuple(rows[0]) == report.COLUMNS
     assert float(rows[2]["ms_per_token"]) == 0.52
     assert rows[0]["difference_nats"] == ""
 

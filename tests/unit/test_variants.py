@@ -11,8 +11,8 @@ from mlpmem_jax.config.suite import RecipeConfig
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline import embed
 from mlpmem_jax.pipeline.forecast import Expected, Forecaster, duration
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.store.checked_json import fingerprint_of
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.studies.ablate import command as ablate
 from mlpmem_jax.studies.compare import command as compare
@@ -252,7 +252,7 @@ def test_the_vocabulary_is_asked_for_again_once_there_are_tokens(tiny_config: Co
     plan = SeedPlan(tiny_config, 0)
     assert plan.vocab_size == tiny_config.tokenizer.vocab_size
     before = plan.of_equal_size().config.decoder
-    tokens = Layout(tiny_config).tokens
+    tokens = Artifacts(tiny_config).tokens
     tokens.begin({}, {})
     tokens.finish(counts={"vocab_size": 4 * tiny_config.tokenizer.vocab_size})
     assert plan.vocab_size == 4 * tiny_config.tokenizer.vocab_size
@@ -309,7 +309,7 @@ def _finished(
 @pytest.fixture
 def fake_run(tiny_config: Config) -> Path:
     """Manifests of a student and a teacher; seconds are powers of two, so sums tell apart."""
-    workdir = Path(Layout(tiny_config).workdir)
+    workdir = Path(Artifacts(tiny_config).workdir)
     tokens = _finished(workdir, "tokens", {}, seconds=1000.0)
     decoders = {
         name: _finished(

@@ -3,6 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mlpmem_jax.evaluation.lines import (
+    VERDICT_COLUMNS,
+    correction_note,
+    interval_columns,
+    score_columns,
+    seeds_cell,
+    weights_cell,
+)
 from mlpmem_jax.evaluation.style import (
     COLORS,
     DASHED,
@@ -21,14 +29,6 @@ from mlpmem_jax.evaluation.table import (
     note_lines,
     number,
     render,
-)
-from mlpmem_jax.studies.tables.lines import (
-    VERDICT_COLUMNS,
-    correction_note,
-    interval_columns,
-    score_columns,
-    seeds_cell,
-    weights_cell,
 )
 from mlpmem_jax.studies.tables.report import mean_cost
 

@@ -24,7 +24,6 @@ from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.retrieval.distributions import sparse_distributions
 from mlpmem_jax.retrieval.knn_lm import read_labels
 from mlpmem_jax.store.array_specs import Split, input_array
-from mlpmem_jax.store.layout import Layout
 from mlpmem_jax.store.stored_array import StoredArray
 from mlpmem_jax.studies.analyze import sharpness
 from mlpmem_jax.studies.analyze.sharpness import Sharpness
@@ -171,15 +170,15 @@ def _chunks(
 class _Reader:
     """Reads what was stored of single rows."""
 
-    def __init__(self, layout: Layout, split: Split, num_recent: int, separator_id: int):
-        neighbors, datastore = layout.neighbors(split), layout.datastore(split)
+    def __init__(self, run: Artifacts, split: Split, num_recent: int, separator_id: int):
+        neighbors, datastore = run.neighbors(split), run.datastore(split)
         self._num_recent = num_recent
         self._recent = RecentReader(datastore, num_recent, separator_id)
         self._row = StoredArray(neighbors, "row")
         self._distance = StoredArray(neighbors, "distance")
         self._input = StoredArray(datastore, input_array(datastore.load().arrays))
         self._label = StoredArray(datastore, "label")
-        self._train_label = read_labels(layout.datastore("train"))
+        self._train_label = read_labels(run.datastore("train"))
         self.num_neighbors = int(self._row.shape[1])
 
     def _take(self, stored: StoredArray, row_C: np.ndarray) -> np.ndarray:

@@ -12,10 +12,10 @@ import numpy as np
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.evaluation.labels import StoredSplit
-from mlpmem_jax.evaluation.memory_scores import remember
 from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
+from mlpmem_jax.pipeline.scoring import memory_scores, stored_split
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, draw_rows, read_labels
 from mlpmem_jax.stats.bootstrap import bootstrap_sums, interval
 from mlpmem_jax.stats.mixing import mixture_logprob
@@ -49,7 +49,7 @@ def analyze_run(
     """
     config = run.config
     decoder, memory = finished_decoder(run, mesh), finished_memory(run, mesh)
-    stored = StoredSplit.open(run, _SPLIT)
+    stored = stored_split(run, _SPLIT)
     systems = evaluated["systems"]
     temperature = float(systems["knn"]["temperature"])
     weights = {name: float(systems[name]["interpolation"]) for name in COMPARED}
@@ -58,7 +58,7 @@ def analyze_run(
     )
     parts = {
         "knn": neighbors.logprob(stored.counts.scored_N, temperature),
-        "memory": remember(run, _SPLIT, decoder, memory, mesh).logprob_N,
+        "memory": memory_scores(run, _SPLIT, decoder, memory, mesh, None).logprob_N,
     }
     system_N = {
         name: mixture_logprob(part, stored.logprob_N, weights[name]) for name, part in parts.items()

@@ -32,7 +32,7 @@ from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.index_builder import MEASUREMENT_SEED, choose_settings
 from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
 from mlpmem_jax.store.files import check_free_space
-from mlpmem_jax.store.layout import Layout
+from mlpmem_jax.store.manifest import Artifact
 
 PLAIN = ("decoder", "memory")  # systems that search nothing
 
@@ -61,6 +61,7 @@ class Timer:
 
     Attributes:
         config: The whole configuration.
+        train: The datastore of the training rows.
         mesh: Devices.
         path: Where files of the measurement lie.
         models: Compiled models: "decoder" and "memory".
@@ -70,6 +71,7 @@ class Timer:
     """
 
     config: Config
+    train: Artifact
     mesh: jax.sharding.Mesh
     path: epath.Path
     models: Mapping[str, CompiledModel]
@@ -124,7 +126,7 @@ class Timer:
         }
 
     def _keys(self, num_rows: int) -> SomeKeys:
-        return SomeKeys(StoredKeys(Layout(self.config).datastore("train")), 0, num_rows)
+        return SomeKeys(StoredKeys(self.train), 0, num_rows)
 
     def _index(self, num_rows: int) -> epath.Path:
         return self.path / f"index-{num_rows}"

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 
 from mlpmem_jax.evaluation.evaluate_table import SYSTEMS
-from mlpmem_jax.evaluation.run_scores import score_run
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_networks
+from mlpmem_jax.pipeline.scoring import run_scores
 from mlpmem_jax.store.array_specs import SPLITS
 from mlpmem_jax.store.manifest import Artifact
 
@@ -44,7 +44,8 @@ def measure_quality(
     sizes = []
     noted: dict[str, list[str]] = {}
     for rows, part in parts:
-        scored = score_run(part, *finished_networks(part, mesh), mesh).table(part)
+        scores = run_scores(part, *finished_networks(part, mesh), mesh)
+        scored = scores.table(part.config.evaluate, part.config.seed)
         systems = scored["systems"]
         for note in scored["notes"]:
             noted.setdefault(note, []).append(f"{rows:,}")

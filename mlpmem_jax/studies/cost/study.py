@@ -13,16 +13,15 @@ from etils import epath
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import progress
-from mlpmem_jax.evaluation.cost import network_cost
-from mlpmem_jax.evaluation.latency import compiled_models
+from mlpmem_jax.evaluation.cost import parameter_bytes
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
+from mlpmem_jax.pipeline.scoring import compiled_models
 from mlpmem_jax.retrieval.approximate import AH_MIN_ROWS
 from mlpmem_jax.retrieval.knn_lm import read_labels
 from mlpmem_jax.store.array_specs import datastore_arrays
 from mlpmem_jax.studies.cost import slopes
 from mlpmem_jax.studies.cost.measurements import PLAIN, Timer, sizes
-from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
 
 SCHEMA_VERSION = 1
 LABELS = {
@@ -48,7 +47,7 @@ def measure_growth(
         What `cost.json` holds, without quality.
     """
     config = run.config
-    timer, parameter_bytes = _timer(run, evaluated, mesh, path)
+    timer, bytes_of = _timer(run, evaluated, mesh, path)
     rows_S = sizes(len(timer.train_label), config.cost.doublings, config.retrieval.num_neighbors)
     prepared = {rows: timer.prepare(rows) for rows in rows_S}
     rounds: dict[int, list[dict[str, Any]]] = {rows: [] for rows in rows_S}
@@ -69,7 +68,7 @@ def measure_growth(
         }
         for name in names
     }
-    about = _bytes(config, rows_S, prepared, parameter_bytes, names)
+    about = _bytes(config, rows_S, prepared, bytes_of, names)
     return {
         "schema_version": SCHEMA_VERSION,
         "rows": rows_S,
@@ -107,12 +106,10 @@ def _timer(
     config = run.config
     decoder, memory = finished_decoder(run, mesh), finished_memory(run, mesh)
     systems = evaluated["systems"]
-    vocab = decoder.vocab_size
-    alone = network_cost(decoder, decoder_parameters(config.decoder, vocab))["parameter_bytes"]
-    counts = memory_parameters(config.memory, config.decoder.width, vocab)
-    both = alone + network_cost(memory, counts)["parameter_bytes"]
+    alone = parameter_bytes(decoder)
     timer = Timer(
         config,
+        run.datastore("train"),
         mesh,
         path,
         compiled_models(run, decoder, memory, systems, mesh),
@@ -120,14 +117,14 @@ def _timer(
         temperature=float(systems["knn"]["temperature"]),
         weight=float(systems["knn"]["interpolation"]),
     )
-    return timer, {"decoder": alone, "memory": both}
+    return timer, {"decoder": alone, "memory": alone + parameter_bytes(memory)}
 
 
 def _bytes(
     config: Config,
     rows_S: Sequence[int],
     prepared: Mapping[int, Mapping[str, Any]],
-    parameter_bytes: Mapping[str, int],
+    bytes_of: Mapping[str, int],
     names: Sequence[str],
 ) -> dict[str, list[int]]:
     """Returns the bytes that each system keeps: weights, labels, and keys or index.
@@ -138,7 +135,7 @@ def _bytes(
     key, label = specs["key"].row_bytes, specs["label"].row_bytes
     kept = {}
     for name in names:
-        base = parameter_bytes.get(name, parameter_bytes["decoder"])
+        base = bytes_of.get(name, bytes_of["decoder"])
         if name in PLAIN:
             kept[name] = [base] * len(rows_S)
             continue

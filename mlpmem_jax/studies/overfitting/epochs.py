@@ -4,6 +4,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mlpmem_jax.evaluation.draws import Family
+from mlpmem_jax.evaluation.lines import (
+    VERDICT_COLUMNS,
+    correction_note,
+    interval_columns,
+    score_columns,
+    weights_cell,
+)
 from mlpmem_jax.evaluation.style import (
     COLORS,
     INK,
@@ -23,14 +31,6 @@ from mlpmem_jax.evaluation.table import (
     number,
     paragraph,
     render,
-)
-from mlpmem_jax.studies.tables.draws import Family
-from mlpmem_jax.studies.tables.lines import (
-    VERDICT_COLUMNS,
-    correction_note,
-    interval_columns,
-    score_columns,
-    weights_cell,
 )
 
 Results = Mapping[str, Any]

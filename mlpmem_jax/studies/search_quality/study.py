@@ -14,13 +14,14 @@ from etils import epath
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.studies import SearchSetting
 from mlpmem_jax.console import say
-from mlpmem_jax.evaluation.evaluate_table import SplitScores, chosen_weight, drawn_nats
+from mlpmem_jax.evaluation.draws import Settings, drawn_nats
+from mlpmem_jax.evaluation.evaluate_table import SplitScores
 from mlpmem_jax.evaluation.labels import StoredSplit
-from mlpmem_jax.evaluation.memory_scores import remember
 from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
 from mlpmem_jax.evaluation.run_scores import EVALUATED
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_networks
+from mlpmem_jax.pipeline.scoring import memory_scores, stored_split
 from mlpmem_jax.retrieval import recall
 from mlpmem_jax.retrieval.engine import Engine, StoredKeys
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
@@ -53,7 +54,7 @@ def measure_settings(run: Artifacts, mesh: jax.sharding.Mesh, path: epath.Path) 
         What `search-quality.json` holds.
     """
     config = run.config
-    stored = {split: StoredSplit.open(run, split) for split in EVALUATED}
+    stored = {split: stored_split(run, split) for split in EVALUATED}
     train = run.datastore("train")
     exact = ExactCache(train, config.retrieval.key_chunk_rows, config.mesh)
     study = _Study(run, mesh, stored, read_labels(train), exact)
@@ -143,8 +144,8 @@ class _Study:
         }
 
     def _memory(self, run: Artifacts) -> dict[str, Any]:
-        networks = finished_networks(run, self.mesh)
-        remembered = {s: remember(run, s, *networks, self.mesh) for s in EVALUATED}
+        networks, weight = finished_networks(run, self.mesh), run.config.trained_interpolation
+        remembered = {s: memory_scores(run, s, *networks, self.mesh, weight) for s in EVALUATED}
         part_N = {split: one.logprob_N for split, one in remembered.items()}
         return self._scores("memory", part_N, {s: one.weight for s, one in remembered.items()})
 
@@ -168,22 +169,20 @@ class _Study:
             )
             for split, one in self.stored.items()
         }
-        weight = chosen_weight(scores["valid"], name)
-        nats = {split: one.nats_by_document(name, weight) for split, one in scores.items()}
+        valid, test = scores["valid"], scores["test"]
+        system, evaluate = valid.systems[name], self.run.config.evaluate
+        weight_M = valid.parts.tuned_weights(system)
+        nats = {s: one.parts.nats_by_document(system, weight_M) for s, one in scores.items()}
         tokens = {split: int(one.counts.tokens_D.sum()) for split, one in scores.items()}
+        settings = Settings(
+            evaluate.bootstrap_samples, evaluate.confidence, self.run.config.seed, "decoder", "knn"
+        )
         return {
-            "interpolation": weight,
+            "interpolation": valid.weight(name, weight_M),
             "valid_nats": float(nats["valid"].sum()) / tokens["valid"],
             "test_nats": float(nats["test"].sum()) / tokens["test"],
             "test_nats_by_document": nats["test"].tolist(),
-            BY_DRAW: drawn_nats(
-                scores["valid"],
-                scores["test"],
-                name,
-                nats["test"],
-                self.run.config.evaluate.bootstrap_samples,
-                self.run.config.seed,
-            ).tolist(),
+            BY_DRAW: drawn_nats(valid.parts, test.parts, system, settings).tolist(),
         }
 
 

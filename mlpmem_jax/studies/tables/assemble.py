@@ -1,67 +1,22 @@
 """From stored scores and manifests to what the files of a table hold."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from mlpmem_jax.corpus.tokens import TokenSplit
+from mlpmem_jax.evaluation.draws import Settings
 from mlpmem_jax.evaluation.labels import SplitLabels
-from mlpmem_jax.evaluation.systems import SplitParts, System
+from mlpmem_jax.evaluation.statistics import summarise
+from mlpmem_jax.evaluation.systems import SeedScores, SplitParts, System
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
 from mlpmem_jax.store.array_specs import Split
-from mlpmem_jax.store.manifest import Artifact
-from mlpmem_jax.studies.tables.draws import Settings
 from mlpmem_jax.studies.tables.ledger import Ledger
-from mlpmem_jax.studies.tables.statistics import SeedScores, summarise
+from mlpmem_jax.studies.tables.part_scores import SCORED
+from mlpmem_jax.studies.tables.rows import Row
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
 
-
-class ScoredPart(Protocol):
-    """A part of a row, as `studies/tables/part_scores.py` makes it."""
-
-    @property
-    def kind(self) -> str:
-        """decoder, knn, knn_by_index, memory, mixture or joint."""
-        ...
-
-    @property
-    def run(self) -> Artifacts:
-        """The artifacts of its configuration."""
-        ...
-
-    def scores(self, split: Split) -> Artifact:
-        """Where its scores lie."""
-        ...
-
-
-class TableRow(Protocol):
-    """A row of a table for one seed, as `studies/tables/rows.py` makes it."""
-
-    @property
-    def key(self) -> str:
-        """For files."""
-        ...
-
-    @property
-    def label(self) -> str:
-        """For people."""
-        ...
-
-    @property
-    def parts(self) -> Sequence[ScoredPart]:
-        """What is mixed, the base first."""
-        ...
-
-    def made_of(self) -> list[str]:
-        """The artifacts that it takes, by path."""
-        ...
-
-    def decoders(self) -> list[str]:
-        """The decoders among them."""
-        ...
-
-
-_SCORED: tuple[Split, ...] = ("valid", "test")
-Rows = Mapping[int, Sequence[TableRow]]
+Rows = Mapping[int, Sequence[Row]]
 
 
 def table_results(run: Artifacts, rows: Rows, settings: Settings) -> dict[str, Any]:
@@ -72,7 +27,7 @@ def table_results(run: Artifacts, rows: Rows, settings: Settings) -> dict[str, A
         rows: The rows of each seed, the same keys in the same order.
         settings: How intervals are made.
     """
-    labels = {split: SplitLabels.open(run.tokens, split) for split in _SCORED}
+    labels = {split: SplitLabels.open(TokenSplit.open(run.tokens, split)) for split in SCORED}
     names = _part_names(rows)
     seeds = {}
     for seed, of_seed in rows.items():
@@ -141,7 +96,7 @@ def table_costs(run: Artifacts, rows: Rows, *, with_costs: bool = True) -> dict[
     return {"peak_flops": peak, "rows": found}
 
 
-def _size(row: TableRow, vocab_size: int) -> dict[str, int]:
+def _size(row: Row, vocab_size: int) -> dict[str, int]:
     """Returns the parameters of all networks of a row."""
     total = {"parameters": 0, "non_embedding_parameters": 0}
     for part in row.parts:
@@ -157,7 +112,7 @@ def _size(row: TableRow, vocab_size: int) -> dict[str, int]:
     return total
 
 
-def _temperature(row: TableRow) -> dict[str, Any]:
+def _temperature(row: Row) -> dict[str, Any]:
     """Returns τ, and which end of its range it reached."""
     names = ("temperature", "temperature_at_bound")
     for part in row.parts:
@@ -167,7 +122,7 @@ def _temperature(row: TableRow) -> dict[str, Any]:
     return dict.fromkeys(names)
 
 
-def _trained_weight(row: TableRow) -> float | None:
+def _trained_weight(row: Row) -> float | None:
     """Returns λ of networks that were trained with one, the mean over test tokens."""
     for part in row.parts:
         if part.kind in ("mixture", "joint"):
@@ -175,7 +130,7 @@ def _trained_weight(row: TableRow) -> float | None:
     return None
 
 
-def _recall(row: TableRow) -> float | None:
+def _recall(row: Row) -> float | None:
     """Returns how many of the true neighbours of test rows the engine of a row finds.
 
     Where the true ones were not searched it is the recall of a sample of training rows.
@@ -189,7 +144,7 @@ def _recall(row: TableRow) -> float | None:
     return None
 
 
-def _recall_of_targets(row: TableRow) -> float | None:
+def _recall_of_targets(row: Row) -> float | None:
     """Returns the recall of the search that made a memory's targets, on training rows."""
     for part in row.parts:
         if part.kind in ("memory", "mixture", "joint"):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlpmem_jax.evaluation.picture import draw_rows
 from mlpmem_jax.evaluation.style import (
     COLORS,
     DASHED,
@@ -12,7 +13,7 @@ from mlpmem_jax.evaluation.style import (
     wide_figure,
     wide_title,
 )
-from mlpmem_jax.evaluation.table import number
+from mlpmem_jax.evaluation.table import level_text
 from mlpmem_jax.studies.tables.report import mean_cost
 
 Results = Mapping[str, Any]
@@ -53,57 +54,15 @@ def draw(results: Results, measured: Results) -> bytes:
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1.0))
     for axes in (left, right):
         plain(axes)
-    _draw_rows(left, rows, results)
-    _draw_costs(right, rows, measured, results)
-    return as_png(figure)
-
-
-def _draw_rows(axes: Any, rows: Sequence[Results], results: Results) -> None:
-    """Mean over seeds, every seed, and the interval of the paired difference."""
-    reference = next(r for r in rows if r["key"] == results["reference"])["test_nats"]["value"]
-    axes.axvline(reference, color=_COLORS["decoder"], linewidth=1, linestyle=DASHED)
-    for height, row in enumerate(rows):
-        color, nats = color_of(row), row["test_nats"]["value"]
-        axes.plot([reference, nats], [height, height], color=color, linewidth=6, alpha=0.16,
-                  solid_capstyle="butt")  # fmt: skip
-        difference = row.get("difference")
-        if difference and difference["low"] is not None:
-            ends = [reference + difference["low"], reference + difference["high"]]
-            axes.plot(ends, [height, height], color=color, linewidth=2.2)
-            axes.plot(ends, [height, height], "|", color=color, markersize=11, markeredgewidth=2)
-        seeds = [one["test_nats"]["value"] for one in row["by_seed"].values()]
-        if len(seeds) > 1:
-            axes.plot(seeds, [height + 0.26] * len(seeds), "o", color=color, markersize=3.2,
-                      alpha=0.75, markeredgewidth=0)  # fmt: skip
-        axes.plot([nats], [height], "o", color=color, markersize=8, markeredgecolor="white")
-        shown = number(difference["value"], 3, sign=True) if difference else ""
-        axes.annotate(
-            number(nats, 3), (1, height), (10, 0), xycoords=("axes fraction", "data"),
-            textcoords="offset points", va="center", fontsize=10, color=color,
-            fontweight="bold", annotation_clip=False,
-        )  # fmt: skip
-        axes.annotate(
-            shown, (1, height), (52, 0), xycoords=("axes fraction", "data"),
-            textcoords="offset points", va="center", fontsize=9.5, color=color,
-            annotation_clip=False,
-        )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=10.5)
-    for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
-        tick.set_color(color_of(row))
-        tick.set_fontweight("bold")
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(len(rows) - 0.45, -0.55)
-    axes.spines["left"].set_visible(False)
-    axes.grid(visible=False, axis="y")
-    axes.margins(x=0.06)
-    axis_labels(axes, "test nats per token (lower is better)")
-    level = f"{100 * results['confidence']:g} %"
+    reference = next(row for row in rows if row["key"] == results["reference"])["test_nats"][
+        "value"
+    ]
+    draw_rows(left, rows, [color_of(row) for row in rows], reference)
     several = "; dots below: each seed" if len(results["seeds"]) > 1 else ""
-    wide_title(
-        axes,
-        f"Test, {_seeds(results)}",
-        f"bars: {level} interval of the paired difference to the decoder{several}",
-    )
+    about = f"bars: {level_text(results)} interval of the paired difference to the decoder{several}"
+    wide_title(left, f"Test, {_seeds(results)}", about)
+    _draw_costs(right, rows, measured, reference)
+    return as_png(figure)
 
 
 def _seeds(results: Results) -> str:
@@ -111,7 +70,7 @@ def _seeds(results: Results) -> str:
     return f"mean of {count} seeds" if count > 1 else f"seed {results['seeds'][0]}"
 
 
-def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, results: Results) -> None:
+def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, reference: float) -> None:
     """Test nats against all that a row cost to make; area: parameters."""
     costs = [mean_cost(measured, row["key"]) for row in rows]
     largest = max(cost["parameters"] for cost in costs)
@@ -126,7 +85,6 @@ def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, results: 
     _log_ticks(axes, max(flops) / min(flops))
     axes.set_xlim(min(flops) / 1.2, max(flops) * 1.2)
     axes.margins(y=0.08)
-    reference = next(r for r in rows if r["key"] == results["reference"])["test_nats"]["value"]
     axes.axhline(reference, color=_COLORS["decoder"], linewidth=1, linestyle=DASHED, zorder=1)
     flops_label = "training flops, teacher, embedding and search included"
     axis_labels(axes, flops_label, "test nats per token")

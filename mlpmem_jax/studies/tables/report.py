@@ -4,12 +4,24 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mlpmem_jax.evaluation.lines import (
+    VERDICT_COLUMNS,
+    correction_note,
+    interval_columns,
+    quality_cells,
+    quality_titles,
+    seeds_cell,
+    size_cells,
+    size_titles,
+    weights_cell,
+    weights_column,
+)
 from mlpmem_jax.evaluation.table import (
     DASH,
     bracket_text,
     cluster_word,
-    count_text,
     csv_text,
+    level_text,
     note_lines,
     number,
     render,
@@ -19,14 +31,6 @@ from mlpmem_jax.evaluation.table import (
 from mlpmem_jax.pipeline.forecast import duration
 from mlpmem_jax.retrieval.temperature import temperature_notes
 from mlpmem_jax.studies.tables.ledger import TEACHER
-from mlpmem_jax.studies.tables.lines import (
-    VERDICT_COLUMNS,
-    correction_note,
-    interval_columns,
-    seeds_cell,
-    weights_cell,
-    weights_column,
-)
 
 Results = Mapping[str, Any]
 
@@ -79,17 +83,16 @@ def mean_cost(measured: Results, key: str) -> dict[str, Any]:
 def as_text(results: Results, measured: Results) -> str:
     """Returns what is shown in the terminal."""
     rows = results["rows"]
-    level = f"{100 * results['confidence']:g} %"
+    level = level_text(results)
     seeds = results["seeds"]
     test = results["test"]
     several = f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
     quality_header = [
-        "", "test\nnats", f"{level}\ninterval", "over\nseeds", "against\ndecoder",
-        f"{level}\ninterval", "token\nPPL", "word\nPPL", "bits per\nbyte", "kNN gain\nrecovered",
+        "", "test\nnats", f"{level}\ninterval", "over\nseeds", *quality_titles(level),
+        "kNN gain\nrecovered",
     ]  # fmt: skip
     cost_header = [
-        "", "valid\nnats", "weight\nλ*", "temper-\nature τ*", "para-\nmeters",
-        "without\nembedding", "training\nflops", "of which\nnetworks", "wall\ntime",
+        "", *size_titles("*"), "training\nflops", "of which\nnetworks", "wall\ntime",
     ]  # fmt: skip
     return "\n".join(
         [
@@ -105,17 +108,13 @@ def as_text(results: Results, measured: Results) -> str:
 
 
 def _quality(row: Results) -> list[str]:
-    nats, difference = row["test_nats"], row.get("difference")
+    nats = row["test_nats"]
     return [
         row["label"],
         number(nats["value"], 3),
         bracket_text(nats["low"], nats["high"], 3),
         seeds_cell(row),
-        number(difference["value"], 3, sign=True) if difference else DASH,
-        bracket_text(difference["low"], difference["high"], 3) if difference else "",
-        number(row["token_perplexity"], 2),
-        number(row["word_perplexity"], 1),
-        number(row["bits_per_byte"], 4),
+        *quality_cells(row),
         _share_cell(row.get("gain_recovered")),
     ]
 
@@ -128,13 +127,10 @@ def _share_cell(share: Results | None) -> str:
 
 
 def _cost(row: Results, cost: Results) -> list[str]:
+    weights = weights_cell(row["weights"]) or _trained_cell(cost["trained_weight"])
     return [
         row["label"],
-        number(row["valid_nats"]["value"], 3),
-        weights_cell(row["weights"]) or _trained_cell(cost["trained_weight"]),
-        number(cost["temperature"], 3),
-        count_text(cost["parameters"]),
-        count_text(cost["non_embedding_parameters"]),
+        *size_cells(row["valid_nats"]["value"], weights, cost),
         f"{cost['flops']:.3g}",
         f"{cost['network_flops']:.3g}",
         duration(cost["seconds"]),
@@ -164,7 +160,7 @@ def _notes(results: Results, measured: Results) -> list[str]:
         "peak of this CPU",
         *results["notes"],
         *bound_notes(measured),
-        correction_note(len(results["pairs"]), f"{100 * results['confidence']:g} %"),
+        correction_note(len(results["pairs"]), level_text(results)),
     ]
 
 

@@ -14,11 +14,12 @@ from mlpmem_jax.config.data import DatastoreConfig
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.embedding.embed import embed_split
 from mlpmem_jax.evaluation.labels import whole_array
-from mlpmem_jax.evaluation.memory_scores import remember, score_stored
+from mlpmem_jax.evaluation.memory_lm import score_memory
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory, finished_networks
+from mlpmem_jax.pipeline.scoring import memory_scores, stored_rows
 from mlpmem_jax.pipeline.settings import embedding_settings
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.stats.mixing import mixture_logprob
@@ -55,10 +56,11 @@ def score_memory_alone(
     """Scores a memory on the stored inputs of its datastore."""
     config = run.config
     decoder = finished_decoder(run, mesh) if config.memory.reads_decoder else None
-    scores = score_stored(run, split, decoder, memory, mesh, with_targets=False)
-    return _written(
-        config.datastore, artifact, scores.logprob_N, read_labels(run.datastore(split)), {}
-    )
+    rows = stored_rows(run, split, with_targets=False)
+    chunk_tokens = config.train.loss_chunk_tokens
+    scores = score_memory(memory, decoder, rows, mesh, chunk_tokens=chunk_tokens)
+    label_N = read_labels(run.datastore(split))
+    return _written(config.datastore, artifact, scores.logprob_N, label_N, {})
 
 
 def score_mixture(
@@ -79,10 +81,12 @@ def score_mixture(
     """
     config = run.config
     decoder, memory = finished_networks(run, mesh)
+    weight = config.trained_interpolation
     if step is not None:
         memory = finished_memory(run, mesh, step)
-        config = config.model_copy(update={"train": at_step(config.train, step)})
-    scores = remember(run, split, decoder, memory, mesh)
+        train = at_step(config.train, step)
+        weight = config.model_copy(update={"train": train}).trained_interpolation
+    scores = memory_scores(run, split, decoder, memory, mesh, weight)
     assert scores.weight is not None
     decoder_N = scores.decoder_N
     if decoder_N is None:

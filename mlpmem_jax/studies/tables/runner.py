@@ -10,6 +10,7 @@ from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
+from mlpmem_jax.evaluation.draws import Family, Settings
 from mlpmem_jax.parallel.hardware import this_machine
 from mlpmem_jax.pipeline import tokenize
 from mlpmem_jax.pipeline.execute import check_config_file, record, write_run
@@ -22,7 +23,6 @@ from mlpmem_jax.pipeline.stage import Rebuild, Stage, run_stages
 from mlpmem_jax.stats.bootstrap import INTERVALS
 from mlpmem_jax.store.array_specs import SPLITS
 from mlpmem_jax.store.manifest import Artifact, Completion
-from mlpmem_jax.studies.tables.draws import Family, Settings
 from mlpmem_jax.studies.tables.part_scores import SCORED
 from mlpmem_jax.studies.tables.rows import Row
 from mlpmem_jax.studies.tables.variants import made_by

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from mlpmem_jax.evaluation.draws import DrawnSums, Pair
 from mlpmem_jax.evaluation.systems import System
 from mlpmem_jax.stats.bootstrap import Number, Simultaneous
-from mlpmem_jax.studies.tables.draws import DrawnSums, Pair
 
 
 def compared_pairs(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mlpmem_jax.evaluation.table import DASH, number
+from mlpmem_jax.evaluation.table import DASH, bracket_text, count_text, number
 
 Results = Mapping[str, Any]
 
@@ -11,6 +11,41 @@ Results = Mapping[str, Any]
 VERDICT_COLUMNS = (
     "significant", "significant_alone", "corrected_low", "corrected_high", "corrected_p",
 )  # fmt: skip
+
+
+def quality_titles(level: str) -> list[str]:
+    """Returns the titles of `quality_cells`, for intervals of a level."""
+    interval = f"{level}\ninterval"
+    return ["against\ndecoder", interval, "token\nPPL", "word\nPPL", "bits per\nbyte"]
+
+
+def quality_cells(row: Results) -> list[str]:
+    """Returns a row's difference to the decoder, its interval, perplexities, bits per byte."""
+    difference = row.get("difference") or dict.fromkeys(("value", "low", "high"))
+    return [
+        number(difference["value"], 3, sign=True),
+        bracket_text(difference["low"], difference["high"], 3),
+        number(row["token_perplexity"], 2),
+        number(row["word_perplexity"], 1),
+        number(row["bits_per_byte"], 4),
+    ]
+
+
+def size_titles(mark: str = "") -> list[str]:
+    """Returns the titles of `size_cells`; a mark refers to a note about λ and τ."""
+    chosen = [f"weight\nλ{mark}", f"temper-\nature τ{mark}"]
+    return ["valid\nnats", *chosen, "para-\nmeters", "without\nembedding"]
+
+
+def size_cells(valid_nats: float | None, weights: str, row: Results) -> list[str]:
+    """Returns nats of validation, what was chosen there, and the parameters of a row."""
+    return [
+        number(valid_nats, 3),
+        weights,
+        number(row["temperature"], 3),
+        count_text(row["parameters"]),
+        count_text(row["non_embedding_parameters"]),
+    ]
 
 
 def correction_note(compared: int, level: str) -> str:
@@ -44,7 +79,7 @@ def score_columns(seed: str, found: Results) -> dict[str, Any]:
     }
 
 
-def interval_columns(name: str, found: Results, *, ends: str = "") -> dict[str, Any]:
+def interval_columns(name: str, found: Results, ends: str = "") -> dict[str, Any]:
     """Returns the CSV columns of a number and of the ends of its interval.
 
     Args:
