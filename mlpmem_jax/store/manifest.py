@@ -151,7 +151,8 @@ class Artifact:
     @property
     def title(self) -> str:
         """Role and beginning of the id, for people."""
-        return f"{self.label} ({self.path.name[:8]})"
+        number = self.path.name.rsplit("-", 1)[-1]
+        return f"{self.label} ({number[:8]})"
 
     def is_complete(self) -> bool:
         """Whether there is a manifest, of whatever settings."""
