@@ -199,7 +199,7 @@ def test_a_damaged_record_of_the_beginning_is_one_line_with_a_way_out(artifact, 
         artifact.spent,
         artifact.finish,
     ):
-        with pytest.raises(ArtifactError, match="building.json: damaged.*with --rebuild") as caught:
+        with pytest.raises(ArtifactError, match="building.json: damaged.*--rebuild`") as caught:
             ask()
         assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
     artifact.is_of("run-1")  # Whether it is kept, `status` says.
@@ -212,7 +212,7 @@ def test_a_damaged_manifest_is_one_line_with_a_way_out(artifact, damage):
     _finished(artifact)
     file = artifact.path / "manifest.json"
     file.write_text(damage(file.read_text()))
-    with pytest.raises(ArtifactError, match="manifest.json: damaged.*with --rebuild") as caught:
+    with pytest.raises(ArtifactError, match="manifest.json: damaged.*--rebuild`") as caught:
         artifact.load()
     assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
     artifact.is_of("run-1")
