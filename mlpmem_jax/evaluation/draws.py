@@ -40,7 +40,6 @@ class Settings:
         full_gain: Key of the row whose gain is 100 %, if it is in the table.
         family: Pairs that verdicts are given on, corrected for their number; None: all.
         tables: How many such families stand in one report.
-        valid_intervals: Whether the nats of validation have intervals too.
     """
 
     bootstrap_samples: int
@@ -50,7 +49,6 @@ class Settings:
     full_gain: str
     family: Family | None = None
     tables: int = 1
-    valid_intervals: bool = True
 
 
 def draws_of(num_clusters: int, settings: Settings, split: str) -> Draws:

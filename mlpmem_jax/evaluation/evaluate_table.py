@@ -12,7 +12,13 @@ import numpy as np
 
 from mlpmem_jax.evaluation.draws import DrawnSums, Settings
 from mlpmem_jax.evaluation.lines import interval_columns
-from mlpmem_jax.evaluation.metrics import DocumentCounts, choice_notes, document_notes, finite
+from mlpmem_jax.evaluation.metrics import (
+    QUALITY,
+    DocumentCounts,
+    choice_notes,
+    document_notes,
+    finite,
+)
 from mlpmem_jax.evaluation.statistics import Table
 from mlpmem_jax.evaluation.systems import SeedScores, SplitParts, System
 from mlpmem_jax.retrieval.temperature import temperature_notes, weight_notes
@@ -116,11 +122,9 @@ def compare(
     Returns:
         What `evaluate.json` holds of scores: systems, curves, documents, notes.
     """
-    settings = Settings(
-        bootstrap_samples, confidence, seed, "decoder", "knn", valid_intervals=False
-    )
-    scores = SeedScores(valid.parts, test.parts)
-    table = Table(list(valid.systems.values()), {seed: scores}, settings)
+    settings = Settings(bootstrap_samples, confidence, seed, "decoder", "knn")
+    scores = {seed: SeedScores(valid.parts, test.parts)}
+    table = Table(list(valid.systems.values()), scores, settings, bounds_valid=False)
     weight_M = table.choices.weights[seed]
     systems: dict[str, dict[str, Any]] = {}
     for key, system in valid.systems.items():
@@ -129,8 +133,7 @@ def compare(
             "label": system.label,
             "test_nats": found["test_nats"]["value"],
             "valid_nats": found["valid_nats"]["value"],
-            **{name: found[name] for name in ("token_perplexity", "word_perplexity")},
-            "bits_per_byte": found["bits_per_byte"],
+            **{name: found[name] for name in QUALITY},
             "interpolation": valid.weight(key, weight_M[key]),
             "interpolation_source": _weight_source(valid, key),
             "temperature": temperature if key == "knn" else None,
@@ -142,7 +145,7 @@ def compare(
     for key in _MIXING:
         if systems[key]["interpolation_source"] == "validation":
             notes += weight_notes(systems[key]["interpolation"], key)
-    notes += choice_notes(valid.counts) + _share_notes(table.test, systems["memory"], test.counts)
+    notes += choice_notes(valid.counts) + _share_notes(table.test, systems["memory"])
     return {
         "valid": valid.counts.summary,
         "test": test.counts.summary,
@@ -187,7 +190,7 @@ def _weight_source(scores: SplitScores, key: str) -> str | None:
     return "gate" if isinstance(scores.memory_weight, np.ndarray) else "training"
 
 
-def _share_notes(sums: DrawnSums, memory: Mapping[str, Any], counts: DocumentCounts) -> list[str]:
+def _share_notes(sums: DrawnSums, memory: Mapping[str, Any]) -> list[str]:
     """Says where the share of the kNN-LM's gain is undefined, if anywhere."""
     if memory["gain_recovered"] is None:
         return ["the kNN-LM gains nothing on test: a share of its gain is not defined"]

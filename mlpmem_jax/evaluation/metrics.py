@@ -19,6 +19,8 @@ from mlpmem_jax.errors import ArtifactError
 
 # An effective sample size below this says little about the spread between clusters.
 FEW_CLUSTERS = 20
+# Of `Metrics`, what tables show beside nats.
+QUALITY = ("token_perplexity", "word_perplexity", "bits_per_byte")
 
 
 @dataclasses.dataclass(frozen=True)

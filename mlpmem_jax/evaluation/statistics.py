@@ -17,6 +17,7 @@ import numpy as np
 
 from mlpmem_jax.evaluation.draws import BySeed, Choices, DrawnSums, Settings
 from mlpmem_jax.evaluation.metrics import (
+    QUALITY,
     DocumentCounts,
     choice_notes,
     document_notes,
@@ -34,14 +35,20 @@ class Table:
         systems: The rows, in order; the reference among them.
         seeds: Scores of every row's parts, by seed.
         settings: How intervals are made.
+        bounds_valid: Whether the nats of validation have intervals too.
     """
 
     def __init__(
-        self, systems: Sequence[System], seeds: Mapping[int, SeedScores], settings: Settings
+        self,
+        systems: Sequence[System],
+        seeds: Mapping[int, SeedScores],
+        settings: Settings,
+        *,
+        bounds_valid: bool = True,
     ):
         self.choices = Choices(systems, seeds, settings)
         self.test = DrawnSums(self.choices, "test")
-        self._valid = DrawnSums(self.choices, "valid", bounded=settings.valid_intervals)
+        self._valid = DrawnSums(self.choices, "valid", bounded=bounds_valid)
 
     def row(self, system: System) -> dict[str, Any]:
         """Returns the mean over seeds, its spread, and every seed."""
@@ -77,11 +84,7 @@ class Table:
                 found["gain_recovered"] = self.test.share(key, settings.reference, full, seeds)
         nats_D = np.mean([self.choices.nats["test"][seed][key] for seed in seeds], axis=0)
         metrics = score(nats_D, counts)
-        return found | {
-            "token_perplexity": finite(metrics.token_perplexity),
-            "word_perplexity": finite(metrics.word_perplexity),
-            "bits_per_byte": finite(metrics.bits_per_byte),
-        }
+        return found | {name: finite(getattr(metrics, name)) for name in QUALITY}
 
 
 def summarise(

@@ -16,6 +16,7 @@ from mlpmem_jax.evaluation.lines import (
     weights_cell,
     weights_column,
 )
+from mlpmem_jax.evaluation.metrics import QUALITY
 from mlpmem_jax.evaluation.table import (
     DASH,
     bracket_text,
@@ -242,8 +243,7 @@ def _flat_rows(results: Results, measured: Results) -> Iterable[dict[str, Any]]:
 
 def _flat_row(row: Results, seed: str, found: Results) -> dict[str, Any]:
     flat: dict[str, Any] = {"row": row["key"], "label": row["label"], "seed": seed}
-    for name in ("token_perplexity", "word_perplexity", "bits_per_byte"):
-        flat[name] = found[name]
+    flat |= {name: found[name] for name in QUALITY}
     flat["weights"] = weights_column(found["weights"])
     for name, ends in (
         ("test_nats", "test"),
