@@ -7,7 +7,7 @@ import pytest
 import tensorstore as ts
 from etils import epath
 
-from mlpmem_jax.errors import ArtifactError, TryAgain
+from mlpmem_jax.errors import ArtifactError, TryAgain, UserError
 from mlpmem_jax.store import lease as leases
 from mlpmem_jax.store import lock
 from mlpmem_jax.store.lease import LEASE_SECS, Lease
@@ -172,6 +172,27 @@ def test_a_bucket_that_does_not_answer_for_a_while_is_asked_again(make, store, m
     while store.read("decoder.base").result().stamp.generation == before:
         assert lease._heartbeat.is_alive()
     assert not told
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "message"),
+    [
+        ("NOT_FOUND: Not Found", UserError, "cannot be written (there is no such bucket)"),
+        ("UNAVAILABLE: reset", UserError, "cannot be reached (UNAVAILABLE: reset"),
+        ("PERMISSION_DENIED: Forbidden", PermissionError, "Permission denied"),
+    ],
+)
+def test_a_bucket_that_takes_nothing_is_named(make, store, answer, kind, message):
+    class Refuses:
+        read = store.read
+
+        def write(self, *_, **__):
+            raise ValueError(f"{answer} [http_response_code='404']")
+
+    with pytest.raises(kind) as refused:
+        make("first", store=Refuses()).take()
+    assert str(PATH) in str(refused.value)
+    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize("content", ["mine", "[]", '{"holder": "me"}'])
