@@ -239,18 +239,19 @@ def run_stage(
         recipe = {stage.name: stage.artifact.recipe}
         refuse_different(recipe, "would make it otherwise")
         barrier(f"{stage.name}: checked")
-        with only_maker(stage.artifact), _telling_what_is_kept(stage.artifact):
+        with only_maker(stage.artifact) as confirm, _telling_what_is_kept(stage.artifact):
+            # Asked again: another run may have finished it meanwhile.
+            status = _status(stage, made_from, rebuild)
             if status is None:
-                _set_aside(stage)
-            # Asked again: another run may have finished it just now.
-            status = _status(stage, made_from, Rebuild.REFUSE)
+                _set_aside(stage, rebuild)
+                status = _status(stage, made_from, Rebuild.REFUSE)
             assert status is not None
             if status is not Status.COMPLETE:
-                _make(stage, made_from, status, before_building)
+                _make(stage, made_from, status, before_building, confirm)
                 return True
     if is_writer() and replacement.is_left(stage.artifact):
         # A kill came just after the new one was finished; or another run is about to remove it.
-        with contextlib.suppress(ArtifactError), only_maker(stage.artifact):
+        with contextlib.suppress(ArtifactError), only_maker(stage.artifact, waits=False):
             _drop_replaced(stage.artifact)
     say(f"{stage.name}: complete ({stage.artifact.load().fingerprint})")
     return False
@@ -272,7 +273,6 @@ def _seen_status(stage: Stage, made_from: Mapping[str, str], rebuild: Rebuild) -
     except ArtifactError:
         if rebuild is Rebuild.REFUSE:
             raise
-        say(f"{stage.name}: stale or damaged; making it again")
         return None
 
 
@@ -281,6 +281,7 @@ def _make(
     made_from: Mapping[str, str],
     status: Status,
     before_building: Callable[[], None],
+    confirm: Callable[[], None],
 ) -> None:
     say(f"{stage.name}: " + ("continuing" if status is Status.PARTIAL else "making"))
     if is_writer():
@@ -293,11 +294,13 @@ def _make(
         barrier(f"{stage.name}: built")
     seconds = stopwatch.seconds
     if is_writer():
+        confirm()
         stage.artifact.finish(
             counts=completion.counts,
             arrays=completion.arrays,
             files=completion.files,
             measured={"seconds": round(seconds, 3), **completion.measured},
+            confirm=confirm,
         )
         _drop_replaced(stage.artifact)
     barrier(f"{stage.name}: finished")
@@ -318,7 +321,9 @@ def _load_soon(artifact: Artifact) -> Manifest:
     return artifact.load()
 
 
-def _set_aside(stage: Stage) -> None:
+def _set_aside(stage: Stage, rebuild: Rebuild) -> None:
+    if rebuild is Rebuild.STALE:
+        say(f"{stage.name}: stale or damaged; making it again")
     if is_writer():
         replacement.set_aside(stage.artifact)
     barrier(f"{stage.name}: set aside")

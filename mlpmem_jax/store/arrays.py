@@ -32,7 +32,8 @@ _UNREACHABLE = (
 _DRIVERS = {"gs": "gcs"}  # TensorStore's names, where they are not the scheme of URLs.
 
 
-def _kvstore(path: str | epath.Path) -> dict[str, Any]:
+def kvstore_spec(path: str | epath.Path) -> dict[str, Any]:
+    """Returns TensorStore's specification of a directory as a store of keys."""
     text = str(path).rstrip("/") + "/"
     if is_local(text):
         spec: dict[str, Any] = {"driver": "file", "path": text}
@@ -91,7 +92,7 @@ def create_array(
     }
     spec = {
         "driver": "zarr3",
-        "kvstore": _kvstore(path),
+        "kvstore": kvstore_spec(path),
         "metadata": metadata,
         # Zeros are data: without this an all-zero shard would not be written.
         "store_data_equal_to_fill_value": True,
@@ -107,7 +108,7 @@ def continue_array(path: str | epath.Path) -> ts.TensorStore:
     """
     spec = {
         "driver": "zarr3",
-        "kvstore": _kvstore(path),
+        "kvstore": kvstore_spec(path),
         "store_data_equal_to_fill_value": True,
     }
     return _opened(path, spec, open=True)
@@ -121,7 +122,7 @@ def open_array(path: str | epath.Path) -> ts.TensorStore:
     """
     spec = {
         "driver": "zarr3",
-        "kvstore": _kvstore(path),
+        "kvstore": kvstore_spec(path),
         "fill_missing_data_reads": False,
     }
     return _opened(path, spec, open=True, read=True)

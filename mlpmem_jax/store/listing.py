@@ -1,5 +1,6 @@
 """What a store holds: every artifact, its size, and the work directories that use it."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -8,7 +9,7 @@ from etils import epath
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.store.checked_json import read_checked_json
 from mlpmem_jax.store.contents import BUILDING, MANIFEST
-from mlpmem_jax.store.lock import only_maker
+from mlpmem_jax.store.lock import BeingMade, only_maker
 from mlpmem_jax.store.manifest import Artifact, Manifest
 from mlpmem_jax.store.run_record import RUNS, RunRecord, store_of
 
@@ -46,16 +47,19 @@ def entries(store: epath.Path) -> list[Entry]:
 
 
 def remove_unused(listed: Sequence[Entry]) -> list[Entry]:
-    """Removes the artifacts that no work directory uses; returns them.
+    """Removes the artifacts that no work directory uses, but for those being made; returns them.
 
     Raises:
         ArtifactError: One holds what is not ours; those before it are removed.
     """
-    unused = [one for one in listed if not one.users]
-    for one in unused:
-        with only_maker(one.artifact):
+    removed = []
+    for one in listed:
+        if one.users:
+            continue
+        with contextlib.suppress(BeingMade), only_maker(one.artifact, waits=False):
             one.artifact.remove()
-    return unused
+            removed.append(one)
+    return removed
 
 
 def _artifacts(store: epath.Path) -> Iterator[Artifact]:

@@ -1,94 +1,94 @@
-"""One maker for each artifact: a second run that wants to make the same one is refused."""
+"""One maker for each artifact: a second run waits until it is finished, or its maker gone."""
 
 import contextlib
-import fcntl
 import os
 import socket
-from collections.abc import Iterator
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from mlpmem_jax.console import warn
+from mlpmem_jax.console import say, warn
 from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.parallel.multihost import is_writer
-from mlpmem_jax.store.files import has_locks, is_local
+from mlpmem_jax.parallel.agreement import of_first
+from mlpmem_jax.parallel.multihost import is_active, is_writer
+from mlpmem_jax.parallel.preemption import Preempted, preempted
+from mlpmem_jax.store.file_lock import HOLDER, FileLock
+from mlpmem_jax.store.files import is_local
+from mlpmem_jax.store.lease import Lease
 from mlpmem_jax.store.manifest import Artifact
 
 LOCKS = ".locks"
-_HOLDER = "process "
+POLL_SECS = 1.0
 _warned: set[epath.Path] = set()
 
 
-@contextlib.contextmanager
-def only_maker(artifact: Artifact) -> Iterator[None]:
-    """Holds an artifact while it is made. The kernel lets go when the process dies.
+class BeingMade(ArtifactError):
+    """An artifact that another run is making now."""
 
-    Buckets, and file systems without locks, are not protected; of the latter a warning says so.
+
+@contextlib.contextmanager
+def only_maker(artifact: Artifact, *, waits: bool = True) -> Iterator[Callable[[], None]]:
+    """Holds an artifact while it is made: a lock on a local disk, a lease in a bucket.
+
+    Where there are neither, a warning says that two runs are not kept apart. Process 0 holds it.
+    All processes of a run come here together, so that all wait; one that does not wait may come
+    alone.
+
+    Args:
+        artifact: What is made.
+        waits: Whether to wait for another run that is making it.
+
+    Yields:
+        A function to call right before the manifest is written. It raises `TryAgain` if another
+        run has taken the artifact over, as after a pause of this process that outlasted its lease.
 
     Raises:
-        ArtifactError: Another run is making it; its process and machine are named.
+        BeingMade: Another run is making it, and this one does not wait; process and machine of the
+            other are named.
+        Preempted: The machine of one of several processes is about to go while they wait.
     """
-    if not is_writer() or not is_local(artifact.root):
-        yield
-        return
-    if not has_locks(artifact.root):
-        _warn_of_no_locks(artifact)
-        yield
-        return
-    file = Path(os.fspath(artifact.root)) / LOCKS / artifact.relative.replace("/", ".")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _locked(file, artifact)
+    lock = _lock_of(artifact) if is_writer() else None
     try:
-        yield
+        if waits:
+            _wait(lock, artifact)
+        elif (holder := _take(lock, artifact)) is not None:
+            raise BeingMade(f"{artifact.path}: is being made by another run ({holder})")
+        yield lock.confirm if lock else _confirm_nothing
     finally:
-        file.unlink(missing_ok=True)
-        os.close(descriptor)
-        with contextlib.suppress(OSError):  # Not empty: another artifact is being made.
-            file.parent.rmdir()
+        if lock:
+            lock.release()
 
 
-def _warn_of_no_locks(artifact: Artifact) -> None:
-    if artifact.root not in _warned:
-        _warned.add(artifact.root)
-        warn(
-            f"{artifact.root}: this file system does not lock files: two runs in it at the same "
-            "time are not kept apart"
-        )
+def _lock_of(artifact: Artifact) -> FileLock | Lease:
+    file = artifact.root / LOCKS / artifact.relative.replace("/", ".")
+    kind = FileLock if is_local(file) else Lease
+    return kind(file, f"{HOLDER}{os.getpid()} on {socket.gethostname()}")
 
 
-def _locked(file: Path, artifact: Artifact) -> int:
-    """Returns the descriptor that holds the lock."""
-    while True:
-        try:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # The folder went with another run's last lock.
-            file.parent.mkdir(parents=True, exist_ok=True)
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 256, 0).decode(errors="replace") or "unknown"
-            os.close(descriptor)
-            raise ArtifactError(
-                f"{artifact.path}: is being made by another run ({holder}); wait for it, or use "
-                "another workdir"
-            ) from None
-        except OSError:
-            os.close(descriptor)
-            raise
-        found = os.pread(descriptor, 256, 0)
-        if found and not found.startswith(_HOLDER.encode()):
-            os.close(descriptor)
-            raise ArtifactError(
-                f"{file}: not written by this program, and locks go there; move it away, or use "
-                "another workdir"
-            )
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(descriptor).st_ino == os.stat(file).st_ino:
-                os.ftruncate(descriptor, 0)
-                os.pwrite(
-                    descriptor, f"{_HOLDER}{os.getpid()} on {socket.gethostname()}".encode(), 0
-                )
-                return descriptor
-        os.close(descriptor)  # Its holder has just removed it: this one is nobody's.
+def _wait(lock: FileLock | Lease | None, artifact: Artifact) -> None:
+    told = None
+    # One answer for all, again and again: barriers and collectives do not wait for ever.
+    while (holder := of_first(_take(lock, artifact))) is not None:
+        if holder != told:
+            say(f"{artifact.title}: being made by another run ({holder}); waiting")
+            told = holder
+        # Alone, a process that waits has ended already.
+        if is_active() and preempted():
+            raise Preempted(f"{artifact.title}: is being made by another run")
+        time.sleep(POLL_SECS)
+
+
+def _take(lock: FileLock | Lease | None, artifact: Artifact) -> str | None:
+    """Tries once; returns who else holds it, or None."""
+    try:
+        return lock.take() if lock else None
+    except NotImplementedError as missing:
+        if artifact.root not in _warned:
+            _warned.add(artifact.root)
+            warn(f"{artifact.root}: {missing}: two runs in it at the same time are not kept apart")
+        return None
+
+
+def _confirm_nothing() -> None:
+    """Of the processes that hold nothing."""

@@ -12,7 +12,7 @@ import enum
 import importlib.metadata
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -337,6 +337,7 @@ class Artifact:
         arrays: Mapping[str, Any] | None = None,
         files: Sequence[str] | Mapping[str, Any] = (),
         measured: Mapping[str, Any] | None = None,
+        confirm: Callable[[], None] = lambda: None,
     ) -> Manifest:
         """Writes the manifest; from now on the artifact is complete.
 
@@ -346,6 +347,7 @@ class Artifact:
             files: Paths in the artifact, or a mapping of them to bytes and CRC-32, where these are
                 known: those files are not read again.
             measured: See `Manifest`.
+            confirm: Called last before the manifest is written; see `lock.only_maker`.
         """
         begun = self._begun()
         content: dict[str, Any] = {
@@ -367,6 +369,7 @@ class Artifact:
             "created": time.time(),
             "run": begun.get("run"),
         }
+        confirm()
         write_checked_json(self.path / MANIFEST, content)
         forget_written(self.path)
         (self.path / BUILDING).unlink(missing_ok=True)

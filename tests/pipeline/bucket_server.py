@@ -3,6 +3,8 @@
 TensorStore's gs:// driver, and Orbax through it, talk to this server. etils asks an fsspec file
 system for the same objects; it stands in for gcsfs, and as in a bucket there are no empty
 directories. So nothing of this package, of Orbax or of TensorStore knows that it is a test.
+Processes that a test starts find the server in their environment; `reading_from_server` gives them
+the same file system.
 """
 
 import contextlib
@@ -10,15 +12,19 @@ import http.server
 import io
 import itertools
 import json
+import os
 import re
 import threading
+import urllib.error
 import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 
 import fsspec
 import numpy as np
 import pytest
 from etils.epath import backend
+from orbax.checkpoint._src.path import gcs_utils
 
 from mlpmem_jax.store.arrays import open_array, read_rows
 
@@ -36,19 +42,26 @@ class Objects:
         self._generations = itertools.count(1)
         self.written = []
 
-    def put(self, name, data):
+    def put(self, name, data, expected=None):
+        """Writes an object, if it is of the expected generation; returns whether it was."""
         with self._lock:
+            if expected not in (None, self._held.get(name, (None, 0))[1]):
+                return False
             self._held[name] = (bytes(data), next(self._generations))
             self.written.append(name)
+            return True
 
     def get(self, name):
         """Returns content and generation; of an object that is not there None and 0."""
         with self._lock:
             return self._held.get(name, (None, 0))
 
-    def remove(self, name):
+    def remove(self, name, expected=None):
+        """Removes an object, if it is of the expected generation; returns the answer's code."""
         with self._lock:
-            return self._held.pop(name, None) is not None
+            if expected not in (None, self._held.get(name, (None, 0))[1]):
+                return 412
+            return 404 if self._held.pop(name, None) is None else 204
 
     def below(self, prefix):
         with self._lock:
@@ -92,17 +105,14 @@ class Storage(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         bucket, _, query = self._asked()
         data = self.rfile.read(int(self.headers["Content-Length"]))
-        name = f"{bucket}/{query['name']}"
-        expected = query.get("ifGenerationMatch")
-        if expected not in (None, str(self.objects.get(name)[1])):
+        if self.objects.put(f"{bucket}/{query['name']}", data, _generation(query)):
+            self._answer(200, self._described(bucket, query["name"]))
+        else:
             self._answer(412)
-            return
-        self.objects.put(name, data)
-        self._answer(200, self._described(bucket, query["name"]))
 
     def do_DELETE(self):
-        bucket, name, _ = self._asked()
-        self._answer(204 if self.objects.remove(f"{bucket}/{name}") else 404)
+        bucket, name, query = self._asked()
+        self._answer(self.objects.remove(f"{bucket}/{name}", _generation(query)))
 
     def _asked(self):
         url = urllib.parse.urlsplit(self.path)
@@ -132,6 +142,48 @@ class Storage(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def _generation(query):
+    return int(query["ifGenerationMatch"]) if "ifGenerationMatch" in query else None
+
+
+class RemoteObjects:
+    """The objects of a server in another process."""
+
+    def __init__(self, url):
+        self._url = url
+
+    def put(self, name, data):
+        bucket, _, inside = name.partition("/")
+        self._ask("POST", f"/upload/storage/v1/b/{bucket}/o", {"name": inside}, bytes(data))
+
+    def get(self, name):
+        bucket, _, inside = name.partition("/")
+        path = f"/storage/v1/b/{bucket}/o/{urllib.parse.quote(inside, '')}"
+        # Of a bucket itself there is no content.
+        return (self._ask("GET", path) if inside else None) or (None, 0)
+
+    def remove(self, name):
+        bucket, _, inside = name.partition("/")
+        self._ask("DELETE", f"/storage/v1/b/{bucket}/o/{urllib.parse.quote(inside, '')}")
+
+    def below(self, prefix):
+        bucket, _, inside = prefix.partition("/")
+        listing, _ = self._ask("GET", f"/storage/v1/b/{bucket}/o", {"prefix": inside})
+        items = json.loads(listing)["items"]
+        return {f"{bucket}/{one['name']}": int(one["size"]) for one in items}
+
+    def _ask(self, method, path, query=(), data=None):
+        url = f"{self._url}{path}?{urllib.parse.urlencode(query)}"
+        try:
+            with urllib.request.urlopen(
+                urllib.request.Request(url, data=data, method=method)
+            ) as answer:
+                return answer.read(), int(answer.headers.get("x-goog-generation", 0))
+        except urllib.error.HTTPError as error:
+            assert error.code == 404, error
+            return None
 
 
 class Driver(fsspec.AbstractFileSystem):
@@ -202,6 +254,23 @@ class _Upload(io.BytesIO):
         super().close()
 
 
+def _show_others(objects, setattr_of):
+    """Lets etils and Orbax see the objects that TensorStore sees."""
+    local, driver = fsspec.filesystem("file"), Driver(objects)
+    setattr_of(
+        backend.fsspec_backend,
+        "_get_filesystem",
+        lambda name: local if name == "file" else driver,
+    )
+    # Orbax asks with Google's own client whether a bucket has folders.
+    setattr_of(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
+
+
+def reading_from_server():
+    """Makes this process read gs:// from the server of the test that has started it."""
+    _show_others(RemoteObjects(os.environ["TENSORSTORE_GCS_HTTP_URL"]), setattr)
+
+
 @contextlib.contextmanager
 def serving() -> Iterator[Objects]:
     """Yields all buckets, while the server runs and everything that reads gs:// asks it."""
@@ -211,22 +280,11 @@ def serving() -> Iterator[Objects]:
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    driver = Driver(held)
-    local = fsspec.filesystem("file")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
         patch.setenv("no_proxy", "127.0.0.1")
-        patch.setattr(
-            backend.fsspec_backend,
-            "_get_filesystem",
-            lambda name: local if name == "file" else driver,
-        )
-        # Orbax asks with Google's own client whether a bucket has folders.
-        patch.setattr(
-            "orbax.checkpoint._src.path.gcs_utils.is_hierarchical_namespace_enabled",
-            lambda path: False,
-        )
+        _show_others(held, patch.setattr)
         yield held
     server.shutdown()
     server.server_close()

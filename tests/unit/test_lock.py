@@ -1,10 +1,9 @@
 """Two runs do not make the same artifact at the same time."""
 
+import contextlib
 import errno
 import os
-import signal
-import subprocess
-import sys
+import re
 
 import numpy as np
 import pytest
@@ -12,20 +11,43 @@ from etils import epath
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from mlpmem_jax.errors import ArtifactError, UserError
-from mlpmem_jax.store import arrays, files
-from mlpmem_jax.store.lock import LOCKS, only_maker
+from mlpmem_jax.store import arrays, files, lock
+from mlpmem_jax.store.lock import LOCKS, BeingMade, only_maker
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.training import checkpoint
 
 
-def test_the_second_maker_is_refused_and_the_first_named(tmp_path):
+def test_one_that_does_not_wait_is_refused_and_the_first_named(tmp_path):
     artifact = Artifact(tmp_path / "run", "memory/base", "memory")
     other = Artifact(tmp_path / "run", "memory/other", "memory")
-    refused = pytest.raises(ArtifactError, match=r"is being made by another run \(process \d+ on")
-    with only_maker(artifact), only_maker(other), refused, only_maker(artifact):
+    refused = pytest.raises(BeingMade, match=r"is being made by another run \(process \d+ on")
+    with only_maker(artifact), only_maker(other), refused, only_maker(artifact, waits=False):
         raise AssertionError("held twice")
-    with only_maker(artifact):
+    with only_maker(artifact, waits=False):
         assert list((tmp_path / "run" / LOCKS).iterdir())
+    assert not (tmp_path / "run" / LOCKS).exists()
+
+
+def test_the_second_maker_waits_and_says_so_once(tmp_path, monkeypatch, capsys):
+    artifact = Artifact(tmp_path / "run", "memory/base", "memory")
+    first = contextlib.ExitStack()
+    first.enter_context(only_maker(artifact))
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:
+            first.close()
+
+    monkeypatch.setattr(lock.time, "sleep", sleep)
+    with only_maker(artifact):
+        assert waited == [1.0] * 3
+        with pytest.raises(BeingMade), only_maker(artifact, waits=False):
+            raise AssertionError("held twice")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"memory/base: being made by another run \(process \d+ on .+\); waiting", line
+    )
     assert not (tmp_path / "run" / LOCKS).exists()
 
 
@@ -36,32 +58,6 @@ def test_what_a_killed_maker_left_does_not_hold(tmp_path):
     with only_maker(artifact):
         pass
     assert not (tmp_path / LOCKS).exists()
-
-
-def test_a_second_run_of_the_same_command_is_refused(tmp_path, root):
-    """The first one is held in the middle of a step; it is none the worse for the second."""
-    arguments = ["pretrain", "--config", str(root / "configs" / "tiny.yaml")]
-    arguments += ["--workdir", str(tmp_path / "run")]
-    program = [sys.executable, "-m", "mlpmem_jax"]
-    environment = os.environ | {"PYTHONPATH": str(root), "KILLED_BY": "SIGSTOP"}
-    made = subprocess.run([*program, "tokenize", *arguments[1:]], env=environment, cwd=root)
-    assert made.returncode == 0
-    held = [sys.executable, str(root / "tests" / "pipeline" / "killed.py")]
-    held += ["mlpmem_jax.training.monitor.Monitor.dispatched", "3", "after"]
-    first = subprocess.Popen([*held, *arguments], env=environment, cwd=root)
-    try:
-        _, status = os.waitpid(first.pid, os.WUNTRACED)
-        assert os.WIFSTOPPED(status)
-        second = subprocess.run(
-            [*program, *arguments], env=environment, cwd=root, capture_output=True, text=True
-        )
-        assert second.returncode == 2
-        (line,) = [line for line in second.stderr.splitlines() if line.startswith("error:")]
-        assert "decoder/base" in line
-    finally:
-        first.send_signal(signal.SIGCONT)
-    assert first.wait() == 0
-    assert (tmp_path / "run" / "decoder" / "base" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
@@ -83,7 +79,7 @@ def test_where_there_are_no_locks_arrays_are_written_without(
     assert line.startswith(f"warning: {tmp_path}/run: this file system does not lock files")
     assert not (tmp_path / "run").exists()
     path = tmp_path / "array"
-    assert arrays._kvstore(path)["file_io_locking"] == {"mode": "none"}
+    assert arrays.kvstore_spec(path)["file_io_locking"] == {"mode": "none"}
     array = arrays.create_array(path, shape=(4,), dtype=np.int32, shard_rows=4, chunk_rows=4)
     arrays.write_rows(array, 0, np.arange(4, dtype=np.int32)).result()
     assert arrays.read_rows(arrays.open_array(path), 0, 4).tolist() == [0, 1, 2, 3]
@@ -91,7 +87,7 @@ def test_where_there_are_no_locks_arrays_are_written_without(
 
 def test_where_there_are_locks_tensorstore_uses_them(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_has_locks", {})
-    assert "file_io_locking" not in arrays._kvstore(tmp_path / "array")
+    assert "file_io_locking" not in arrays.kvstore_spec(tmp_path / "array")
 
 
 def test_checkpoints_are_written_without_locks_too(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """When a stage makes its artifact, and when it makes it again."""
 
+import contextlib
 import functools
 import time
 
@@ -10,6 +11,7 @@ from mlpmem_jax.parallel.preemption import RUN_ID
 from mlpmem_jax.pipeline import stopwatch
 from mlpmem_jax.pipeline.plan import intention
 from mlpmem_jax.pipeline.stage import Rebuild, Stage, run_stage, run_stages
+from mlpmem_jax.store import lock
 from mlpmem_jax.store.manifest import Artifact, Completion
 
 
@@ -47,6 +49,23 @@ def test_made_once_refused_if_stale_and_made_again_when_asked(make):
     assert make(2, Rebuild.STALE) == 2
     assert make(2, Rebuild.STALE) == 2
     assert make(2, Rebuild.ALWAYS) == 3
+
+
+def test_what_another_run_has_rebuilt_meanwhile_is_not_rebuilt_again(make, tmp_path, monkeypatch):
+    assert make(1) == 1
+    artifact = Artifact(tmp_path / "run", "memory/base", "memory")
+    other = contextlib.ExitStack()
+    other.enter_context(lock.only_maker(artifact))
+
+    def sleep(_):
+        artifact.remove()
+        artifact.begin({"size": 2}, {})
+        artifact.finish()
+        other.close()
+
+    monkeypatch.setattr(lock.time, "sleep", sleep)
+    assert make(2, Rebuild.STALE) == 1
+    assert artifact.load().recipe == {"size": 2}
 
 
 def test_a_rebuild_mends_a_damaged_report(tmp_path):
