@@ -1,13 +1,14 @@
 """The registry of commands, a module each in `pipeline/` or `studies/`.
 
 This registry imports none of them, so `--help` and configuration errors do not start JAX.
-A command's module has `main(config, options) -> int`.
+A command's module has `main(run, options) -> int`, or `stages(run)` alone.
 """
 
 import contextlib
 import importlib
 from collections.abc import Collection
 from dataclasses import dataclass
+from types import ModuleType
 
 from mlpmem_jax.config.load import dump_config
 from mlpmem_jax.config.schema import Config
@@ -33,12 +34,14 @@ class Command:
         module: Its module.
         summary: One line for `--help`.
         sections: The sections, or single keys, of the configuration that it reads; its own first.
+        reads_text: Whether the text is read again, rather than remembered by the run directory.
         alone: Whether it runs in a single process.
     """
 
     module: str
     summary: str
     sections: tuple[str, ...]
+    reads_text: bool = False
     alone: bool = False
 
 
@@ -57,11 +60,13 @@ COMMANDS: dict[str, Command] = {
         "pipeline.run",
         "all stages from tokenize to evaluate, then a sample; complete artifacts are reused",
         tuple(Config.model_fields),
+        reads_text=True,
     ),
     "tokenize": Command(
         "pipeline.tokenize",
         "split text into documents and train, valid and test; tokenize it",
         ("corpus", "tokenizer", *_RUN, "decoder.context_tokens", "pretrain.window_tokens"),
+        reads_text=True,
     ),
     "pretrain": Command(
         "pipeline.pretrain",
@@ -123,18 +128,21 @@ COMMANDS: dict[str, Command] = {
         "studies.compare.command",
         "the main table: baselines, controls and memories, over several seeds",
         ("compare", *_EVERY_STAGE),
+        reads_text=True,
         alone=True,
     ),
     "overfitting": Command(
         "studies.overfitting.command",
         "test loss by epoch, of a decoder and a memory trained for many epochs",
         ("overfitting", *_EVERY_STAGE),
+        reads_text=True,
         alone=True,
     ),
     "ablate": Command(
         "studies.ablate.command",
         "sweeps over one key each, starting from the configuration",
         ("ablate", *_EVERY_STAGE),
+        reads_text=True,
         alone=True,
     ),
     "analyze": Command(
@@ -159,6 +167,7 @@ COMMANDS: dict[str, Command] = {
         "studies.search_quality.command",
         "loss in quality from approximate search, of the kNN-LM and the memory",
         ("search_quality", *_EVERY_STAGE),
+        reads_text=True,
         alone=True,
     ),
     "compile": Command(
@@ -194,7 +203,18 @@ def run_command(name: str, config: Config, options: Options) -> int:
         if options.print_config:
             say(dump_config(config).rstrip())
             return 0
-        return int(module.main(config, options))
+        return _run(module, config, options, reads_text=COMMANDS[name].reads_text)
+
+
+def _run(module: ModuleType, config: Config, options: Options, *, reads_text: bool) -> int:
+    from mlpmem_jax.pipeline.execute import execute
+    from mlpmem_jax.pipeline.graph import Artifacts
+    from mlpmem_jax.pipeline.sources import Sources
+
+    run = Artifacts(config, Sources(config.workdir, reads=reads_text))
+    if hasattr(module, "main"):
+        return int(module.main(run, options))
+    return execute(module.stages, run, options)
 
 
 def _check_reachable_by_all(config: Config, sections: Collection[str]) -> None:

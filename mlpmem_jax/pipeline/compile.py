@@ -3,20 +3,21 @@
 import os
 from pathlib import Path
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.pipeline.execute import execute
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.store.files import read_json, write_json
 
 EXIT_DOES_NOT_FIT = 3
 
 
-def main(config: Config, options: Options) -> int:
+def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
+    config = run.config
     if options.dry_run:
-        return execute(lambda _: [], config, options)
+        return execute(lambda _: [], run, options)
     output = _checked(options.output)
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.pipeline.compiled_steps import lower_step

@@ -4,13 +4,10 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_devices
-from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
-from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.array_specs import SPLITS, Split, datastore_arrays
 from mlpmem_jax.store.manifest import Completion
@@ -67,8 +64,3 @@ def _need(run: Artifacts, split: Split, machine: Machine, count: RowCounter) -> 
     from mlpmem_jax.pipeline.needs import embedding_need
 
     return embedding_need(run, split, machine, count)
-
-
-def main(config: Config, options: Options) -> int:
-    """Runs the command."""
-    return execute(stages, config, options)

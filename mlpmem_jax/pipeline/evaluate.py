@@ -164,6 +164,6 @@ def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     return evaluation_need(run, machine, count)
 
 
-def main(config: Config, options: Options) -> int:
+def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
-    return execute(stages, config, options, report=print_report)
+    return execute(stages, run, options, report=print_report)

@@ -12,7 +12,6 @@ from mlpmem_jax.parallel.multihost import is_writer
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.plan import print_plan
-from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Rebuild, Stage, run_stages
 from mlpmem_jax.store.files import absolute, write_bytes
 from mlpmem_jax.store.run_record import RunRecord
@@ -25,28 +24,24 @@ _SECTIONS = {"workdir", "seed", "corpus", "decoder", "memory", "train", "evaluat
 
 def execute(
     stages_of: Callable[[Artifacts], Sequence[Stage]],
-    config: Config,
+    run: Artifacts,
     options: Options,
     when_rebuilding: Rebuild = Rebuild.ALWAYS,
     report: Callable[[Artifacts], None] = lambda run: None,
-    *,
-    reads_sources: bool = False,
 ) -> int:
     """Plans or runs the stages of a command; returns the exit code.
 
     Args:
         stages_of: Returns the stages.
-        config: The configuration.
+        run: The artifacts of the configuration.
         options: Flags.
         when_rebuilding: What `--rebuild` does with complete artifacts.
         report: Prints what was found once everything is there.
-        reads_sources: Whether the text is read again, rather than remembered.
     """
-    run = Artifacts(config, Sources(config.workdir, reads=reads_sources))
     rebuild = when_rebuilding if options.rebuild else Rebuild.REFUSE
     stages = stages_of(run)
     if options.rebuild or not all(stage.artifact.is_complete() for stage in stages):
-        check_config_file(config)
+        check_config_file(run.config)
     if options.dry_run:
         print_plan(run, stages, rebuild)
         return 0

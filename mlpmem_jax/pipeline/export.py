@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.errors import UserError
 from mlpmem_jax.pipeline.execute import execute
@@ -14,11 +13,11 @@ from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 
 
-def main(config: Config, options: Options) -> int:
+def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
     if options.dry_run:
-        return execute(lambda _: [], config, options)
-    export(Artifacts(config), _free_directory(options.output))
+        return execute(lambda _: [], run, options)
+    export(run, _free_directory(options.output))
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import sys
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import is_speaker, note, say
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.graph import Artifacts
@@ -10,12 +9,11 @@ from mlpmem_jax.pipeline.interpolation import interpolation
 from mlpmem_jax.pipeline.options import Options
 
 
-def main(config: Config, options: Options) -> int:
+def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
     if options.dry_run:
-        return execute(lambda _: [], config, options)
+        return execute(lambda _: [], run, options)
     # Artifacts are checked before a device is touched.
-    run = Artifacts(config)
     weight = 0.0 if options.without_memory else interpolation(run)
     generate(run, weight, with_memory=not options.without_memory)
     return 0

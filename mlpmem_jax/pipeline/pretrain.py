@@ -8,10 +8,8 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_devices
-from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
-from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.manifest import Completion
 
@@ -85,8 +83,3 @@ def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     from mlpmem_jax.pipeline.needs import pretraining_need
 
     return pretraining_need(run, machine, count)
-
-
-def main(config: Config, options: Options) -> int:
-    """Runs the command."""
-    return execute(stages, config, options)

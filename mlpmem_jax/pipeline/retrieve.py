@@ -4,13 +4,10 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_retrieval
-from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
-from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.array_specs import Split
 from mlpmem_jax.store.manifest import Artifact, Completion
@@ -150,8 +147,3 @@ def _target_inputs(run: Artifacts) -> "TargetInputs":
         targets=run.config.targets,
         chunking=run.config.datastore,
     )
-
-
-def main(config: Config, options: Options) -> int:
-    """Runs the command."""
-    return execute(stages, config, options)

@@ -1,6 +1,5 @@
 """All stages in order, each skipped when complete and current; then the table and a sample."""
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import Mistakes
 from mlpmem_jax.pipeline import (
     embed,
@@ -33,8 +32,8 @@ def stages(run: Artifacts) -> list[Stage]:
     return found
 
 
-def main(config: Config, options: Options) -> int:
+def main(run: Artifacts, options: Options) -> int:
     """Runs the whole pipeline."""
     report = evaluate.print_report
-    code = execute(stages, config, options, Rebuild.STALE, report, reads_sources=True)
-    return code if code or options.dry_run else generate.main(config, options)
+    code = execute(stages, run, options, Rebuild.STALE, report)
+    return code if code or options.dry_run else generate.main(run, options)

@@ -28,10 +28,8 @@ from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.parallel.multihost import is_writer
-from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
-from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Builders, Stage
 from mlpmem_jax.store.array_specs import SPLITS, token_dtype
 from mlpmem_jax.store.files import check_free_space, write_bytes
@@ -76,11 +74,6 @@ def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     from mlpmem_jax.pipeline.needs import tokens_need
 
     return tokens_need(run, machine, count)
-
-
-def main(config: Config, options: Options) -> int:
-    """Runs the command."""
-    return execute(stages, config, options, reads_sources=True)
 
 
 def _window(config: Config) -> Window:

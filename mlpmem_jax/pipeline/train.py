@@ -4,13 +4,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_devices, check_teacher
-from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
-from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.refresh import Phases, phase_build, refresh_stages
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.manifest import Artifact, Completion
@@ -71,8 +68,3 @@ def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     from mlpmem_jax.pipeline.needs import training_need
 
     return training_need(run, machine, count)
-
-
-def main(config: Config, options: Options) -> int:
-    """Runs the command."""
-    return execute(stages, config, options)

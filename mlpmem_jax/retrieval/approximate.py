@@ -33,8 +33,7 @@ from mlpmem_jax.retrieval.merge import (
     unpack,
 )
 from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
-from mlpmem_jax.store.files import is_foreign, is_local
-from mlpmem_jax.store.manifest import describe_file
+from mlpmem_jax.store.files import describe_file, is_foreign, is_local
 
 SEARCH = "search.json"
 _MIN_LEAVES_TO_SEARCH = 8

@@ -21,8 +21,8 @@ from mlpmem_jax.retrieval.engine import Engine, Keys, StoredKeys, choose_engine
 from mlpmem_jax.retrieval.estimates import exact_bytes, held_index_bytes
 from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.neighbors import check_enough_rows
-from mlpmem_jax.store.files import check_free_space, read_json, write_json
-from mlpmem_jax.store.manifest import Artifact, Completion, describe_file
+from mlpmem_jax.store.files import check_free_space, describe_file, read_json, write_json
+from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.store.verification import verify_together
 from mlpmem_jax.units import human_bytes
 

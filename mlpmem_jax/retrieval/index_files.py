@@ -9,8 +9,7 @@ from etils import epath
 from mlpmem_jax.console import warn
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.store.checked_json import read_checked_json
-from mlpmem_jax.store.files import is_local
-from mlpmem_jax.store.manifest import describe_file, verify_file
+from mlpmem_jax.store.files import describe_file, is_local, verify_file
 
 SHARD = "shard.json"
 

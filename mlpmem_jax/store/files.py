@@ -281,3 +281,28 @@ def check_free_space(path: str | epath.Path, needed_bytes: int, what: str) -> No
             f"workdir={path}: {what} needs {human_bytes(needed_bytes)} and {human_bytes(free)} "
             "are free; free some space or set workdir to another disk"
         )
+
+
+def describe_file(path: epath.Path) -> dict[str, Any]:
+    """Returns size and CRC-32 of a file."""
+    size, crc = crc32_of(path)
+    return {"bytes": size, "crc32": f"{crc:08x}"}
+
+
+def verify_file(path: epath.Path, expected: Mapping[str, Any]) -> None:
+    """Compares a file with its recorded size and checksum.
+
+    Raises:
+        ArtifactError: It is missing, truncated or changed.
+    """
+    if not path.exists():
+        raise ArtifactError(f"{path}: missing, though its manifest lists it")
+    found = describe_file(path)
+    if found["bytes"] != expected["bytes"]:
+        raise ArtifactError(
+            f"{path}: truncated or changed, {found['bytes']} bytes and not {expected['bytes']}"
+        )
+    if found["crc32"] != expected["crc32"]:
+        raise ArtifactError(
+            f"{path}: damaged, checksum {found['crc32']} and not {expected['crc32']}"
+        )

@@ -23,7 +23,7 @@ from mlpmem_jax.store.checked_json import as_json as _as_json
 from mlpmem_jax.store.checked_json import fingerprint_of, without_checksum, write_checked_json
 from mlpmem_jax.store.contents import BUILDING, MANIFEST, holds_files
 from mlpmem_jax.store.differences import differences
-from mlpmem_jax.store.files import absolute, crc32_of, read_json
+from mlpmem_jax.store.files import absolute, describe_file, read_json, verify_file
 from mlpmem_jax.store.shard_records import forget_written, with_digests
 
 SCHEMA_VERSION = 2
@@ -382,28 +382,3 @@ class Artifact:
             ArtifactError: It holds what is not ours.
         """
         replacement.remove(self)
-
-
-def describe_file(path: epath.Path) -> dict[str, Any]:
-    """Returns size and CRC-32 of a file."""
-    size, crc = crc32_of(path)
-    return {"bytes": size, "crc32": f"{crc:08x}"}
-
-
-def verify_file(path: epath.Path, expected: Mapping[str, Any]) -> None:
-    """Compares a file with its recorded size and checksum.
-
-    Raises:
-        ArtifactError: It is missing, truncated or changed.
-    """
-    if not path.exists():
-        raise ArtifactError(f"{path}: missing, though its manifest lists it")
-    found = describe_file(path)
-    if found["bytes"] != expected["bytes"]:
-        raise ArtifactError(
-            f"{path}: truncated or changed, {found['bytes']} bytes and not {expected['bytes']}"
-        )
-    if found["crc32"] != expected["crc32"]:
-        raise ArtifactError(
-            f"{path}: damaged, checksum {found['crc32']} and not {expected['crc32']}"
-        )

@@ -8,7 +8,7 @@ from etils import epath
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.agreement import of_all
 from mlpmem_jax.parallel.sharing import process_count, process_index
-from mlpmem_jax.store.manifest import verify_file
+from mlpmem_jax.store.files import verify_file
 
 
 def share_of_files(names: Sequence[str]) -> Sequence[str]:

@@ -12,8 +12,7 @@ from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.coordinator import Exchange
 from mlpmem_jax.parallel.multihost import is_writer
 from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
-from mlpmem_jax.store.files import is_foreign
-from mlpmem_jax.store.manifest import describe_file
+from mlpmem_jax.store.files import describe_file, is_foreign
 from mlpmem_jax.store.verification import share_of_files
 
 

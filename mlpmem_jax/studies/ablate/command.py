@@ -4,13 +4,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.suite import SweepConfig
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.files import read_json, write_bytes, write_json
 from mlpmem_jax.store.manifest import Artifact, Completion
@@ -189,9 +187,8 @@ def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed])
     return Completion(counts={"sweeps": len(found)}, files=[RESULTS], measured=measured)
 
 
-def main(config: Config, options: Options) -> int:
+def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
-    run = Artifacts(config, Sources(config.workdir, reads=True))
     check_sweeps(run)
     made = run_suite("ablate", run, options, works(run), functools.partial(table_stage, run))
     if made is not None:
@@ -200,7 +197,7 @@ def main(config: Config, options: Options) -> int:
         path, measured = made.artifact.path, made.artifact.verify().measured
         say()
         say(as_text(read_json(path / RESULTS), measured))
-        pictures = [picture_name(*each) for each in enumerate(config.ablate.sweeps)]
+        pictures = [picture_name(*each) for each in enumerate(run.config.ablate.sweeps)]
         for name in (RESULTS, TABLE, *pictures):
             say(f"  {path / name}")
     return 0

@@ -2,7 +2,6 @@
 
 import functools
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
@@ -89,7 +88,7 @@ def print_report(run: Artifacts) -> None:
     print_files(artifact.path, NAME)
 
 
-def main(config: Config, options: Options) -> int:
+def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
-    check_trained_apart(config, NAME, "tables of joint models are made by evaluate and compare")
-    return execute(stages, config, options, report=print_report)
+    check_trained_apart(run.config, NAME, "tables of joint models are made by evaluate and compare")
+    return execute(stages, run, options, report=print_report)

@@ -9,7 +9,6 @@ from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.pipeline.checks import check_trained_apart
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.files import read_json, write_bytes, write_json
 from mlpmem_jax.store.manifest import Artifact, Completion
@@ -121,12 +120,12 @@ def print_report(artifact: Artifact) -> None:
         say(f"  {artifact.path / name}")
 
 
-def main(config: Config, options: Options) -> int:
+def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
+    config = run.config
     check_trained_apart(
         config, "compare", "joint training is a row of it: joint, joint_gate, compare.recipes"
     )
-    run = Artifacts(config, Sources(config.workdir, reads=True))
     check_recipes(run)
     _say_what_is_missing(run)
     made = run_suite("compare", run, options, works(run), functools.partial(table_stage, run))

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline import index, recipes, retrieve, train
@@ -164,7 +163,7 @@ def print_report(run: Artifacts) -> None:
     print_files(artifact.path, NAME)
 
 
-def main(config: Config, options: Options) -> int:
+def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
-    check_trained_apart(config, NAME, "the time that a joint model takes is in evaluate")
-    return execute(stages, config, options, report=print_report)
+    check_trained_apart(run.config, NAME, "the time that a joint model takes is in evaluate")
+    return execute(stages, run, options, report=print_report)

@@ -8,13 +8,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline.checks import check_trained_apart
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.files import read_json, write_bytes, write_json
 from mlpmem_jax.store.manifest import Artifact, Completion
@@ -145,15 +143,15 @@ def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed])
     return Completion(counts=counts, files=[RESULTS, TABLE, DOCUMENTS])
 
 
-def main(config: Config, options: Options) -> int:
+def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
+    config = run.config
     check_trained_apart(config, "overfitting", "nats by epoch of joint training are not made")
     if config.decoder.pretrained is not None:
         raise ConfigError(
             f"decoder.pretrained={config.decoder.pretrained}: overfitting trains a decoder, and an "
             "imported one is not trained further"
         )
-    run = Artifacts(config, Sources(config.workdir, reads=True))
     table = functools.partial(table_stage, run)
     made = run_suite("overfitting", run, options, works(run), table)
     if made is not None:

@@ -118,7 +118,7 @@ def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     return search_quality_need(run, machine, count)
 
 
-def main(config: Config, options: Options) -> int:
+def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
-    check_trained_apart(config, NAME, "joint models are compared by compare")
-    return execute(stages, config, options, Rebuild.STALE, print_report, reads_sources=True)
+    check_trained_apart(run.config, NAME, "joint models are compared by compare")
+    return execute(stages, run, options, Rebuild.STALE, print_report)
