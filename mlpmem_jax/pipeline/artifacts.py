@@ -5,6 +5,7 @@ import time
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.store.files import absolute
 from mlpmem_jax.store.listing import Entry, entries, remove_unused
 from mlpmem_jax.store.run_record import store_of
 from mlpmem_jax.units import human_bytes
@@ -15,7 +16,7 @@ _DAY = 86_400.0
 def main(config: Config, options: Options) -> int:
     """Runs the command."""
     store = store_of(config.workdir, config.store)
-    listed = entries(store)
+    listed = entries(store, absolute(config.workdir))
     unused = [one for one in listed if not one.users]
     if options.remove_unused and not options.dry_run:
         removed = remove_unused(listed)
