@@ -14,7 +14,7 @@ _DAY = 86_400.0
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
     store = run.store
-    listed = entries(store)
+    listed = entries(store, run.workdir)
     unused = [one for one in listed if not one.users]
     if options.remove_unused and not options.dry_run:
         removed = remove_unused(listed)

@@ -68,8 +68,10 @@ def record(run: Artifacts, stages: Sequence[Stage]) -> None:
         for one in (*stage.artifact.inputs, stage.artifact)
         if one.root == run.store
     }
+    # Not as given: other commands may read it from another current directory.
+    store = None if run.config.store is None else str(run.store)
     known = RunRecord.read(run.config.workdir)
-    known.updated(run.config.store, roles, run.sources.found).write()
+    known.updated(store, roles, run.sources.found).write()
 
 
 def write_config(config: Config) -> None:

@@ -114,7 +114,9 @@ def run_stages(
 
     Raises:
         ArtifactError: An upstream artifact is missing, or an artifact is stale.
+        ConfigError: A process of the run has other text, and so means other artifacts.
     """
+    _refuse_other_artifacts(stages)
     check_stages(stages, rebuild)
     check_fit(stages, everything=rebuild is Rebuild.ALWAYS)
     verified: set[str] = set()
@@ -132,6 +134,19 @@ def run_stages(
             # Alone, a process that has nothing to stop tidily has ended already.
             if stages[place + 1 :] and is_active() and preempted():
                 raise Preempted(f"{stage.name}: is made, what follows is not")
+
+
+def _refuse_other_artifacts(stages: Sequence[Stage]) -> None:
+    """Compares what ids depend on besides the configuration, for example the files of the corpus.
+
+    Raises:
+        ConfigError: On every process: a process and where it differs from the first.
+    """
+    meant = {}
+    for artifact in (stage.artifact for stage in stages):
+        inputs = {one.label: one.relative for one in artifact.inputs}
+        meant[artifact.label] = {**(artifact.recipe or {}), "inputs": inputs}
+    refuse_different(meant, "would make it otherwise")
 
 
 def check_stages(stages: Sequence[Stage], rebuild: Rebuild = Rebuild.REFUSE) -> None:
@@ -235,9 +250,6 @@ def run_stage(
     status = _status(stage, made_from, rebuild)
     if status is not Status.COMPLETE:
         stage.check()
-        # What it depends on beside the configuration, for example the files of the corpus.
-        recipe = {stage.name: stage.artifact.recipe}
-        refuse_different(recipe, "would make it otherwise")
         barrier(f"{stage.name}: checked")
         with only_maker(stage.artifact) as confirm, _telling_what_is_kept(stage.artifact):
             # Asked again: another run may have finished it meanwhile.

@@ -44,7 +44,11 @@ def read_checked_json(path: str | epath.Path, way_out: str = START_AGAIN) -> dic
     """
     if not epath.Path(path).exists():
         raise ArtifactError(f"{path}: missing; {way_out}")
-    return without_checksum(path, read_json(path), way_out)
+    try:
+        value = read_json(path)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; {way_out}") from None
+    return without_checksum(path, value, way_out)
 
 
 def without_checksum(path: str | epath.Path, value: Any, way_out: str) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from etils import epath
 
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.store.checked_json import read_checked_json
 from mlpmem_jax.store.contents import BUILDING, MANIFEST
+from mlpmem_jax.store.files import is_local
 from mlpmem_jax.store.lock import BeingMade, only_maker
 from mlpmem_jax.store.manifest import Artifact, Manifest
 from mlpmem_jax.store.run_record import RUNS, RunRecord, store_of
@@ -31,14 +33,19 @@ class Entry:
     users: tuple[str, ...]
 
 
-def entries(store: epath.Path) -> list[Entry]:
+def entries(store: epath.Path, workdir: epath.Path) -> list[Entry]:
     """Returns the artifacts of a store, by kind and age.
+
+    Args:
+        store: The store.
+        workdir: A work directory that may use it unregistered, since it was moved or copied.
 
     Raises:
         ArtifactError: The record of a work directory that uses the store is damaged.
     """
     found = {one.relative: (one, _manifest(one)) for one in _artifacts(store)}
-    users = _users(store, {name: manifest for name, (_, manifest) in found.items()})
+    manifests = {name: manifest for name, (_, manifest) in found.items()}
+    users = _users(_records(store, workdir), manifests)
     listed = [
         Entry(artifact, manifest, _bytes_of(artifact.path), tuple(users.get(name, ())))
         for name, (artifact, manifest) in found.items()
@@ -83,11 +90,11 @@ def _manifest(artifact: Artifact) -> Manifest | None:
 
 
 def _users(
-    store: epath.Path, manifests: Mapping[str, Manifest | None]
+    records: Iterable[RunRecord], manifests: Mapping[str, Manifest | None]
 ) -> dict[str, dict[str, None]]:
     """Returns the users of each artifact, those of its successors included."""
     users: dict[str, dict[str, None]] = {}
-    for record in _records(store):
+    for record in records:
         for role, relative in record.roles.items():
             todo = [relative]
             while todo:
@@ -101,15 +108,22 @@ def _users(
     return users
 
 
-def _records(store: epath.Path) -> Iterator[RunRecord]:
+def _records(store: epath.Path, workdir: epath.Path) -> Iterator[RunRecord]:
     """Yields the records of the work directories that use a store, as far as they still exist."""
     folder = store / RUNS
-    for file in sorted(folder.iterdir()) if folder.exists() else ():
-        if file.suffix != ".json":
-            continue
-        record = RunRecord.read(read_checked_json(file)["workdir"])
-        if record.roles and store_of(record.workdir, record.store) == store:
+    files = sorted(folder.iterdir()) if folder.exists() else ()
+    registered = [read_checked_json(file)["workdir"] for file in files if file.suffix == ".json"]
+    for name in dict.fromkeys((*registered, str(workdir))):
+        record = RunRecord.read(name)
+        if record.roles and _is_same(store_of(record.workdir, record.store), store):
             yield record
+
+
+def _is_same(one: epath.Path, other: epath.Path) -> bool:
+    """Returns whether two paths are one directory, links to it included."""
+    if not (is_local(one) and is_local(other)):
+        return one == other
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _bytes_of(path: epath.Path) -> int:

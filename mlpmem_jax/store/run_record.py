@@ -59,14 +59,19 @@ class RunRecord:
 
     def write(self) -> None:
         """Writes the record, and registers the work directory with its store."""
-        if self == RunRecord.read(self.workdir):
-            return
-        content = {"store": self.store, "roles": dict(self.roles), "sources": dict(self.sources)}
-        write_checked_json(self.workdir / FILE, content)
+        if self != RunRecord.read(self.workdir):
+            content = {
+                "store": self.store,
+                "roles": dict(self.roles),
+                "sources": dict(self.sources),
+            }
+            write_checked_json(self.workdir / FILE, content)
+        # Also of a known run: its directory may have been moved or copied since.
         store = store_of(self.workdir, self.store)
-        name = f"{fingerprint_of(str(self.workdir))}.json"
-        (store / RUNS).mkdir(parents=True, exist_ok=True)
-        write_checked_json(store / RUNS / name, {"workdir": str(self.workdir)})
+        registered = store / RUNS / f"{fingerprint_of(str(self.workdir))}.json"
+        if not registered.exists():
+            registered.parent.mkdir(parents=True, exist_ok=True)
+            write_checked_json(registered, {"workdir": str(self.workdir)})
 
     def artifact(self, role: str, asked: str) -> Artifact:
         """Returns the artifact that has a role in the work directory.

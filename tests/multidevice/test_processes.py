@@ -133,6 +133,6 @@ def test_the_manifest_knows_the_shards_of_all_processes(on_processes, tmp_path):
         assert done.returncode == 0, done.stderr
         wrote = [int((workdir / f"wrote-{index}").read_text()) for index in range(processes)]
         assert sum(wrote) == 7 and min(wrote) > 0
-        found.append(Artifact(workdir, "datastore/base/train", "datastore").load())
+        found.append(Artifact(workdir, "datastore/0", "datastore").load())
     assert [len(set(about["shards"])) for about in found[0].arrays.values()] == [7, 7]
     assert found[0].arrays == found[1].arrays and found[0].fingerprint == found[1].fingerprint

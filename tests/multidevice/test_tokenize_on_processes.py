@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from mlpmem_jax.__main__ import main
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.store.files import read_json
+from tests.pipeline.roles import place_of
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 # Files of the library before all of it: duplicates of documents from before a kill, behind it.
@@ -49,7 +52,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 def _manifest(workdir: Path) -> dict:
-    found = read_json(workdir / "tokens" / "manifest.json")
+    found = read_json(place_of(workdir, "tokens") / "manifest.json")
     return {name: found[name] for name in ("fingerprint", "counts", "arrays")}
 
 
@@ -70,15 +73,16 @@ def test_tokens_do_not_depend_on_the_number_of_processes(alone, on_processes, tm
     command = ["tokenize", "--config", str(TINY), "--workdir", str(workdir), *TEXT]
     killed = on_processes(processes, 1, "-c", START, "6", *command)
     assert killed.returncode == 9, killed.stderr[-3000:]
-    assert (workdir / "tokens" / "progress.npz").exists()
-    assert not (workdir / "tokens" / "manifest.json").exists()
+    tokens = Artifacts(load_config(TINY, TEXT, {"workdir": str(workdir)})).tokens
+    assert (tokens.path / "progress.npz").exists()
+    assert not tokens.is_complete()
     done = on_processes(processes, 1, "-c", START, "0", *command)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "tokens: continuing" in done.stdout
+    assert f"{tokens.title}: continuing" in done.stdout
     # The fingerprint holds recipe, counts and the checksum of the token stream.
     assert _manifest(workdir) == alone
     if sys.platform == "linux":
-        assert done.stdout.count("tokens: made in") == 1
+        assert done.stdout.count(f"{tokens.title}: made in") == 1
 
 
 @pytest.mark.multidevice
@@ -107,4 +111,4 @@ def test_processes_that_read_other_text_are_refused(on_processes, tmp_path, diff
     else:
         assert done.returncode == 1
         assert "process 1 reads other text than process 0" in done.stderr
-    assert not (tmp_path / "run" / "tokens" / "manifest.json").exists()
+    assert not list((tmp_path / "run" / "artifacts").glob("tokens/*/manifest.json"))

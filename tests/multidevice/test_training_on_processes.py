@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.pipeline.roles import place_of
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TINY = str(ROOT / "configs" / "tiny.yaml")
@@ -17,8 +19,8 @@ SMALL = ("decoder.num_layers=1", "memory.num_layers=1")
 pytestmark = [pytest.mark.multidevice, pytest.mark.timeout(1800)]
 
 
-def _losses(workdir, name="decoder-base"):
-    file = workdir / "results" / "metrics" / name / "metrics.jsonl"
+def _losses(workdir):
+    (file,) = (workdir / "results" / "metrics").glob("decoder-*/metrics.jsonl")
     records = [json.loads(line) for line in file.read_text().splitlines()]
     return {r["step"]: r["loss"] for r in records if "loss" in r}
 
@@ -67,12 +69,12 @@ def test_a_run_goes_on_in_another_shape_after_each_notice(on_processes, tmp_path
         )  # fmt: skip
         assert tokenized.returncode == 0
     assert start("whole", 1, 1, (1, 1, 1)).returncode == 0
-    checkpoints = tmp_path / "stopped" / "decoder" / "base" / "checkpoints"
     at = 0
     for processes, devices, mesh in ((4, 2, (2, 2, 2)), (2, 2, (4, 1, 1)), (1, 1, (1, 1, 1))):
         done = start("stopped", processes, devices, mesh, term_at=2)
         assert done.returncode == 75, done.stderr[-6000:]
         assert "; the same command continues" in done.stderr and "Traceback" not in done.stderr
+        checkpoints = place_of(tmp_path / "stopped", "decoder") / "checkpoints"
         newest = max(int(path.name) for path in checkpoints.iterdir())
         assert at + 2 <= newest <= at + 5  # at once, or as soon as all can
         at = newest

@@ -12,15 +12,15 @@ from mlpmem_jax.parallel import multihost
 def main():
     import jax
     import numpy as np
-    from mlpmem_jax.store.layout import ArraySpec
 
     from mlpmem_jax.parallel.multihost import barrier, is_writer
+    from mlpmem_jax.store.array_specs import ArraySpec
     from mlpmem_jax.store.manifest import Artifact
     from mlpmem_jax.store.shards import ShardWriter
     from mlpmem_jax.store.stored_array import StoredArray
 
     directory = Path(sys.argv[1])
-    artifact = Artifact(directory, "datastore/base/train", "datastore")
+    artifact = Artifact(directory, "datastore/0", "datastore")
     specs = {name: ArraySpec(tail, np.int32, 16, 4) for name, tail in (("a", (3,)), ("b", ()))}
     values = {"a": np.arange(300, dtype="i4").reshape(100, 3), "b": np.arange(100, dtype="i4")}
     if is_writer():

@@ -33,7 +33,7 @@ for start in ${STARTS}; do
   echo $? > "${LOGS}/$start.rc"
   (cd "${DISK}" && find . -name manifest.json) > "${LOGS}/$start.finished"
 done
-cp "${DISK}/run/results/base/evaluate.json" "${LOGS}/evaluate.json"
+cp "${DISK}"/run/results/evaluate-*/evaluate.json "${LOGS}/evaluate.json"
 """
 
 
@@ -76,6 +76,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(tiny_run, tmp_pa
     if reason is not None:
         pytest.skip(f"no small file system can be mounted here: {reason}")
     starts, results = _starts(tmp_path)
+    run = Artifacts(tiny_run)  # Of the same content, so with the same ids.
     refused, tokens, cut, decoder, again, last = starts
     for each in (refused, cut, again):
         assert each["rc"].strip() == "2", each
@@ -88,12 +89,12 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(tiny_run, tmp_pa
     assert refused["finished"] == "" and "the artifacts to be made need" in refused["err"]
     assert "checkpoint of step" in cut["err"]
     finished = [set(each["finished"].split()) for each in starts]
-    assert "./run/tokens/manifest.json" in finished[1]
+    assert f"./run/artifacts/{run.tokens.relative}/manifest.json" in finished[1]
     assert finished[2] == finished[1]
-    assert "./run/decoder/base/manifest.json" in finished[3] - finished[2]
+    assert f"./run/artifacts/{run.decoder.relative}/manifest.json" in finished[3] - finished[2]
     assert finished[4] == finished[3] < finished[5]
     # What was finished is not made again.
-    assert "tokens: complete" in last["out"]
-    assert "decoder/base: complete" in last["out"]
-    expected = json.loads((Artifacts(tiny_run).results.path / "evaluate.json").read_text())
+    assert f"{run.tokens.title}: complete" in last["out"]
+    assert f"{run.decoder.title}: complete" in last["out"]
+    expected = json.loads((run.results.path / "evaluate.json").read_text())
     assert results == expected

@@ -19,8 +19,10 @@ from mlpmem_jax.errors import PREEMPTED
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
+from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.store.array_specs import SPLITS, datastore_arrays
 from mlpmem_jax.store.arrays import open_array, read_rows
+from tests.pipeline.roles import metrics_file, place_of
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parents[1] / "configs" / "tiny.yaml"
@@ -31,38 +33,38 @@ STEP = "mlpmem_jax.training.monitor.Monitor.dispatched"
 INTERVAL = 4  # checkpoint_interval_steps of both networks in configs/tiny.yaml
 
 # In the order of the stages, all in one work directory: where the process is killed, and
-# the artifact that is then begun and not finished.
+# the role of the artifact that is then begun and not finished.
 KILLS = [
     ("mlpmem_jax.store.appender.Appender.append", 5, "after", "tokens"),
     ("mlpmem_jax.store.manifest.Artifact.finish", 1, "before", "tokens"),
-    (STEP, 3, "after", "decoder/base"),  # before the first checkpoint
-    (SAVE, 1, "after", "decoder/base"),  # while it is being written
-    (STEP, 2, "after", "decoder/base"),
-    (SUMS, 1, "before", "decoder/base"),  # written, and not yet known to be whole
-    (SUMS, 1, "after", "decoder/base"),  # from here on it is not trained again up to there
-    (STEP, 2, "after", "decoder/base"),
-    (SHARDS, 7, "after", "datastore/base/train"),
-    (SHARDS, 100, "after", "datastore/base/train"),
-    ("mlpmem_jax.store.manifest.Artifact.finish", 3, "before", "datastore/base/test"),
-    ("mlpmem_jax.store.manifest.Artifact.finish", 2, "before", "index/base"),
-    (SHARDS, 5, "after", "neighbors/base/valid"),
-    (SHARDS, 90, "after", "targets/base/train"),
-    (SAVE, 1, "after", "memory/base"),
-    (STEP, 2, "after", "memory/base"),
-    (SUMS, 1, "after", "memory/base"),
-    (STEP, 3, "after", "memory/base"),
-    ("mlpmem_jax.store.manifest.Artifact.finish", 2, "before", "results/base"),
+    (STEP, 3, "after", "decoder"),  # before the first checkpoint
+    (SAVE, 1, "after", "decoder"),  # while it is being written
+    (STEP, 2, "after", "decoder"),
+    (SUMS, 1, "before", "decoder"),  # written, and not yet known to be whole
+    (SUMS, 1, "after", "decoder"),  # from here on it is not trained again up to there
+    (STEP, 2, "after", "decoder"),
+    (SHARDS, 7, "after", "datastore/train"),
+    (SHARDS, 100, "after", "datastore/train"),
+    ("mlpmem_jax.store.manifest.Artifact.finish", 3, "before", "datastore/test"),
+    ("mlpmem_jax.store.manifest.Artifact.finish", 2, "before", "index"),
+    (SHARDS, 5, "after", "neighbors/valid"),
+    (SHARDS, 90, "after", "targets/train"),
+    (SAVE, 1, "after", "memory"),
+    (STEP, 2, "after", "memory"),
+    (SUMS, 1, "after", "memory"),
+    (STEP, 3, "after", "memory"),
+    ("mlpmem_jax.store.manifest.Artifact.finish", 2, "before", "results"),
 ]
 
 
 # Where it is told to stop: before a loop that can, within one, while a checkpoint is saved.
 NOTICES = [
     ("mlpmem_jax.store.appender.Appender.append", 5, "tokens"),
-    (STEP, 3, "decoder/base"),
-    (SAVE, 1, "decoder/base"),
-    (SHARDS, 7, "datastore/base/train"),
-    (SHARDS, 90, "targets/base/train"),
-    (STEP, 2, "memory/base"),
+    (STEP, 3, "decoder"),
+    (SAVE, 1, "decoder"),
+    (SHARDS, 7, "datastore/train"),
+    (SHARDS, 90, "targets/train"),
+    (STEP, 2, "memory"),
 ]
 
 
@@ -71,36 +73,34 @@ def _run(command, **variables):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def _arrays(config):
-    layout = Artifacts(config)
-    paths = [layout.tokens.path / s / "token" for s in SPLITS]
+def _arrays(run):
+    config = run.config
+    paths = [run.tokens.path / s / "token" for s in SPLITS]
     for split in SPLITS:
-        folder = layout.datastore(split).path
+        folder = run.datastore(split).path
         paths += [
             folder / name for name in datastore_arrays(config.datastore, config.decoder.width)
         ]
-    paths += [layout.neighbors(s).path / n for s in ("valid", "test") for n in ("row", "distance")]
-    paths += [
-        layout.targets(s).path / n for s in ("train", "valid") for n in ("id", "prob", "mass")
-    ]
-    stores = {str(p.relative_to(layout.workdir)): open_array(p) for p in paths}
+    paths += [run.neighbors(s).path / n for s in ("valid", "test") for n in ("row", "distance")]
+    paths += [run.targets(s).path / n for s in ("train", "valid") for n in ("id", "prob", "mass")]
+    stores = {str(p.relative_to(run.workdir)): open_array(p) for p in paths}
     return {name: read_rows(store, 0, store.shape[0]) for name, store in stores.items()}
 
 
-def _weights(config):
+def _weights(run):
     mesh = single_device_mesh()
-    networks = finished_decoder(config, mesh), finished_memory(config, mesh)
+    networks = finished_decoder(run, mesh), finished_memory(run, mesh)
     return [np.asarray(leaf) for net in networks for leaf in jax.tree.leaves(nnx.state(net))]
 
 
-def _numbers(config):
-    raw = json.loads((Artifacts(config).results.path / "evaluate.json").read_text())
+def _numbers(run):
+    raw = json.loads((run.results.path / "evaluate.json").read_text())
     return {name: value for name, value in raw.items() if name not in ("latency", "seconds")}
 
 
-def _losses(config, name):
-    file = Artifacts(config).workdir / "results" / "metrics" / name / "metrics.jsonl"
-    records = [json.loads(line) for line in file.read_text().splitlines()]
+def _losses(run, artifact):
+    lines = metrics_file(run, artifact).read_text().splitlines()
+    records = [json.loads(line) for line in lines]
     return [(r["step"], r["loss"]) for r in records if "loss" in r]
 
 
@@ -138,12 +138,14 @@ def test_killed_in_every_stage_equals_uninterrupted(tiny_run, tmp_path):
     workdir = tmp_path / "run"
     arguments = ["run", "--config", str(TINY), "--workdir", str(workdir)]
     steps, trained = Steps(workdir, tmp_path / "steps"), []
-    for function, number, when, artifact in KILLS:
+    for function, number, when, role in KILLS:
         command = [sys.executable, str(HERE / "killed.py"), function, str(number), when]
         died = _run([*command, *arguments], KILLED_STEPS=str(steps.file))
         assert died.returncode == -signal.SIGKILL, (function, number, died.stdout, died.stderr)
-        assert (workdir / artifact / "building.json").exists(), (function, number, died.stdout)
-        assert not (workdir / artifact / "manifest.json").exists(), (function, number)
+        begun = place_of(workdir, role)
+        assert (begun / "building.json").exists(), (function, number, died.stdout)
+        assert not (begun / "manifest.json").exists(), (function, number)
+        artifact = str(begun.relative_to(workdir))
         trained.append((function, when, artifact, steps.check_start(function, number)))
     _check_at_most_one_interval_is_lost(trained)
     _check_continued(arguments, workdir, tiny_run, steps)
@@ -169,13 +171,13 @@ def test_told_to_stop_in_every_stage_equals_uninterrupted(tiny_run, tmp_path):
     workdir = tmp_path / "run"
     arguments = ["run", "--config", str(TINY), "--workdir", str(workdir)]
     steps = Steps(workdir, tmp_path / "steps")
-    for function, number, artifact in NOTICES:
+    for function, number, role in NOTICES:
         command = [sys.executable, str(HERE / "killed.py"), function, str(number), "after"]
         told = _run([*command, *arguments], KILLED_BY="SIGTERM", KILLED_STEPS=str(steps.file))
         assert told.returncode == PREEMPTED, (function, number, told.stdout, told.stderr)
         (line,) = [line for line in told.stderr.splitlines() if "preempted" in line]
         assert line.startswith("preempted: ") and line.endswith("; the same command continues")
-        assert not (workdir / artifact / "manifest.json").exists(), (function, number)
+        assert not (place_of(workdir, role) / "manifest.json").exists(), (function, number)
         steps.check_start(function, number)
     _check_continued(arguments, workdir, tiny_run, steps)
 
@@ -186,16 +188,17 @@ def _check_continued(arguments, workdir, tiny_run, steps):
     last = _run(command, KILLED_STEPS=str(steps.file))
     assert last.returncode == 0, last.stderr
     steps.check_start("the last start")
-    config = load_config(TINY, (), {"workdir": str(workdir)})
-    expected, found = _arrays(tiny_run), _arrays(config)
+    whole = Artifacts(tiny_run)
+    run = Artifacts(resolved(load_config(TINY, (), {"workdir": str(workdir)})))
+    expected, found = _arrays(whole), _arrays(run)
     assert expected.keys() == found.keys()
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
-    for a, b in zip(_weights(config), _weights(tiny_run), strict=True):
+    for a, b in zip(_weights(run), _weights(whole), strict=True):
         np.testing.assert_array_equal(a, b)
-    for name in ("decoder-base", "memory-base"):
-        assert _losses(config, name) == _losses(tiny_run, name)
-    assert _numbers(config) == _numbers(tiny_run)
+    assert _losses(run, run.decoder) == _losses(whole, whole.decoder)
+    assert _losses(run, run.memory) == _losses(whole, whole.memory)
+    assert _numbers(run) == _numbers(whole)
 
 
 @pytest.mark.usefixtures("tiny_run")

@@ -11,7 +11,9 @@ import pytest
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.store.files import read_json
+from mlpmem_jax.store.run_record import ARTIFACTS
 from tests.pipeline.conftest import TINY
+from tests.pipeline.roles import place_of
 
 HERE = Path(__file__).resolve().parent
 WRITTEN = "mlpmem_jax.retrieval.approximate._check_written"
@@ -34,11 +36,11 @@ def test_a_killed_build_goes_on_and_equals_an_uninterrupted_one(tiny_run: Config
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for workdir in (whole, stopped):
         for name in ("tokenizer", "tokens", "decoder", "datastore"):
-            shutil.copytree(Path(tiny_run.workdir) / name, workdir / name)
+            shutil.copytree(Path(tiny_run.workdir) / ARTIFACTS / name, workdir / ARTIFACTS / name)
     assert _index(whole).returncode == 0
-    index = stopped / "index" / "base"
     for number in ("2", "1"):  # the second shard; then, after a restart, the same one again
         assert _index(stopped, WRITTEN, number, "before").returncode == -signal.SIGKILL
+        index = place_of(stopped, "index")
         assert [path.name for path in index.glob("shard-*")] == ["shard-00000"]
         assert list(index.glob("building-*"))  # nobody cleaned up
         first = (index / "shard-00000" / "dataset.npy").stat().st_mtime_ns
@@ -47,5 +49,5 @@ def test_a_killed_build_goes_on_and_equals_an_uninterrupted_one(tiny_run: Config
     assert not list(index.glob("building-*"))
     assert (index / "shard-00000" / "dataset.npy").stat().st_mtime_ns == first  # not built again
     names = ("fingerprint", "files", "counts")
-    expected, found = (read_json(w / "index/base/manifest.json") for w in (whole, stopped))
+    expected, found = (read_json(place_of(w, "index") / "manifest.json") for w in (whole, stopped))
     assert {n: found[n] for n in names} == {n: expected[n] for n in names}

@@ -1,5 +1,6 @@
 """The whole pipeline on eight simulated devices, of one process or several, against one."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,10 @@ import pytest
 
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.store.arrays import open_array, read_rows
+from mlpmem_jax.store.run_record import ARTIFACTS
+from tests.pipeline.roles import metrics_file, place_of
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parents[1] / "configs" / "tiny.yaml"
@@ -20,10 +24,15 @@ def _read(artifact, name):
     return read_rows(store, 0, store.shape[0])
 
 
-def _losses(layout, name):
-    file = layout.workdir / "results" / "metrics" / name / "metrics.jsonl"
-    records = [json.loads(line) for line in file.read_text().splitlines()]
+def _losses(run, *artifacts):
+    lines = [metrics_file(run, one).read_text().splitlines() for one in artifacts]
+    records = [json.loads(line) for line in itertools.chain(*lines)]
     return np.array([r["loss"] for r in records if "loss" in r])
+
+
+def _run(changes, workdir):
+    """Returns the artifacts of a changed configuration in a work directory."""
+    return Artifacts(resolved(load_config(TINY, changes, {"workdir": str(workdir)})))
 
 
 @pytest.mark.multidevice
@@ -57,13 +66,14 @@ def test_a_run_on_eight_devices_equals_one_on_one(
         started += ["--logs", str(logs)]
     done = run_sh(*started, "run", *files, *changed)
     assert done.returncode == 0, done.stderr[-6000:]
-    for stage in ("tokens", "datastore/base/train", "memory/base", "results/base"):
-        assert done.stdout.count(f"{stage}: made in") == 1
+    run = _run(changed, workdir)
+    for artifact in (run.tokens, run.datastore("train"), run.memory, run.results):
+        assert done.stdout.count(f"{artifact.title}: made in") == 1
     # Process 0 alone speaks; the others keep files.
     written = sorted(logs.glob("*")) if processes > 1 else []
     assert [log.name for log in written] == [f"process-{k}.log" for k in range(1, processes)]
     assert not any("made in" in log.read_text() for log in written)
-    _check_same(tiny_run, load_config(TINY, changed, {"workdir": workdir}))
+    _check_same(Artifacts(tiny_run), run)
     if engine == "exact":
         return
     prompted = ["generate", *files, *changed, "--prompt", "def f("]
@@ -72,12 +82,12 @@ def test_a_run_on_eight_devices_equals_one_on_one(
     assert done.stdout.count("def f(") == 1
 
 
-def _check_same(tiny_run, other):
+def _check_same(one, eight):
     """Compares all that a run makes, to the rounding of other shardings."""
-    one, eight = Artifacts(tiny_run), Artifacts(other)
     assert eight.tokens.load().fingerprint == one.tokens.load().fingerprint
-    for name in ("decoder-base", "memory-base"):
-        np.testing.assert_allclose(_losses(eight, name), _losses(one, name), rtol=2e-4)
+    for role in ("decoder", "memory"):
+        a, b = (_losses(each, getattr(each, role)) for each in (eight, one))
+        np.testing.assert_allclose(a, b, rtol=2e-4)
     for name, atol in (("key", 5e-3), ("input", 5e-3), ("logprob", 2e-3)):
         a, b = _read(eight.datastore("train"), name), _read(one.datastore("train"), name)
         np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=atol)
@@ -104,35 +114,26 @@ def _check_same(tiny_run, other):
 @pytest.mark.multidevice
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    ("name", "changes"),
+    "changes",
     [
-        ("memory-other", ("train.inputs=online",)),
+        ("train.inputs=online",),
         (
-            "joint-other",
-            (
-                "train.mode=joint",
-                "memory.gate=learned",
-                "train.decoder_freeze_steps=3",
-                "train.decoder_optimizer.warmup_steps=2",
-            ),
+            "train.mode=joint",
+            "memory.gate=learned",
+            "train.decoder_freeze_steps=3",
+            "train.decoder_optimizer.warmup_steps=2",
         ),
         (
-            "joint-other",
-            (
-                "train.mode=joint",
-                "train.refresh_interval_steps=5",
-                "train.decoder_optimizer.warmup_steps=2",
-            ),
+            "train.mode=joint",
+            "train.refresh_interval_steps=5",
+            "train.decoder_optimizer.warmup_steps=2",
         ),
     ],
 )
-def test_training_that_runs_the_decoder_on_two_processes(
-    tiny_run, on_processes, tmp_path, name, changes
-):
+def test_training_that_runs_the_decoder_on_two_processes(tiny_run, on_processes, tmp_path, changes):
     """The steps in which both networks run, against one device; also the λ that they learn."""
     mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
-    changes += ("memory.name=other",)
-    layouts, texts = [], []
+    runs, texts = [], []
     for place, shape in enumerate((None, mesh)):
         workdir = str(shutil.copytree(tiny_run.workdir, tmp_path / f"run-{place}"))
         words = ["--config", str(TINY), "--workdir", workdir, *changes, *(shape or ())]
@@ -142,10 +143,11 @@ def test_training_that_runs_the_decoder_on_two_processes(
             done = on_processes(*((2, 4) if shape else (1, 1)), "-m", "mlpmem_jax", *command)
             assert done.returncode == 0, done.stderr[-6000:]
         texts.append(done.stdout)
-        layouts.append(Artifacts(load_config(TINY, changes, {"workdir": workdir})))
-    one, several = layouts
-    np.testing.assert_allclose(_losses(several, name), _losses(one, name), rtol=2e-4)
-    results = [json.loads((each.results.path / "evaluate.json").read_text()) for each in layouts]
+        runs.append(_run(changes, workdir))
+    is_joint = "train.mode=joint" in changes
+    one, several = (_losses(run, *(run.joint_phases if is_joint else [run.memory])) for run in runs)
+    np.testing.assert_allclose(several, one, rtol=2e-4)
+    results = [json.loads((each.results.path / "evaluate.json").read_text()) for each in runs]
     for system in results[0]["systems"]:
         nats = [each["systems"][system]["test_nats"] for each in results]
         assert nats[0] == pytest.approx(nats[1], abs=3e-3)
@@ -165,11 +167,11 @@ def test_one_of_two_processes_is_told_to_stop(tiny_run, on_processes, tmp_path):
     changed = ("mesh.data=2",)
     arguments = ["run", "--config", str(TINY), "--workdir", str(workdir), *changed]
     notices = [
-        ("mlpmem_jax.training.checkpoint.Checkpoints.save", 1, "decoder/base"),
-        (SHARDS, 7, "datastore/base/train"),
-        ("mlpmem_jax.retrieval.targets.sparse_distributions", 3, "targets/base/train"),
+        ("mlpmem_jax.training.checkpoint.Checkpoints.save", 1, "decoder"),
+        (SHARDS, 7, "datastore/train"),
+        ("mlpmem_jax.retrieval.targets.sparse_distributions", 3, "targets/train"),
     ]
-    for function, number, artifact in notices:
+    for function, number, role in notices:
         told = on_processes(
             2, 1, str(HERE / "killed.py"), function, str(number), "after", *arguments,
             variables={
@@ -179,11 +181,12 @@ def test_one_of_two_processes_is_told_to_stop(tiny_run, on_processes, tmp_path):
         )  # fmt: skip
         assert told.returncode == 75, (function, told.stdout, told.stderr[-6000:])
         assert "Traceback" not in told.stderr and "the same command continues" in told.stderr
-        assert (workdir / artifact / "building.json").exists(), function
-        assert not (workdir / artifact / "manifest.json").exists(), function
+        begun = place_of(workdir, role)
+        assert (begun / "building.json").exists(), function
+        assert not (begun / "manifest.json").exists(), function
     done = on_processes(2, 1, "-m", "mlpmem_jax", *arguments)
     assert done.returncode == 0, done.stderr[-6000:]
-    _check_same(tiny_run, load_config(TINY, changed, {"workdir": str(workdir)}))
+    _check_same(Artifacts(tiny_run), _run(changed, workdir))
 
 
 FULL = """
@@ -208,16 +211,17 @@ sys.exit(main(sys.argv[1:]))
 def test_the_disk_of_one_of_two_processes_is_full(tiny_run, on_processes, tmp_path):
     workdir = tmp_path / "run"
     for name in ("tokenizer", "tokens", "decoder"):
-        shutil.copytree(Path(tiny_run.workdir) / name, workdir / name)
+        shutil.copytree(Path(tiny_run.workdir) / ARTIFACTS / name, workdir / ARTIFACTS / name)
     command = ["embed", "--config", str(TINY), "--workdir", str(workdir), "mesh.data=2"]
     full = on_processes(2, 1, "-c", FULL, *command)
     assert full.returncode == 2, full.stderr[-6000:]
     lines = [line for line in full.stderr.splitlines() if "no space left on the disk" in line]
     assert len(lines) == 1 and "/of/this/host" in lines[0]
     assert "Traceback" not in full.stderr
-    assert not (workdir / "datastore" / "base" / "train" / "manifest.json").exists()
-    finished = list((workdir / "datastore" / "base" / "train").rglob("c/*"))
-    assert finished
+    datastore = Artifacts(tiny_run).datastore("train")  # Of the same content, so with this id.
+    begun = workdir / ARTIFACTS / datastore.relative
+    assert not (begun / "manifest.json").exists()
+    assert list(begun.rglob("c/*"))
     done = on_processes(2, 1, "-m", "mlpmem_jax", *command)
     assert done.returncode == 0, done.stderr[-6000:]
-    assert "datastore/base/train: continuing" in done.stdout
+    assert f"{datastore.title}: continuing" in done.stdout

@@ -10,9 +10,11 @@ import pytest
 from etils import epath
 
 from mlpmem_jax.__main__ import main
+from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.pipeline.compile import _checked
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.retrieval import engine
 from mlpmem_jax.store.contents import foreign_file
 from tests.pipeline.conftest import TINY
@@ -24,6 +26,21 @@ def _start(command: str, workdir: Path | str, *overrides: str) -> int:
 
 def _errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+
+
+def _artifacts(workdir: Path, *overrides: str) -> Artifacts:
+    return Artifacts(resolved(load_config(TINY, overrides, {"workdir": str(workdir)})))
+
+
+def _path(workdir: Path, role: str) -> Path:
+    """Returns where an artifact lies, or will lie, for example "targets/valid"."""
+    name, *split = role.split("/")
+    artifact = getattr(_artifacts(workdir), name)
+    return Path((artifact(*split) if split else artifact).path)
+
+
+def _times(workdir: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
 
 
 @pytest.fixture
@@ -60,7 +77,9 @@ def test_more_neighbours_than_rows_cost_no_training(tmp_path, capsys):
     (line,) = _errors(capsys)
     assert "retrieval.num_neighbors=900000" in line and "other rows" in line
     made = {path.name for path in (tmp_path / "run").iterdir()}
-    assert made == {"config.yaml", "text-digests.json", "tokenizer", "tokens"}
+    assert made == {"config.yaml", "run.json", "text-digests.json", "artifacts"}
+    kinds = {path.name for path in (tmp_path / "run" / "artifacts").iterdir()}
+    assert kinds == {".runs", "tokenizer", "tokens"}
 
 
 def test_a_missing_package_is_noticed_first(tmp_path, capsys, monkeypatch):
@@ -71,30 +90,53 @@ def test_a_missing_package_is_noticed_first(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_of_another_size_than_the_decoders(copied_run: Path, capsys):
-    """The decoder's manifest says with how many tokens it was trained."""
-    shutil.rmtree(copied_run / "tokens")
-    shutil.rmtree(copied_run / "tokenizer")
-    assert _start("tokenize", copied_run, "tokenizer.vocab_size=320") == 0
+@pytest.mark.parametrize(
+    ("command", "key", "before", "now"),
+    [("tokenize", "tokenizer.vocab_size", 300, 320), ("pretrain", "pretrain.num_steps", 8, 4)],
+)
+def test_another_tokenizer_or_decoder_is_made_beside_the_old_one(
+    copied_run: Path, capsys, command: str, key: str, before: int, now: int
+):
+    """What was made from the old one goes on being used with it, and with nothing else."""
+    files, changed = _times(copied_run / "artifacts"), f"{key}={now}"
+    assert _start(command, copied_run, changed) == 0
     capsys.readouterr()
-    assert _start("generate", copied_run, "tokenizer.vocab_size=320") == 2
+    assert _start("generate", copied_run, changed) == 2
     (line,) = _errors(capsys)
-    assert "a vocabulary of" in line and "tokens" in line and "decoder/base" in line
+    nearest = _artifacts(copied_run).memory.path.name[:8]
+    assert f"{_artifacts(copied_run, changed).memory.path}: the memory is not trained yet" in line
+    assert f"(the nearest is {nearest}: {key}={before}, now {now})" in line
+    assert _start("generate", copied_run) == 0
+    left = _times(copied_run / "artifacts")
+    assert {path: left[path] for path in files if path.is_file()} == {
+        path: time for path, time in files.items() if path.is_file()
+    }
 
 
-def test_a_memory_of_another_decoder(copied_run: Path, capsys):
-    shutil.rmtree(copied_run / "decoder")
-    assert _start("pretrain", copied_run, "pretrain.num_steps=4") == 0
-    capsys.readouterr()
-    assert _start("generate", copied_run, "pretrain.num_steps=4") == 2
+def test_a_memory_of_a_decoder_that_was_rebuilt_with_other_bits(copied_run: Path, capsys):
+    run = _artifacts(copied_run)
+    decoder, made = run.decoder, run.decoder.load()
+    decoder.begin(made.made_from)
+    now = decoder.finish(counts={**made.counts, "rebuilt": 1}, files=made.files).fingerprint
+    assert _start("generate", copied_run) == 2
     (line,) = _errors(capsys)
-    assert "memory/base" in line and "another decoder" in line and "--rebuild" in line
+    then_and_now = f'{decoder.relative}="{made.fingerprint}", now "{now}"'
+    assert f"{run.results.path}: results/evaluate is stale" in line and then_and_now in line
+    assert _start("generate", copied_run, "generate.interpolation=0.5") == 2
+    (line,) = _errors(capsys)
+    assert f"{run.memory.path}: memory was trained with another {decoder.path}" in line
+    assert f"({made.fingerprint}, now {now}); rebuild it with `train --rebuild`" in line
+    assert _start("run", copied_run) == 2
+    (line,) = _errors(capsys)
+    assert f"{run.datastore('train').path}: datastore/train is stale" in line
+    assert then_and_now in line and "`embed --rebuild`" in line
 
 
 @pytest.mark.parametrize("kind", ["decoder", "memory"])
 def test_a_flipped_byte_in_finished_weights(copied_run: Path, capsys, kind: str):
     """Orbax would restore it without a word."""
-    last = max((copied_run / kind / "base" / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    checkpoints = _path(copied_run, kind) / "checkpoints"
+    last = max(checkpoints.iterdir(), key=lambda path: int(path.name))
     files = [path for path in (last / "params").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
@@ -108,7 +150,7 @@ def test_a_flipped_byte_in_finished_weights(copied_run: Path, capsys, kind: str)
 def test_damaged_progress_of_tokenize_is_named(tmp_path, capsys):
     config_dir = tmp_path / "run"
     assert _start("tokenize", config_dir) == 0
-    tokens = config_dir / "tokens"
+    tokens = _path(config_dir, "tokens")
     (tokens / "manifest.json").rename(tokens / "building.json")
     (tokens / "progress.npz").write_bytes(b"PK\x03\x04 this is no archive")
     capsys.readouterr()
@@ -160,13 +202,13 @@ def test_every_file_of_a_run_is_known(tiny_run: Config):
 
 @pytest.mark.parametrize("flags", [(), ("--rebuild",)])
 @pytest.mark.parametrize(
-    ("command", "name"),
-    [("tokenize", "tokens/mine"), ("tokenize", "tokenizer/tokenizer.json"),
-     ("tokenize", "tokens/train/token/c/0"), ("run", "decoder/base/weights.bin"),
-     ("run", "results/base/evaluate.json"), ("run", "targets/base/valid/temperature.json")],
+    ("command", "role", "name"),
+    [("tokenize", "tokens", "mine"), ("tokenize", "tokenizer", "tokenizer.json"),
+     ("tokenize", "tokens", "train/token/c/0"), ("run", "decoder", "weights.bin"),
+     ("run", "results", "evaluate.json"), ("run", "targets/valid", "temperature.json")],
 )  # fmt: skip
-def test_files_of_the_users_in_the_place_of_artifacts(tmp_path, capsys, command, name, flags):
-    mine = tmp_path / "run" / name
+def test_files_of_the_users_in_the_place_of_artifacts(tmp_path, capsys, command, role, name, flags):
+    mine = _path(tmp_path / "run", role) / name
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     assert _start(command, tmp_path / "run", *flags) == 2
@@ -177,35 +219,36 @@ def test_files_of_the_users_in_the_place_of_artifacts(tmp_path, capsys, command,
 
 
 @pytest.mark.parametrize(
-    ("command", "name"),
-    [("pretrain", "decoder/base/weights.bin"), ("embed", "datastore/base/test/key/c/mine"),
-     ("index", "index/base/notes.txt"), ("retrieve", "targets/base/valid/prob.npy"),
-     ("train", "memory/base/checkpoints/best"), ("evaluate", "results/base/notes.csv")],
+    ("command", "role", "name"),
+    [("pretrain", "decoder", "weights.bin"),
+     ("embed", "datastore/test", "key/c/mine"),
+     ("index", "index", "notes.txt"), ("retrieve", "targets/valid", "prob.npy"),
+     ("train", "memory", "checkpoints/best"), ("evaluate", "results", "notes.csv")],
 )  # fmt: skip
 def test_files_of_the_users_within_artifacts_stop_a_rebuild(
-    copied_run: Path, capsys, command: str, name: str
+    copied_run: Path, capsys, command: str, role: str, name: str
 ):
-    mine = copied_run / name
+    mine = _path(copied_run, role) / name
     mine.write_text("mine")
-    before = {path: path.stat().st_mtime_ns for path in copied_run.rglob("*")}
+    before = _times(copied_run)
     assert _start(command, copied_run, "--rebuild") == 2
     (line,) = _errors(capsys)
     assert f"{mine}: not written by this program" in line
-    assert {path: path.stat().st_mtime_ns for path in copied_run.rglob("*")} == before
+    assert _times(copied_run) == before
 
 
 def test_damage_upstream_is_found_before_targets_go(copied_run: Path, capsys):
     """Here in the decoder, which `embed --rebuild` reads: nothing of the datastore is touched."""
-    last = copied_run / "decoder" / "base" / "checkpoints" / "8"
+    last = _path(copied_run, "decoder") / "checkpoints" / "8"
     file = max((p for p in last.rglob("*") if p.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    before = {path: path.stat().st_mtime_ns for path in copied_run.rglob("*")}
+    before = _times(copied_run)
     assert _start("embed", copied_run, "--rebuild") == 2
     (line,) = _errors(capsys)
     assert f"{file}: damaged" in line and "`pretrain --rebuild`" in line
-    assert {path: path.stat().st_mtime_ns for path in copied_run.rglob("*")} == before
+    assert _times(copied_run) == before
 
 
 def test_a_report_of_compile_replaces_none_but_such(tmp_path, capsys):
@@ -221,13 +264,21 @@ def test_a_report_of_compile_replaces_none_but_such(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["train", "run"])
-def test_a_teacher_without_targets_costs_no_work(tmp_path, capsys, command):
+def test_a_teacher_without_targets_costs_no_work(tiny_run, tmp_path, capsys, command):
     """Its own directory is such a teacher, too: nothing makes targets then."""
     for teacher in (tmp_path / "teacher", tmp_path / "run"):
         assert _start(command, tmp_path / "run", f"targets.workdir={teacher}") == 2
         (line,) = _errors(capsys)
-        assert f"{teacher}/targets/base/train: does not exist" in line
+        said = f"targets.workdir={teacher}: {teacher}/run.json names no targets/train artifact"
+        assert said in line
         assert not (tmp_path / "run").exists()
+    teacher = shutil.copytree(tiny_run.workdir, tmp_path / "teacher")
+    targets = _artifacts(teacher).targets("train")
+    targets.remove()
+    assert _start(command, tmp_path / "run", f"targets.workdir={teacher}") == 2
+    (line,) = _errors(capsys)
+    assert f"{targets.path}: targets/train does not exist" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_not_stored_is_not_searched(tmp_path, capsys):
