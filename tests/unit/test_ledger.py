@@ -135,7 +135,7 @@ def test_forecasts_use_measured_rates(fake_run: Path):
     todo = [
         *known,
         expected("decoder/new", model_flops=500.0),
-        expected("targets/new/train", split="train"),
+        expected("targets/new", "train"),
     ]
     found = forecaster.forecast(todo)
     assert (found.num_artifacts, found.num_missing, found.flops) == (4, 2, 500.0)
