@@ -20,6 +20,8 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.stages import TrainingConfig
 from mlpmem_jax.parallel.host import keep_freed_memory
 from mlpmem_jax.parallel.mesh import make_mesh
+from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.pipeline.tasks import joint_task, memory_task, pretrain_task
 from mlpmem_jax.training.loop import assemble
 
@@ -43,13 +45,14 @@ def stepper(task: Any, section: TrainingConfig, mesh: jax.sharding.Mesh) -> Call
     return one
 
 
-def steppers(config: Config, joint: Config) -> dict[str, Callable[[], float]]:
+def steppers(alone: Config, together: Config) -> dict[str, Callable[[], float]]:
     """Returns the three steps."""
-    mesh = make_mesh(config.mesh)
+    run, joint = (Artifacts(resolved(config)) for config in (alone, together))
+    mesh = make_mesh(alone.mesh)
     tasks: dict[str, tuple[Any, TrainingConfig]] = {
-        "decoder": (pretrain_task(config, mesh), config.pretrain),
-        "memory": (memory_task(config, mesh), config.train),
-        "joint": (joint_task(joint, mesh), joint.train),
+        "decoder": (pretrain_task(run, mesh), alone.pretrain),
+        "memory": (memory_task(run, mesh), alone.train),
+        "joint": (joint_task(joint, mesh), together.train),
     }
     sizes = {name: task.tokens_per_step for name, (task, _) in tasks.items()}
     assert len(set(sizes.values())) == 1, f"steps of different sizes: {sizes}"

@@ -26,11 +26,11 @@ import numpy as np
 from flax import nnx
 
 from mlpmem_jax.config.load import load_config
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import quiet_libraries
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_decoder, finished_memory
+from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.store.arrays import open_array, read_rows
 from mlpmem_jax.store.manifest import BUILDING
 
@@ -43,6 +43,11 @@ def command_of(config: str, workdir: Path) -> list[str]:
     return [*start, "--workdir", str(workdir)]
 
 
+def run_of(config: str, workdir: Path) -> Artifacts:
+    """Returns the artifacts of a finished run."""
+    return Artifacts(resolved(load_config(config, (), {"workdir": str(workdir)})))
+
+
 def arrays_of(workdir: Path) -> dict[str, np.ndarray]:
     """Reads every array below a work directory."""
     folders = sorted(file.parent for file in workdir.rglob("zarr.json"))
@@ -50,26 +55,26 @@ def arrays_of(workdir: Path) -> dict[str, np.ndarray]:
     return {name: read_rows(store, 0, store.shape[0]) for name, store in stores.items()}
 
 
-def weights_of(config: Config) -> list[np.ndarray]:
+def weights_of(run: Artifacts) -> list[np.ndarray]:
     mesh = single_device_mesh()
-    networks = finished_decoder(config, mesh), finished_memory(config, mesh)
+    networks = finished_decoder(run, mesh), finished_memory(run, mesh)
     return [np.asarray(leaf) for net in networks for leaf in jax.tree.leaves(nnx.state(net))]
 
 
-def numbers_of(config: Config) -> dict[str, Any]:
-    raw = json.loads((Artifacts(config).results.path / "evaluate.json").read_text())
+def numbers_of(run: Artifacts) -> dict[str, Any]:
+    raw = json.loads((run.results.path / "evaluate.json").read_text())
     return {name: value for name, value in raw.items() if name not in TIMED}
 
 
-def differences(config: Config, reference: Config) -> list[str]:
+def differences(run: Artifacts, reference: Artifacts) -> list[str]:
     """Returns what differs between two finished runs."""
-    found, expected = (arrays_of(Path(one.workdir)) for one in (config, reference))
+    found, expected = (arrays_of(Path(one.workdir)) for one in (run, reference))
     names = set(found) ^ set(expected)
     names |= {n for n in set(found) & set(expected) if not _same(found[n], expected[n])}
-    pairs = zip(weights_of(config), weights_of(reference), strict=True)
+    pairs = zip(weights_of(run), weights_of(reference), strict=True)
     if not all(_same(one, other) for one, other in pairs):
         names.add("weights")
-    if numbers_of(config) != numbers_of(reference):
+    if numbers_of(run) != numbers_of(reference):
         names.add("evaluate.json")
     return sorted(names)
 
@@ -113,12 +118,12 @@ def main() -> int:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/compiled")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         workdir = Path(folder) / "undisturbed"
-        reference = load_config(flags.config, (), {"workdir": str(workdir)})
         began = time.monotonic()
         if interrupted_start(command_of(flags.config, workdir), LIMIT_SECS) != 0:
             return 1
         whole = time.monotonic() - began
         print(f"undisturbed: {whole:.0f} s", flush=True)
+        reference = run_of(flags.config, workdir)
         while sum(places.values()) < flags.kills:
             workdir = Path(folder) / f"run-{finished}"
             command = command_of(flags.config, workdir)
@@ -127,8 +132,7 @@ def main() -> int:
             if code != 0:
                 print(f"run {finished}: a start failed with {code}")
                 return 1
-            config = load_config(flags.config, (), {"workdir": str(workdir)})
-            different = differences(config, reference)
+            different = differences(run_of(flags.config, workdir), reference)
             if different:
                 print(f"run {finished}: differs in {', '.join(different)}")
                 return 1

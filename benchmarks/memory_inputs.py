@@ -15,6 +15,8 @@ from benchmarks.joint_step import in_turns, stepper
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.parallel.host import keep_freed_memory
 from mlpmem_jax.parallel.mesh import make_mesh
+from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.pipeline.tasks import memory_task
 
 INPUTS = {
@@ -35,7 +37,7 @@ def main() -> None:
     for name, overrides in INPUTS.items():
         config = load_config(flags.config, overrides, {"workdir": flags.workdir})
         mesh = make_mesh(config.mesh)
-        steps[name] = stepper(memory_task(config, mesh), config.train, mesh)
+        steps[name] = stepper(memory_task(Artifacts(resolved(config)), mesh), config.train, mesh)
     seconds = in_turns(steps, flags.rounds)
     for name, spent in seconds.items():
         ratios = [own / first for own, first in zip(spent, seconds["state"], strict=True)]

@@ -14,17 +14,18 @@ import statistics
 import time
 
 from mlpmem_jax.config.load import load_config
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import quiet_libraries
 from mlpmem_jax.input.feed import Feed
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.pipeline.tasks import run_data
 
 
-def seconds(config: Config, mix_windows: int, steps: int) -> float:
+def seconds(run: Artifacts, mix_windows: int, steps: int) -> float:
     """Returns the seconds that `steps` batches take, the first one included."""
-    source = run_data(config).stored_rows("train", config.train_window_tokens)
+    config = run.config
+    source = run_data(run, "train").stored_rows("train", config.train_window_tokens)
     started = time.perf_counter()
     feed = Feed(
         source,
@@ -53,10 +54,11 @@ def main() -> None:
     rows = flags.steps * config.train.batch_size * config.train_window_tokens
     spent: dict[int, list[float]] = {mix: [] for mix in flags.mix}
     peak: dict[int, float] = {}
-    seconds(config, 1, 2)  # Imports, files.
+    run = Artifacts(resolved(config))
+    seconds(run, 1, 2)  # Imports, files.
     for _ in range(flags.rounds):
         for mix in flags.mix:
-            spent[mix].append(seconds(config, mix, flags.steps))
+            spent[mix].append(seconds(run, mix, flags.steps))
             used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             peak.setdefault(mix, used)
     first = statistics.median(spent[flags.mix[0]])
@@ -66,7 +68,7 @@ def main() -> None:
             f"mix {mix:4}: {rows / median:12,.0f} rows/s, time {median / first:.2f}, "
             f"peak {peak[mix]:,.0f} MiB"
         )
-    measured = Artifacts(config).memory.load().measured
+    measured = run.memory.load().measured
     print(
         f"training: {measured['tokens_per_sec']:,.0f} rows/s, "
         f"{measured['input_wait_share']:.1%} of it waiting for rows"

@@ -10,6 +10,7 @@ differ by more than what is measured. Beside it: what the joined process does wh
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -17,10 +18,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlpmem_jax.launching import free_port
 from mlpmem_jax.parallel import multihost
 from mlpmem_jax.parallel.cluster import Cluster
+
+if TYPE_CHECKING:
+    from mlpmem_jax.config.schema import Config
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 IDLE_SECS = 10.0
@@ -39,16 +44,13 @@ def taken_for_alone() -> Iterator[None]:
         jax.distributed.is_initialized = asked
 
 
-def start(command: str, workdir: Path, name: str, steps: int) -> None:
-    """Runs a command in this process."""
-    import importlib
-
+def config_of(workdir: Path, seed: int, steps: int) -> "Config":
+    """Returns the configuration of one training; each seed's is another decoder."""
     from mlpmem_jax.config.load import load_config
-    from mlpmem_jax.pipeline.options import Options
 
     overrides = [
         f"workdir={workdir}",
-        f"decoder.name={name}",
+        f"seed={seed}",
         f"pretrain.num_steps={steps}",
         f"pretrain.eval_interval_steps={steps}",
         f"pretrain.checkpoint_interval_steps={steps}",
@@ -60,14 +62,27 @@ def start(command: str, workdir: Path, name: str, steps: int) -> None:
         "corpus.valid_fraction=0.1",
         "corpus.test_fraction=0.1",
     ]
+    return load_config(str(CONFIG), overrides)
+
+
+def start(command: str, config: "Config") -> None:
+    """Runs a command in this process."""
+    import importlib
+
+    from mlpmem_jax.pipeline.options import Options
+
     module = importlib.import_module(f"mlpmem_jax.pipeline.{command}")
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-        module.main(load_config(str(CONFIG), overrides), Options(workdir=str(workdir)))
+        module.main(config, Options(workdir=config.workdir))
 
 
-def secs_per_step(workdir: Path, name: str) -> float:
+def secs_per_step(config: "Config") -> float:
     """Returns the median over the log intervals of a decoder's training."""
-    file = workdir / "results" / "metrics" / f"decoder-{name}" / "metrics.jsonl"
+    from mlpmem_jax.pipeline.graph import Artifacts
+    from mlpmem_jax.pipeline.resolve import resolved
+
+    name = Artifacts(resolved(config)).decoder.path.name
+    file = Path(config.workdir) / "results" / "metrics" / f"decoder-{name}" / "metrics.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
     return statistics.median([r["secs_per_step"] for r in records if "secs_per_step" in r][2:])
 
@@ -87,15 +102,17 @@ def main() -> None:
         import jax
 
         jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
-        start("tokenize", Path(folder), "base", flags.steps)
-        start("pretrain", Path(folder), "warm", flags.steps)
+        of_seed = functools.partial(config_of, Path(folder), steps=flags.steps)
+        start("tokenize", of_seed(0))
+        start("pretrain", of_seed(0))
         for number in range(flags.rounds):
             secs = {}
             # Who goes first changes: the machine may be slower for a while.
             for kind in list(kinds)[:: 1 if number % 2 else -1]:
+                config = of_seed(1 + 2 * number + list(kinds).index(kind))
                 with kinds[kind]():
-                    start("pretrain", Path(folder), f"{kind}-{number}", flags.steps)
-                secs[kind] = secs_per_step(Path(folder), f"{kind}-{number}")
+                    start("pretrain", config)
+                secs[kind] = secs_per_step(config)
             ratios.append(secs["joined"] / secs["alone"])
             shown = ", ".join(f"{kind} {1e3 * one:.2f} ms" for kind, one in secs.items())
             print(f"{shown}, ratio {ratios[-1]:.4f}", flush=True)

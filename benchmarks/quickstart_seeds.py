@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from mlpmem_jax.config.load import load_config
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import quiet_libraries
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.pipeline import embed
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.pipeline.stage import run_stages
 from mlpmem_jax.store.arrays import open_array, read_rows
 from mlpmem_jax.store.files import read_json, write_json
@@ -34,11 +34,10 @@ ROWS = (
 )  # fmt: skip
 VARIANTS = {
     "+ memory, state alone": (
-        "memory.name=state-alone",
         "memory.recent_tokens=0",
         "memory.ngram_orders=[]",
     ),
-    "+ memory, CE only": ("memory.name=ce-only", "train.alpha=0.0"),
+    "+ memory, CE only": ("train.alpha=0.0",),
 }
 
 
@@ -50,24 +49,26 @@ def command(name: str, config: str, workdir: Path, *overrides: str) -> float:
     return time.monotonic() - started
 
 
-def longer_overrides(config: Config) -> list[str]:
+def artifacts(path: str, workdir: Path, *overrides: str) -> Artifacts:
+    """Returns the artifacts of a configuration."""
+    return Artifacts(resolved(load_config(path, overrides, {"workdir": str(workdir)})))
+
+
+def longer_steps(run: Artifacts) -> int:
     """Pretraining steps that cost what decoder, embedding and memory training cost together."""
-    layout = Artifacts(config)
-    pretraining = layout.decoder.load().measured["model_flops"]
-    extra = layout.memory.load().measured["model_flops"]
-    extra += layout.datastore("train").load().measured["model_flops"]
-    steps = round(config.pretrain.num_steps * (pretraining + extra) / pretraining)
-    return [f"pretrain.num_steps={steps}", "decoder.name=longer", "datastore.name=longer"]
+    pretraining = run.decoder.load().measured["model_flops"]
+    extra = run.memory.load().measured["model_flops"]
+    extra += run.datastore("train").load().measured["model_flops"]
+    return round(run.config.pretrain.num_steps * (pretraining + extra) / pretraining)
 
 
-def decoder_nats(config: Config) -> float:
+def decoder_nats(run: Artifacts) -> float:
     """Test nats per scored token of the configured decoder, from its datastore."""
-    layout = Artifacts(config)
-    run_stages([s for s in embed.stages(config) if s.name.endswith("/test")])
-    folder = layout.datastore("test").path
+    folder = run.datastore("test").path
+    run_stages([stage for stage in embed.stages(run) if stage.artifact.path == folder])
     stores = {name: open_array(folder / name) for name in ("label", "logprob")}
     label, logprob = (read_rows(s, 0, s.shape[0]) for s in stores.values())
-    scored = label != TokenSplit.open(layout.tokens, "test").separator_id
+    scored = label != TokenSplit.open(run.tokens, "test").separator_id
     return float(-np.mean(logprob[scored], dtype=np.float64))
 
 
@@ -75,7 +76,7 @@ def memory_nats(path: str, workdir: Path, *overrides: str) -> float:
     """Trains another memory; returns test nats per scored token of decoder and memory."""
     command("train", path, workdir, *overrides)
     command("evaluate", path, workdir, *overrides)
-    results = Artifacts(load_config(path, overrides, {"workdir": str(workdir)})).results
+    results = artifacts(path, workdir, *overrides).results
     return float(read_json(results.path / "evaluate.json")["systems"]["memory"]["test_nats"])
 
 
@@ -83,19 +84,19 @@ def one_seed(path: str, seed: int, workdir: Path) -> dict[str, float]:
     """Runs the pipeline and the controls of one seed."""
     own = (f"seed={seed}",)
     wall = command("run", path, workdir, *own)
-    config = load_config(path, own, {"workdir": str(workdir)})
-    systems = read_json(Artifacts(config).results.path / "evaluate.json")["systems"]
+    run = artifacts(path, workdir, *own)
+    systems = read_json(run.results.path / "evaluate.json")["systems"]
     timing = workdir / "wall.json"
     if not timing.exists():
         write_json(timing, {"run_secs": wall})
     variants = {
         row: memory_nats(path, workdir, *own, *overrides) for row, overrides in VARIANTS.items()
     }
-    longer = (*own, *longer_overrides(config))
+    longer = (*own, f"pretrain.num_steps={longer_steps(run)}")
     command("pretrain", path, workdir, *longer)
     return {
         "decoder": systems["decoder"]["test_nats"],
-        "longer decoder": decoder_nats(load_config(path, longer, {"workdir": str(workdir)})),
+        "longer decoder": decoder_nats(artifacts(path, workdir, *longer)),
         "+ kNN-LM": systems["knn"]["test_nats"],
         "+ memory": systems["memory"]["test_nats"],
         **variants,

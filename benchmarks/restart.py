@@ -2,10 +2,10 @@
 
     .venv/bin/python -m benchmarks.restart [--config FILE] [--workdir runs/quickstart]
 
-`pretrain`, and where there are targets `train`, are begun under names of their own, killed
-(SIGKILL) once a checkpoint is complete, and started again by the same command. The clock runs
-from that command to the first step that it finishes: start of Python, checks, restoring and
-verifying the checkpoint, compiling, one step.
+`pretrain`, and where there are targets `train`, are begun with one step more, in a work directory
+of their own that shares the run's artifacts, killed (SIGKILL) once a checkpoint is complete, and
+started again by the same command. The clock runs from that command to the first step that it
+finishes: start of Python, checks, restoring and verifying the checkpoint, compiling, one step.
 """
 
 import argparse
@@ -13,12 +13,15 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from mlpmem_jax.config.load import load_config
+from mlpmem_jax.config.schema import Config
 from mlpmem_jax.pipeline.graph import Artifacts
-from mlpmem_jax.store.manifest import MANIFEST
+from mlpmem_jax.pipeline.resolve import resolved
+from mlpmem_jax.store.run_record import store_of
 
 INTERVAL = 5
 LIMIT_SECS = 600.0
@@ -44,18 +47,22 @@ def wait_for(metrics: Path, step: int, since: float, process: subprocess.Popen[b
     raise SystemExit(f"{metrics}: no step {step} within {LIMIT_SECS:.0f} s")
 
 
-def measure(command: str, section: str, config: str, workdir: Path) -> float:
+def measure(command: str, path: str, config: Config, folder: str) -> float:
     """Returns seconds from the second start to its first finished step."""
-    name = f"restart-{time.time_ns()}"
     overrides = [
-        f"{section}.name={name}",
+        f"store={store_of(config.workdir, config.store)}",
+        f"{command}.num_steps={getattr(config, command).num_steps + 1}",
         f"{command}.checkpoint_interval_steps={INTERVAL}",
         f"{command}.log_interval_steps=1",
     ]
-    start = [sys.executable, "-m", "mlpmem_jax", command, "--config", config]
-    start += ["--workdir", str(workdir), *overrides]
-    metrics = workdir / "results" / "metrics" / f"{section}-{name}" / "metrics.jsonl"
-    sums = workdir / section / name / "checksums" / f"{INTERVAL}.json"
+    start = [sys.executable, "-m", "mlpmem_jax", command, "--config", path]
+    start += ["--workdir", folder, *overrides]
+    longer = Artifacts(resolved(load_config(path, overrides, {"workdir": folder})))
+    made = longer.decoder if command == "pretrain" else longer.memory
+    made.remove()  # What another measurement left.
+    name = made.relative.replace("/", "-")
+    metrics = Path(folder) / "results" / "metrics" / name / "metrics.jsonl"
+    sums = made.path / "checksums" / f"{INTERVAL}.json"
     first = subprocess.Popen(start, stdout=subprocess.DEVNULL)
     while not sums.exists() and first.poll() is None:
         time.sleep(0.05)
@@ -66,6 +73,7 @@ def measure(command: str, section: str, config: str, workdir: Path) -> float:
     seconds = wait_for(metrics, INTERVAL + 1, since, second)
     second.send_signal(signal.SIGKILL)
     second.wait()
+    made.remove()
     return seconds
 
 
@@ -75,12 +83,12 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"))
     flags = parser.parse_args()
     config = load_config(flags.config, (), {"workdir": str(flags.workdir)})
-    layout = Artifacts(config)
-    commands = [("pretrain", "decoder")]
-    if (layout.targets("train").path / MANIFEST).exists():
-        commands.append(("train", "memory"))
-    for command, section in commands:
-        seconds = measure(command, section, flags.config, flags.workdir)
+    commands = ["pretrain"]
+    if Artifacts(resolved(config)).targets("train").is_complete():
+        commands.append("train")
+    for command in commands:
+        with tempfile.TemporaryDirectory(prefix="mlpmem-restart-") as folder:
+            seconds = measure(command, flags.config, config, folder)
         print(f"{command}: first step {seconds:.1f} s after the restart", flush=True)
 
 

@@ -17,8 +17,9 @@ import numpy as np
 
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.corpus.stream import Corpus, Position
-from mlpmem_jax.corpus.writer import batches
+from mlpmem_jax.corpus.writer import batches, seen_by_first
 from mlpmem_jax.retrieval.merge import Neighbors, merge, sort_neighbors
+from mlpmem_jax.store.array_specs import SPLITS
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "gpt2_small.yaml"
 LISTS, QUERIES, NEIGHBORS = 16, 512, 1025
@@ -28,7 +29,9 @@ def read(paths: str) -> float:
     """Returns the bytes a second at which text becomes documents."""
     config = load_config(str(CONFIG), [f"corpus.paths=['{paths}']"])
     started = time.perf_counter()
-    pieces = (piece for batch in batches(Corpus(config.corpus), Position()) for piece in batch)
+    seen = seen_by_first({split: np.zeros(0, np.uint64) for split in SPLITS})
+    read_in = batches(Corpus(config.corpus), Position(), seen)
+    pieces = (piece for batch in read_in for piece in batch)
     num_bytes = sum(piece.num_bytes for piece in pieces)
     return num_bytes / (time.perf_counter() - started)
 

@@ -70,7 +70,7 @@ def test_help_lists_each_key_with_type_default_and_meaning(name):
 
 def test_help_names_what_commands_read_of_other_sections():
     """Each of these changes what the command does, or what it finds."""
-    model = {"train.mode", "train.name", "train.interpolation", "train.joint_weight"}
+    model = {"train.mode", "train.interpolation", "train.joint_weight"}
     reads = {
         "tokenize": {"decoder.context_tokens", "pretrain.window_tokens"},
         "train": {"retrieval.num_neighbors"},  # the refreshes of joint training

@@ -56,7 +56,7 @@ def test_numbers_and_text(load):
         "pretrain.optimizer.learning_rate=1e-3",
         "train.num_steps=2e3",
         "train.alpha=1",
-        "decoder.name=7",
+        "corpus.dataset_split=7",
         "workdir=2026-01-01",
         "corpus.field=no",
         "corpus.max_bytes=10_000",
@@ -65,7 +65,8 @@ def test_numbers_and_text(load):
     assert config.pretrain.optimizer.learning_rate == 1e-3
     assert config.train.num_steps == 2000 and isinstance(config.train.num_steps, int)
     assert config.train.optimizer.learning_rate == 5e-4
-    assert (config.decoder.name, config.workdir, config.corpus.field) == ("7", "2026-01-01", "no")
+    assert (config.workdir, config.corpus.field) == ("2026-01-01", "no")
+    assert config.corpus.dataset_split == "7"
     assert config.corpus.max_bytes == 10_000
 
 
@@ -135,7 +136,7 @@ def test_issue_example_reports_both(mistakes):
         ("corpus.paths=a.txt", "must be a list of texts"),
         ("datastore.arrays=key", "must be a list of key, input, label or logprob"),
         ("datastore.arrays=[key, keys]", ".arrays.1=keys: must be key, input, label or logprob"),
-        ("datastore.name=a/b", "must be text that matches ^[A-Za-z0-9._-]+$"),
+        ("search_quality.settings=[{name: a/b}]", "must be text that matches ^[A-Za-z0-9._-]+$"),
         ("train.interpolation=1.5", "must be"),
         (
             "datastore.key.layer=1.5",
@@ -209,7 +210,6 @@ def test_what_is_no_override(mistakes, override):
             "train.decoder_optimizer.warmup_steps=9 is more than train.num_steps=8",
         ),
         (["pretrain.optimizer.warmup_steps=601"], "=601 is more than pretrain.num_steps=600"),
-        (["datastore.name=.."], "datastore.name=.. must be the name of a new directory"),
         (["train.memory_weight=0"], "are all 0: nothing would be trained"),
         (["train.lm_weight=1"], "train.lm_weight=1.0 requires train.mode=joint"),
         (["memory.gate=learned"], "set train.joint_weight above 0"),

@@ -110,12 +110,12 @@ def test_values_of_sweeps_are_numbers_where_they_look_like_it(load):
         ("corpus.document_regex=", "must be text that is not empty, or null"),
         ("tokenizer.path=", "must be a path, and this one is empty"),
         ("tokenizer.separator=", "must be text that is not empty"),
-        ("decoder.name=null", "null"),
+        ("corpus.field=null", "null"),
     ],
 )
 def test_no_text_is_no_value(refused, load, override, expected):
-    if override == "decoder.name=null":  # the key has a value always, so this is a name
-        assert load(override).decoder.name == "null"
+    if override == "corpus.field=null":  # the key has a value always, so this is a name
+        assert load(override).corpus.field == "null"
         return
     (line,) = refused(override)
     assert line.startswith(override.replace("=", '=""')) and expected in line
@@ -274,7 +274,7 @@ def test_mistakes_of_files_are_short_lines(refused, text):
         "corpus.document_regex=" + "(" * 5000,
         "corpus.document_regex=a{99999999999}",
         "corpus.paths=[" + "x" * 20_000,
-        "decoder.name=" + "x" * 20_000,
+        "corpus.field=" + "x" * 20_000,
         "corpus.more." + "9" * 5000 + ".weight=1",
         "corpus.more.²=1",
         "corpus.more.٣=1",

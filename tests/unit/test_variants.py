@@ -1,7 +1,6 @@
-"""Variants share what does not depend on the changed key; ledger and forecast of fake runs."""
+"""Variants of a configuration, and rows made of them, share what does not depend on their keys."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -9,113 +8,181 @@ from mlpmem_jax.config.load import changed_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.suite import RecipeConfig
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.pipeline import embed
-from mlpmem_jax.pipeline.forecast import Expected, Forecaster, duration
 from mlpmem_jax.pipeline.graph import Artifacts
-from mlpmem_jax.store.checked_json import fingerprint_of
-from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.pipeline.sources import Sources
+from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.studies.ablate import command as ablate
 from mlpmem_jax.studies.compare import command as compare
-from mlpmem_jax.studies.tables.ledger import Ledger
 from mlpmem_jax.studies.tables.rows import ROWS, SeedPlan, planned_row
 from mlpmem_jax.studies.tables.variants import (
+    Variant,
     base_variant,
     changed_variant,
-    label_of,
+    made_by,
     taught_variant,
 )
 
-NAMED = ("decoder", "datastore", "retrieval", "targets", "memory")
+MEMORY_OF_TARGETS = {"targets", "memory"}
+SEARCHED = {"index", "neighbors"} | MEMORY_OF_TARGETS
+STATES = {"datastore"} | SEARCHED
+DECODED = {"decoder"} | STATES
 
 
-def renamed(config: Config) -> set[str]:
-    return {name for name in NAMED if getattr(config, name).name != "seed-7"}
+def base_of(config: Config, seed: int = 7) -> Variant:
+    """The configuration itself, with the text as it is."""
+    return base_variant(config, seed, Sources(config.workdir, reads=False))
+
+
+def made(variant: Variant) -> dict[str, Stage]:
+    """All stages up to the memory, by the paths of their artifacts."""
+    return {stage.artifact.relative: stage for stage in variant.memory_stages()}
+
+
+def own_kinds(variant: Variant, base: Variant) -> set[str]:
+    """Kinds of the artifacts that a variant does not share with its base."""
+    return {name.split("/")[0] for name in set(made(variant)) - set(made(base))}
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "fresh"),
+    ("key", "value", "own"),
     [
         ("train.alpha", 0.0, {"memory"}),
         ("memory.num_layers", 5, {"memory"}),
-        ("targets.temperature", 3.0, {"targets", "memory"}),
-        ("targets.num_tokens", 4, {"targets", "memory"}),
-        ("retrieval.num_neighbors", 8, {"retrieval", "targets", "memory"}),
+        ("targets.temperature", 3.0, MEMORY_OF_TARGETS),
+        ("targets.num_tokens", 4, MEMORY_OF_TARGETS),
+        ("retrieval.num_neighbors", 8, SEARCHED),
         ("datastore.input.layer", 1.0, {"datastore", "memory"}),
         ("datastore.input.site", "residual", {"datastore", "memory"}),
-        ("datastore.key.layer", 0.5, set(NAMED) - {"decoder"}),
-        ("pretrain.num_steps", 9, set(NAMED)),
-        ("decoder.width", 64, set(NAMED)),
+        ("datastore.key.layer", 0.5, STATES),
+        ("pretrain.num_steps", 9, DECODED),
+        ("decoder.width", 64, DECODED),
+        ("corpus.attention", "within", DECODED),
+        ("corpus.max_bytes", 90_000, {"tokenizer", "tokens"} | DECODED),
+        ("tokenizer.vocab_size", 290, {"tokenizer", "tokens"} | DECODED),
         ("train.log_interval_steps", 3, set()),
     ],
 )
-def test_only_what_depends_on_a_key_gets_a_new_name(
-    tiny_config: Config, key: str, value: object, fresh: set[str]
+def test_only_what_depends_on_a_key_is_made_anew(
+    tiny_config: Config, key: str, value: object, own: set[str]
 ):
-    base = base_variant(tiny_config, 7)
-    assert base.config.seed == 7 and renamed(base.config) == set()
+    base = base_of(tiny_config)
+    assert base.config.seed == 7
     variant = changed_variant(base, {key: value}, "x")
-    assert renamed(variant.config) == fresh
-    for name in fresh:
-        assert getattr(variant.config, name).name == "seed-7-x"
-    # What its memory needs is either shared as it is or all its own: nothing is overwritten.
-    shared = {stage.name: stage for stage in base.memory_stages()}
-    for stage in variant.memory_stages():
-        if stage.name in shared:
-            assert stage.recipe == shared[stage.name].recipe
-            assert [one.relative for one in stage.upstream] == [
-                one.relative for one in shared[stage.name].upstream
-            ]
+    assert own_kinds(variant, base) == own
+    # What is shared is the same to the last setting: nothing is overwritten.
+    stages, shared = made(variant), made(base)
+    for name in set(stages) & set(shared):
+        assert stages[name].artifact.recipe == shared[name].artifact.recipe
+        assert stages[name].artifact.inputs is not None
+        assert [one.relative for one in stages[name].artifact.inputs] == [
+            one.relative for one in shared[name].artifact.inputs
+        ]
 
 
 def test_other_inputs_keep_the_targets(tiny_config: Config):
-    base = base_variant(tiny_config, 7)
+    base = base_of(tiny_config)
     variant = changed_variant(base, {"datastore.input.layer": 1.0}, "x")
-    names = [stage.name for stage in variant.memory_stages()]
-    assert "datastore/seed-7-x/train" in names and "targets/seed-7/train" in names
-    assert "targets/seed-7-x/train" not in names
-    (train,) = (stage for stage in variant.memory_stages() if stage.name == "memory/seed-7-x")
-    sources = {one.relative for one in train.upstream}
-    assert {"datastore/seed-7-x/train", "targets/seed-7/train"} <= sources
+    for split in ("train", "valid"):
+        assert variant.run.targets(split) is base.run.targets(split)
+    own = {stage.artifact.label for name, stage in made(variant).items() if name not in made(base)}
+    title = "[seed 7, x]"
+    assert own == {
+        f"datastore/train {title}", f"datastore/valid {title}", f"datastore/test {title}",
+        f"memory {title}",
+    }  # fmt: skip
+    sources = {one.relative for one in variant.run.memory.inputs}
+    wanted = {variant.run.datastore("train").relative, base.run.targets("train").relative}
+    assert wanted <= sources
 
 
 def test_other_inputs_and_other_targets_share_no_index(tiny_config: Config):
     """Targets are then made from the new datastore, and an index of the base would not be."""
-    base = base_variant(tiny_config, 7)
+    base = base_of(tiny_config)
     variant = changed_variant(base, {"datastore.input.layer": 1.0, "targets.num_tokens": 5}, "x")
-    assert renamed(variant.config) == set(NAMED) - {"decoder"}
-    made = {stage.name: stage for stage in variant.memory_stages()}
-    assert not [name for name in made if name.startswith(("index/seed-7", "neighbors/seed-7"))
-                and not name.split("/")[1].endswith("-x")]  # fmt: skip
-    sources = {one.relative for one in made["index/seed-7-x"].origins()}
-    assert "datastore/seed-7-x/train" in sources
+    assert own_kinds(variant, base) == STATES
+    shared = {name.split("/")[0] for name in set(made(variant)) & set(made(base))}
+    assert shared == {"tokenizer", "tokens", "decoder"}
+    own = variant.run.datastore("train").relative
+    assert own in {one.relative for one in variant.run.index.inputs}
+
+
+def test_keys_that_decide_nothing_keep_the_targets_of_other_inputs(tiny_config: Config):
+    base = base_of(tiny_config)
+    overrides = {"datastore.input.layer": 1.0, "pretrain.log_interval_steps": 3}
+    variant = changed_variant(base, overrides, "x")
+    assert own_kinds(variant, base) == {"datastore", "memory"}
+
+
+def test_other_text_and_other_tokenizers_have_tokens_of_their_own(make_config):
+    """Rows that differ in corpus or tokenizer are planned beside the others."""
+    longer = "{name: more, overrides: [corpus.max_bytes=95_000, tokenizer.vocab_size=310]}"
+    same = longer.replace("more", "same").replace("310", "310, train.alpha=0.1")
+    config = make_config("compare.rows=[memory]", f"compare.recipes=[{longer}, {same}]")
+    plan = SeedPlan(config, 7)
+    rows = {name: planned_row(plan, name) for name in ("decoder", "memory", "more", "same")}
+    stages = {name: made_by(row.stages()) for name, row in rows.items() if row is not None}
+    kinds = {
+        name: {
+            one.artifact.relative for one in of_row if one.artifact.kind in ("tokenizer", "tokens")
+        }
+        for name, of_row in stages.items()
+    }
+    assert all(len(found) == 2 for found in kinds.values())
+    assert kinds["decoder"] == kinds["memory"] and kinds["more"] == kinds["same"]
+    assert not kinds["decoder"] & kinds["more"]
+    # Of two rows with the same text, the decoder and all that follows are shared as well.
+    shared = {one.artifact.relative for one in stages["more"]} & {
+        one.artifact.relative for one in stages["same"]
+    }
+    assert {name.split("/")[0] for name in shared} >= {"decoder", "datastore", "index", "targets"}
+    # An artifact is begun after all that it is made from.
+    for of_row in stages.values():
+        places = {stage.artifact.relative: place for place, stage in enumerate(of_row)}
+        for stage in of_row:
+            assert all(
+                places[one.relative] < places[stage.artifact.relative]
+                for one in stage.artifact.inputs
+            )
+    for part in rows["more"].parts:  # type: ignore[union-attr]
+        assert part.config.tokenizer.vocab_size == 310
+    # A second seed trains other networks on the same tokens.
+    other = planned_row(SeedPlan(config, 8), "more")
+    assert other is not None
+    shared = {one.artifact.relative for one in made_by(other.stages())} & {
+        one.artifact.relative for one in stages["more"]
+    }
+    assert shared == kinds["more"]
 
 
 def test_a_teacher_makes_targets_alone(tiny_config: Config):
-    base = base_variant(tiny_config, 7)
+    base = base_of(tiny_config)
     variant = taught_variant(base, {"decoder.width": 64}, "big")
-    assert renamed(variant.config) == {"targets", "memory"}
-    assert variant.config.decoder.width == 32 and variant.teacher.decoder.width == 64
-    names = [stage.name for stage in variant.memory_stages()]
-    assert {"decoder/seed-7", "decoder/seed-7-big", "targets/seed-7-big/train"} <= set(names)
-    assert names[-1] == "memory/seed-7-big"
-    assert "neighbors/seed-7-big/test" not in names
+    assert variant.config.decoder.width == 32 and variant.teacher.config.decoder.width == 64
+    own, taught = variant.run, variant.teacher
+    assert own.decoder.relative == base.run.decoder.relative != taught.decoder.relative
+    for split in ("train", "valid"):
+        assert own.datastore(split).relative == base.run.datastore(split).relative
+        assert own.targets(split) is taught.targets(split)
+        assert own.targets(split).relative != base.run.targets(split).relative
+    stages = made(variant)
+    assert {own.decoder.relative, taught.decoder.relative} <= set(stages)
+    assert list(stages)[-1] == own.memory.relative != base.run.memory.relative
+    assert taught.neighbors("valid").relative in stages
+    assert taught.neighbors("test").relative not in stages
 
 
 def test_joint_training_goes_on_from_the_memory_of_the_base(tiny_config: Config):
-    base = base_variant(tiny_config, 7)
+    base = base_of(tiny_config)
     variant = changed_variant(
         base,
         {"train.mode": "joint", "train.num_steps": 3},
         "x",
         texts=["train.memory_start=checkpoint", "train.decoder_optimizer.warmup_steps=1"],
     )
-    assert renamed(variant.config) == set() and variant.config.joint_name == "seed-7-x"
-    stages = {stage.name: stage for stage in variant.memory_stages()}
-    shared = {stage.name: stage for stage in base.memory_stages()}
-    assert set(stages) - set(shared) == {"joint/seed-7-x"}
-    assert stages["memory/seed-7"].recipe == shared["memory/seed-7"].recipe
-    sources = {one.relative for one in stages["joint/seed-7-x"].origins()}
-    assert {"decoder/seed-7", "memory/seed-7"} <= sources
+    assert set(made(variant)) - set(made(base)) == {variant.run.joint.relative}
+    assert variant.run.memory is base.run.memory
+    sources = {one.relative for one in variant.run.joint.inputs}
+    assert {base.run.decoder.relative, base.run.memory.relative} <= sources
 
 
 CONTINUED = (
@@ -124,49 +191,66 @@ CONTINUED = (
 
 
 def test_a_gate_can_be_put_on_the_memory_of_the_base(tiny_config: Config):
-    base = base_variant(tiny_config, 7)
+    base = base_of(tiny_config)
     texts = [*CONTINUED, "memory.gate=learned", "memory.gate_floor=0.1"]
     variant = changed_variant(base, {}, "x", texts=texts)
-    assert variant.config.memory.gate == "learned" and variant.start == base.config
-    assert variant.start.memory.gate == "none"
+    assert variant.config.memory.gate == "learned" and variant.start is base.run
+    assert variant.start.config.memory.gate == "none"
 
 
 def test_joint_training_goes_on_from_what_a_teacher_taught(tiny_config: Config):
-    taught = taught_variant(base_variant(tiny_config, 7), {"decoder.width": 64}, "big")
+    base = base_of(tiny_config)
+    taught = taught_variant(base, {"decoder.width": 64}, "big")
     variant = changed_variant(taught, {}, "x", texts=CONTINUED)
-    assert variant.config.joint_name == "seed-7-big-x"
-    names = [stage.name for stage in variant.memory_stages()]
-    assert "memory/seed-7-big" in names and "memory/seed-7" not in names
-    (joint,) = (stage for stage in variant.memory_stages() if stage.name == "joint/seed-7-big-x")
-    sources = {one.relative for one in joint.origins()}
-    assert {"decoder/seed-7", "memory/seed-7-big", "targets/seed-7-big/train"} <= sources
+    stages = made(variant)
+    assert taught.run.memory.relative in stages and base.run.memory.relative not in stages
+    sources = {one.relative for one in stages[variant.run.joint.relative].artifact.inputs}
+    wanted = (base.run.decoder, taught.run.memory, taught.teacher.targets("train"))
+    assert {one.relative for one in wanted} <= sources
 
 
-def test_with_a_teacher_the_decoder_of_a_row_stays(tiny_config: Config):
-    taught = taught_variant(base_variant(tiny_config, 7), {"decoder.width": 64}, "big")
-    with pytest.raises(ConfigError, match="with a teacher, only keys of memory and train"):
-        changed_variant(taught, {"pretrain.num_steps": 3}, "x")
+def test_with_a_teacher_the_decoder_of_a_row_can_be_another(tiny_config: Config):
+    base = base_of(tiny_config)
+    taught = taught_variant(base, {"decoder.width": 64}, "big")
+    variant = changed_variant(taught, {"pretrain.num_steps": 3}, "x")
+    assert variant.teacher is taught.teacher
+    assert variant.run.targets("train") is taught.teacher.targets("train")
+    assert variant.run.decoder.relative not in made(taught)
+    assert own_kinds(variant, taught) == {"decoder", "datastore", "memory"}
+
+
+@pytest.mark.parametrize("key", ["corpus.max_bytes=90_000", "tokenizer.vocab_size=290"])
+def test_teachers_and_what_they_teach_have_the_same_tokens(tiny_config: Config, key: str):
+    base = base_of(tiny_config)
+    with pytest.raises(ConfigError, match="a teacher must have the tokens of what it teaches"):
+        taught_variant(base, {}, "big", texts=[key])
+    taught = taught_variant(base, {"decoder.width": 64}, "big")
+    with pytest.raises(ConfigError, match="a teacher must have the tokens of what it teaches"):
+        changed_variant(taught, {}, "x", texts=[key])
 
 
 @pytest.mark.parametrize("other", ["pretrain.num_steps=3", "memory.num_layers=3"])
 def test_joint_training_cannot_go_on_from_what_no_row_makes(tiny_config: Config, other: str):
     texts = [*CONTINUED, other]
     with pytest.raises(ConfigError, match="only keys of train and the gate different"):
-        changed_variant(base_variant(tiny_config, 7), {}, "x", texts=texts)
+        changed_variant(base_of(tiny_config), {}, "x", texts=texts)
 
 
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("corpus.max_bytes", "corpus.max_bytes: cannot differ between the rows"),
-        ("memory.name", "memory.name: cannot differ"),
+        ("evaluate.confidence", "evaluate.confidence: cannot differ between the rows"),
+        ("seed", "seed: cannot differ"),
+        ("store", "store: cannot differ"),
+        ("targets.workdir", "targets.workdir: rows of a table learn from compare.teachers"),
+        ("memory.name", "memory.name=3: unknown key"),
         ("memory.widht", "memory.widht=3: unknown key; did you mean memory.width?"),
         ("memori.width", "unknown key"),
     ],
 )
 def test_keys_that_cannot_be_varied(tiny_config: Config, key: str, message: str):
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
-        changed_variant(base_variant(tiny_config, 0), {key: 3}, "x")
+        changed_variant(base_of(tiny_config, 0), {key: 3}, "x")
 
 
 def test_decoders_that_no_memory_reads_need_not_fit_one(make_config: Callable[..., Config]):
@@ -179,10 +263,13 @@ def test_decoders_that_no_memory_reads_need_not_fit_one(make_config: Callable[..
     )
     assert config.decoder.width == 32 and config.decoder.num_layers == 2
     plan = SeedPlan(config, 0)
-    assert plan.of_equal_size().config.decoder.name == "seed-0-equal-size"
-    assert plan.small_lm().config.decoder.name == "seed-0-small"
+    decoders = [part.run.decoder for part in (plan.decoder, plan.of_equal_size(), plan.small_lm())]
+    assert len({one.relative for one in decoders}) == 3
+    assert [one.label for one in decoders] == [
+        "decoder [seed 0]", "decoder [seed 0, equal-size]", "decoder [seed 0, small]",
+    ]  # fmt: skip
     wide = taught_variant(plan.base, {"decoder.width": 64}, "wide")
-    assert wide.teacher.decoder.width == 64 and wide.config.memory.head == "tied"
+    assert wide.teacher.config.decoder.width == 64 and wide.config.memory.head == "tied"
     with pytest.raises(ConfigError, match=r"memory\.head=tied requires"):
         changed_variant(plan.base, {"decoder.width": 64}, "x")  # Its own memory reads it.
     short = ["decoder.context_tokens=16", "datastore.window_tokens=16"]
@@ -197,21 +284,18 @@ def test_rows_that_are_mixed_leave_joint_rows_as_they_are(make_config: Callable[
     assert joint.variant.config.train_mix_windows == 1
 
 
-def test_names_of_one_run_are_not_those_of_all_seeds(make_config: Callable[..., Config]):
-    config = make_config("retrieval.exact_name=mine", "train.name=mine")
-    names = [{stage.name for stage in base_variant(config, s).memory_stages()} for s in (0, 1)]
-    assert not {name for name in names[0] & names[1] if not name.startswith("token")}
-    with pytest.raises(ConfigError, match=r"retrieval\.exact_name: cannot differ"):
-        changed_variant(base_variant(config, 0), {"retrieval.exact_name": "other"}, "x")
+def test_seeds_share_tokens_alone(tiny_config: Config):
+    first, second = (set(made(base_of(tiny_config, seed))) for seed in (0, 1))
+    assert {name.split("/")[0] for name in first & second} == {"tokenizer", "tokens"}
 
 
 def test_tables_refuse_joint_training_without_lambda(tiny_config: Config):
     texts = ["train.mode=joint", "train.joint_weight=0", "train.decoder_optimizer.warmup_steps=2"]
     message = r"train\.joint_weight=0.* with train\.mode=joint"
     with pytest.raises(ConfigError, match=message):
-        changed_variant(base_variant(tiny_config, 0), {}, "x", texts=texts)
+        changed_variant(base_of(tiny_config, 0), {}, "x", texts=texts)
     with pytest.raises(ConfigError, match=message):
-        base_variant(changed_config(tiny_config, {}, texts), 0)
+        base_of(changed_config(tiny_config, {}, texts), 0)
 
 
 SWEEPS = "ablate.sweeps=[{key: train.interpolation, values: [0.3, 0.7], overrides: %s}]"
@@ -229,23 +313,23 @@ SWEEPS = "ablate.sweeps=[{key: train.interpolation, values: [0.3, 0.7], override
 def test_a_sweep_makes_all_that_its_table_reads(
     make_config: Callable[..., Config], overrides: tuple[str, ...]
 ):
-    config = make_config(*overrides)
-    ablate.check_sweeps(config)
-    made = {stage.name for work in ablate.works(config) for stage in work.stages()}
-    read = {one.relative for one in ablate.table_stage(config).origins()}
-    assert read - {"tokens", "machine"} <= made
+    run = Artifacts(make_config(*overrides))
+    ablate.check_sweeps(run)
+    stages = [stage for work in ablate.works(run) for stage in work.stages()]
+    read = {one.relative for one in ablate.table_stage(run).origins()}
+    assert read - {"machine"} <= {stage.artifact.relative for stage in stages}
 
 
 def test_tables_show_labels_and_have_an_order(make_config: Callable[..., Config]):
-    def recipe(rows: str, label: str) -> object:
+    def table(rows: str, label: str) -> str:
         own = f"compare.recipes=[{{name: own, label: {label}, overrides: [train.alpha=0.1]}}]"
         config = make_config(f"compare.rows={rows}", own)
-        return fingerprint_of(compare.table_stage(config).recipe)
+        return compare.table_stage(Artifacts(config)).artifact.relative
 
-    first = recipe("[decoder, knn, memory]", "a")
-    assert first == recipe("[decoder, knn, memory]", "a")
-    assert first != recipe("[decoder, memory, knn]", "a")
-    assert first != recipe("[decoder, knn, memory]", "b")
+    first = table("[decoder, knn, memory]", "a")
+    assert first == table("[decoder, knn, memory]", "a")
+    assert first != table("[decoder, memory, knn]", "a")
+    assert first != table("[decoder, knn, memory]", "b")
 
 
 def test_the_vocabulary_is_asked_for_again_once_there_are_tokens(tiny_config: Config):
@@ -253,17 +337,10 @@ def test_the_vocabulary_is_asked_for_again_once_there_are_tokens(tiny_config: Co
     assert plan.vocab_size == tiny_config.tokenizer.vocab_size
     before = plan.of_equal_size().config.decoder
     tokens = Artifacts(tiny_config).tokens
-    tokens.begin({}, {})
+    tokens.begin({})
     tokens.finish(counts={"vocab_size": 4 * tiny_config.tokenizer.vocab_size})
     assert plan.vocab_size == 4 * tiny_config.tokenizer.vocab_size
     assert plan.of_equal_size().config.decoder != before
-
-
-def test_labels_are_names_and_differ():
-    assert label_of("datastore.input.layer", 0.7) == "datastore.input.layer-0.7"
-    assert label_of("a b/c", None) == "a-b-c-None"
-    long = [label_of("x" * 80, value) for value in (1, 2)]
-    assert long[0] != long[1] and all(len(name) <= 60 for name in long)
 
 
 def test_rows_are_planned_before_anything_exists(make_config: Callable[..., Config]):
@@ -272,154 +349,28 @@ def test_rows_are_planned_before_anything_exists(make_config: Callable[..., Conf
     rows = {key: planned_row(plan, key) for key in ROWS}
     both = rows["memory_knn"]
     assert both is not None
-    assert [part.name for part in both.parts] == [
-        "decoder-seed-0", "memory-seed-0", "knn-seed-0",
-    ]  # fmt: skip
+    assert [part.kind for part in both.parts] == ["decoder", "memory", "knn"]
+    assert [part.scores("test").relative for part in both.parts[:2]] == [
+        part.scores("test").relative for part in (plan.decoder, plan.memory())
+    ]
     small, longer = rows["small_lm"], rows["longer"]
     assert small is not None and longer is not None
     assert longer.parts[0].config.pretrain.num_steps > config.pretrain.num_steps
     assert small.parts[1].config.decoder.width < config.decoder.width
-    assert small.decoders() == ["decoder/seed-0", "decoder/seed-0-small"]
+    decoders = [plan.base.run.decoder.relative, small.parts[1].run.decoder.relative]
+    assert small.decoders() == decoders and len(set(decoders)) == 2
 
 
 def test_a_row_can_mix_the_decoder_with_another(tiny_config: Config):
     recipe = "{name: second, parts: beside, overrides: [decoder.width=24, pretrain.num_steps=3]}"
     config = changed_config(tiny_config, {}, [f"compare.recipes=[{recipe}]"])
-    row = planned_row(SeedPlan(config, 7), "second")
+    plan = SeedPlan(config, 7)
+    row = planned_row(plan, "second")
     assert row is not None
-    assert [part.name for part in row.parts] == ["decoder-seed-7", "decoder-seed-7-second"]
+    assert [part.kind for part in row.parts] == ["decoder", "decoder"]
+    assert row.parts[0].run.decoder.relative == plan.base.run.decoder.relative
     assert row.parts[1].config.decoder.width == 24
     kinds = {stage.artifact.kind for stage in row.stages()}
-    assert kinds == {"decoder", "scores"}
-    assert row.decoders() == ["decoder/seed-7", "decoder/seed-7-second"]
-
-
-def _finished(
-    workdir: Path,
-    relative: str,
-    made_from: dict[str, str],
-    recipe: dict[str, object] | None = None,
-    **measured: float,
-) -> str:
-    artifact = Artifact(workdir, relative, relative.split("/")[0])
-    artifact.begin(recipe or {}, made_from)
-    return artifact.finish(measured=measured).fingerprint
-
-
-@pytest.fixture
-def fake_run(tiny_config: Config) -> Path:
-    """Manifests of a student and a teacher; seconds are powers of two, so sums tell apart."""
-    workdir = Path(Artifacts(tiny_config).workdir)
-    tokens = _finished(workdir, "tokens", {}, seconds=1000.0)
-    decoders = {
-        name: _finished(
-            workdir, f"decoder/{name}", {"tokens": tokens}, seconds=spent, model_flops=spent * 10
-        )
-        for name, spent in (("student", 1.0), ("teacher", 2.0))
-    }
-    stores = {
-        name: _finished(
-            workdir,
-            f"datastore/{name}/train",
-            {"tokens": tokens, f"decoder/{name}": decoders[name]},
-            seconds=spent,
-            model_flops=spent * 10,
-        )
-        for name, spent in (("student", 4.0), ("teacher", 8.0))
-    }
-    index = _finished(
-        workdir, "index/teacher", {"datastore/teacher/train": stores["teacher"]}, seconds=16.0
-    )
-    targets = _finished(workdir, "targets/teacher/train", {"index/teacher": index}, seconds=32.0)
-    _finished(
-        workdir,
-        "memory/student",
-        {
-            "tokens": tokens,
-            "decoder/student": decoders["student"],
-            "datastore/student/train": stores["student"],
-            "targets/teacher/train": targets,
-        },
-        seconds=64.0,
-        model_flops=640.0,
-    )
-    return workdir
-
-
-def test_costs_count_everything_once_and_the_teacher_apart(fake_run: Path):
-    ledger = Ledger(fake_run, peak_flops=3.0)
-    cost = ledger.cost(["decoder/student", "memory/student"], ["decoder/student"])
-    assert cost.seconds == {
-        "pretrain": 1.0, "embed": 4.0, "teacher": 2.0 + 8.0 + 16.0 + 32.0, "train": 64.0,
-    }  # fmt: skip
-    assert cost.flops["teacher"] == 20.0 + 80.0 + 3.0 * (16.0 + 32.0)
-    assert cost.network_flops == 10.0 * (1 + 2 + 4 + 8 + 64)
-    assert cost.total_flops == cost.network_flops + 3.0 * 48.0
-    alone = ledger.cost(["decoder/student"], ["decoder/student"])
-    assert alone.total_flops == 10.0 and alone.total_seconds == 1.0
-
-
-def test_one_pass_makes_keys_and_what_the_memory_reads(fake_run: Path, tiny_config: Config):
-    overrides = {"base": {}, "deeper": {"datastore.input.layer": 1.0}}
-    overrides["rounded"] = overrides["deeper"] | {"datastore.dtype": "bfloat16"}
-    made_from = dict(Artifact(fake_run, "datastore/student/train", "datastore").load().made_from)
-    for name, more in overrides.items():
-        recipe = embed.recipe(changed_config(tiny_config, {"datastore.name": name, **more}))
-        store = f"datastore/{name}/train"
-        _finished(fake_run, store, made_from, recipe, seconds=4.0, model_flops=40.0)
-        # Targets are those of the base: its keys were searched.
-        sources = {"decoder/student": "", "datastore/base/train": "", store: ""}
-        _finished(fake_run, f"memory/{name}", sources, seconds=64.0, model_flops=640.0)
-    ledger = Ledger(fake_run, peak_flops=3.0)
-    spent = {
-        name: ledger.cost([f"memory/{name}"], ["decoder/student"]).seconds["embed"]
-        for name in overrides
-    }
-    assert spent == {"base": 4.0, "deeper": 4.0, "rounded": 8.0}
-
-
-@pytest.mark.parametrize("train", [{"alpha": 0.0}, {"alpha": 0.4, "memory_weight": 0.0}])
-def test_targets_that_the_loss_does_not_use_cost_nothing(fake_run: Path, train: dict[str, float]):
-    made_from = {"decoder/student": "", "datastore/student/train": "", "targets/teacher/train": ""}
-    recipe: dict[str, object] = {"train": train}
-    _finished(fake_run, "memory/ce", made_from, recipe, seconds=64.0, model_flops=640.0)
-    ledger = Ledger(fake_run, peak_flops=3.0)
-    cost = ledger.cost(["decoder/student", "memory/ce"], ["decoder/student"])
-    assert cost.seconds == {"pretrain": 1.0, "embed": 4.0, "train": 64.0}
-
-
-def test_what_is_made_anew_from_the_rows_own_decoder_is_no_teachers(fake_run: Path):
-    phase = {"decoder/student": "", "targets/teacher/train": ""}
-    _finished(fake_run, "joint/a.phase-0", phase, seconds=128.0, model_flops=1.0)
-    half_way = {"joint/a.phase-0": ""}
-    _finished(fake_run, "decoder/a.refresh-0", half_way, seconds=256.0, model_flops=0.0)
-    _finished(fake_run, "targets/a.refresh-0/train", {"decoder/a.refresh-0": ""}, seconds=512.0)
-    last = {"joint/a.phase-0": "", "targets/a.refresh-0/train": ""}
-    _finished(fake_run, "joint/a", last, seconds=1024.0, model_flops=1.0)
-    cost = Ledger(fake_run, peak_flops=3.0).cost(["joint/a"], ["decoder/student"])
-    assert cost.seconds["search"] == 512.0 and cost.seconds["train"] == 128.0 + 1024.0
-    assert cost.seconds["teacher"] == 2.0 + 8.0 + 16.0 + 32.0
-    assert cost.seconds["pretrain"] == 1.0 + 256.0 and cost.flops["pretrain"] == 10.0
-
-
-def test_forecasts_use_measured_rates(fake_run: Path):
-    def expected(name: str, **estimate: float) -> Expected:
-        return Expected(
-            Artifact(fake_run, name, name.split("/")[0]),
-            {key.replace("_", " "): value for key, value in estimate.items()},
-        )
-
-    forecaster = Forecaster(fake_run, 1e9, {"train": 8000, "valid": 10, "test": 10}, 4)
-    known = [expected("decoder/student"), expected("memory/student")]
-    todo = [*known, expected("decoder/new", model_flops=500.0), expected("targets/new/train")]
-    found = forecaster.forecast(todo)
-    assert (found.num_artifacts, found.num_missing, found.flops) == (4, 2, 500.0)
-    start = 4.0
-    assert found.seconds["decoder"] == pytest.approx(500.0 / 10.0 + start)
-    assert found.seconds["targets"] == pytest.approx(2.0 + start)
-    before = Forecaster(fake_run, 1e9, None, 4).forecast([expected("index/new")])
-    assert before.unknown == ("index",)
-
-
-def test_durations():
-    assert [duration(s) for s in (3, 600, 12_000)] == ["3 s", "10 min", "3 h 20 min"]
+    assert kinds == {"tokenizer", "tokens", "decoder", "scores"}
+    assert row.decoders() == [part.run.decoder.relative for part in row.parts]
+    assert len(set(row.decoders())) == 2

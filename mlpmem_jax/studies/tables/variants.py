@@ -148,12 +148,12 @@ def changed_variant(
     if changed.train.mode == "joint" and changed.train.memory_start == "checkpoint":
         return _continued(base, run)
     taught = base.teacher is not base.run
-    if taught or _differs_in_input_alone(base.config, changed):
+    if taught:
+        _refuse_teacher_with_refresh(changed)
+        _refuse_teacher_of_other_tokens(run, base.teacher)
+    if taught or _differs_in_input_alone(base.run, run):
         # Of the states only what the memory reads is another: targets stay, and so their maker.
-        variant = _taught(run, base.teacher)
-        if taught:
-            _refuse_teacher_with_refresh(changed)
-        return variant
+        return _taught(run, base.teacher)
     return Variant.of(run)
 
 
@@ -210,6 +210,15 @@ def _refuse_teacher_with_refresh(changed: Config) -> None:
         )
 
 
+def _refuse_teacher_of_other_tokens(run: Artifacts, teacher: Artifacts) -> None:
+    """Refuses targets that are about other tokens than those that the memory is trained on."""
+    if run.tokens.relative != teacher.tokens.relative:
+        raise ConfigError(
+            "a teacher must have the tokens of what it teaches: the same keys of corpus and "
+            "tokenizer"
+        )
+
+
 def taught_variant(
     base: Variant, overrides: Mapping[str, Any], label: str, texts: Sequence[str] = ()
 ) -> Variant:
@@ -233,6 +242,7 @@ def taught_variant(
     if teacher.targets("train").relative == base.run.targets("train").relative:
         return base
     _refuse_teacher_with_refresh(base.config)
+    _refuse_teacher_of_other_tokens(base.run, teacher)
     return _taught(base.run.titled(_titled(base, label)), teacher)
 
 
@@ -249,12 +259,14 @@ def _check_keys(keys: Sequence[str]) -> None:
             raise ConfigError(f"{key}: rows of a table learn from compare.teachers")
 
 
-def _differs_in_input_alone(base: Config, changed: Config) -> bool:
+def _differs_in_input_alone(base: Artifacts, changed: Artifacts) -> bool:
     """Whether of everything that targets are made from only the memory's input is another."""
-    names = ("decoder", "pretrain", "corpus", "tokenizer", "retrieval", "targets")
-    if any(getattr(base, name) != getattr(changed, name) for name in names):
+    names = ("retrieval", "targets")
+    if any(getattr(base.config, name) != getattr(changed.config, name) for name in names):
         return False
-    made = [recipes.datastore(config) for config in (base, changed)]
+    if base.decoder.relative != changed.decoder.relative:
+        return False
+    made = [recipes.datastore(run.config) for run in (base, changed)]
     differing = made[0]["datastore"]["input"] != made[1]["datastore"]["input"]
     for recipe in made:
         del recipe["datastore"]["input"]
