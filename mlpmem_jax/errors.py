@@ -52,11 +52,11 @@ class ConfigError(UserError):
 
 
 class ArtifactError(UserError):
-    """An artifact that is missing, damaged, or made from something else."""
+    """An artifact that is missing, damaged or stale."""
 
 
-class MadeOtherwise(ArtifactError):
-    """An artifact that is there, and was made with other settings or from something else."""
+class StaleArtifact(ArtifactError):
+    """An artifact whose inputs were rebuilt since it was built."""
 
 
 class RunFailed(UserError):

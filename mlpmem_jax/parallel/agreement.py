@@ -9,6 +9,7 @@ import numpy as np
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel.multihost import is_active, is_writer
 
+_HOW = "was started with different settings"
 _MOST_SHOWN = 4
 _BROADCAST_ROWS = 1 << 20
 
@@ -51,7 +52,7 @@ def of_all(value: Any) -> list[Any]:
     return _gathered(value) if is_active() else [value]
 
 
-def refuse_different(settings: Mapping[str, Any], how: str = "was started otherwise") -> None:
+def refuse_different(settings: Mapping[str, Any], how: str = _HOW) -> None:
     """Compares what the processes of a run were started with; does nothing in one that is alone.
 
     Args:
@@ -65,7 +66,7 @@ def refuse_different(settings: Mapping[str, Any], how: str = "was started otherw
         refuse_differences([_flat(each) for each in _gathered(settings)], how)
 
 
-def refuse_differences(settings: list[dict[str, Any]], how: str = "was started otherwise") -> None:
+def refuse_differences(settings: list[dict[str, Any]], how: str = _HOW) -> None:
     """Compares settings, by dotted key, of each process with those of the first.
 
     Raises:

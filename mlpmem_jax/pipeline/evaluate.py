@@ -6,7 +6,7 @@ from typing import Any
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import is_speaker, say
-from mlpmem_jax.errors import MadeOtherwise
+from mlpmem_jax.errors import StaleArtifact
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline import train
 from mlpmem_jax.pipeline.checks import check_devices, check_keys
@@ -52,7 +52,7 @@ def _upstream(run: Artifacts) -> Sequence[Artifact]:
     """Returns the inputs of the results; asked once the stages before are done.
 
     Raises:
-        MadeOtherwise: One was made from an earlier build of another; the results that there are
+        StaleArtifact: One was made from an earlier build of another; the results that there are
             stay.
     """
     inputs = run.results.inputs
@@ -65,7 +65,7 @@ def _refuse_mixed(inputs: Sequence[Artifact]) -> None:
     """Refuses artifacts of which one was made from an earlier build of another.
 
     Raises:
-        MadeOtherwise: Names both, with the fingerprints of the other then and now.
+        StaleArtifact: Names both, with the fingerprints of the other then and now.
     """
     now = {artifact.relative: artifact for artifact in inputs}
     for artifact in inputs:
@@ -77,7 +77,7 @@ def _refuse_mixed(inputs: Sequence[Artifact]) -> None:
         }
         lines = differences(then, {name: now[name].load().fingerprint for name in then})
         if lines:
-            raise MadeOtherwise(
+            raise StaleArtifact(
                 f"{artifact.path}: {artifact.label} is stale, built from another "
                 f"{'; '.join(lines)}; rebuild it with `{artifact.command} --rebuild`"
             )

@@ -5,7 +5,7 @@ from typing import Any
 
 from mlpmem_jax.console import say
 from mlpmem_jax.corpus.row_estimates import likely_rows
-from mlpmem_jax.errors import ArtifactError, MadeOtherwise, UserError
+from mlpmem_jax.errors import ArtifactError, StaleArtifact, UserError
 from mlpmem_jax.parallel.hardware import Machine, this_machine
 from mlpmem_jax.pipeline.fitting import counted, doubts
 from mlpmem_jax.pipeline.forecast import Expected, Forecaster, duration
@@ -90,7 +90,7 @@ def intention(stage: Stage, rebuild: Rebuild) -> str:
         return f"not needed ({reason})"
     try:
         made_from = stage.made_from()
-    except MadeOtherwise as error:
+    except StaleArtifact as error:
         return f"REFUSED: {error}"
     except ArtifactError:
         return "will be made, after its inputs" + nearest.in_words(stage.artifact)

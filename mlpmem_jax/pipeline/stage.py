@@ -146,7 +146,7 @@ def _refuse_other_artifacts(stages: Sequence[Stage]) -> None:
     for artifact in (stage.artifact for stage in stages):
         inputs = {one.label: one.relative for one in artifact.inputs}
         meant[artifact.label] = {**(artifact.recipe or {}), "inputs": inputs}
-    refuse_different(meant, "would make it otherwise")
+    refuse_different(meant, "would make another artifact")
 
 
 def check_stages(stages: Sequence[Stage], rebuild: Rebuild = Rebuild.REFUSE) -> None:

@@ -305,7 +305,7 @@ class Artifact:
             before = self._begun()
             if before == replacement.REMOVING:
                 replacement.finish_removal(self.path)
-            # What was tried otherwise, and left nothing, is no part of this.
+            # An attempt from other inputs, which left nothing, is no part of this one.
             if {name: before.get(name) for name in begun} == begun:
                 seconds = self.spent()
         self._write_begun(begun | {"run": run, "seconds": seconds})

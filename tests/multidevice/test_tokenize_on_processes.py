@@ -107,7 +107,7 @@ def test_processes_that_read_other_text_are_refused(on_processes, tmp_path, diff
     assert "Traceback" not in done.stderr, done.stderr
     if difference != "met later":
         assert done.returncode == 2
-        assert "process 1 would make it otherwise: " in done.stderr and "listing" in done.stderr
+        assert "process 1 would make another artifact: " in done.stderr and "listing" in done.stderr
     else:
         assert done.returncode == 1
         assert "process 1 reads other text than process 0" in done.stderr

@@ -41,8 +41,8 @@ def test_processes_that_differ_are_named_with_their_keys():
     with pytest.raises(ConfigError) as found:
         refuse_differences([first, first | {"seed": 1}, first, {"seed": 0}])
     assert found.value.messages == (
-        "process 1 was started otherwise: seed=1, process 0 has 0",
-        "process 3 was started otherwise: train.num_steps=nothing, process 0 has 8",
+        "process 1 was started with different settings: seed=1, process 0 has 0",
+        "process 3 was started with different settings: train.num_steps=nothing, process 0 has 8",
     )
 
 

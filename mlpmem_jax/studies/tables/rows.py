@@ -87,7 +87,7 @@ class SeedPlan:
         return Part("memory", self.base)
 
     def with_memory(self, overrides: dict[str, Any], label: str) -> tuple[Part, ...]:
-        """The decoder with a memory that is trained otherwise."""
+        """The decoder with a memory of other settings."""
         return model_parts(changed_variant(self.base, overrides, label))
 
     def joint(self, gate: str, label: str) -> Part:
