@@ -173,8 +173,7 @@ class Artifacts:
         role = f"targets/{split}"
         teacher = self.config.targets.workdir
         if teacher is not None and role not in self.given:
-            record = RunRecord.read(teacher)
-            self.given[role] = record.artifact(role, f"targets.workdir={teacher}")
+            self.given[role] = _of_teacher(teacher, role)
         return self._role(
             role,
             "targets",
@@ -279,6 +278,14 @@ class Artifacts:
             inputs=inputs,
             label=f"results/{command}",
         )
+
+
+def _of_teacher(teacher: str, role: str) -> Artifact:
+    """Returns targets of a teacher; where it has none, such as are refused when they are read."""
+    record, asked = RunRecord.read(teacher), f"targets.workdir={teacher}"
+    if role in record.roles:
+        return record.artifact(role, asked)
+    return Artifact(store_of(teacher, record.store), role, "targets", label=f"{role} ({asked})")
 
 
 def _always(value: _Value) -> Callable[[], _Value]:

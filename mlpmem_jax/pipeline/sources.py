@@ -8,6 +8,7 @@ from mlpmem_jax.config.data import CorpusConfig, TokenizerConfig
 from mlpmem_jax.corpus.digests import Digests
 from mlpmem_jax.corpus.stream import Corpus
 from mlpmem_jax.corpus.tokenizer import TextTokenizer, read_tokenizer
+from mlpmem_jax.errors import UserError
 from mlpmem_jax.store.checked_json import fingerprint_of
 from mlpmem_jax.store.run_record import RunRecord
 
@@ -94,6 +95,20 @@ class Sources:
             known = None if self._reads else self._known.get(name)
             self.found[name] = read() if known is None else known
         return self.found[name]
+
+
+class AssumedSources(Sources):
+    """The same, but for stand-ins of what cannot be read: ids that nothing may be made by."""
+
+    def __init__(self, sources: Sources):
+        """Takes over what is known already."""
+        self.__dict__.update(sources.__dict__)
+
+    def _content(self, *about: Any, **options: Any) -> Any:
+        try:
+            return super()._content(*about, **options)
+        except UserError:
+            return {}
 
 
 def _settings(corpus: CorpusConfig) -> dict[str, Any]:
