@@ -14,7 +14,7 @@ def main():
     import numpy as np
 
     from mlpmem_jax.parallel.multihost import barrier, is_writer
-    from mlpmem_jax.store.layout import ArraySpec
+    from mlpmem_jax.store.array_specs import ArraySpec
     from mlpmem_jax.store.manifest import Artifact
     from mlpmem_jax.store.shards import ShardWriter
     from mlpmem_jax.store.stored_array import StoredArray
