@@ -44,9 +44,9 @@ VALUES = [
     "greedy", "own.txt",
 ]  # fmt: skip
 PIECES = [
-    "--config", "--workdir", "--rebuild", "--dry-run", "--remove-unused", "--help", "--version", "-h", "--", "-",
-    "--prompt", "--without-memory", "--topology", "--step", "--output", "=", "a=b", "corpus",
-    "corpus.=1", ".x=1", "corpus..x=1", "--config=", "--workdir=", "--nonsense",
+    "--config", "--workdir", "--rebuild", "--dry-run", "--remove-unused", "--help", "--version",
+    "-h", "--", "-", "--prompt", "--without-memory", "--topology", "--step", "--output", "=",
+    "a=b", "corpus", "corpus.=1", ".x=1", "corpus..x=1", "--config=", "--workdir=", "--nonsense",
     "--decoder.width=3", "corpus.more.0.paths=[own.txt]", "corpus.more.9.weight=2",
     "ablate.sweeps.0.key=train.alpha", "compare.recipes.0.name=x", "@file", "-1", "\udcff",
 ]  # fmt: skip
