@@ -96,6 +96,16 @@ class Sources:
         return self.found[name]
 
 
+class Unread(Sources):
+    """Stands for text and files that are not here: for what roles say, not ids."""
+
+    def __init__(self, workdir: str):
+        super().__init__(workdir, reads=False)
+
+    def _content(self, key: list[Any], read: Callable[[], Any], **_: Any) -> Any:
+        return {}
+
+
 def _settings(corpus: CorpusConfig) -> dict[str, Any]:
     """Returns what decides the tokens beside the content of the files, wherever these lie.
 
