@@ -18,9 +18,8 @@ import importlib
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mlpmem_jax import __main__ as command_line
 from mlpmem_jax.commands import COMMANDS
@@ -38,7 +37,7 @@ from mlpmem_jax.parallel.cluster import (
 from mlpmem_jax.parallel.processes import run_processes
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.sources import Sources
+from mlpmem_jax.pipeline.sources import Unread
 from mlpmem_jax.store.files import check_reachable, is_local
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.run_record import RunRecord
@@ -114,16 +113,6 @@ def _answers(command: str, config: Config) -> bool:
     return True
 
 
-class _Unread(Sources):
-    """What a run starts from, where it need not be here: roles do not depend on it."""
-
-    def __init__(self, workdir: str):
-        super().__init__(workdir, reads=False)
-
-    def _content(self, key: list[Any], read: Callable[[], Any]) -> Any:
-        return {}
-
-
 def _missing(command: str, config: Config, options: Options, shares_files: bool) -> list[str]:
     """Returns what the command reads and is not there, one line each.
 
@@ -134,7 +123,7 @@ def _missing(command: str, config: Config, options: Options, shares_files: bool)
         if shares_files and "tokens" not in record.roles:
             find_parts(config.corpus)  # It raises what is missing.
         return []
-    for artifact in _inputs(command, Artifacts(config, _Unread(config.workdir)), options):
+    for artifact in _inputs(command, Artifacts(config, Unread(config.workdir)), options):
         try:
             record.artifact(artifact.label, f"{command} needs {artifact.label}").load()
         except ArtifactError as error:

@@ -168,6 +168,16 @@ class TokenSplit:
         """
         return self._document_array("document_file", self.num_documents)
 
+    def has_documents_of(self, other: "TokenSplit") -> bool:
+        """Returns whether another split holds the same documents, whatever its tokenizer."""
+        return all(
+            np.array_equal(
+                self._document_array(name, self.num_documents),
+                other._document_array(name, other.num_documents),
+            )
+            for name in ("document_digest", "document_file")
+        )
+
     def _document_array(self, name: str, length: int) -> np.ndarray:
         if name not in self._documents:
             stored = StoredArray(self.artifact, f"{self.split}/{name}")

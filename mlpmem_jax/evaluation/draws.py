@@ -60,7 +60,7 @@ def draws_of(num_clusters: int, settings: Settings, split: str) -> Draws:
 def drawn_weights(valid: SplitParts, system: System, settings: Settings) -> np.ndarray:
     """Returns the weights of a system's parts, chosen anew in each draw of validation: [R, M]."""
     draws = draws_of(valid.counts.num_clusters, settings, "valid")
-    return choose(valid.scored(system), valid.counts.scored_cluster_N, draws)
+    return choose(valid.scored(system), valid.counts_of(system).scored_cluster_N, draws)
 
 
 def drawn_nats(
@@ -69,7 +69,7 @@ def drawn_nats(
     """Returns the nats of a system over the test clusters of each draw, float64 [R]."""
     weight_RM = drawn_weights(valid, system, settings)
     draws = draws_of(test.counts.num_clusters, settings, "test")
-    return sum_nats(test.scored(system), test.counts.scored_cluster_N, weight_RM, draws)
+    return sum_nats(test.scored(system), test.counts_of(system).scored_cluster_N, weight_RM, draws)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,17 +149,18 @@ class DrawnSums:
 
     def _drawn(self, choices: Choices, split: str) -> np.ndarray:
         """Returns the sums of each draw, float64 [R, M], tokens last."""
-        kept_C, cluster_N = self._kept_C, self._counts.scored_cluster_N
+        kept_C = self._kept_C
         draws = draws_of(int(kept_C.sum()), self.settings, split)
-        row_N = kept_C[cluster_N]
-        cluster_N = (np.cumsum(kept_C) - 1)[cluster_N[row_N]]
+        place_C = np.cumsum(kept_C) - 1
+
+        def drawn(parts: SplitParts, system: System, weight_RM: np.ndarray) -> np.ndarray:
+            cluster_N = parts.counts_of(system).scored_cluster_N
+            row_N = kept_C[cluster_N]
+            logprob_MN = parts.scored(system)[:, row_N]
+            return sum_nats(logprob_MN, place_C[cluster_N[row_N]], weight_RM, draws)
+
         columns = [
-            sum_nats(
-                one.of(split).scored(system)[:, row_N],
-                cluster_N,
-                choices.drawn_weights[seed][system.key],
-                draws,
-            )
+            drawn(one.of(split), system, choices.drawn_weights[seed][system.key])
             for seed, one in choices.seeds.items()
             for system in choices.systems
         ]

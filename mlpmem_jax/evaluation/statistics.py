@@ -146,6 +146,13 @@ def _notes(choices: Choices, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     if at_ends:
         notes.append(f"warning: a λ is 0 or 1 on validation: {', '.join(at_ends)}")
+    test = next(iter(choices.seeds.values())).test
+    own = [system.label for system in choices.systems if test.counts_of(system) is not test.counts]
+    if own:
+        notes.append(
+            f"with tokens of their own: {', '.join(own)}; their nats, of the same text, are "
+            "divided by the tokens of the other rows"
+        )
     if len(rows[0]["by_seed"]) == 1:
         notes.append(
             "one seed: the intervals cover the choice of text, not how much another training run "

@@ -37,14 +37,20 @@ class SplitParts:
     Attributes:
         counts: Documents and scored rows.
         logprob: By name of the part, log p(label) [N]; -inf where it has none.
+        others: Of parts that were scored on other tokens of the same documents, their rows.
     """
 
     counts: DocumentCounts
     logprob: Mapping[str, np.ndarray]
+    others: Mapping[str, DocumentCounts] = dataclasses.field(default_factory=dict)
+
+    def counts_of(self, system: System) -> DocumentCounts:
+        """Returns documents and scored rows of a system, all of whose parts share their tokens."""
+        return self.others.get(system.parts[0], self.counts)
 
     def scored(self, system: System) -> np.ndarray:
         """Returns the log-probabilities of a system's parts, of scored rows: [M, N]."""
-        scored_N = self.counts.scored_N
+        scored_N = self.counts_of(system).scored_N
         return np.stack([self.logprob[name][scored_N] for name in system.parts])
 
     def tuned_weights(self, system: System) -> np.ndarray:
@@ -53,9 +59,10 @@ class SplitParts:
 
     def nats_by_document(self, system: System, weight_M: np.ndarray) -> np.ndarray:
         """Returns negative log-probabilities of a system summed by document, float64 [D]."""
-        nats_N = np.zeros(len(self.counts.document_N))
-        nats_N[self.counts.scored_N] = -mixture_of(self.scored(system), weight_M)
-        return self.counts.sum_by_document(nats_N)
+        counts = self.counts_of(system)
+        nats_N = np.zeros(len(counts.document_N))
+        nats_N[counts.scored_N] = -mixture_of(self.scored(system), weight_M)
+        return counts.sum_by_document(nats_N)
 
 
 @dataclasses.dataclass(frozen=True)

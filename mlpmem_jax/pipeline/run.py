@@ -14,7 +14,7 @@ from mlpmem_jax.pipeline import (
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.sources import AssumedSources
+from mlpmem_jax.pipeline.sources import Unread
 from mlpmem_jax.pipeline.stage import Rebuild, Stage, check_stages
 
 
@@ -27,7 +27,7 @@ def stages(run: Artifacts) -> list[Stage]:
         with mistakes.gather():
             found += command.stages(run)
         if mistakes:  # The stages that follow are checked, and never made.
-            run = Artifacts(run.config, AssumedSources(run.sources), run.given, run.title)
+            run = Artifacts(run.config, Unread(run.config.workdir), run.given, run.title)
     if mistakes:
         with mistakes.gather():
             check_stages(found)

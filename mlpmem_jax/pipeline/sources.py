@@ -8,7 +8,6 @@ from mlpmem_jax.config.data import CorpusConfig, TokenizerConfig
 from mlpmem_jax.corpus.digests import Digests
 from mlpmem_jax.corpus.stream import Corpus
 from mlpmem_jax.corpus.tokenizer import TextTokenizer, read_tokenizer
-from mlpmem_jax.errors import UserError
 from mlpmem_jax.store.checked_json import fingerprint_of
 from mlpmem_jax.store.run_record import RunRecord
 
@@ -97,18 +96,14 @@ class Sources:
         return self.found[name]
 
 
-class AssumedSources(Sources):
-    """The same, but for stand-ins of what cannot be read: ids that nothing may be made by."""
+class Unread(Sources):
+    """Stands for text and files that cannot be read: with it, roles can be asked for, not ids."""
 
-    def __init__(self, sources: Sources):
-        """Takes over what is known already."""
-        self.__dict__.update(sources.__dict__)
+    def __init__(self, workdir: str):
+        super().__init__(workdir, reads=False)
 
-    def _content(self, *about: Any, **options: Any) -> Any:
-        try:
-            return super()._content(*about, **options)
-        except UserError:
-            return {}
+    def _content(self, key: list[Any], read: Callable[[], Any]) -> Any:
+        return {}
 
 
 def _settings(corpus: CorpusConfig) -> dict[str, Any]:

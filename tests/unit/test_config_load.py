@@ -156,7 +156,7 @@ def test_issue_example_reports_both(mistakes):
         ("num_kv_heads=2", "unknown key; did you mean decoder.num_kv_heads?"),
         ("vocab_size=300", "unknown key; did you mean tokenizer.vocab_size?"),
         ("mesh.zzz=1", "unknown key; mesh has: data, fsdp, tensor, dcn_data"),
-        ("zzz=1", "unknown key; the sections are: workdir, seed, corpus"),
+        ("zzz=1", "unknown key; the sections are: workdir, store, seed, corpus"),
         ("decoder={wdth: 3}", "unknown key; did you mean decoder.width?"),
     ],
 )  # fmt: skip

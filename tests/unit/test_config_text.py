@@ -160,11 +160,12 @@ PATH_KEYS = [path for path in all_keys() if holds_path(path)]
 
 def test_the_schema_knows_its_paths():
     assert set(PATH_KEYS) == {
-        "workdir", "tokenizer.path", "targets.workdir", "corpus.paths", "corpus.more.N.paths",
-        "corpus.train.paths", "corpus.valid.paths", "corpus.test.paths", "decoder.pretrained",
+        "workdir", "store", "tokenizer.path", "targets.workdir", "corpus.paths",
+        "corpus.more.N.paths", "corpus.train.paths", "corpus.valid.paths", "corpus.test.paths",
+        "decoder.pretrained",
     }  # fmt: skip
     named = {path for path in all_keys() if re.search("dir$|path|file", path.rsplit(".", 1)[-1])}
-    assert named == set(PATH_KEYS) - {"decoder.pretrained"}
+    assert named == set(PATH_KEYS) - {"decoder.pretrained", "store"}
     assert holds_path("corpus.more.3.paths") and not holds_path("corpus.field")
 
 

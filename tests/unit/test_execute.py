@@ -71,8 +71,8 @@ def _recipes(config):
     run = Artifacts(config)
     stages = [*pretrain.stages(run), *embed.stages(run), *train.stages(run)]
     made = [*(stage.artifact for stage in stages), run.results]
-    made += [comparison(run), measurement(run)]
-    made += [analysis(run)] if config.train.mode == "memory" else []
+    if config.train.mode == "memory":  # Studies of a memory beside its decoder.
+        made += [comparison(run), measurement(run), analysis(run)]
     return {one.label: one.recipe for one in made}
 
 

@@ -24,6 +24,7 @@ from mlpmem_jax.pipeline import (
 )
 from mlpmem_jax.pipeline.fitting import Moment, Need, check_fit, shortages
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.sources import Unread
 from mlpmem_jax.pipeline.stage import Stage, run_stages
 from mlpmem_jax.retrieval import engine
 from mlpmem_jax.store.manifest import Artifact, Completion
@@ -52,7 +53,7 @@ def _slice(kind, devices, local, device_bytes, host_bytes):
 V5E = ("TPU v5e", 16 * GIB)
 V5P = ("TPU v5p", 95 * GIB)
 # Hardware as the header names it, tokens, and which stages are refused; hosts by the vendors.
-SEARCHED = {"index/base", "neighbors/base/valid", "neighbors/base/test", "targets/base/train"}
+SEARCHED = {"index", "neighbors/valid", "neighbors/test", "targets/train"}
 ACCELERATED = {
     "gpt2_small": (_slice(*V5E[:1], 8, 8, V5E[1], 384 * GB), 1e8, SEARCHED),
     "gpt2_medium": (_slice(*V5E[:1], 16, 4, V5E[1], 192 * GB), 1e8, SEARCHED),
@@ -61,8 +62,8 @@ ACCELERATED = {
     "gpt2_xl_h200": (_slice("NVIDIA H200", 8, 8, int(0.75 * 141 * GB), 2000 * GB), 1e8, set()),
     # Hosts are not named there: let them have any memory.
     "llama_1b": (_slice("an accelerator", 32, 8, 32 * GIB, 1 << 60), 1e9, SEARCHED),
-    "llama2_7b": (_slice(*V5P[:1], 64, 4, V5P[1], 448 * GB), 1e9, SEARCHED | {"results/base"}),
-    "mistral_7b": (_slice(*V5P[:1], 64, 4, V5P[1], 448 * GB), 1e9, SEARCHED | {"results/base"}),
+    "llama2_7b": (_slice(*V5P[:1], 64, 4, V5P[1], 448 * GB), 1e9, SEARCHED | {"results/evaluate"}),
+    "mistral_7b": (_slice(*V5P[:1], 64, 4, V5P[1], 448 * GB), 1e9, SEARCHED | {"results/evaluate"}),
     "llama2_70b": (_slice(*V5P[:1], 512, 4, V5P[1], 448 * GB), 1e9, set()),
 }
 SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
@@ -76,7 +77,13 @@ def _header(name):
 def _stages(config):
     """The stages of `run` after the text, which need not be there."""
     commands = (pretrain, embed, index, retrieve, train, evaluate)
-    return [stage for command in commands for stage in command.stages(config)]
+    run = Artifacts(config, Unread(config.workdir))
+    return [stage for command in commands for stage in command.stages(run)]
+
+
+def _roles(lines):
+    """What is refused, "ROLE (ID): …" each."""
+    return [line.split(":")[0].split(" ")[0] for line in lines]
 
 
 @pytest.mark.parametrize("name", ACCELERATED)
@@ -89,11 +96,11 @@ def test_what_a_header_says_of_disk_and_retrieval_is_what_is_computed(monkeypatc
     rows = {split: int(tokens * share) for split, share in shares.items()}
     stages, header = _stages(config), _header(name)
     lines = shortages(stages, machine, lambda *_: rows)
-    assert {line.split(":")[0] for line in lines} == refused
+    assert set(_roles(lines)) == refused
     assert ("is refused before the first stage" in header) == bool(refused)
     assert ("is not refused" in header) == (not refused)
     found = [stage.need(machine, lambda _: rows) for stage in stages]
-    found.append(needs.tokens_need(config, machine, lambda _: rows))
+    found.append(needs.tokens_need(Artifacts(config, Unread("")), machine, lambda _: rows))
     disk = sum(need.disk_bytes for need in found) / 1e9
     number, unit = re.search(r"([\d.]+) (GB|TB) of disk for", header).groups()
     assert float(number) * (1000 if unit == "TB" else 1) == pytest.approx(disk, rel=0.05)
@@ -112,8 +119,7 @@ def test_an_h100_does_not_hold_the_keys_that_an_h200_does(monkeypatch):
     smaller = dataclasses.replace(machine, device_bytes=int(0.75 * 80 * GB))
     rows = {"train": int(0.9 * tokens), "valid": int(0.05 * tokens), "test": int(0.05 * tokens)}
     stages = _stages(load_config(ROOT / "configs" / "gpt2_xl_h200.yaml"))
-    refused = {line.split(":")[0] for line in shortages(stages, smaller, lambda *_: rows)}
-    assert refused == SEARCHED
+    assert set(_roles(shortages(stages, smaller, lambda *_: rows))) == SEARCHED
 
 
 @pytest.mark.parametrize("name", OF_TEXT)
@@ -162,14 +168,20 @@ def test_all_stages_are_refused_together_before_the_first_is_made(tmp_path, on):
         run_stages(stages)
     assert made == [] and not (tmp_path / "run").exists()
     disk, device, host = caught.value.messages
-    assert "need at least 11.0 GiB (memory/disk 10.0 GiB, memory/fits 1.0 GiB)" in disk
-    assert disk.startswith(f"workdir={tmp_path / 'run'}") and "10.0 GiB are free" in disk
+    assert (
+        "need at least 11.0 GiB (memory/disk (disk) 10.0 GiB, memory/fits (fits) 1.0 GiB)" in disk
+    )
+    assert (
+        disk.startswith(f"{tmp_path / 'run'}: the artifacts to be made")
+        and "10.0 GiB are free" in disk
+    )
     assert device == (
-        "memory/device: keys: at least 17.0 GiB on each of 8 devices (TPU v5e), which have "
+        "memory/device (device): keys: at least 17.0 GiB on each of 8 devices (TPU v5e), which have "
         "16.0 GiB; use more"
     )
     assert host == (
-        "memory/host: shards: at least 1.0 TiB of host memory, and 357.6 GiB are free; use less"
+        "memory/host (host): shards: at least 1.0 TiB of host memory, and 357.6 GiB are free; "
+        "use less"
     )
 
 
@@ -210,7 +222,7 @@ def test_a_run_is_refused_before_its_text_is_tokenized(tmp_path, monkeypatch, ca
     lines = capsys.readouterr().err.splitlines()
     assert not workdir.exists()
     assert [re.match(r"error: ([\w/-]+)", line)[1] for line in lines] == [
-        "neighbors/base/valid", "neighbors/base/test", "targets/base/train", "results/base",
+        "neighbors/valid", "neighbors/test", "targets/train", "results/evaluate",
     ]  # fmt: skip
     assert all("exact search holds all keys" in line and len(line) < 300 for line in lines)
 
@@ -224,7 +236,8 @@ def test_what_most_likely_will_not_fit_is_warned_of(tmp_path, monkeypatch, capsy
     width = config.decoder.width
     memory = 4 * (width + 1) * (least + likely) // 2 // 8
     monkeypatch.setattr(fitting, "this_machine", lambda workdir: _machine(device_bytes=memory))
-    check_fit([*tokenize.stages(config), *retrieve.stages(config)])
+    run = Artifacts(config)
+    check_fit([*tokenize.stages(run), *retrieve.stages(run)])
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 3 and all("refused after `tokenize`" in line for line in warnings)
 

@@ -26,7 +26,8 @@ def _plan(config: Config, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[
     assert first == f"# plan for workdir {config.workdir}"
     plan: dict[str, dict[str, str]] = {}
     for line in lines:
-        name, value = re.split(r" {1,}", line.strip(), maxsplit=1)
+        # "ROLE (ID)  INTENTION", and below it "  NAME  VALUE".
+        name, value = re.split(r" \([0-9a-f]{8}\) +| +", line.strip(), maxsplit=1)
         if line.startswith("  "):
             name, value = line[2:36].strip(), line[36:].strip()
             plan[list(plan)[-1]][name] = value
@@ -44,19 +45,19 @@ def text_config(make_config: Callable[..., Config], tmp_path: Path) -> Config:
 
 def test_a_plan_of_a_fresh_directory_has_an_estimate_for_every_stage(text_config, capsys):
     plan = _plan(text_config, capsys)
-    assert {"tokens", "decoder/base", "index/base", "memory/base", "results/base"} <= set(plan)
+    assert {"tokens", "decoder", "index", "memory", "results/evaluate"} <= set(plan)
     for name, entry in plan.items():
         assert entry[""].startswith("will be made"), name
-    assert plan["decoder/base"]["parameters"].replace(",", "").isdigit()
-    for name in ("datastore/base/train", "neighbors/base/valid", "targets/base/train"):
+    assert plan["decoder"]["parameters"].replace(",", "").isdigit()
+    for name in ("datastore/train", "neighbors/valid", "targets/train"):
         (rows,) = (value for key, value in plan[name].items() if key.startswith("rows, about"))
         assert rows.replace(",", "").isdigit(), name
         assert any("bytes" in key for key in plan[name]), name
-    assert "model flops" in plan["datastore/base/train"]
-    assert any("memory" in key for key in plan["index/base"])
+    assert "model flops" in plan["datastore/train"]
+    assert any("memory" in key for key in plan["index"])
     timed = {name for name, entry in plan.items() if "time, about" in entry}
-    assert timed == set(plan) - {"tokenizer", "tokens", "results/base"}
-    assert plan["neighbors/base/valid"]["time, about"].endswith("(estimated)")
+    assert timed == set(plan) - {"tokenizer", "tokens", "results/evaluate"}
+    assert plan["neighbors/valid"]["time, about"].endswith("(estimated)")
     assert not Path(text_config.workdir).exists()
 
 
@@ -72,7 +73,7 @@ def test_guessed_rows_are_near_those_that_come_out(text_config, capsys):
     plan = _plan(text_config, capsys)
     assert plan["tokens"][""] == "complete; nothing to do"
     assert "time, about" not in plan["tokens"]
-    assert plan["datastore/base/train"]["rows"] == f"{rows:,}"
+    assert plan["datastore/train"]["rows"] == f"{rows:,}"
 
 
 def test_how_much_max_bytes_allows_is_planned_and_logged(text_config, capsys):
@@ -110,6 +111,6 @@ def test_explicit_splits_are_counted_apart(make_config, tmp_path):
 def test_what_would_be_refused_says_so(make_config, capsys):
     plan = _plan(make_config("mesh.data=3", "mesh.fsdp=1"), capsys)
     refused = [name for name, entry in plan.items() if entry[""].startswith("REFUSED: ")]
-    assert {"decoder/base", "datastore/base/train", "index/base", "memory/base"} <= set(refused)
-    assert "need 3 devices" in plan["decoder/base"][""]
+    assert {"decoder", "datastore/train", "index", "memory"} <= set(refused)
+    assert "need 3 devices" in plan["decoder"][""]
     assert plan["tokens"][""].startswith("will be made")

@@ -6,6 +6,7 @@ import pytest
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.sources import Unread
 from mlpmem_jax.retrieval.merge import Neighbors
 from mlpmem_jax.studies.search_quality.divergence import SKEW, compare_neighbors
 from mlpmem_jax.studies.search_quality.settings import reference_of, with_setting
@@ -62,19 +63,30 @@ def _config(*overrides):
     return load_config(ROOT / "configs" / "tiny.yaml", overrides, {"workdir": "run"})
 
 
-def test_each_setting_has_names_of_its_own_and_shares_the_rest():
-    config = _config()
+def test_each_setting_has_artifacts_of_its_own_and_shares_the_rest():
+    config = _config("retrieval.engine=scann")
+    run = Artifacts(config, Unread("run"))
     names = [one.name for one in config.search_quality.settings]
-    parts = [with_setting(config, one) for one in config.search_quality.settings]
-    layouts = [Artifacts(config), *map(Artifacts, parts)]
+    parts = [with_setting(run, one) for one in config.search_quality.settings]
+    runs = [run, *parts]
     for own in ("index", "memory"):
-        assert len({getattr(layout, own).relative for layout in layouts}) == len(layouts)
-    assert len({layout.targets("train").relative for layout in layouts}) == len(layouts)
-    assert len({layout.neighbors("test").relative for layout in layouts}) == 1
-    assert len({layout.datastore("train").relative for layout in layouts}) == 1
+        assert len({getattr(one, own).relative for one in runs}) == len(runs)
+    assert len({one.targets("train").relative for one in runs}) == len(runs)
+    assert len({one.neighbors("test").relative for one in runs}) == 1
+    assert len({one.datastore("train").relative for one in runs}) == 1
+    assert [one.index.label for one in parts] == [f"index [{name}]" for name in names]
     assert reference_of(config) == "exact" == names[-1]
-    assert parts[0].retrieval.num_leaves_to_search == 1
-    assert parts[0].retrieval.min_recall == 0
+    assert parts[0].config.retrieval.num_leaves_to_search == 1
+    assert parts[0].config.retrieval.min_recall == 0
+
+
+def test_a_setting_like_the_configuration_shares_its_index_and_memory():
+    settings = "search_quality.settings=[{name: exact, engine: exact, min_recall: 0.95}]"
+    config = _config(settings)
+    run = Artifacts(config, Unread("run"))
+    (same,) = (with_setting(run, one) for one in config.search_quality.settings)
+    assert same.index.relative == run.index.relative
+    assert same.memory.relative == run.memory.relative
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.studies.ablate import command as ablate
 from mlpmem_jax.studies.compare import command as compare
-from mlpmem_jax.studies.tables.rows import ROWS, SeedPlan, planned_row
+from mlpmem_jax.studies.tables.rows import ROWS, SeedPlan, check_recipes, planned_row
 from mlpmem_jax.studies.tables.variants import (
     Variant,
     base_variant,
@@ -374,3 +374,12 @@ def test_a_row_can_mix_the_decoder_with_another(tiny_config: Config):
     assert kinds == {"tokenizer", "tokens", "decoder", "scores"}
     assert row.decoders() == [part.run.decoder.relative for part in row.parts]
     assert len(set(row.decoders())) == 2
+
+
+def test_networks_of_other_tokens_are_not_mixed(make_config: Callable[..., Config]):
+    recipe = "{name: second, parts: beside, overrides: [tokenizer.vocab_size=290]}"
+    config = make_config(f"compare.recipes=[{recipe}]")
+    with pytest.raises(ConfigError, match=r"compare\.recipes\.0: parts=beside mixes networks"):
+        check_recipes(Artifacts(config))
+    alone = make_config(f"compare.recipes=[{recipe.replace('beside', 'decoder')}]")
+    check_recipes(Artifacts(alone))

@@ -3,16 +3,19 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.evaluation.draws import Settings
 from mlpmem_jax.evaluation.labels import SplitLabels
 from mlpmem_jax.evaluation.statistics import summarise
 from mlpmem_jax.evaluation.systems import SeedScores, SplitParts, System
+from mlpmem_jax.pipeline import networks
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
 from mlpmem_jax.store.array_specs import Split
 from mlpmem_jax.studies.tables.ledger import Ledger
-from mlpmem_jax.studies.tables.part_scores import SCORED
+from mlpmem_jax.studies.tables.part_scores import SCORED, Part
 from mlpmem_jax.studies.tables.rows import Row
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
 
@@ -27,7 +30,7 @@ def table_results(run: Artifacts, rows: Rows, settings: Settings) -> dict[str, A
         rows: The rows of each seed, the same keys in the same order.
         settings: How intervals are made.
     """
-    labels = {split: SplitLabels.open(TokenSplit.open(run.tokens, split)) for split in SCORED}
+    labels = {split: _labels_by_tokens(run, rows, split) for split in SCORED}
     names = _part_names(rows)
     seeds = {}
     for seed, of_seed in rows.items():
@@ -36,10 +39,7 @@ def table_results(run: Artifacts, rows: Rows, settings: Settings) -> dict[str, A
             for number, row in enumerate(of_seed)
             for place, part in enumerate(row.parts)
         }
-        read: dict[Split, SplitParts] = {}
-        for split, label in labels.items():
-            logprob = {name: label.read(part.scores(split)) for name, part in parts.items()}
-            read[split] = SplitParts(label.counts, logprob)
+        read = {split: _split_parts(run, parts, split, labels[split]) for split in SCORED}
         seeds[seed] = SeedScores(read["valid"], read["test"])
     systems = [
         System(
@@ -50,6 +50,27 @@ def table_results(run: Artifacts, rows: Rows, settings: Settings) -> dict[str, A
         for number, row in enumerate(next(iter(rows.values())))
     ]
     return summarise(systems, seeds, settings)
+
+
+def _labels_by_tokens(run: Artifacts, rows: Rows, split: Split) -> dict[str, SplitLabels]:
+    """Returns the labels of the table's tokens and of those that rows have of their own."""
+    runs = [run, *(part.run for of_seed in rows.values() for row in of_seed for part in row.parts)]
+    tokens = {one.tokens.relative: one.tokens for one in runs}
+    return {name: SplitLabels.open(TokenSplit.open(one, split)) for name, one in tokens.items()}
+
+
+def _split_parts(
+    run: Artifacts, parts: Mapping[str, Part], split: Split, labels: Mapping[str, SplitLabels]
+) -> SplitParts:
+    """Reads the scores of parts, each beside the labels of its own tokens."""
+    whole = labels[run.tokens.relative]
+    logprob, others = {}, {}
+    for name, part in parts.items():
+        own = labels[part.run.tokens.relative]
+        logprob[name] = own.read(part.scores(split))
+        if not np.array_equal(own.label_N, whole.label_N):
+            others[name] = own.counts
+    return SplitParts(whole.counts, logprob, others)
 
 
 def _part_names(rows: Rows) -> dict[tuple[int, int], str]:
@@ -70,19 +91,18 @@ def table_costs(run: Artifacts, rows: Rows, *, with_costs: bool = True) -> dict[
     """Returns sizes, costs and temperatures of every row and seed, from manifests.
 
     Args:
-        run: The artifacts of the configuration, for the vocabulary and the measured peak.
+        run: The artifacts of the configuration, for the measured peak.
         rows: The rows of each seed.
         with_costs: Off where rows are parts of a run: manifests know what the whole cost.
     """
     peak = float(run.machine.load().counts["peak_flops"])
     ledger = Ledger(run.store, peak)
-    vocab_size = int(run.tokens.load().counts["vocab_size"])
     found: dict[str, dict[str, Any]] = {}
     for seed, of_seed in rows.items():
         for row in of_seed:
             made_of = row.made_of()
             found.setdefault(row.key, {})[str(seed)] = {
-                **_size(row, vocab_size),
+                **_size(row),
                 **_temperature(row),
                 "trained_weight": _trained_weight(row),
                 "recall": _recall(row),
@@ -96,11 +116,11 @@ def table_costs(run: Artifacts, rows: Rows, *, with_costs: bool = True) -> dict[
     return {"peak_flops": peak, "rows": found}
 
 
-def _size(row: Row, vocab_size: int) -> dict[str, int]:
+def _size(row: Row) -> dict[str, int]:
     """Returns the parameters of all networks of a row."""
     total = {"parameters": 0, "non_embedding_parameters": 0}
     for part in row.parts:
-        config = part.run.config
+        config, vocab_size = part.run.config, networks.vocab_size(part.run)
         counted = []
         if part.kind in ("decoder", "mixture", "joint"):
             counted.append(decoder_parameters(config.decoder, vocab_size))

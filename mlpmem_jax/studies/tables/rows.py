@@ -16,6 +16,7 @@ from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.studies.tables.ledger import Ledger
 from mlpmem_jax.studies.tables.part_scores import Part
+from mlpmem_jax.studies.tables.texts import share_tokens
 from mlpmem_jax.studies.tables.variants import (
     Variant,
     base_variant,
@@ -361,6 +362,11 @@ def check_recipes(run: Artifacts) -> None:
         except ConfigError as error:
             mistakes += [f"{where}: {message}" for message in error.messages]
             continue
+        if not share_tokens([part.run for part in parts]):
+            mistakes.append(
+                f"{where}: parts={recipe.parts} mixes networks, which need the same tokens: the "
+                "same keys of corpus and tokenizer"
+            )
         if _scored(parts) <= configured:
             mistakes.append(f"{where}.overrides={list(recipe.overrides)} have no effect")
     if mistakes:
