@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from mlpmem_jax.commands import run_command
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus import writer
 from mlpmem_jax.pipeline import tokenize
@@ -62,7 +63,7 @@ def planned(values: dict[str, Any]) -> list[Stage]:
 def make(values: dict[str, Any]) -> Artifacts:
     """Runs `tokenize`; returns the artifacts that it has made or found."""
     config = Config(**values)
-    assert tokenize.main(config, Options(workdir=config.workdir)) == 0
+    assert run_command("tokenize", config, Options(workdir=config.workdir)) == 0
     run = Artifacts(config)
     assert run.tokens.is_complete()  # Known from here on, whatever becomes of the text.
     return run
