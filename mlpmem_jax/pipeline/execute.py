@@ -60,8 +60,10 @@ def write_run(run: Artifacts, stages: Sequence[Stage]) -> None:
 
 def record(run: Artifacts, stages: Sequence[Stage]) -> None:
     """Writes to `run.json` which artifacts the stages make or have made."""
-    if not is_writer() or not epath.Path(run.config.workdir).exists():
+    if not is_writer():
         return
+    if not (absolute(run.config.workdir) / CONFIG).exists():
+        write_config(run.config)  # All of it lies in a store that others have filled.
     roles = {
         one.label: one.relative
         for stage in stages

@@ -18,6 +18,7 @@ def stages(run: Artifacts) -> list[Stage]:
     """Returns the one stage of this command."""
     path = run.config.decoder.pretrained
     if path is not None:
+        run.sources.weights(path, again=True)  # Weights that changed are another decoder.
         return [
             Stage(
                 artifact=run.decoder,

@@ -31,9 +31,10 @@ def tokenizer(config: Config, text: Recipe | None, given: str | None) -> Recipe:
     """Returns the recipe of the tokenizer: trained on text, or a given one by its digest."""
     separator = {"separator": config.tokenizer.separator}
     if given is not None:
-        return {**separator, "given": given}
+        return {"tokenizer": {**separator, "given": given}}
     keys = ("vocab_size", "train_bytes")
-    return {**separator, **{key: getattr(config.tokenizer, key) for key in keys}, **(text or {})}
+    trained = {key: getattr(config.tokenizer, key) for key in keys}
+    return {"tokenizer": {**separator, **trained}, **(text or {})}
 
 
 def decoder(config: Config, weights: str | None) -> Recipe:

@@ -44,10 +44,12 @@ class Phases:
         """Returns the artifacts that are made after a phase from its decoder."""
         recipe = {"decoder": self.run.config.decoder.recipe(), "refreshed": self.stops[phase]}
         inputs = (self.run.tokens, self.artifacts[phase])
+        step = f"step {self.stops[phase]}"
         role = f"decoder/step-{self.stops[phase]}"
-        return self.run.with_given(
-            {"decoder": Artifact.of(self.run.store, "decoder", recipe, inputs, role)}
-        )
+        decoder = Artifact.of(self.run.store, "decoder", recipe, inputs, role)
+        # A title of their own: in `run.json` they do not take the place of the run's own.
+        title = f"{self.run.title}, {step}" if self.run.title else step
+        return self.run.with_given({"decoder": decoder}).titled(title)
 
     def is_fresh(self, phase: int) -> str | None:
         """Returns why the targets need not be made anew after a phase; None: they must."""

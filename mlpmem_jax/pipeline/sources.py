@@ -49,8 +49,9 @@ class Sources:
         Raises:
             UserError: Files are missing or cannot be read.
         """
+        read = corpus.model_dump(mode="json", exclude={"attention"})
         return self._content(
-            ["text", corpus.model_dump(mode="json")],
+            ["text", read],
             lambda: {
                 "corpus": _settings(corpus),
                 "listing": self.digests.listing_of(Corpus(corpus).parts, corpus.max_bytes),
@@ -78,20 +79,24 @@ class Sources:
             self._given[key] = read_tokenizer(config.path, config.separator)
         return self._given[key]
 
-    def weights(self, path: str) -> str:
+    def weights(self, path: str, *, again: bool = False) -> str:
         """Returns a digest of the tensors of a pretrained decoder.
+
+        Args:
+            path: Their directory.
+            again: Whether they are read even where a digest of them is remembered.
 
         Raises:
             UserError: They are missing or damaged.
         """
         from mlpmem_jax.interop.tensors import TensorFiles
 
-        return self._content(["weights", path], lambda: TensorFiles(path).digest())
+        return self._content(["weights", path], lambda: TensorFiles(path).digest(), again=again)
 
-    def _content(self, key: list[Any], read: Callable[[], Any]) -> Any:
+    def _content(self, key: list[Any], read: Callable[[], Any], *, again: bool = False) -> Any:
         name = fingerprint_of(key)
         if name not in self.found:
-            known = None if self._reads else self._known.get(name)
+            known = None if self._reads or again else self._known.get(name)
             self.found[name] = read() if known is None else known
         return self.found[name]
 

@@ -39,13 +39,11 @@ def nearest(artifact: "Artifact") -> tuple[str, list[str]] | None:
         None where there is no other; each difference is "key=value, now value".
     """
     found = []
-    for name, record in _records(artifact.path.parent):
-        recipe = record["recipe"]
-        if artifact.recipe is None or name == artifact.path.name:
-            continue
-        if any(recipe.get(key) != artifact.recipe.get(key) for key in _ROLE):
-            continue
-        found.append((name, _lines(artifact, record)))
+    command = artifact.path.name.rpartition("-")[0]  # Reports of all commands lie together.
+    for entry, record in _records(artifact.path.parent):
+        beside, _, name = entry.rpartition("-")
+        if entry != artifact.path.name and beside == command and _has_role(record, artifact):
+            found.append((name, _lines(artifact, record)))
     return min(found, key=lambda one: len(one[1]), default=None)
 
 
@@ -56,10 +54,16 @@ def _lines(artifact: "Artifact", record: Mapping[str, Any]) -> list[str]:
     for one in artifact.inputs:
         if one.relative in record["made_from"]:
             continue
-        kept = [name for name in theirs if name.split("/")[0] == one.kind]
-        before = _record(artifact.root / kept[0]) if len(kept) == 1 else None
-        lines += [f"another {one.label}"] if before is None else _lines(one, before)
+        found = [_record(one.root / name) for name in theirs if name.split("/")[0] == one.kind]
+        kept = [each for each in found if each is not None and _has_role(each, one)]
+        lines += _lines(one, kept[0]) if len(kept) == 1 else [f"another {one.label}"]
     return list(dict.fromkeys(lines))  # One key may decide several inputs.
+
+
+def _has_role(record: Mapping[str, Any], artifact: "Artifact") -> bool:
+    """Returns whether a record is one of the same split; of a given artifact that is not known."""
+    recipe = artifact.recipe
+    return recipe is not None and all(record["recipe"].get(k) == recipe.get(k) for k in _ROLE)
 
 
 def _names(artifact: "Artifact") -> set[str]:

@@ -28,8 +28,9 @@ def test_training_batches(tiny_run, make, section, inputs):
     train = tiny_run.train.model_copy(update={"inputs": inputs})
     config = tiny_run.model_copy(update={"train": train})
     mesh = single_device_mesh()
-    task = make(config, mesh)
-    blank = make(config, mesh, blank=True)
+    run = Artifacts(config)
+    task = make(run, mesh)
+    blank = make(run, mesh, blank=True)
     size = getattr(config, section).batch_size
     with jax.set_mesh(mesh):
         real = next(iter(task.feed(range(1))))
@@ -46,7 +47,11 @@ def test_what_a_task_reads_besides(tiny_run):
     train = tiny_run.train.model_copy(update={"joint_weight": 1.0})
     config = tiny_run.model_copy(update={"corpus": corpus, "train": train})
     length, first = 32, np.zeros(1, np.int64)
-    for data in (run_data(config), blank_run(config)):
+    # Stored as configured: what is asked here is which arrays are read.
+    stored = Artifacts(tiny_run)
+    given = {f"datastore/{split}": stored.datastore(split) for split in ("train", "valid")}
+    given |= {f"targets/{split}": stored.targets(split) for split in ("train", "valid")}
+    for data in (run_data(Artifacts(config, given=given), "train"), blank_run(config)):
         assert "segment" in data.token_windows("train", length).read(first)
         assert "segment" in data.tokens_with_targets("train", length).read(first)
         assert "logprob" in data.stored_rows("train", length).read(first)

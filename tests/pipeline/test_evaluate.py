@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.special import xlogy
 
+from mlpmem_jax.commands import run_command
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.recent import read_recent
 from mlpmem_jax.corpus.tokens import TokenSplit
@@ -56,7 +57,7 @@ def test_the_memory_is_scored_on_every_row(tiny_run: Config):
     """Chunks, batches and padding against the whole split at once."""
     layout, results = Artifacts(tiny_run), _results(tiny_run)
     mesh = single_device_mesh()
-    memory, decoder = finished_memory(tiny_run, mesh), finished_decoder(tiny_run, mesh)
+    memory, decoder = finished_memory(layout, mesh), finished_decoder(layout, mesh)
     separator = TokenSplit.open(layout.tokens, "valid").separator_id
     alone: dict[str, float] = {}
     for split in ("valid", "test"):
@@ -109,7 +110,7 @@ def test_files_and_report(tiny_run: Config, capsys: pytest.CaptureFixture[str]):
     path = Artifacts(tiny_run).results.path
     assert (path / evaluate.PICTURE).read_bytes().startswith(b"\x89PNG")
     assert (path / evaluate.TABLE).read_text().count("\n") == 4
-    assert evaluate.main(tiny_run, Options(workdir=tiny_run.workdir)) == 0
+    assert run_command("evaluate", tiny_run, Options(workdir=tiny_run.workdir)) == 0
     shown = capsys.readouterr().out
     assert "complete" in shown
     assert "+ kNN-LM" in shown
@@ -130,7 +131,7 @@ def test_made_again_it_is_the_same_bit_for_bit(tiny_run: Config, tmp_path: Path)
     layout = Artifacts(config)
     before = layout.results.load().fingerprint
     layout.results.remove()
-    assert evaluate.main(config, Options(workdir=config.workdir)) == 0
+    assert run_command("evaluate", config, Options(workdir=config.workdir)) == 0
     assert layout.results.load().fingerprint == before
 
 
@@ -139,7 +140,7 @@ def test_a_damaged_result_is_named(tiny_run: Config, tmp_path: Path):
     file = Artifacts(config).results.path / evaluate.RESULTS
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ArtifactError, match=r"evaluate\.json: truncated"):
-        evaluate.print_report(config)
+        evaluate.print_report(Artifacts(config))
 
 
 def test_missing_neighbours_name_the_command(tiny_run: Config, tmp_path: Path):
@@ -148,4 +149,4 @@ def test_missing_neighbours_name_the_command(tiny_run: Config, tmp_path: Path):
     layout.results.remove()
     layout.neighbors("test").remove()
     with pytest.raises(ArtifactError, match="command `retrieve`"):
-        evaluate.main(config, Options(workdir=config.workdir))
+        run_command("evaluate", config, Options(workdir=config.workdir))

@@ -6,14 +6,13 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from mlpmem_jax.__main__ import main
+from mlpmem_jax.commands import run_command
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokenizer import load_tokenizer
 from mlpmem_jax.corpus.tokens import TokenSplit
@@ -21,9 +20,9 @@ from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.parallel.mesh import single_device_mesh
-from mlpmem_jax.pipeline import generate
 from mlpmem_jax.pipeline.graph import Artifacts
-from mlpmem_jax.pipeline.networks import check_shape, finished_networks
+from mlpmem_jax.pipeline.interpolation import interpolation
+from mlpmem_jax.pipeline.networks import finished_networks
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.scoring import memory_scores, stored_split
 from mlpmem_jax.stats.mixing import mixture_logprob
@@ -41,7 +40,7 @@ def _shown(
 ) -> tuple[str, str]:
     capsys.readouterr()
     options = Options(workdir=config.workdir, without_memory=without_memory)
-    assert generate.main(config, options) == 0
+    assert run_command("generate", config, options) == 0
     shown = capsys.readouterr()
     return shown.out, shown.err
 
@@ -57,7 +56,7 @@ def test_prompts_are_continued(tiny_run: Config, capsys: pytest.CaptureFixture[s
     assert "def read(" in out
     assert "import é" in out
     assert out.startswith("sample (λ = 0.250")
-    assert generate.interpolation(tiny_run) == _stored_weight(tiny_run)
+    assert interpolation(Artifacts(tiny_run)) == _stored_weight(tiny_run)
     assert "tokens/s" in err
 
 
@@ -80,7 +79,7 @@ def test_without_memory_needs_none(
     out, _ = _shown(config, capsys, without_memory=True)
     assert out.startswith("sample (decoder alone")
     with pytest.raises(ArtifactError, match="not trained yet.*`train`.*--without-memory"):
-        generate.main(config, Options(workdir=config.workdir))
+        run_command("generate", config, Options(workdir=config.workdir))
 
 
 @pytest.mark.parametrize("prompt", ["---", "-x", "x" * 20_000, "null", " #"])
@@ -126,7 +125,7 @@ def test_the_default_prompt_begins_a_validation_document(
     shutil.copytree(tiny_run.workdir, moved.workdir)
     Artifacts(moved).tokens.remove()
     with pytest.raises(ArtifactError, match="Run `tokenize`, or set generate.prompts"):
-        generate.main(moved, Options(workdir=moved.workdir))
+        run_command("generate", moved, Options(workdir=moved.workdir))
 
 
 def test_interpolation_without_results(tiny_run: Config, tmp_path: Path):
@@ -134,20 +133,21 @@ def test_interpolation_without_results(tiny_run: Config, tmp_path: Path):
     config = tiny_run.model_copy(update={"workdir": str(tmp_path / "run")})
     Artifacts(config).results.remove()
     with pytest.raises(ArtifactError, match="run `evaluate`, or set generate.interpolation"):
-        generate.main(config, Options(workdir=config.workdir))
-    assert generate.interpolation(_with(config, interpolation=0.25)) == 0.25
+        run_command("generate", config, Options(workdir=config.workdir))
+    assert interpolation(Artifacts(_with(config, interpolation=0.25))) == 0.25
 
 
 def test_cached_generation_gives_what_evaluation_gives(tiny_run: Config):
     """Token by token with a cache, the first rows of the test split, as `evaluate` scores them."""
     config, mesh = tiny_run, single_device_mesh()
     assert config.memory.recent_tokens > 0
-    decoder, memory = finished_networks(config, mesh)
-    tokens = TokenSplit.open(Artifacts(config).tokens, "test")
+    run = Artifacts(config)
+    decoder, memory = finished_networks(run, mesh)
+    tokens = TokenSplit.open(run.tokens, "test")
     count = config.embedding_stride_tokens  # of the first window, whose context begins with it
     token_T = tokens.read(0, count + 1)
-    weight, scored = 0.3, memory_scores(config, "test", decoder, memory, mesh)
-    stored_N = stored_split(config, "test").logprob_N[:count]
+    weight, scored = 0.3, memory_scores(run, "test", decoder, memory, mesh, None)
+    stored_N = stored_split(run, "test").logprob_N[:count]
     expected_N = mixture_logprob(scored.logprob_N[:count], stored_N, weight)
     site = Site.of(config.datastore.input, config.decoder.num_layers)
     model = InterpolatedModel(
@@ -164,32 +164,39 @@ def test_cached_generation_gives_what_evaluation_gives(tiny_run: Config):
 
 
 @pytest.mark.parametrize(
-    ("override", "trained"),
+    ("override", "difference"),
     [
-        ("memory.recent_tokens=0", "recent_tokens=0 (trained with 2)"),
-        ("memory.recent_tokens=3", "recent_tokens=3 (trained with 2)"),
-        ("memory.recent_table=own", "recent_table=own (trained with decoder)"),
-        ("memory.ngram_orders=[2]", "ngram_orders=[2] (trained with [])"),
+        ("memory.recent_tokens=0", "memory.recent_tokens=2, now 0"),
+        ("memory.recent_tokens=3", "memory.recent_tokens=2, now 3"),
+        ("memory.recent_table=own", 'memory.recent_table="decoder", now "own"'),
+        ("memory.ngram_orders=[2]", "memory.ngram_orders=[], now [2]"),
     ],
 )
-def test_a_memory_that_reads_other_tokens_is_refused(
-    tiny_run: Config, capsys: pytest.CaptureFixture[str], override: str, trained: str
+def test_a_memory_that_reads_other_tokens_is_not_used(
+    tiny_run: Config, capsys: pytest.CaptureFixture[str], override: str, difference: str
 ):
+    """It is another memory, which is not trained: the message names the one that is."""
     arguments = ["generate", "--config", str(TINY), "--workdir", tiny_run.workdir]
     assert main([*arguments, override]) == 2
-    assert f"memory.{trained}" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    nearest = Artifacts(tiny_run).memory.path.name[:8]
+    assert "the memory is not trained yet" in line
+    assert line.endswith(f"(the nearest is {nearest}: {difference})")
 
 
-def test_a_memory_of_before_a_key_existed_has_its_default(tiny_config: Config):
-    recipe = tiny_config.memory.recipe()
-    del recipe["recent_tokens"]
-    old: Any = SimpleNamespace(
-        path="memory/old", load=lambda: SimpleNamespace(recipe={"memory": recipe})
-    )
-    with pytest.raises(ArtifactError, match=r"memory\.recent_tokens=2 \(trained with 0\)"):
-        check_shape(tiny_config, old, "memory")
-    paper = tiny_config.memory.model_copy(update={"recent_tokens": 0})
-    check_shape(tiny_config.model_copy(update={"memory": paper}), old, "memory")
+def test_a_memory_of_before_a_key_existed_is_named_without_it(
+    tiny_run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(tiny_run.workdir, tmp_path / "run")
+    config = tiny_run.model_copy(update={"workdir": str(tmp_path / "run")})
+    memory = Path(Artifacts(config).memory.path)
+    old = memory.rename(memory.parent / ("0" * 16))
+    manifest = json.loads((old / "manifest.json").read_text())
+    del manifest["recipe"]["memory"]["recent_tokens"]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["generate", "--config", str(TINY), "--workdir", config.workdir]) == 2
+    message = capsys.readouterr().err
+    assert "(the nearest is 00000000: memory.recent_tokens=null, now 2)" in message
 
 
 def test_a_workdir_may_be_relative(tiny_run, monkeypatch, capsys):

@@ -12,6 +12,7 @@ from mlpmem_jax.config.load import load_config
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.pipeline.tasks import memory_task
 from mlpmem_jax.store.arrays import open_array, write_rows
 from mlpmem_jax.store.stored_array import StoredArray
@@ -22,8 +23,6 @@ from mlpmem_jax.training.step import make_train_step
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 # Embedding windows that are training windows, and no rounding in storage.
 SAME_WINDOWS = (
-    "datastore.name=same",
-    "targets.name=same",
     "datastore.dtype=float32",
     "datastore.window_tokens=32",
     "datastore.stride_tokens=32",
@@ -35,7 +34,7 @@ SAME_WINDOWS = (
 def workdir(tiny_run, tmp_path_factory):
     path = tmp_path_factory.mktemp("online") / "run"
     for part in ("tokenizer", "tokens", "decoder"):
-        shutil.copytree(f"{tiny_run.workdir}/{part}", path / part)
+        shutil.copytree(f"{tiny_run.workdir}/artifacts/{part}", path / "artifacts" / part)
     for command in ("embed", "index", "retrieve"):
         arguments = [command, "--config", str(TINY), "--workdir", str(path)]
         assert main([*arguments, *SAME_WINDOWS]) == 0
@@ -45,9 +44,9 @@ def workdir(tiny_run, tmp_path_factory):
 def _losses(workdir, inputs, *keys, steps=4):
     # Windows of tokens are not mixed, so neither are those of rows here.
     keys = (*SAME_WINDOWS, "train.mix_windows=1", f"train.inputs={inputs}", *keys)
-    config = load_config(TINY, keys, {"workdir": workdir})
+    config = resolved(load_config(TINY, keys, {"workdir": workdir}))
     mesh = single_device_mesh()
-    task = memory_task(config, mesh)
+    task = memory_task(Artifacts(config), mesh)
     optimizer = make_optimizer(config.train.optimizer, config.train.num_steps)
     blueprint = Blueprint(task.build, optimizer, config.seed, mesh)
     state = task.prepare(blueprint.create())
@@ -84,7 +83,7 @@ def test_targets_of_other_tokens_are_refused(workdir, tmp_path, monkeypatch, inp
     monkeypatch.setattr(StoredArray, "_compare", lambda *_: None)
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy)
-    config = load_config(TINY, SAME_WINDOWS, {"workdir": str(copy)})
+    config = resolved(load_config(TINY, SAME_WINDOWS, {"workdir": str(copy)}))
     array = Artifacts(config).targets("train").path / "label"
     labels = np.array(open_array(array)[:1024].read().result())
     shutil.rmtree(array / "c" / "0", ignore_errors=True)

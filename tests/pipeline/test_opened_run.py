@@ -49,8 +49,9 @@ def test_scores_of_a_text_are_those_of_evaluation(tiny_run: Config):
     model = run.model()
     scores = model.score(text)
     np.testing.assert_array_equal(scores.token_T, document)
-    stored = stored_split(tiny_run, "test")
-    remembered = memory_scores(tiny_run, "test", run.decoder(), run.memory(), run.mesh)
+    stored = stored_split(run.artifacts, "test")
+    networks = run.decoder(), run.memory()
+    remembered = memory_scores(run.artifacts, "test", *networks, run.mesh, None)
     weight = run.results()["systems"]["memory"]["interpolation"]
     expected = mixture_logprob(remembered.logprob_N, stored.logprob_N, weight)
     # The first window of both begins here. Evaluation reads states that are stored as float16.
@@ -68,9 +69,12 @@ def test_windows_score_every_label_once(length: int):
 def test_what_is_missing_is_named(tiny_run: Config, tmp_path):
     with pytest.raises(ConfigError, match="nowhere"):
         mm.open_run(str(tmp_path / "nowhere"))
-    run = mm.open_run(tiny_run.workdir, ["memory.name=other"])
-    with pytest.raises(ArtifactError, match="memory/other.*not trained yet"):
+    run = mm.open_run(tiny_run.workdir, ["memory.num_layers=3"])
+    where = run.artifacts.memory.path
+    differing = r"\(the nearest is \w{8}: memory.num_layers=2, now 3\)"
+    with pytest.raises(ArtifactError, match=f"{where}: .*not trained yet.* {differing}"):
         run.model()
-    with pytest.raises(ArtifactError, match="results/other"):
+    where = run.artifacts.results.path
+    with pytest.raises(ArtifactError, match=f"{where}: .*command `evaluate` {differing}"):
         run.results()
     assert run.model(with_memory=False).generate(["x"], 3)

@@ -1,6 +1,7 @@
 """A run whose decoder is read from a Hugging Face directory in place of pretraining."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -15,7 +16,9 @@ from mlpmem_jax.corpus.tokenizer import train_tokenizer
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_decoder
+from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.store.stored_array import StoredArray
+from tests.pipeline.tokenizing import files_of
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 VOCAB, WIDTH, HIDDEN, LAYERS = 300, 24, 40, 2
@@ -72,12 +75,13 @@ def test_its_states_and_its_losses_are_stored(run: Path, capsys: pytest.CaptureF
     for command in ("tokenize", "pretrain", "embed"):
         assert main([command, "--config", str(run)]) == 0
     assert "parameters read from" in capsys.readouterr().out
-    config = load_config(run)
-    decoder = finished_decoder(config, single_device_mesh())
+    config = resolved(load_config(run))
+    made = Artifacts(config)
+    decoder = finished_decoder(made, single_device_mesh())
     table = load_file(run.parent / "llama" / "model.safetensors")["model.embed_tokens.weight"]
     np.testing.assert_array_equal(np.asarray(decoder.embedding[...])[:VOCAB], table)
-    label = StoredArray(Artifacts(config).datastore("test"), "label").read(0, 15)
-    logprob = StoredArray(Artifacts(config).datastore("test"), "logprob").read(0, 15)
+    label = StoredArray(made.datastore("test"), "label").read(0, 15)
+    logprob = StoredArray(made.datastore("test"), "logprob").read(0, 15)
     token = [0, *label[:-1].tolist()]  # the first token of a split is the separator
     final, _ = decoder.hidden(np.array([token], np.int32))
     logits = jax.nn.log_softmax(decoder.logits(final))[0]
@@ -92,12 +96,20 @@ def test_its_states_and_its_losses_are_stored(run: Path, capsys: pytest.CaptureF
     assert main(["export", "--config", str(run), "--output", str(out)]) == 2
     assert "exists; export writes a new directory" in capsys.readouterr().err
 
-    # Nothing is read twice; other weights are noticed, and refused without --rebuild.
+    # Nothing is read twice; other weights are noticed, and make another decoder beside it.
     assert main(["pretrain", "--config", str(run)]) == 0
     assert "parameters read from" not in capsys.readouterr().out
+    before = files_of(made.decoder)
     _write_llama(run.parent / "llama", VOCAB, seed=1)
-    assert main(["pretrain", "--config", str(run)]) == 2
-    assert "weights" in capsys.readouterr().err
+    assert main(["pretrain", "--config", str(run)]) == 0
+    assert "parameters read from" in capsys.readouterr().out
+    other = Artifacts(config).decoder
+    assert other.load().recipe["weights"] != made.decoder.load().recipe["weights"]
+    assert other.load().files != made.decoder.load().files
+    assert files_of(made.decoder) == before
+    # What was made of them is used where they are gone.
+    shutil.rmtree(run.parent / "llama")
+    assert finished_decoder(Artifacts(config), single_device_mesh())
 
 
 def test_a_missing_tensor_is_refused_before_all_work(run: Path, capsys: pytest.CaptureFixture[str]):

@@ -47,10 +47,10 @@ def make_run(make_config):
             workdir=workdir,
         )
         layout = Artifacts(config)
-        if (layout.tokens.path / "manifest.json").exists():
-            return config
-        for artifact in (layout.tokens, layout.decoder):
-            artifact.begin({})
+        if layout.tokens.is_complete():
+            return layout
+        for artifact, origins in ((layout.tokens, ()), (layout.decoder, (layout.tokens,))):
+            artifact.begin({one.relative: one.load().fingerprint for one in origins})
             counts = {"separator_id": SEPARATOR, "vocab_size": VOCAB}
             artifact.finish(counts=counts | {f"{s}_tokens": ROWS[s] + 1 for s in SPLITS})
         origin = {one.relative: one.load().fingerprint for one in (layout.tokens, layout.decoder)}
@@ -74,14 +74,14 @@ def make_run(make_config):
             for rows in writer.own_rows():
                 writer.put(rows.start, {name: values[rows] for name, values in arrays.items()})
             artifact.finish(counts={"rows": ROWS[split]}, arrays=writer.close())
-        return config
+        return layout
 
     return make
 
 
-def _run(config):
-    run_stages([*index.stages(config), *retrieve.stages(config)])
-    return Artifacts(config)
+def _run(run):
+    run_stages([*index.stages(run), *retrieve.stages(run)])
+    return run
 
 
 def _all(artifact, name):
@@ -178,14 +178,14 @@ def test_a_tiny_temperature_keeps_the_nearest_neighbour(make_run):
 
 
 def test_keys_whose_distances_overflow_are_refused(make_run):
-    config = make_run("retrieval.engine=exact", "datastore.dtype=float32", scale=1e25)
+    run = make_run("retrieval.engine=exact", "datastore.dtype=float32", scale=1e25)
     with pytest.raises(ArtifactError, match="key: row 0 is too large: squared distances overflow"):
-        _run(config)
+        _run(run)
 
 
 def test_targets_of_no_row_are_refused(make_run, monkeypatch):
     """An engine that finds nothing leaves nothing to train on."""
-    config = make_run("retrieval.engine=exact")
+    run = make_run("retrieval.engine=exact")
     found = targets.sparse_distributions
     monkeypatch.setattr(
         targets,
@@ -193,11 +193,11 @@ def test_targets_of_no_row_are_refused(make_run, monkeypatch):
         lambda distance_QK, *rest: found(np.full_like(distance_QK, np.inf), *rest),
     )
     with pytest.raises(ArtifactError, match=r"none of 2,\d+ rows has a neighbour at a finite"):
-        _run(config)
+        _run(run)
 
 
 def test_rows_without_targets_are_counted(make_run, monkeypatch, capsys):
-    config = make_run("retrieval.engine=exact")
+    run = make_run("retrieval.engine=exact")
     found = targets.sparse_distributions
 
     def make(distance_QK, *rest):
@@ -205,7 +205,7 @@ def test_rows_without_targets_are_counted(make_run, monkeypatch, capsys):
         return found(np.where(missing_Q1, np.float32(np.inf), distance_QK), *rest)
 
     monkeypatch.setattr(targets, "sparse_distributions", make)
-    layout = _run(config)
+    layout = _run(run)
     scored = (_all(layout.datastore("train"), "label") != SEPARATOR).sum()
     kept = layout.targets("train").load().counts["rows_with_target"]
     assert kept == (_all(layout.targets("train"), "mass") > 0).sum() < scored
@@ -214,21 +214,20 @@ def test_rows_without_targets_are_counted(make_run, monkeypatch, capsys):
 
 def test_the_approximate_engine(make_run, capsys):
     pytest.importorskip("scann")
-    config = make_run("retrieval.engine=scann", "retrieval.shard_rows=1600")
-    layout = _run(config)
+    layout = _run(make_run("retrieval.engine=scann", "retrieval.shard_rows=1600"))
     made = layout.targets("train").load()
     assert made.measured["engine"] == "scann" and made.measured["recall"] >= 0.95
     made_index = layout.index.load()
     assert (made_index.counts["shards"], made_index.counts["shard_by"]) == (2, "rows")
     exact = _reference(layout, "train")
     assert exact[0].shape == (3000, K)
-    run_stages([*index.stages(config), *retrieve.stages(config)])
+    _run(layout)
     assert capsys.readouterr().out.count(": complete (") == 5
     # What another version may cut otherwise is not read as ranges of rows.
-    layout.index.begin(made_index.recipe, made_index.made_from)
+    layout.index.begin(made_index.made_from)
     layout.index.finish(counts=made_index.counts | {"shard_by": "cells"}, files=made_index.files)
     with pytest.raises(ArtifactError, match="cut by cells; this software reads shards cut by rows"):
-        open_index(layout.index, config.retrieval, WIDTH, pytest.fail)
+        open_index(layout.index, layout.config.retrieval, WIDTH, pytest.fail)
 
 
 def test_auto_says_what_it_chose(make_run, capsys):
@@ -236,17 +235,17 @@ def test_auto_says_what_it_chose(make_run, capsys):
     assert "index: exact engine (auto: 3,000 rows are at most" in capsys.readouterr().out
 
 
-def test_neighbours_of_training_rows_can_be_kept(make_run, tmp_path):
+def test_neighbours_of_training_rows_can_be_kept(make_run):
     without = _run(make_run("retrieval.engine=exact"))
     direct = {name: _all(without.targets("train"), name) for name in ("id", "prob", "mass")}
-    config = make_run("retrieval.engine=exact", "retrieval.keep_train=all")
-    without.targets("train").remove()
-    without.targets("valid").remove()
-    layout = _run(config)
+    layout = _run(make_run("retrieval.engine=exact", "retrieval.keep_train=all"))
+    assert layout.index.relative == without.index.relative
+    assert layout.targets("train").relative != without.targets("train").relative
     _, row = _reference(layout, "train")
     np.testing.assert_array_equal(_all(layout.neighbors("train"), "row"), row)
     for name, values in direct.items():
         np.testing.assert_array_equal(_all(layout.targets("train"), name), values)
+        np.testing.assert_array_equal(_all(without.targets("train"), name), values)
 
 
 class _Killed(BaseException):
@@ -261,7 +260,7 @@ def test_a_killed_search_continues_bit_for_bit(make_run, monkeypatch, tmp_path, 
         f"retrieval.engine={engine}", "retrieval.query_batch=500", "retrieval.shard_rows=1600",
     )  # fmt: skip
     whole = _run(make_run(*overrides, workdir=tmp_path / "whole"))
-    config = make_run(*overrides)
+    run = make_run(*overrides)
     write, count = ShardWriter.put, 0
 
     def killed(self, rows, arrays):
@@ -274,8 +273,8 @@ def test_a_killed_search_continues_bit_for_bit(make_run, monkeypatch, tmp_path, 
     monkeypatch.setattr(ShardWriter, "put", killed)
     for _ in range(2):
         with pytest.raises(_Killed):
-            _run(config)
-    layout = _run(config)
+            _run(run)
+    layout = _run(run)
     for artifact, names in (
         ("neighbors", ("row", "distance")),
         ("targets", ("id", "prob", "mass")),
@@ -292,7 +291,7 @@ def test_a_killed_search_continues_bit_for_bit(make_run, monkeypatch, tmp_path, 
 
 def test_a_killed_index_build_continues(make_run, monkeypatch):
     pytest.importorskip("scann")
-    config = make_run("retrieval.engine=scann", "retrieval.shard_rows=1600")
+    run = make_run("retrieval.engine=scann", "retrieval.shard_rows=1600")
     check, count = approximate._check_written, 0
 
     def killed(path, files, rows):
@@ -304,10 +303,10 @@ def test_a_killed_index_build_continues(make_run, monkeypatch):
 
     monkeypatch.setattr(approximate, "_check_written", killed)
     with pytest.raises(_Killed):
-        run_stages(index.stages(config))
-    run_stages(index.stages(config))
+        run_stages(index.stages(run))
+    run_stages(index.stages(run))
     assert count == 3  # The first shard was not built again.
-    assert sorted(p.name for p in Artifacts(config).index.path.glob("shard-*")) == [
+    assert sorted(p.name for p in run.index.path.glob("shard-*")) == [
         "shard-00000", "shard-00001",
     ]  # fmt: skip
 
@@ -315,20 +314,20 @@ def test_a_killed_index_build_continues(make_run, monkeypatch):
 def test_a_damaged_shard_of_an_interrupted_index_is_built_again(make_run, monkeypatch, capsys):
     """Else the manifest would record the damaged file as the right one."""
     pytest.importorskip("scann")
-    config = make_run("retrieval.engine=scann", "retrieval.shard_rows=1600")
+    run = make_run("retrieval.engine=scann", "retrieval.shard_rows=1600")
     with monkeypatch.context() as patch, pytest.raises(_Killed):
         patch.setattr("mlpmem_jax.retrieval.index_builder.choose_settings", _kill)
-        run_stages(index.stages(config))
-    shard = Artifacts(config).index.path / "shard-00001"
+        run_stages(index.stages(run))
+    shard = run.index.path / "shard-00001"
     for name in ("dataset.npy", "shard.json"):
         whole = (shard / name).read_bytes()
         (shard / name).write_bytes(whole.replace(whole[-40:-20], whole[-20:]))
         with monkeypatch.context() as patch, pytest.raises(_Killed):
             patch.setattr("mlpmem_jax.retrieval.index_builder.choose_settings", _kill)
-            run_stages(index.stages(config))
+            run_stages(index.stages(run))
         assert f"{shard / name}: damaged" in capsys.readouterr().err
         assert (shard / name).read_bytes() == whole
-    run_stages(index.stages(config))
+    run_stages(index.stages(run))
     assert not capsys.readouterr().err
 
 
@@ -346,43 +345,45 @@ def _kill(*_, **__):
     ids=["another value", "another key", "cut"],
 )
 def test_a_changed_temperature_of_an_interrupted_start_is_named(make_run, monkeypatch, edit):
-    config = make_run("retrieval.engine=exact")
+    run = make_run("retrieval.engine=exact")
     put = ShardWriter.put
     monkeypatch.setattr(
         ShardWriter, "put", lambda self, *rows: _kill() if "prob" in rows[1] else put(self, *rows)
     )
     with pytest.raises(_Killed):
-        _run(config)
+        _run(run)
     monkeypatch.undo()
-    file = Artifacts(config).targets("train").path / "temperature.json"
+    file = run.targets("train").path / "temperature.json"
     text = file.read_text()
     file.write_text(edit(text))
     with pytest.raises(ArtifactError, match=f"{file}: damaged"):
-        _run(config)
+        _run(run)
     file.unlink()  # Then it is chosen again, and is the same.
-    _run(config)
+    _run(run)
     assert file.read_text() == text
 
 
 def test_too_many_neighbours(make_run):
-    config = make_run("retrieval.engine=exact", "retrieval.num_neighbors=3000")
+    run = make_run("retrieval.engine=exact", "retrieval.num_neighbors=3000")
     with pytest.raises(ConfigError, match=r"retrieval.num_neighbors=3000 .* 2999 other rows"):
-        _run(config)
+        _run(run)
 
 
 def test_keys_that_are_not_finite(make_run):
-    with pytest.raises(ArtifactError, match="train/key: row 1234 is not finite"):
-        _run(make_run("retrieval.engine=exact", bad_row=1234))
+    run = make_run("retrieval.engine=exact", bad_row=1234)
+    where = run.datastore("train").path
+    with pytest.raises(ArtifactError, match=f"{where}/key: row 1234 is not finite"):
+        _run(run)
 
 
 def test_a_low_recall_names_the_keys_to_raise(make_run):
     pytest.importorskip("scann")
-    config = make_run(
+    run = make_run(
         "retrieval.engine=scann", "retrieval.num_leaves_to_search=1", "retrieval.num_leaves=100"
     )
     message = r"below retrieval.min_recall=0.95: raise retrieval.num_leaves_to_search \(now 1\)"
     with pytest.raises(ConfigError, match=message):
-        _run(config)
+        _run(run)
 
 
 def test_a_missing_package_names_the_exact_engine(make_run, monkeypatch):
@@ -395,25 +396,24 @@ def test_a_missing_package_names_the_exact_engine(make_run, monkeypatch):
 
 def test_a_damaged_index_file_is_named(make_run):
     pytest.importorskip("scann")
-    config = make_run("retrieval.engine=scann")
-    run_stages(index.stages(config))
-    file = Artifacts(config).index.path / "shard-00000" / "dataset.npy"
+    run = make_run("retrieval.engine=scann")
+    run_stages(index.stages(run))
+    file = run.index.path / "shard-00000" / "dataset.npy"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(ArtifactError, match="dataset.npy: damaged"):
-        run_stages(retrieve.stages(config))
+        run_stages(retrieve.stages(run))
 
 
 def test_splits_of_different_decoders_are_refused(make_run):
-    config = make_run("retrieval.engine=exact")
-    layout = Artifacts(config)
-    manifest = layout.datastore("valid").load()
-    origin = {**manifest.made_from, "decoder/base": "0" * 16}
-    layout.datastore("valid").begin(origin)
-    layout.datastore("valid").finish(counts=manifest.counts, arrays=manifest.arrays)
-    with pytest.raises(ArtifactError, match="made from another decoder/base"):
-        _run(config)
+    run = make_run("retrieval.engine=exact")
+    valid = run.datastore("valid")
+    manifest = valid.load()
+    valid.begin({**manifest.made_from, run.decoder.relative: "0" * 16})
+    valid.finish(counts=manifest.counts, arrays=manifest.arrays)
+    with pytest.raises(ArtifactError, match=f"made from another {run.decoder.relative}"):
+        _run(run)
 
 
 def test_the_labels_probability_uses_all_neighbours(make_run):

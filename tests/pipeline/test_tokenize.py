@@ -22,9 +22,17 @@ from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import TokenWindows
 from mlpmem_jax.errors import PREEMPTED, ArtifactError, UserError
 from mlpmem_jax.pipeline.graph import Artifacts
-from mlpmem_jax.pipeline.tokenize import stages
 from mlpmem_jax.store.array_specs import SPLITS
-from tests.pipeline.tokenizing import WORDS, contents, failing_at, make, settings
+from mlpmem_jax.store.run_record import RunRecord
+from tests.pipeline.tokenizing import (
+    WORDS,
+    contents,
+    failing_at,
+    files_of,
+    make,
+    planned,
+    settings,
+)
 
 pytestmark = pytest.mark.usefixtures("small_shards")
 
@@ -97,25 +105,39 @@ def test_windows_are_the_same_from_disk(text: Path, monkeypatch: pytest.MonkeyPa
         TokenSplit.open(layout.tokens, "train").read_windows(starts, 100)
 
 
-def test_a_second_start_does_nothing_and_changed_text_is_refused(
+def test_a_second_start_does_nothing_and_changed_text_makes_others_beside(
     text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make(settings(text))
+    first = make(settings(text))
     before = contents(text / "run")
     capsys.readouterr()
     make(settings(text))
     assert capsys.readouterr().out.count("complete") == 2
     assert contents(text / "run") == before
-    make(settings(text, corpus={"attention": "within"}))
-    (text / "text" / "07.txt").write_text("other text")
-    with pytest.raises(ArtifactError, match=r"tokenizer: was made otherwise.*listing.digest"):
-        make(settings(text))
+    within = make(settings(text, corpus={"attention": "within"}))
+    assert within.tokens.relative == first.tokens.relative
+    assert contents(text / "run") == before
+    old = [files_of(one) for one in (first.tokenizer, first.tokens)]
+    changed = text / "text" / "07.txt"
+    data = changed.read_bytes()
+    changed.write_text("other text")
+    other = make(settings(text))
+    for name in ("tokenizer", "tokens"):
+        one, two = getattr(first, name), getattr(other, name)
+        assert one.relative != two.relative
+        assert one.load().fingerprint != two.load().fingerprint
+    assert [files_of(one) for one in (first.tokenizer, first.tokens)] == old
+    # The old text again: what was made of it is there, and used.
+    changed.write_bytes(data)
+    capsys.readouterr()
+    assert make(settings(text)).tokens.relative == first.tokens.relative
+    assert capsys.readouterr().out.count("complete") == 2
 
 
 def test_text_that_was_moved_is_the_same_text(
     text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make(settings(text))
+    first = make(settings(text))
     for path in (text / "text").iterdir():
         os.utime(path, ns=(10**18, 10**18))
     before = contents(text / "run")
@@ -131,10 +153,12 @@ def test_text_that_was_moved_is_the_same_text(
     data = changed.read_bytes()
     monkeypatch.setattr(digests, "_END_BYTES", 4)
     changed.write_bytes(data[:9] + bytes([data[9] ^ 1]) + data[10:])
-    with pytest.raises(ArtifactError, match=r"tokenizer: was made otherwise.*listing.digest"):
-        make(settings(text, corpus={"paths": ["moved/*.txt"]}))
+    other = make(settings(text, corpus={"paths": ["moved/*.txt"]}))
+    digests_of = [run.tokens.load().recipe["listing"]["digest"] for run in (first, other)]
+    assert digests_of[0] != digests_of[1]
     changed.write_bytes(data)
-    make(settings(text, corpus={"paths": ["moved/*.txt"]}))
+    same = make(settings(text, corpus={"paths": ["moved/*.txt"]}))
+    assert same.tokens.relative == first.tokens.relative != other.tokens.relative
 
 
 def test_the_same_files_twice_give_the_same_tokens_as_once(
@@ -175,8 +199,8 @@ def test_what_a_start_after_a_kill_knows_of_the_documents_before(
         assert layout.tokens.load().counts["duplicate_documents"] == 30
 
 
-def test_text_that_changes_before_a_start_is_continued_is_refused(
-    text: Path, monkeypatch: pytest.MonkeyPatch
+def test_text_that_changes_before_a_start_is_continued_makes_tokens_of_its_own(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Of a tokenizer that is given, so that the tokens alone depend on the text.
     path = text / "given.json"
@@ -186,14 +210,24 @@ def test_text_that_changes_before_a_start_is_continued_is_refused(
         patch.setattr(writer.TokenWriter, "save", failing_at(5))
         with pytest.raises(OSError, match="No space"):
             make(values)
+    begun = text / "broken" / "artifacts" / RunRecord.read(text / "broken").roles["tokens"]
+    left = {str(one): one.read_bytes() for one in begun.rglob("*") if one.is_file()}
+    assert begun / "progress.npz" in begun.iterdir() and begun / "building.json" in begun.iterdir()
     changed = text / "text" / "50.txt"
     data = changed.read_bytes()
     changed.write_bytes(data.upper())
-    with pytest.raises(ArtifactError, match=r"tokens: was begun otherwise .*listing.digest"):
-        make(values)
+    capsys.readouterr()
+    other = make(values)
+    assert "continuing" not in capsys.readouterr().out
+    assert str(other.tokens.path) != str(begun)
+    assert {str(one): one.read_bytes() for one in begun.rglob("*") if one.is_file()} == left
     changed.write_bytes(data)
-    make(values)
-    assert contents(text / "broken") == contents(text / "run")
+    assert str(make(values).tokens.path) == str(begun)
+    assert "continuing" in capsys.readouterr().out
+    found = contents(text / "broken").items()
+    assert {name: each for name, each in found if not name.startswith("artifacts/")} == contents(
+        text / "run"
+    )
 
 
 def test_words_are_those_of_the_harness(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,13 +281,13 @@ def test_a_dataset_that_breaks_off_is_started_again_by_the_launcher(
     assert main([*command, "--workdir", str(tmp_path / "run")]) == PREEMPTED
     message = "error: corpus.dataset=some/set, row 150: the connection broke 5 times"
     assert message in capsys.readouterr().err
-    assert (tmp_path / "run" / "tokens" / "progress.npz").exists()
+    begun = tmp_path / "run" / "artifacts" / RunRecord.read(tmp_path / "run").roles["tokens"]
+    assert (begun / "progress.npz").exists()
     breaking = False
     assert main([*command, "--workdir", str(tmp_path / "run")]) == 0
-    assert "tokens: continuing" in capsys.readouterr().out
+    assert f"tokens ({begun.name[:8]}): continuing" in capsys.readouterr().out
     assert main([*command, "--workdir", str(tmp_path / "straight")]) == 0
     one, other = (contents(tmp_path / name) for name in ("run", "straight"))
-    one.pop("config.yaml"), other.pop("config.yaml")
     assert one == other
 
 
@@ -283,7 +317,7 @@ def test_a_rebuild_that_cannot_do_leaves_what_is_there(text: Path) -> None:
     make(settings(text))
     before = contents(text / "run")
     with pytest.raises(UserError, match="the test split is empty"):
-        stages(Config(**settings(text, corpus={"test_fraction": 1e-9})))
+        planned(settings(text, corpus={"test_fraction": 1e-9}))
     assert contents(text / "run") == before
 
 
@@ -355,7 +389,7 @@ def test_what_cannot_do_is_refused_before_anything_is_written(
     for name in "abcd":
         (text / "copies" / name).write_text("four times the same")
     with pytest.raises(UserError) as caught:
-        stages(Config(**settings(text, **changes)))
+        planned(settings(text, **changes))
     assert message in str(caught.value)
     assert not (text / "run").exists()
 

@@ -1,6 +1,5 @@
 """tokenize: an error or a kill at any moment, and the start after it."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 
 from mlpmem_jax.corpus import writer
+from mlpmem_jax.store.run_record import RunRecord
 from tests.pipeline.tokenizing import contents, failing_at, make, settings
 
 pytestmark = pytest.mark.usefixtures("small_shards")
@@ -43,11 +43,8 @@ def test_an_error_in_the_middle_and_then_a_second_start(
 KILLED = """
 import os, signal, sys
 sys.path[:0] = [{root!r}]
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.store import appender
-from mlpmem_jax.pipeline.stage import run_stages
-from mlpmem_jax.pipeline.tokenize import stages
-from tests.pipeline.tokenizing import shrink
+from tests.pipeline.tokenizing import make, shrink
 shrink(setattr)
 
 calls = 0
@@ -64,7 +61,7 @@ def seam(real):
 os.replace = seam(os.replace)
 appender.write_rows = seam(appender.write_rows)
 appender.create_array = seam(appender.create_array)
-run_stages(stages(Config(**{values!r})))
+make({values!r})
 print("calls", calls)
 """
 
@@ -92,7 +89,7 @@ def test_sigkill_at_any_moment(text: Path, root: Path) -> None:
     assert contents(text / "killed") == expected
     for name in ("tokenizer", "tokens"):
         one, other = (
-            json.loads((text / run / name / "manifest.json").read_text())["fingerprint"]
+            RunRecord.read(text / run).artifact(name, "test").load().fingerprint
             for run in ("straight", "killed")
         )
         assert one == other

@@ -5,12 +5,17 @@ from typing import Any
 
 import numpy as np
 
+from mlpmem_jax.commands import run_command
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus import writer
+from mlpmem_jax.pipeline import tokenize
 from mlpmem_jax.pipeline.graph import Artifacts
-from mlpmem_jax.pipeline.stage import run_stages
-from mlpmem_jax.pipeline.tokenize import stages
+from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.sources import Sources
+from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store import array_specs
+from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.run_record import ARTIFACTS, FILE, RUNS, RunRecord
 
 WORDS = ["def", "class", "return", "for", "'é'", "🙂", "value", "(", ")", ":", "<|endoftext|>"]
 
@@ -49,20 +54,46 @@ def settings(tmp_path: Path, workdir: str = "run", **changes: Any) -> dict[str, 
     }
 
 
-def make(values: dict[str, Any]) -> Artifacts:
+def planned(values: dict[str, Any]) -> list[Stage]:
+    """Returns the stages of `tokenize`; the text is read, and nothing is written."""
     config = Config(**values)
-    run_stages(stages(config))
-    return Artifacts(config)
+    return tokenize.stages(Artifacts(config, Sources(config.workdir, reads=True)))
+
+
+def make(values: dict[str, Any]) -> Artifacts:
+    """Runs `tokenize`; returns the artifacts that it has made or found."""
+    config = Config(**values)
+    assert run_command("tokenize", config, Options(workdir=config.workdir)) == 0
+    run = Artifacts(config)
+    assert run.tokens.is_complete()  # Known from here on, whatever becomes of the text.
+    return run
 
 
 def contents(workdir: Path) -> dict[str, bytes]:
-    """Everything that must be the same in two runs, by path."""
+    """Everything that must be the same in two runs, by path; what `run.json` names, by role."""
+    roles = {relative: role for role, relative in RunRecord.read(workdir).roles.items()}
+    found = {}
+    for path in sorted(workdir.rglob("*")):
+        parts = path.relative_to(workdir).parts
+        if not path.is_file() or parts[:2] == (ARTIFACTS, RUNS):
+            continue
+        if path.name in ("manifest.json", "text-digests.json", "config.yaml", FILE):
+            continue
+        if path.suffix == ".mlpmem-tmp":
+            continue
+        role = roles.get("/".join(parts[1:3])) if parts[0] == ARTIFACTS else None
+        name = "/".join(parts) if role is None else "/".join((role, *parts[3:]))
+        found[name] = path.read_bytes()
+    return found
+
+
+def files_of(artifact: Artifact) -> dict[str, bytes]:
+    """All files of an artifact, its records included."""
+    folder = Path(artifact.path)
     return {
-        str(path.relative_to(workdir)): path.read_bytes()
-        for path in sorted(workdir.rglob("*"))
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
         if path.is_file()
-        and path.name not in ("manifest.json", "text-digests.json")
-        and path.suffix != ".mlpmem-tmp"
     }
 
 
