@@ -107,7 +107,7 @@ class Unread(Sources):
     def __init__(self, workdir: str):
         super().__init__(workdir, reads=False)
 
-    def _content(self, key: list[Any], read: Callable[[], Any]) -> Any:
+    def _content(self, key: list[Any], read: Callable[[], Any], **_: Any) -> Any:
         return {}
 
 
