@@ -263,7 +263,10 @@ class Artifact:
             self._refuse_stale("built", manifest.recipe, manifest.made_from, made_from)
             return Status.COMPLETE
         if (self.path / BUILDING).exists():
-            begun = self._begun()
+            try:
+                begun = self._begun()
+            except FileNotFoundError:  # Another run has just finished it.
+                return self.status(made_from)
             if begun == replacement.REMOVING or not holds_files(self.path):
                 return Status.MISSING  # Nothing to continue: removed, or refused at once.
             self._refuse_stale("begun", begun["recipe"], begun["made_from"], made_from)

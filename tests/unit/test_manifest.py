@@ -66,6 +66,20 @@ def test_seconds_of_another_attempt_are_not_carried_over(artifact):
     assert artifact.spent() == 0.0
 
 
+def test_one_that_another_run_finishes_while_its_status_is_asked(artifact, monkeypatch):
+    made_from = {"tokenizer": "1234"}
+    artifact.begin(made_from)
+    begun = Artifact._begun
+
+    def finished_before(self):
+        monkeypatch.setattr(Artifact, "_begun", begun)
+        self.finish()
+        return begun(self)
+
+    monkeypatch.setattr(Artifact, "_begun", finished_before)
+    assert artifact.status(made_from) is Status.COMPLETE
+
+
 @pytest.mark.parametrize("finish", [True, False])
 def test_one_whose_input_was_rebuilt_is_stale(artifact, finish):
     artifact.begin({"tokenizer": "1234"})
