@@ -57,17 +57,12 @@ def draws_of(num_clusters: int, settings: Settings, split: str) -> Draws:
     return Draws(num_clusters, settings.bootstrap_samples, seed)
 
 
-def drawn_weights(valid: SplitParts, system: System, settings: Settings) -> np.ndarray:
-    """Returns the weights of a system's parts, chosen anew in each draw of validation: [R, M]."""
-    draws = draws_of(valid.counts.num_clusters, settings, "valid")
-    return choose(valid.scored(system), valid.counts_of(system).scored_cluster_N, draws)
-
-
 def drawn_nats(
     valid: SplitParts, test: SplitParts, system: System, settings: Settings
 ) -> np.ndarray:
     """Returns the nats of a system over the test clusters of each draw, float64 [R]."""
-    weight_RM = drawn_weights(valid, system, settings)
+    draws = draws_of(valid.counts.num_clusters, settings, "valid")
+    weight_RM = choose(valid.scored(system), valid.counts_of(system).scored_cluster_N, draws)
     draws = draws_of(test.counts.num_clusters, settings, "test")
     return sum_nats(test.scored(system), test.counts_of(system).scored_cluster_N, weight_RM, draws)
 
@@ -100,9 +95,13 @@ class Choices:
     @functools.cached_property
     def drawn_weights(self) -> BySeed:
         """Weights of a row's parts in each draw, [R, M]."""
-        return self._each(
-            lambda seed, system: drawn_weights(self.seeds[seed].valid, system, self.settings)
-        )
+        draws = draws_of(self.counts["valid"].num_clusters, self.settings, "valid")
+
+        def chosen(seed: int, system: System) -> np.ndarray:
+            valid = self.seeds[seed].valid
+            return choose(valid.scored(system), valid.counts_of(system).scored_cluster_N, draws)
+
+        return self._each(chosen)
 
     @functools.cached_property
     def nats(self) -> dict[str, BySeed]:

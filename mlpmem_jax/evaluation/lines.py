@@ -101,6 +101,12 @@ def weights_cell(weights: Iterable[float]) -> str:
     return " + ".join(number(weight, 3) for weight in weights)
 
 
+def seeds_text(results: Results) -> str:
+    """Returns what the numbers of a table are over."""
+    seeds = results["seeds"]
+    return f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+
+
 def seeds_cell(row: Results) -> str:
     """Returns the range of a row's test nats over seeds, or a dash where there is one seed."""
     if len(row["by_seed"]) < 2:

@@ -9,9 +9,13 @@ import pytest
 
 from mlpmem_jax.evaluation import evaluate_table as compare_module
 from mlpmem_jax.evaluation import metrics
-from mlpmem_jax.evaluation.evaluate_table import SplitScores, compare
+from mlpmem_jax.evaluation.draws import Settings
+from mlpmem_jax.evaluation.evaluate_table import SplitScores, compare, rows_of
+from mlpmem_jax.evaluation.metrics import QUALITY
 from mlpmem_jax.evaluation.picture import draw
 from mlpmem_jax.evaluation.report import sentence
+from mlpmem_jax.evaluation.statistics import summarise
+from mlpmem_jax.evaluation.systems import SeedScores
 
 SEPARATOR = 0
 
@@ -63,6 +67,24 @@ def test_numbers_agree_with_a_direct_computation():
     assert memory["difference_low"] < memory["difference_nats"] < memory["difference_high"]
     assert found["systems"]["knn"]["gain_recovered"] == pytest.approx(1.0)
     assert found["systems"]["knn"]["gain_recovered_low"] is None
+
+
+def test_its_rows_are_those_of_a_table_of_one_seed():
+    valid, test = make_scores(1), make_scores(2)
+    rows = rows_of(run(valid, test))
+    settings = Settings(200, 0.9, 0, "decoder", "knn")
+    seeds = {0: SeedScores(valid.parts, test.parts)}
+    several = summarise(list(valid.systems.values()), seeds, settings)["rows"]
+    for one, other in zip(rows, several, strict=True):
+        assert [one["key"], one["label"]] == [other["key"], other["label"]]
+        assert one["test_nats"]["value"] == other["test_nats"]["value"]
+        assert one["valid_nats"] == other["valid_nats"]["value"]
+        assert [one["interpolation"]] == (other["weights"] or [None])
+        for name in QUALITY:
+            assert one[name] == other[name]
+        if one["key"] != "decoder":
+            assert one["difference"] == other["difference"]
+            assert one["gain_recovered"] == other["gain_recovered"]
 
 
 def jointly(scores: SplitScores) -> SplitScores:

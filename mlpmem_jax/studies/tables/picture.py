@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlpmem_jax.evaluation.lines import seeds_text
 from mlpmem_jax.evaluation.picture import draw_rows
 from mlpmem_jax.evaluation.style import (
     COLORS,
@@ -54,20 +55,14 @@ def draw(results: Results, measured: Results) -> bytes:
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1.0))
     for axes in (left, right):
         plain(axes)
-    reference = next(row for row in rows if row["key"] == results["reference"])["test_nats"][
-        "value"
-    ]
+    decoder = next(row for row in rows if row["key"] == results["reference"])
+    reference = decoder["test_nats"]["value"]
     draw_rows(left, rows, [color_of(row) for row in rows], reference)
     several = "; dots below: each seed" if len(results["seeds"]) > 1 else ""
     about = f"bars: {level_text(results)} interval of the paired difference to the decoder{several}"
-    wide_title(left, f"Test, {_seeds(results)}", about)
+    wide_title(left, f"Test, {seeds_text(results)}", about)
     _draw_costs(right, rows, measured, reference)
     return as_png(figure)
-
-
-def _seeds(results: Results) -> str:
-    count = len(results["seeds"])
-    return f"mean of {count} seeds" if count > 1 else f"seed {results['seeds'][0]}"
 
 
 def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, reference: float) -> None:

@@ -11,6 +11,7 @@ from mlpmem_jax.evaluation.lines import (
     quality_cells,
     quality_titles,
     seeds_cell,
+    seeds_text,
     size_cells,
     size_titles,
     weights_cell,
@@ -85,9 +86,7 @@ def as_text(results: Results, measured: Results) -> str:
     """Returns what is shown in the terminal."""
     rows = results["rows"]
     level = level_text(results)
-    seeds = results["seeds"]
     test = results["test"]
-    several = f"mean of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
     quality_header = [
         "", "test\nnats", f"{level}\ninterval", "over\nseeds", *quality_titles(level),
         "kNN gain\nrecovered",
@@ -98,7 +97,7 @@ def as_text(results: Results, measured: Results) -> str:
     return "\n".join(
         [
             f"{test_line(test)}, effective sample size {test['effective_sample_size']:.1f}, "
-            f"{several}",
+            f"{seeds_text(results)}",
             render(quality_header, [_quality(row) for row in rows]),
             render(cost_header, [_cost(row, mean_cost(measured, row["key"])) for row in rows]),
             *note_lines(_notes(results, measured)),
