@@ -186,7 +186,8 @@ def load_tokenizer(artifact: Artifact) -> TextTokenizer:
     """
     manifest = artifact.verify()
     path = artifact.path / TOKENIZER_FILE
-    tokenizer = TextTokenizer(path.read_bytes(), manifest.recipe["separator"], str(path))
+    separator = manifest.recipe["tokenizer"]["separator"]
+    tokenizer = TextTokenizer(path.read_bytes(), separator, str(path))
     if tokenizer.vocab_size != manifest.counts["vocab_size"]:
         raise ArtifactError(
             f"{path}: {tokenizer.vocab_size} entries, its manifest says "

@@ -184,7 +184,7 @@ def test_two_runs_at_the_same_time_make_each_artifact_once(tiny_run: Config, tmp
                 command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
         )
-    outputs = [process.communicate(timeout=900) for process in started]
+    outputs = [process.communicate(timeout=500) for process in started]
     assert [process.returncode for process in started] == [0, 0], outputs
     made = [_made(output) for output, _ in outputs]
     assert sorted(made[0] + made[1]) == [
@@ -234,6 +234,7 @@ def test_what_a_used_artifact_is_made_from_is_used(run: Path, tmp_path: Path):
     """By another work directory, which names the memory alone."""
     store, made = run / "artifacts", _artifacts(run)
     known = RunRecord.read(run)
+    (tmp_path / "other").mkdir()
     RunRecord(epath.Path(tmp_path / "other"), str(store)).updated(
         str(store), {"memory": known.roles["memory"]}, known.sources
     ).write()
