@@ -176,8 +176,8 @@ def test_all_stages_are_refused_together_before_the_first_is_made(tmp_path, on):
         and "10.0 GiB are free" in disk
     )
     assert device == (
-        "memory/device (device): keys: at least 17.0 GiB on each of 8 devices (TPU v5e), which have "
-        "16.0 GiB; use more"
+        "memory/device (device): keys: at least 17.0 GiB on each of 8 devices (TPU v5e), which "
+        "have 16.0 GiB; use more"
     )
     assert host == (
         "memory/host (host): shards: at least 1.0 TiB of host memory, and 357.6 GiB are free; "
