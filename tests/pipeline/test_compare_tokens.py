@@ -76,11 +76,8 @@ def test_a_row_of_other_tokens_is_compared_on_the_same_text(
     assert rows["fewer"]["difference"]["value"] == pytest.approx(
         value - rows["decoder"]["test_nats"]["value"], rel=1e-6
     )
-    size = {
-        name: row["0"]["parameters"]
-        for name, row in _json(workdir, "measured.json")["rows"].items()
-    }
-    assert size["fewer"] == size["memory"] + 2 * 128 * 16 * 0 or size["fewer"] >= size["memory"]
+    measured = json_of(workdir, "measured.json")["rows"]
+    assert measured["fewer"]["0"]["parameters"] > measured["memory"]["0"]["parameters"]
     capsys.readouterr()
     assert run("compare", workdir, *texts) == 0
     assert ": making" not in capsys.readouterr().out
