@@ -86,9 +86,12 @@ class Artifacts:
         if role in self.given:
             return self.given[role]
         if role not in self._known:
-            label = f"{role} [{self.title}]" if self.title else role
+            label = self._label(role)
             self._known[role] = Artifact.of(self.store, kind, recipe(), inputs(), label)
         return self._known[role]
+
+    def _label(self, role: str) -> str:
+        return f"{role} [{self.title}]" if self.title else role
 
     @property
     def tokenizer(self) -> Artifact:
@@ -259,7 +262,7 @@ class Artifacts:
 
     def scores(self, recipe: Recipe, inputs: Sequence[Artifact], role: str) -> Artifact:
         """Returns log-probabilities that a model gives the labels of a split."""
-        return Artifact.of(self.store, "scores", recipe, inputs, role)
+        return Artifact.of(self.store, "scores", recipe, inputs, self._label(role))
 
     @property
     def machine(self) -> Artifact:

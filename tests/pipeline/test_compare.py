@@ -15,8 +15,14 @@ import pytest
 from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.refresh import Phases, refresh_stages
 from mlpmem_jax.stats.mixing import solve
+from mlpmem_jax.store.array_specs import Split
 from mlpmem_jax.store.arrays import open_array, read_rows
+from mlpmem_jax.studies.compare import command as compare
+from mlpmem_jax.studies.tables.part_scores import Part
+from mlpmem_jax.studies.tables.rows import SeedPlan, planned_row
+from mlpmem_jax.studies.tables.variants import Variant
 from tests.pipeline.conftest import TINY
 
 HERE = Path(__file__).resolve().parent
@@ -53,8 +59,39 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
+def _report(workdir: Path, command: str = "compare") -> Path:
+    """The only finished report of a command."""
+    (file,) = (workdir / "results").glob(f"{command}-*/manifest.json")
+    return file.parent
+
+
+def json_of(workdir: Path, name: str) -> dict:
+    return json.loads((_report(workdir) / name).read_text())
+
+
 def _results(workdir: Path) -> dict:
-    return json.loads((workdir / "results" / "compare" / "compare.json").read_text())
+    return json_of(workdir, "compare.json")
+
+
+def _plan(workdir: Path, seed: int = 0) -> SeedPlan:
+    """What the rows of a seed are made from."""
+    return SeedPlan(load_config(TINY, SMALL, {"workdir": str(workdir)}), seed)
+
+
+def _variant(workdir: Path, row: str) -> Variant:
+    """How the network of a row of one's own is made, for seed 0."""
+    found = planned_row(_plan(workdir), row)
+    assert found is not None
+    return found.parts[-1].variant
+
+
+def _role(line: str) -> str:
+    """The role that a line of the log begins with, "ROLE (ID): …"."""
+    return line.split(" (")[0]
+
+
+def _bits(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_rows_seeds_and_files(compared: Path):
@@ -63,7 +100,7 @@ def test_rows_seeds_and_files(compared: Path):
         "decoder", "knn", "memory", "longer", "memory_knn", "continued", "taught",
     ]  # fmt: skip
     assert results["seeds"] == [0, 3]
-    folder = compared / "results" / "compare"
+    folder = _report(compared)
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
     with open(folder / "compare.csv", newline="") as file:
         lines = list(csv.DictReader(file))
@@ -75,21 +112,40 @@ def test_rows_seeds_and_files(compared: Path):
         assert len(list(csv.DictReader(file))) == 21 * 3
 
 
-def test_a_table_of_other_rows_is_refused_before_they_are_made(
-    compared: Path, capsys: pytest.CaptureFixture[str]
+def test_a_table_of_other_rows_lies_beside_the_first(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
+    """In a work directory of its own that shares the store; only what is new is made."""
+    first, tables = _bits(_report(compared)), list((compared / "results").glob("compare-*"))
+    one = ("compare.seeds=[0]", "compare.rows=[memory]", "compare.teachers=[]")
+    rows = (*one, "compare.recipes=[{name: short, overrides: [train.num_steps=3]}]")
+    store = f"store={compared / 'artifacts'}"
+    other = tmp_path / "other"
     capsys.readouterr()
-    rows = ("compare.recipes=[{name: short, overrides: [train.num_steps=3]}]",)
-    assert run("compare", compared, *rows) == 2
-    told = capsys.readouterr().err
-    assert "was made otherwise" in told and "rows.compare" in told
-    assert not (compared / "memory" / "seed-0-short").exists()
-    assert run("compare", compared, *rows, "--dry-run") == 0
-    assert re.search(r"results/compare +REFUSED: .* was made otherwise", capsys.readouterr().out)
+    assert run("compare", other, store, *rows, "--dry-run") == 0
+    plan = capsys.readouterr().out
+    assert re.search(r"memory \[seed 0\] \(\w+\) +complete; nothing to do", plan)
+    assert re.search(r"memory \[seed 0, short\] \(\w+\) +will be made", plan)
+    assert not other.exists()
+    assert run("compare", other, store, *rows) == 0
+    out = capsys.readouterr().out
+    made = {_role(line) for line in out.splitlines() if line.endswith(": making")}
+    short = "[seed 0, short]"
+    assert made == {
+        "machine", f"memory {short}", f"scores/memory/valid {short}", f"scores/memory/test {short}",
+        "results/compare",
+    }  # fmt: skip
+    assert _report(other).name != _report(compared).name
+    shared = {row["key"]: row for row in _results(compared)["rows"]}["memory"]["by_seed"]["0"]
+    again = {row["key"]: row for row in _results(other)["rows"]}["memory"]["by_seed"]["0"]
+    assert again["weights"] == shared["weights"]
+    assert again["test_nats"] == shared["test_nats"]
+    assert _bits(_report(compared)) == first
+    assert list((compared / "results").glob("compare-*")) == tables
 
 
 def test_rebuild_mends_a_damaged_table(compared: Path, capsys: pytest.CaptureFixture[str]):
-    file = compared / "results" / "compare" / "compare.json"
+    file = _report(compared) / "compare.json"
     whole = file.read_text()
     file.write_text(whole.replace("nats", "gnats", 1))
     capsys.readouterr()
@@ -97,8 +153,8 @@ def test_rebuild_mends_a_damaged_table(compared: Path, capsys: pytest.CaptureFix
     assert "compare.json" in capsys.readouterr().err
     assert run("compare", compared, "--rebuild", "--dry-run") == 0
     plan = capsys.readouterr().out
-    assert re.search(r"results/compare +complete; will be made again", plan)
-    assert re.search(r"memory/seed-0 +complete; nothing to do", plan)
+    assert re.search(r"results/compare \(\w+\) +complete; will be made again", plan)
+    assert re.search(r"memory \[seed 0\] \(\w+\) +complete; nothing to do", plan)
     assert run("compare", compared, "--rebuild") == 0
     assert file.read_text() == whole
 
@@ -108,8 +164,8 @@ def test_numbers_come_from_the_stored_scores(compared: Path):
     results = _results(compared)
     rows = {row["key"]: row for row in results["rows"]}
 
-    def scores(name: str, split: str) -> np.ndarray:
-        folder = compared / "scores" / name / split
+    def scores(part: Part, split: Split) -> np.ndarray:
+        folder = part.scores(split).path
         label, logprob = (
             read_rows(store, 0, store.shape[0])
             for store in (open_array(folder / one) for one in ("label", "logprob"))
@@ -117,7 +173,8 @@ def test_numbers_come_from_the_stored_scores(compared: Path):
         return logprob[label != 0].astype(np.float64)
 
     for seed in ("0", "3"):
-        base, memory = f"decoder-seed-{seed}", f"memory-seed-{seed}"
+        plan = _plan(compared, int(seed))
+        base, memory = plan.decoder, plan.memory()
         decoder_nats = -scores(base, "test").mean()
         found = rows["decoder"]["by_seed"][seed]["test_nats"]["value"]
         assert found == pytest.approx(decoder_nats, rel=1e-6)
@@ -127,7 +184,7 @@ def test_numbers_come_from_the_stored_scores(compared: Path):
         mixed += (1 - weight) * np.exp(scores(base, "test"))
         found = rows["memory"]["by_seed"][seed]["test_nats"]["value"]
         assert found == pytest.approx(-np.log(mixed).mean(), rel=1e-6)
-    with open(compared / "results" / "compare" / "documents.csv", newline="") as file:
+    with open(_report(compared) / "documents.csv", newline="") as file:
         lines = [line for line in csv.DictReader(file) if line["split"] == "test"]
     total = sum(float(line["memory"]) for line in lines if line["seed"] == "0")
     tokens = sum(int(line["tokens"]) for line in lines if line["seed"] == "0")
@@ -136,7 +193,7 @@ def test_numbers_come_from_the_stored_scores(compared: Path):
 
 
 def test_the_longer_decoder_costs_what_decoder_and_memory_cost(compared: Path):
-    measured = json.loads((compared / "results" / "compare" / "measured.json").read_text())
+    measured = json_of(compared, "measured.json")
     for seed in ("0", "3"):
         longer = measured["rows"]["longer"][seed]["cost"]["network_flops"]
         memory = measured["rows"]["memory"][seed]["cost"]
@@ -152,41 +209,42 @@ def test_the_longer_decoder_costs_what_decoder_and_memory_cost(compared: Path):
 def test_a_row_of_ones_own_goes_on_from_the_memory_and_is_charged_for_it(compared: Path):
     (row,) = (row for row in _results(compared)["rows"] if row["key"] == "continued")
     assert row["label"] == "joint, from both"
-    measured = json.loads((compared / "results" / "compare" / "measured.json").read_text())
-    phases = [
-        json.loads((compared / "joint" / name / "manifest.json").read_text())
-        for name in ("seed-0-continued.phase-0", "seed-0-continued")
-    ]
-    assert {"decoder/seed-0", "memory/seed-0"} <= set(phases[0]["made_from"])
+    measured = json_of(compared, "measured.json")
+    variant, base = _variant(compared, "continued"), _plan(compared).base.run
+    phases = [one.load() for one in variant.run.joint_phases]
+    assert len(phases) == 2
+    assert {base.decoder.relative, base.memory.relative} <= set(phases[0].made_from)
     memory = measured["rows"]["memory"]["0"]["cost"]["flops_by_purpose"]
     joint = measured["rows"]["continued"]["0"]["cost"]["flops_by_purpose"]
     added = joint.pop("train") - memory.pop("train")
-    assert added == pytest.approx(sum(phase["measured"]["model_flops"] for phase in phases))
+    assert added == pytest.approx(sum(phase.measured["model_flops"] for phase in phases))
     # The targets that were made anew on the way count as the row's own.
     purposes = {"datastore": "embed", "index": "index", "neighbors": "search", "targets": "search"}
-    for kind, purpose in purposes.items():
-        made = list((compared / kind / "seed-0-continued.refresh-0").rglob("manifest.json"))
-        assert made, kind
-        for file in made:
-            spent = json.loads(file.read_text())["measured"]
-            seconds_cost = spent["seconds"] * measured["peak_flops"]
-            memory[purpose] += spent.get("model_flops", seconds_cost)
+    stages = refresh_stages(Phases(variant.run), 0)
+    made = [stage.artifact for stage in stages if stage.artifact.kind in purposes]
+    assert {one.kind for one in made} == set(purposes)
+    for one in made:
+        spent = one.load().measured
+        seconds_cost = spent["seconds"] * measured["peak_flops"]
+        memory[purposes[one.kind]] += spent.get("model_flops", seconds_cost)
     assert joint == pytest.approx(memory)
 
 
 def test_a_row_that_a_larger_decoder_teaches_is_charged_for_it(compared: Path):
-    manifest = json.loads((compared / "memory" / "seed-0-wide" / "manifest.json").read_text())
-    assert {"decoder/seed-0", "targets/seed-0-wide/train"} <= set(manifest["made_from"])
-    measured = json.loads((compared / "results" / "compare" / "measured.json").read_text())
+    variant, base = _variant(compared, "taught"), _plan(compared).base.run
+    wanted = {base.decoder.relative, variant.teacher.targets("train").relative}
+    assert wanted <= set(variant.run.memory.load().made_from)
+    measured = json_of(compared, "measured.json")
     taught = measured["rows"]["taught"]["0"]["cost"]["flops_by_purpose"]
     memory = measured["rows"]["memory"]["0"]["cost"]["flops_by_purpose"]
-    decoder = json.loads((compared / "decoder" / "seed-0-wide" / "manifest.json").read_text())
-    assert taught["teacher"] > decoder["measured"]["model_flops"] > memory["pretrain"]
+    decoder = variant.teacher.decoder.load()
+    assert taught["teacher"] > decoder.measured["model_flops"] > memory["pretrain"]
     assert taught["train"] == memory["train"] and taught["pretrain"] == memory["pretrain"]
 
 
 def test_tokens_are_shared_and_seeds_differ(compared: Path):
-    assert {path.name for path in (compared / "tokens").iterdir()} >= {"train", "valid", "test"}
+    (tokens,) = (compared / "artifacts" / "tokens").iterdir()
+    assert {path.name for path in tokens.iterdir()} >= {"train", "valid", "test"}
     results = _results(compared)
     (memory,) = (row for row in results["rows"] if row["key"] == "memory")
     first, second = (one["test_nats"]["value"] for one in memory["by_seed"].values())
@@ -204,11 +262,11 @@ def test_a_second_start_makes_nothing(compared: Path, capsys: pytest.CaptureFixt
     assert after == before
 
 
-# Where the process is killed, and the artifact that is then begun and not finished.
+# Where the process is killed, and the role of the artifact that is then begun and not finished.
 KILLS = [
-    (SAVE, 2, "after", "memory/seed-0"),
-    (FINISH, 3, "before", "scores/memory-seed-0/test"),
-    (FINISH, 2, "before", "results/compare"),
+    (SAVE, 2, "after", "memory"),
+    (FINISH, 3, "before", "scores"),
+    (FINISH, 2, "before", "table"),
 ]
 
 
@@ -220,14 +278,21 @@ def test_killed_while_it_trains_scores_and_writes_equals_uninterrupted(
     few = ("compare.seeds=[0]", "compare.rows=[knn,memory]", "compare.recipes=[]")
     arguments = ["compare", "--config", str(TINY), "--workdir", str(workdir), *SMALL, *few]
     environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
-    for function, number, when, artifact in KILLS:
+    config = load_config(TINY, [*SMALL, *few], {"workdir": str(workdir)})
+    for function, number, when, role in KILLS:
         command = [sys.executable, str(HERE / "killed.py"), function, str(number), when]
         died = subprocess.run(
             [*command, *arguments], env=environment, capture_output=True, text=True, timeout=600
         )
-        assert died.returncode == -signal.SIGKILL, (artifact, died.stdout, died.stderr)
-        assert (workdir / artifact / "building.json").exists(), (artifact, died.stdout)
-        assert not (workdir / artifact / "manifest.json").exists(), artifact
+        assert died.returncode == -signal.SIGKILL, (role, died.stdout, died.stderr)
+        memory = SeedPlan(config, 0).memory()
+        begun = {
+            "memory": lambda memory=memory: memory.run.memory,
+            "scores": lambda memory=memory: memory.scores("test"),
+            "table": lambda: compare.table_stage(Artifacts(config)).artifact,
+        }[role]()
+        assert (begun.path / "building.json").exists(), (role, died.stdout)
+        assert not (begun.path / "manifest.json").exists(), role
     assert main(arguments) == 0
     whole = {row["key"]: row for row in _results(compared)["rows"]}
     for row in _results(workdir)["rows"]:
@@ -243,7 +308,7 @@ def test_controls_are_sized_by_what_the_tokenizer_has_learned(
         "compare.teachers=[]", "compare.rows=[memory,equal_size]",
     )  # fmt: skip
     assert run("compare", tmp_path, *few) == 0
-    with open(tmp_path / "results" / "compare" / "compare.csv", newline="") as file:
+    with open(_report(tmp_path) / "compare.csv", newline="") as file:
         size = {row["row"]: int(row["parameters"]) for row in csv.DictReader(file)}
     assert size["equal_size"] == pytest.approx(size["memory"], rel=0.05)
     capsys.readouterr()
@@ -254,7 +319,7 @@ def test_controls_are_sized_by_what_the_tokenizer_has_learned(
 def test_dry_run_says_what_it_will_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert run("compare", tmp_path / "none", "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "model flops" in out and "(estimated)" in out and "memory/seed-3" in out
+    assert "model flops" in out and "(estimated)" in out and "memory [seed 3]" in out
     assert not (tmp_path / "none").exists()
 
 
@@ -268,21 +333,23 @@ def test_ablate_shares_what_does_not_depend_on_the_key(
     )
     assert run("ablate", compared, "ablate.seeds=[0]", f"ablate.sweeps={sweeps}") == 0
     out = capsys.readouterr().out
-    made = {line.split(":")[0] for line in out.splitlines() if line.endswith(": making")}
-    layer = "seed-0-datastore.input.layer-0.5"
-    alpha, tokens = "seed-0-train.alpha-1.0", "seed-0-targets.num_tokens-2"
-    assert made == {
-        *(f"memory/{name}" for name in (alpha, tokens, layer)),
-        *(f"targets/{tokens}/{split}" for split in ("train", "valid")),
-        *(f"datastore/{layer}/{split}" for split in ("train", "valid", "test")),
-        *(
-            f"scores/memory-{name}/{split}"
-            for name in (alpha, tokens, layer)
-            for split in ("valid", "test")
-        ),
-        "results/ablate",
-    }
-    folder = compared / "results" / "ablate"
+    made = [_role(line) for line in out.splitlines() if line.endswith(": making")]
+    layer = "[seed 0, datastore.input.layer = 0.5]"
+    alpha, tokens = "[seed 0, train.alpha = 1.0]", "[seed 0, targets.num_tokens = 2]"
+    assert sorted(made) == sorted(
+        [
+            *(f"memory {title}" for title in (alpha, tokens, layer)),
+            *(f"targets/{split} {tokens}" for split in ("train", "valid")),
+            *(f"datastore/{split} {layer}" for split in ("train", "valid", "test")),
+            *(
+                f"scores/memory/{split} {title}"
+                for title in (alpha, tokens, layer)
+                for split in ("valid", "test")
+            ),
+            "results/ablate",
+        ]
+    )
+    folder = _report(compared, "ablate")
     results = json.loads((folder / "ablate.json").read_text())
     alpha = results["sweeps"][0]
     assert alpha["points"][0]["difference"]["value"] == 0  # As configured: the same artifacts.
@@ -300,7 +367,7 @@ def test_ablate_shares_what_does_not_depend_on_the_key(
 def test_overfitting_by_epoch(compared: Path, capsys: pytest.CaptureFixture[str]):
     overrides = ("overfitting.decoder_epochs=2", "overfitting.memory_epochs=2")
     assert run("overfitting", compared, *overrides) == 0
-    folder = compared / "results" / "overfitting"
+    folder = _report(compared, "overfitting")
     networks = json.loads((folder / "overfitting.json").read_text())["networks"]
     assert list(networks) == ["decoder", "memory", "memory_alone"]
     for network in networks.values():
@@ -319,136 +386,3 @@ def test_overfitting_by_epoch(compared: Path, capsys: pytest.CaptureFixture[str]
     rows_per_step = config.pretrain.batch_size * config.pretrain_window_tokens
     assert abs(first * rows_per_step - num_rows) <= rows_per_step
     assert "best on validation after" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (["ablate.sweeps=[]"], "ablate.sweeps=[]: names no sweep"),
-        (
-            ["ablate.sweeps=[{key: decodr.width, values: [1, 2]}]"],
-            "ablate.sweeps.0: decodr.width=1: unknown key; did you mean decoder.width?",
-        ),
-        (
-            ["ablate.sweeps=[{key: corpus.max_bytes, values: [1000]}]"],
-            "ablate.sweeps.0: corpus.max_bytes: cannot differ between the rows of a table",
-        ),
-        (
-            ["ablate.sweeps=[{key: train.alpha, values: [0.5, 3.0]}]"],
-            "ablate.sweeps.0: train.alpha=3.0: must be a number from 0 to 1",
-        ),
-        (
-            ["ablate.sweeps=[{key: train.log_interval_steps, values: [1, 2]}]"],
-            "ablate.sweeps.0.key=train.log_interval_steps decides nothing that is made",
-        ),
-        (["ablate.seeds=[1,1]"], "ablate.seeds=[1, 1] repeats an entry"),
-        (["ablate.name=base"], "ablate.name=base and memory.name=base must differ"),
-        (
-            ["compare.recipes=[{name: memory, overrides: [train.alpha=1]}]"],
-            "compare.recipes.0.name=memory is the name of another row",
-        ),
-        (
-            ["compare.recipes=[{name: none}]"],
-            "compare.recipes.0.overrides=[] must change at least one key",
-        ),
-        (
-            ["compare.recipes=[{name: a, overrides: [train.alpa=1, train.num_steps]}]"],
-            "compare.recipes.0: train.alpa=1: unknown key; did you mean train.alpha?",
-        ),
-        (
-            ["compare.recipes=[{name: a, overrides: [train.log_interval_steps=3]}]"],
-            "compare.recipes.0.overrides=['train.log_interval_steps=3'] decide nothing",
-        ),
-        (
-            ["compare.recipes=[{name: a, parts: beside, overrides: [train.num_steps=3]}]"],
-            "compare.recipes.0.overrides=['train.num_steps=3'] decide nothing",
-        ),
-        (
-            ["compare.recipes=[{name: a, teacher: wider}]"],
-            "compare.recipes.0.teacher=wider is none of compare.teachers (wide)",
-        ),
-        (
-            ["compare.recipes=[{name: a, teacher: wide, parts: decoder}]"],
-            "compare.recipes.0.teacher=wide teaches a memory: compare.recipes.0.parts must be all",
-        ),
-        (
-            ["compare.recipes=[{name: a, teacher: wide, overrides: [pretrain.num_steps=3]}]"],
-            "compare.recipes.0: with a teacher, only keys of memory and train can differ",
-        ),
-        (
-            ["compare.teachers=[{name: wide, overrides: [train.alpha=1]}]"],
-            "compare.teachers.0: overrides=['train.alpha=1'] decide nothing about targets",
-        ),
-        (
-            ["compare.recipes=[{name: a, overrides: [targets.workdir=/elsewhere]}]"],
-            "compare.recipes.0: targets.workdir: rows of a table learn from compare.teachers",
-        ),
-        (
-            ["compare.seeds=[0]", "targets.workdir=/elsewhere"],
-            "targets.workdir=/elsewhere: tables of several runs make all targets themselves",
-        ),
-        (
-            [
-                "compare.rows=[memory_ce]",
-                "compare.recipes=[{name: ce, overrides: [train.alpha=1]}]",
-            ],
-            "'seed 0, + memory, CE only' and 'seed 0, ce' would both make memory/seed-0-ce, with "
-            "different train.alpha",
-        ),
-        (
-            ["ablate.sweeps=[{key: datastore.stride_tokens, values: [8, 16]}]"],
-            "would both make scores/decoder-seed-0/valid, with different datastore.stride_tokens",
-        ),
-        (
-            ["compare.seeds=[0]", "train.mode=joint", "train.decoder_optimizer.warmup_steps=1"],
-            "train.mode=joint: compare is about a memory beside a frozen decoder",
-        ),
-        (
-            ["overfitting.seeds=[0]", "train.mode=joint", "train.decoder_optimizer.warmup_steps=1"],
-            "train.mode=joint: overfitting is about a memory beside a frozen decoder",
-        ),
-        (
-            [
-                "ablate.sweeps=[{key: train.alpha, values: [0.5]}]",
-                "train.mode=joint",
-                "train.memory_start=checkpoint",
-                "train.decoder_optimizer.warmup_steps=1",
-            ],
-            "train.memory_start=checkpoint: the configuration of a table of several runs says",
-        ),
-        (
-            [
-                "compare.recipes=[{name: a, teacher: wide, overrides: [train.mode=joint, "
-                "train.refresh_interval_steps=2, train.decoder_optimizer.warmup_steps=1]}]",
-            ],
-            "compare.recipes.0: train.refresh_interval_steps=2 makes targets from the current",
-        ),
-        (
-            [
-                "compare.seeds=[0]",
-                "train.mode=joint",
-                "train.decoder_freeze_steps=4",
-                "train.memory_freeze_steps=5",
-            ],
-            "train.memory_freeze_steps=5: nothing is trained in train.num_steps=4",
-        ),
-        (
-            [
-                "ablate.sweeps=[{key: decoder.width, values: [16, 24], role: teacher}]",
-                "train.mode=joint",
-                "train.refresh_interval_steps=2",
-                "train.decoder_optimizer.warmup_steps=1",
-            ],
-            "train.refresh_interval_steps=2 makes targets from the current",
-        ),
-        (["compare.teachers=[{name: memory}]"], "compare.teachers.0.name=memory is the name of"),
-        (["compare.teachers=[{name: b}]"], "compare.teachers.0.overrides=[] must change"),
-    ],
-)
-def test_mistakes_are_named_and_nothing_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], expected: str
-):
-    command = overrides[0].split(".")[0]
-    assert run(command, tmp_path / "none", *overrides) == 2
-    assert expected in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()

@@ -15,6 +15,7 @@ from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.retrieval import approximate, index_files
 from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
 from mlpmem_jax.store import replacement
@@ -301,7 +302,7 @@ def remote_run(objects, tiny_run):
         with pytest.raises(RuntimeError, match="killed"):
             main(["run", *flags])
     assert main(["run", *flags]) == 0
-    return load_config(TINY, (), {"workdir": workdir})
+    return resolved(load_config(TINY, (), {"workdir": workdir}))
 
 
 @pytest.mark.slow
@@ -318,7 +319,8 @@ def test_the_whole_pipeline_makes_what_it_makes_here(remote_run, tiny_run):
     assert scores[0]["systems"] == scores[1]["systems"]
     for artifact in (there.tokenizer, there.decoder, there.index, there.memory, there.results):
         artifact.verify()
-    logged = [_steps(one.workdir / "results/metrics/decoder-base") for one in (here, there)]
+    metrics = here.decoder.relative.replace("/", "-")
+    logged = [_steps(one.workdir / "results" / "metrics" / metrics) for one in (here, there)]
     assert logged[0] == logged[1]  # Steps that were repeated are there once.
 
 
@@ -332,7 +334,7 @@ def test_a_finished_run_is_not_made_again(remote_run, objects, capsys):
     objects.written.clear()
     flags = ["--config", str(TINY), "--workdir", remote_run.workdir]
     assert main(["run", *flags]) == 0
-    assert "decoder/base: complete" in capsys.readouterr().out
+    assert f"{Artifacts(remote_run).decoder.title}: complete" in capsys.readouterr().out
     assert not objects.written
 
 
@@ -352,9 +354,14 @@ def test_a_damaged_checkpoint_is_named(remote_run, objects, capsys):
 def test_targets_of_a_teacher_in_a_bucket(remote_run, tiny_run, tmp_path):
     shutil.copytree(tiny_run.workdir, tmp_path / "run")
     flags = ["--config", str(TINY), "--workdir", f"{tmp_path}/run"]
-    taught = [f"targets.workdir={remote_run.workdir}", "memory.name=taught"]
+    before = Artifacts(tiny_run).memory.relative
+    taught = [f"targets.workdir={remote_run.workdir}", "train.alpha=0.3"]
     assert main(["train", *flags, *taught]) == 0
-    assert (tmp_path / "run" / "memory" / "taught" / "manifest.json").exists()
+    config = resolved(load_config(TINY, taught, {"workdir": f"{tmp_path}/run"}))
+    memory, targets = Artifacts(config).memory, Artifacts(config).targets("train")
+    assert memory.relative != before and memory.path.is_relative_to(tmp_path / "run")
+    assert str(targets.path).startswith(remote_run.workdir)
+    assert memory.load().made_from[targets.relative] == targets.load().fingerprint
 
 
 def test_listings_are_not_remembered(bucket):

@@ -16,7 +16,7 @@ from mlpmem_jax.corpus.sources import find_parts
 from mlpmem_jax.corpus.stream import Corpus
 from mlpmem_jax.errors import PREEMPTED, TryAgain, UserError
 from mlpmem_jax.store.array_specs import SPLITS
-from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.run_record import RunRecord
 from tests.pipeline.bucket_server import Driver, assert_same
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
@@ -121,7 +121,8 @@ def test_tokenize_from_and_to_a_bucket(texts, bucket, objects, tmp_path, capsys)
         main(["tokenize", *_tokenize_flags([f"{tmp_path}/*.txt"], f"workdir={tmp_path}/run")]) == 0
     )
     given = f"{bucket}/given/tokenizer.json"
-    epath.Path(given).write_bytes((tmp_path / "run/tokenizer/tokenizer.json").read_bytes())
+    (trained,) = (tmp_path / "run/artifacts/tokenizer").iterdir()
+    epath.Path(given).write_bytes((trained / "tokenizer.json").read_bytes())
     objects.written.clear()
     flags = _tokenize_flags([f"{texts}/text-*"], f"tokenizer.path={given}")
     flags += ["--workdir", f"{bucket}/run"]
@@ -134,7 +135,8 @@ def test_tokenize_from_and_to_a_bucket(texts, bucket, objects, tmp_path, capsys)
     written = yaml.safe_load(epath.Path(f"{bucket}/run/config.yaml").read_text())
     assert written["workdir"] == f"{bucket}/run" and written["tokenizer"]["path"] == given
     here, there = (
-        Artifact(run, "tokens", "tokens") for run in (f"{tmp_path}/run", f"{bucket}/run")
+        RunRecord.read(run).artifact("tokens", "the run")
+        for run in (f"{tmp_path}/run", f"{bucket}/run")
     )
     assert here.load().counts == there.load().counts
     for split in SPLITS:
@@ -142,6 +144,6 @@ def test_tokenize_from_and_to_a_bucket(texts, bucket, objects, tmp_path, capsys)
     objects.written.clear()
     capsys.readouterr()
     assert main(["tokenize", *flags]) == 0
-    assert "tokens: complete" in capsys.readouterr().out and not objects.written
+    assert f"{there.title}: complete" in capsys.readouterr().out and not objects.written
     assert main(["tokenize", "--rebuild", *flags]) == 0
     assert_same(here.path / "train", there.path / "train", ["token"])

@@ -14,8 +14,13 @@ from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.retrieval.engine import is_approximate_installed
 from mlpmem_jax.store.arrays import open_array, read_rows
+from mlpmem_jax.studies.analyze.command import analysis
+from mlpmem_jax.studies.cost.command import measurement
+from mlpmem_jax.studies.cost.quality import with_rows
+from mlpmem_jax.studies.search_quality.command import comparison
 from tests.pipeline.conftest import TINY
 
 # Where ScaNN has no wheels, the exact engine alone is measured.
@@ -40,7 +45,11 @@ def run(tiny_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A copy of the finished tiny run, with short studies."""
     workdir = tmp_path_factory.mktemp("studies") / "run"
     shutil.copytree(tiny_run.workdir, workdir)
-    return load_config(TINY, SHORT, {"workdir": str(workdir)})
+    return _configured(str(workdir))
+
+
+def _configured(workdir: str, *more: str) -> Config:
+    return resolved(load_config(TINY, [*SHORT, *more], {"workdir": workdir}))
 
 
 def _start(command: str, config: Config, *more: str) -> int:
@@ -56,6 +65,7 @@ def _report(path: Path, name: str) -> tuple[dict, list[dict[str, str]]]:
 
 
 def _second_start_is_complete(command: str, config: Config, capsys, name: str) -> None:
+    """Starts a command again; its report, by its title, is there."""
     capsys.readouterr()
     assert _start(command, config) == 0
     shown = capsys.readouterr().out
@@ -68,7 +78,7 @@ def _second_start_is_complete(command: str, config: Config, capsys, name: str) -
 def test_analyze(run: Config, capsys: pytest.CaptureFixture[str]):
     assert _start("analyze", run) == 0
     layout = Artifacts(run)
-    results, rows = _report(layout.analysis.path, "analyze")
+    results, rows = _report(analysis(layout).path, "analyze")
     evaluated = json.loads((layout.results.path / "evaluate.json").read_text())["systems"]
     for system in ("knn", "memory"):
         gain = -evaluated[system]["difference_nats"]
@@ -87,12 +97,12 @@ def test_analyze(run: Config, capsys: pytest.CaptureFixture[str]):
     assert decoder["mean_tokens"] == sorted(decoder["mean_tokens"])
     assert decoder["kl_from_knn"] > 0
     assert {row["table"] for row in rows} >= {"all", "frequency", "2-gram", "sharpness"}
-    _second_start_is_complete("analyze", run, capsys, "analysis/base")
+    _second_start_is_complete("analyze", run, capsys, analysis(layout).title)
 
 
 def test_seen_bigrams_are_those_of_a_set(run: Config):
     assert _start("analyze", run) == 0
-    results = json.loads((Artifacts(run).analysis.path / "analyze.json").read_text())
+    results = json.loads((analysis(Artifacts(run)).path / "analyze.json").read_text())
     streams = {}
     for split in ("train", "test"):
         tokens = TokenSplit.open(Artifacts(run).tokens, split)
@@ -114,7 +124,8 @@ def test_seen_bigrams_are_those_of_a_set(run: Config):
 def test_cost(run: Config, capsys: pytest.CaptureFixture[str]):
     assert _start("cost", run) == 0
     layout = Artifacts(run)
-    results, rows = _report(layout.cost.path, "cost")
+    report = measurement(layout)
+    results, rows = _report(report.path, "cost")
     num_rows = layout.datastore("train").load().counts["rows"]
     assert results["rows"] == [num_rows // 4, num_rows // 2, num_rows]
     assert list(results["systems"]) == ["decoder", "memory", *ENGINES]
@@ -133,14 +144,14 @@ def test_cost(run: Config, capsys: pytest.CaptureFixture[str]):
         assert ("search_ms_p50" in system["slopes"]) == (name in ENGINES)
     assert results["systems"]["memory"]["slopes"]["bytes"]["slope"] == pytest.approx(0)
     assert 0.3 < results["systems"]["exact"]["slopes"]["bytes"]["slope"] < 1
-    assert not list(layout.cost.path.glob("index-*"))
+    assert not list(report.path.glob("index-*"))
     assert len(rows) > 3 * len(results["systems"])
-    _second_start_is_complete("cost", run, capsys, "cost/base")
+    _second_start_is_complete("cost", run, capsys, report.title)
 
 
 def test_cost_goes_on_from_what_was_measured(run: Config):
     assert _start("cost", run) == 0
-    path = Artifacts(run).cost.path
+    path = measurement(Artifacts(run)).path
     (path / "manifest.json").rename(path / "building.json")  # As a kill before the end leaves it.
     kept = {file: file.read_bytes() for file in path.glob("round-*.json")}
     assert len(kept) == 9
@@ -156,7 +167,7 @@ def test_what_was_measured_before_a_kill_is_not_believed_where_it_was_changed(
     run: Config, capsys: pytest.CaptureFixture[str], command: str, names: tuple[str, ...]
 ):
     assert _start(command, run) == 0
-    path = (Artifacts(run).cost if command == "cost" else Artifacts(run).search_quality).path
+    path = {"cost": measurement, "search-quality": comparison}[command](Artifacts(run)).path
     whole = (path / "manifest.json").read_bytes()
     (path / "manifest.json").rename(path / "building.json")  # As a kill leaves it.
     for name in names:
@@ -171,10 +182,10 @@ def test_what_was_measured_before_a_kill_is_not_believed_where_it_was_changed(
     (path / "manifest.json").write_bytes(whole)
 
 
-def test_search_quality(run: Config, capsys: pytest.CaptureFixture[str]):
+def test_search_quality(run: Config, tiny_run: Config, capsys: pytest.CaptureFixture[str]):
     assert _start("search-quality", run) == 0
     layout = Artifacts(run)
-    results, rows = _report(layout.search_quality.path, "search-quality")
+    results, rows = _report(comparison(layout).path, "search-quality")
     *coarse, exact = results["settings"]
     assert exact["recall"] == 1
     assert exact["skew_kl"] == pytest.approx(0, abs=1e-6)
@@ -188,22 +199,27 @@ def test_search_quality(run: Config, capsys: pytest.CaptureFixture[str]):
         assert one["skew_kl"] > 0
         assert one["memory"]["against_exact"]["low"] <= one["memory"]["against_exact"]["high"]
     assert [row["name"] for row in rows] == [one["name"] for one in results["settings"]]
-    name = "search-quality/base"
-    assert not (Path(run.workdir) / "neighbors" / "base-exact").exists()  # They are shared.
-    _second_start_is_complete("search-quality", run, capsys, name)
+    # Neighbours of valid and test are exact, and so shared by all settings.
+    before, after = (
+        {path.name for path in (Artifacts(one).store / "neighbors").iterdir()}
+        for one in (tiny_run, run)
+    )
+    assert before == after
+    _second_start_is_complete("search-quality", run, capsys, comparison(layout).title)
 
 
 @pytest.mark.slow
 def test_quality_of_memories_of_growing_datastores(run: Config):
-    shutil.rmtree(Artifacts(run).cost.path, ignore_errors=True)
-    assert _start("cost", run, "cost.quality=train", "cost.doublings=1") == 0
-    results = json.loads((Artifacts(run).cost.path / "cost.json").read_text())
+    more = ("cost.quality=train", "cost.doublings=1")
+    assert _start("cost", run, *more) == 0
+    layout = Artifacts(_configured(run.workdir, *more))
+    results = json.loads((measurement(layout).path / "cost.json").read_text())
     half, whole = results["quality"]["sizes"]
     assert half["rows"] == whole["rows"] // 2
     evaluated = json.loads((Artifacts(run).results.path / "evaluate.json").read_text())["systems"]
     for system, nats in whole["test_nats"].items():
         assert nats == pytest.approx(evaluated[system]["test_nats"], rel=1e-6)
-    part = Path(run.workdir) / "datastore" / f"base-rows-{half['rows']}" / "train"
+    part = with_rows(layout, half["rows"]).datastore("train").path
     for name in ("key", "label"):
         copied = open_array(part / name)
         original = open_array(Artifacts(run).datastore("train").path / name)
@@ -215,7 +231,8 @@ def test_quality_of_memories_of_growing_datastores(run: Config):
 def test_parts_are_not_trained_otherwise_than_the_whole(
     run: Config, capsys: pytest.CaptureFixture[str]
 ):
-    shutil.rmtree(Artifacts(run).cost.path, ignore_errors=True)
+    store = Artifacts(run).store
+    before = {path.name for path in (store / "datastore").iterdir()}
     capsys.readouterr()
     for override, said in (
         ("train.num_steps=6", "train.num_steps=8, now 6"),
@@ -224,7 +241,7 @@ def test_parts_are_not_trained_otherwise_than_the_whole(
         more = ("cost.quality=train", "cost.doublings=1", override)
         assert _start("cost", run, *more) == 2
         assert said in capsys.readouterr().err
-    assert not list((Path(run.workdir) / "datastore").glob("*-rows-3*"))
+    assert {path.name for path in (store / "datastore").iterdir()} == before
 
 
 def test_weights_of_another_memory_are_refused(
@@ -233,12 +250,24 @@ def test_weights_of_another_memory_are_refused(
     workdir = tmp_path / "run"
     shutil.copytree(tiny_run.workdir, workdir)
     config = tiny_run.model_copy(update={"workdir": str(workdir)})
-    assert _start("train", config, "train.num_steps=6", "--rebuild") == 0
+    # Another memory beside the first: nothing evaluated it, and the first is as it was.
+    assert _start("train", config, "train.num_steps=6") == 0
+    capsys.readouterr()
+    for command in ("analyze", "cost"):
+        assert _start(command, config, "train.num_steps=6") == 2
+        told = capsys.readouterr().err
+        assert "results/evaluate does not exist" in told and "command `evaluate`" in told
+        assert "train.num_steps=8, now 6" in told
+    # The same one with other bits, as sums in another order leave them.
+    before = Artifacts(config).memory.load().fingerprint
+    assert _start("train", config, "train.loss_chunk_tokens=16", "--rebuild") == 0
+    assert Artifacts(config).memory.load().fingerprint != before
     capsys.readouterr()
     for command in ("analyze", "cost"):
         assert _start(command, config) == 2
         told = capsys.readouterr().err
-        assert "λ and τ were chosen with another" in told and "evaluate --rebuild" in told
+        assert "results/evaluate is stale, built from another memory/" in told
+        assert "evaluate --rebuild" in told
 
 
 @pytest.mark.parametrize(

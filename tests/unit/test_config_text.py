@@ -275,7 +275,7 @@ def test_mistakes_of_files_are_short_lines(refused, text):
         "corpus.document_regex=" + "(" * 5000,
         "corpus.document_regex=a{99999999999}",
         "corpus.paths=[" + "x" * 20_000,
-        "corpus.field=" + "x" * 20_000,
+        "search_quality.settings.0.name=" + "x" * 20_000,
         "corpus.more." + "9" * 5000 + ".weight=1",
         "corpus.more.²=1",
         "corpus.more.٣=1",

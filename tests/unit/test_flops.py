@@ -11,6 +11,7 @@ from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline.compiled_steps import lower_step
 from mlpmem_jax.pipeline.estimates import training_estimate
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.tasks import joint_task, memory_task
 from mlpmem_jax.roofline.blank import abstract_batch
 from mlpmem_jax.training import flops
@@ -241,9 +242,10 @@ def test_estimates_are_what_is_charged(make_config, keys, head):
     gate = ("memory.gate=none",) if "train.mode=memory" in keys else ()
     config = make_config(*STEP, *JOINT, "train.decoder_freeze_steps=4", *keys, *gate, *shape)
     make = joint_task if config.train.mode == "joint" else memory_task
-    task = make(config, single_device_mesh(), blank=True)
+    run = Artifacts(config)
+    task = make(run, single_device_mesh(), blank=True)
     charged = task.flops_of(range(config.train.num_steps))
-    assert training_estimate(config)["model flops"] == pytest.approx(charged)
+    assert training_estimate(run)["model flops"] == pytest.approx(charged)
 
 
 @pytest.mark.parametrize("gradient", ["1.0", "0.0"])
@@ -257,7 +259,7 @@ def test_flops_of_a_step_in_which_a_network_waits_agree_with_xla(
     shape = ("memory.head=tied", "memory.width=256") if head == "tied" else ()
     config = make_config(*STEP, *JOINT, *keys, *shape)
     mesh = single_device_mesh()
-    task = joint_task(config, mesh, blank=True)
+    task = joint_task(Artifacts(config), mesh, blank=True)
     with jax.set_mesh(mesh):
         blueprint, step = assemble(task, config.train, seed=0, mesh=mesh)
         batch = abstract_batch(task.source, config.train.batch_size, mesh)

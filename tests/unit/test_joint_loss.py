@@ -12,6 +12,7 @@ from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.joint import Joint, scale_gradient
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.mesh import single_device_mesh
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.tasks import joint_task
 from mlpmem_jax.roofline.blank import abstract_batch
 from mlpmem_jax.training.joint_loss import DecoderHead, JointTerms, joint_loss
@@ -162,7 +163,7 @@ def test_without_gradient_the_memory_does_not_move_the_decoder(make_config, head
     warmup = "train.decoder_optimizer.warmup_steps=2"
     config = make_config("train.mode=joint", warmup, *overrides, "train.joint_weight=0")
     mesh = single_device_mesh()
-    task = joint_task(config, mesh, blank=True)
+    task = joint_task(Artifacts(config), mesh, blank=True)
     network = task.build(nnx.Rngs(0))
     key = jax.random.key(0)
     shapes = abstract_batch(task.source, config.train.batch_size, mesh)

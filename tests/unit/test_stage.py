@@ -113,7 +113,7 @@ def test_mistakes_of_all_stages_come_together_and_before_anything_is_made(tmp_pa
             made.append(name)
             return Completion()
 
-        return Stage(Artifact(tmp_path / "run", name, name), build, check=check)
+        return Stage(Artifact(tmp_path / "run", name, "memory"), build, check=check)
 
     with pytest.raises(ConfigError) as refused:
         run_stages([stage("a", ["first"]), stage("b", ["first", "second"]), stage("d", [])])

@@ -116,6 +116,8 @@ def _check(run: Artifacts) -> None:
             f"decoder.context_tokens={context}"
         )
     _sizes(run)
+    for one in (run.memory, run.results):  # Before parts of the datastore are copied.
+        one.load()
     check_current(run)
     if cost.quality == "train":
         check_devices(config, "evaluate")

@@ -49,6 +49,7 @@ class Part:
     def scores(self, split: Split) -> Artifact:
         """Where its log-probabilities of the labels of a split lie."""
         role = f"scores/{self.kind}/{split}"
+        role += "" if self.step is None else f"/step-{self.step}"
         return self.run.scores(self._recipe(split), self._inputs(split), role)
 
     def _recipe(self, split: Split) -> recipes.Recipe:
