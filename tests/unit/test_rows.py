@@ -12,9 +12,7 @@ from mlpmem_jax.studies.ablate import command as ablate
 from mlpmem_jax.studies.compare import command as compare
 from mlpmem_jax.studies.overfitting import command as overfitting
 from mlpmem_jax.studies.tables.rows import ROWS, SeedPlan, check_recipes, planned_row
-from mlpmem_jax.studies.tables.variants import (
-    made_by,
-)
+from mlpmem_jax.studies.tables.variants import made_by
 from tests.unit.test_variants import CONTINUED
 
 SWEEPS = "ablate.sweeps=[{key: train.interpolation, values: [0.3, 0.7], overrides: %s}]"
