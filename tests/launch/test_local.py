@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from mlpmem_jax.launching import environments_of
+from mlpmem_jax.store.run_record import RunRecord
 from tests.conftest import ROOT
 
 GOLDEN = ROOT / "tests" / "launch" / "golden"
@@ -163,13 +164,15 @@ def test_two_real_processes(installed, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "launch: 2 processes" in done.stderr and "installing" not in done.stderr
-    made = [line.split(":")[0] for line in done.stdout.splitlines() if "made in" in line]
+    made = [line.split(" (")[0] for line in done.stdout.splitlines() if "made in" in line]
     assert made == ["tokenizer", "tokens"]
     log = (workdir / "logs" / "process-1.log").read_text()
     assert log.startswith("--- ") and "process-1\n" in log
     assert "Connecting to JAX distributed service" in log and "Connecting" in done.stderr
     assert "made in" not in log  # process 0 speaks
     assert not (workdir / "logs" / "process-0.log").exists()
+    record = RunRecord.read(workdir)
+    tokens, tokenizer = (record.artifact(role, "this test") for role in ("tokens", "tokenizer"))
     for split in ("train", "valid", "test"):
-        assert (workdir / "tokens" / split / "token").is_dir()
-    assert (workdir / "tokenizer" / "manifest.json").exists()
+        assert (tokens.path / split / "token").is_dir()
+    assert tokens.is_complete() and tokenizer.is_complete()

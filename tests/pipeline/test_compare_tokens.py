@@ -35,6 +35,7 @@ def _texts(folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_row_of_other_tokens_is_compared_on_the_same_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
