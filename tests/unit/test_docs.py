@@ -194,21 +194,6 @@ def test_files_that_the_pages_name_exist():
             assert any((ROOT / top / path).exists() for top in ("", "mlpmem_jax")), path
 
 
-def test_folders_of_the_design_exist():
-    """Section 4 lists `package/  files`; a file that was moved is found here."""
-    section = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    section = section.split("## 4. Folders")[1].split("\n## ")[0]
-    listing = "\n".join(line[4:] for line in section.splitlines() if line.startswith("    "))
-    folder, found = "", []
-    for line in listing.splitlines():
-        begins = re.match(r"(\w+)/ ", line)
-        folder = begins[1] if begins else folder
-        found += [f"{folder}/{name}" for name in re.findall(r"(?<![*\w])\w+\.py", line)]
-    assert len(found) > 100
-    missing = [path for path in found if not (ROOT / "mlpmem_jax" / path.lstrip("/")).exists()]
-    assert missing == []
-
-
 def test_output_of_the_quickstart_is_that_of_the_readme():
     [shown] = fenced(ROOT / "docs" / "quickstart.md", "text")
     assert shown in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -121,9 +121,12 @@ def test_what_one_platform_began_another_does_not_continue(make_config, monkeypa
 def test_commands_resolve_before_they_plan(make_config, monkeypatch):
     seen: dict[str, Config] = {}
     for module in (run, pretrain, embed, tokenize):
-        monkeypatch.setattr(
-            module, "main", lambda config, options, m=module: seen.update({m.__name__: config}) or 0
-        )
+
+        def main(run, options, name=module.__name__):
+            seen[name] = run.config
+            return 0
+
+        monkeypatch.setattr(module, "main", main, raising=False)
     for name in ("run", "pretrain", "embed", "tokenize"):
         config = make_config()
         assert run_command(name, config, Options(config.workdir, dry_run=True)) == 0
