@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from etils import epath
 
 from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.store.checked_json import read_checked_json
 from mlpmem_jax.store.contents import BUILDING, MANIFEST
 from mlpmem_jax.store.files import is_local
 from mlpmem_jax.store.lock import BeingMade, only_maker
@@ -109,12 +108,12 @@ def _users(
 
 
 def _records(store: epath.Path, workdir: epath.Path) -> Iterator[RunRecord]:
-    """Yields the records of the work directories that use a store, as far as they still exist."""
+    """Yields the records of the work directories that use a store."""
     folder = store / RUNS
     files = sorted(folder.iterdir()) if folder.exists() else ()
-    registered = [read_checked_json(file)["workdir"] for file in files if file.suffix == ".json"]
-    for name in dict.fromkeys((*registered, str(workdir))):
-        record = RunRecord.read(name)
+    registered = [RunRecord.registered(file) for file in files if file.suffix == ".json"]
+    records = [*(one for one in registered if one is not None), RunRecord.read(workdir)]
+    for record in {str(one.workdir): one for one in records}.values():
         if record.roles and _is_same(store_of(record.workdir, record.store), store):
             yield record
 

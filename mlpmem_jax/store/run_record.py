@@ -50,6 +50,29 @@ class RunRecord:
         content = read_checked_json(folder / FILE, "delete it; the next command writes it again")
         return cls(folder, content["store"], content["roles"], content["sources"])
 
+    @classmethod
+    def registered(cls, file: epath.Path) -> "RunRecord | None":
+        """Returns the record of a work directory that uses a store.
+
+        Where the work directory cannot be seen from here, for example on another machine, its
+        registration stands for it.
+
+        Args:
+            file: Its registration in the store.
+
+        Returns:
+            None: It is gone, and its own store with it.
+
+        Raises:
+            ArtifactError: A file is damaged.
+        """
+        copy = read_checked_json(file)
+        if (absolute(copy["workdir"]) / FILE).exists():
+            return cls.read(copy["workdir"])
+        if copy["store"] is None:
+            return None
+        return cls(absolute(copy["workdir"]), copy["store"], copy["roles"])
+
     def updated(
         self, store: str | None, roles: Mapping[str, str], sources: Mapping[str, Any]
     ) -> "RunRecord":
@@ -69,9 +92,10 @@ class RunRecord:
         # Also of a known run: its directory may have been moved or copied since.
         store = store_of(self.workdir, self.store)
         registered = store / RUNS / f"{fingerprint_of(str(self.workdir))}.json"
-        if not registered.exists():
+        content = {"workdir": str(self.workdir), "store": self.store, "roles": dict(self.roles)}
+        if not registered.exists() or read_checked_json(registered) != content:
             registered.parent.mkdir(parents=True, exist_ok=True)
-            write_checked_json(registered, {"workdir": str(self.workdir)})
+            write_checked_json(registered, content)
 
     def artifact(self, role: str, asked: str) -> Artifact:
         """Returns the artifact that has a role in the work directory.

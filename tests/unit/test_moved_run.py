@@ -56,7 +56,7 @@ def test_the_artifacts_of_a_moved_or_copied_run_are_used(start, tmp_path, root, 
     store = store_of(after, None)
     assert f"{after}: made" in _users(store, after)
     config = load_config(root / "configs" / "tiny.yaml", (), {"workdir": str(after)})
-    assert artifacts.main(config, Options(str(after), remove_unused=True)) == 0
+    assert artifacts.main(Artifacts(config), Options(str(after), remove_unused=True)) == 0
     assert start(after).made.is_complete()
 
 
@@ -77,3 +77,18 @@ def test_a_store_is_found_from_any_current_directory(start, tmp_path, monkeypatc
     assert RunRecord.read(tmp_path / "run").store == f"{tmp_path}/shared"
     for folder in (tmp_path, tmp_path / "link"):
         assert _users(folder / "shared", tmp_path / "else") == (f"{tmp_path}/run: made",)
+
+
+def test_a_run_that_cannot_be_seen_keeps_what_it_uses_in_a_shared_store(start, tmp_path):
+    shared = tmp_path / "shared"
+    start(tmp_path / "elsewhere", shared)
+    (tmp_path / "elsewhere").rename(tmp_path / "unmounted")
+    here = start(tmp_path / "here", shared)
+    assert f"{tmp_path / 'elsewhere'}: made" in _users(shared, here.workdir)
+    (registered,) = [
+        file
+        for file in (shared / ".runs").iterdir()
+        if str(tmp_path / "elsewhere") in file.read_text()
+    ]
+    registered.unlink()  # Forgotten.
+    assert _users(shared, here.workdir) == (f"{here.workdir}: made",)
