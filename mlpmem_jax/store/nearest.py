@@ -43,7 +43,7 @@ def nearest(artifact: "Artifact") -> tuple[str, list[str]] | None:
         recipe = record["recipe"]
         if artifact.recipe is None or name == artifact.path.name:
             continue
-        if any(recipe.get(key) != artifact.recipe.get(key) for key in _ROLE):
+        if not _has_role(recipe, artifact):
             continue
         found.append((name, _lines(artifact, record)))
     return min(found, key=lambda one: len(one[1]), default=None)
@@ -57,9 +57,15 @@ def _lines(artifact: "Artifact", record: Mapping[str, Any]) -> list[str]:
         if one.relative in record["made_from"]:
             continue
         kept = [name for name in theirs if name.split("/")[0] == one.kind]
-        before = _record(artifact.root / kept[0]) if len(kept) == 1 else None
-        lines += [f"another {one.label}"] if before is None else _lines(one, before)
+        # In the store of the input: reports lie elsewhere.
+        records = [_record(one.root / name) for name in kept]
+        alike = [r for r in records if r is not None and _has_role(r["recipe"], one)]
+        lines += _lines(one, alike[0]) if len(alike) == 1 else [f"another {one.label}"]
     return list(dict.fromkeys(lines))  # One key may decide several inputs.
+
+
+def _has_role(recipe: Mapping[str, Any], artifact: "Artifact") -> bool:
+    return all(recipe.get(key) == (artifact.recipe or {}).get(key) for key in _ROLE)
 
 
 def _names(artifact: "Artifact") -> set[str]:
