@@ -12,15 +12,20 @@ from mlpmem_jax.pipeline import run, tokenize
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.units import human_bytes
 
 DRY = Options(workdir="", dry_run=True)
 
 
+def _reading(config: Config) -> Artifacts:
+    return Artifacts(config, Sources(config.workdir, reads=True))
+
+
 def _plan(config: Config, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, str]]:
     """Returns for each artifact its intention (under "") and its estimates, by name."""
     capsys.readouterr()
-    assert execute(run.stages, config, DRY) == 0
+    assert execute(run.stages, _reading(config), DRY) == 0
     text = capsys.readouterr().out
     first, *lines = text.split("\n\n# this machine\n", 1)[0].splitlines()
     assert first == f"# plan for workdir {config.workdir}"
@@ -65,7 +70,7 @@ def test_guessed_rows_are_near_those_that_come_out(text_config, capsys):
     text = text_config.corpus, Artifacts(text_config).tokens
     guessed = {split: count_rows(*text, split) for split in ("train", "valid", "test")}
     assert all(one is not None and not one[1] for one in guessed.values())
-    assert execute(tokenize.stages, text_config, Options(workdir="")) == 0
+    assert execute(tokenize.stages, _reading(text_config), Options(workdir="")) == 0
     rows, known = count_rows(*text, "train")
     assert known and rows == Artifacts(text_config).tokens.load().counts["train_tokens"] - 1
     total = 60 * len("document 10 " * 200) / 3
@@ -88,7 +93,7 @@ def test_how_much_max_bytes_allows_is_planned_and_logged(text_config, capsys):
     assert plan["tokens"]["documents"] == f"{documents}"
     assert plan["tokens"]["text_bytes"] == human_bytes(taken)
     assert plan["tokens"]["next document, beyond max_bytes"] == human_bytes(sizes[documents])
-    assert execute(tokenize.stages, config, Options(workdir="")) == 0
+    assert execute(tokenize.stages, _reading(config), Options(workdir="")) == 0
     assert (
         f"tokens: {documents} documents, {taken:,} bytes (corpus.max_bytes={50 * size:,}); "
         f"the next document ({sizes[documents]:,} bytes) would exceed it\n"

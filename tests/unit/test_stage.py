@@ -53,13 +53,15 @@ def test_made_once_refused_if_stale_and_made_again_when_asked(make):
 
 def test_what_another_run_has_rebuilt_meanwhile_is_not_rebuilt_again(make, tmp_path, monkeypatch):
     assert make(1) == 1
-    artifact = Artifact(tmp_path / "run", "memory/base", "memory")
+    (place,) = (tmp_path / "run" / "memory").iterdir()
+    artifact = Artifact(tmp_path / "run", f"memory/{place.name}", "memory", recipe={})
+    source = Artifact(tmp_path / "run", "decoder/1", "decoder")
     other = contextlib.ExitStack()
     other.enter_context(lock.only_maker(artifact))
 
     def sleep(_):
         artifact.remove()
-        artifact.begin({"size": 2}, {})
+        artifact.begin({source.relative: source.load().fingerprint})
         artifact.finish()
         other.close()
 

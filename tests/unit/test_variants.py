@@ -8,6 +8,7 @@ from mlpmem_jax.config.load import changed_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.suite import RecipeConfig
 from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.pipeline.refresh import Phases
 from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.studies.tables.rows import SeedPlan, planned_row
@@ -293,3 +294,13 @@ def test_tables_refuse_joint_training_without_lambda(tiny_config: Config):
         changed_variant(base_of(tiny_config, 0), {}, "x", texts=texts)
     with pytest.raises(ConfigError, match=message):
         base_of(changed_config(tiny_config, {}, texts), 0)
+
+
+def test_a_refresh_makes_targets_of_its_own(tiny_config: Config):
+    base = base_of(tiny_config)
+    texts = [*CONTINUED, "train.refresh_interval_steps=4"]
+    run = changed_variant(base, {}, "x", texts=texts).run
+    assert run.targets("train").relative == base.run.targets("train").relative
+    refreshed = Phases(run).refreshed(0)
+    for split in ("train", "valid"):
+        assert refreshed.targets(split).relative != base.run.targets(split).relative

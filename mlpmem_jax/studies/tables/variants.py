@@ -185,9 +185,10 @@ def _continued(base: Variant, run: Artifacts) -> Variant:
         )
     if base.teacher is not base.run:
         _refuse_teacher_with_refresh(changed)
-    given = {f"targets/{split}": base.run.targets(split) for split in _TARGETS}
-    started = run.with_given({"memory": base.run.memory, **given})
-    return Variant(started, base.teacher, start=base.run)
+    started = run.with_given({"memory": base.run.memory})
+    if base.teacher is base.run:  # Its targets, by content; a refresh makes others.
+        return Variant(started, started, start=base.run)
+    return dataclasses.replace(_taught(started, base.teacher), start=base.run)
 
 
 def _refuse_without_interpolation(config: Config) -> None:
@@ -243,7 +244,7 @@ def taught_variant(
         return base
     _refuse_teacher_with_refresh(base.config)
     _refuse_teacher_of_other_tokens(base.run, teacher)
-    return _taught(base.run.titled(_titled(base, label)), teacher)
+    return _taught(base.run.titled(_titled(base, f"taught by {label}")), teacher)
 
 
 def _check_keys(keys: Sequence[str]) -> None:
