@@ -75,6 +75,18 @@ class Artifacts:
         """Returns the same with another title."""
         return self.of(self.config, title=title)
 
+    def _of_run(self, role: str, workdir: str, asked: str) -> Artifact:
+        """Returns an artifact that a work directory uses now, or used when `train` began with it.
+
+        Where it has none, one that is refused when it is read.
+        """
+        record = RunRecord.read(workdir)
+        about = [role, str(absolute(workdir)), recipes.trained(self.config)]
+        relative = self.sources.used(about, record.roles.get(role))
+        label = role if relative is not None else f"{role} ({asked})"
+        root = store_of(record.workdir, record.store)
+        return Artifact(root, relative or role, role.split("/")[0], label=label)
+
     def _role(
         self,
         role: str,
@@ -176,7 +188,7 @@ class Artifacts:
         role = f"targets/{split}"
         teacher = self.config.targets.workdir
         if teacher is not None and role not in self.given:
-            self.given[role] = _of_teacher(teacher, role)
+            self.given[role] = self._of_run(role, teacher, f"targets.workdir={teacher}")
         return self._role(
             role,
             "targets",
@@ -197,7 +209,7 @@ class Artifacts:
         """Checkpoints of the memory; in joint training, of the one that it begins with."""
         if self.config.train.mode == "joint" and "memory" not in self.given:
             asked = "train.memory_start=checkpoint"
-            self.given["memory"] = RunRecord.read(self.config.workdir).artifact("memory", asked)
+            self.given["memory"] = self._of_run("memory", self.config.workdir, asked)
         return self._role(
             "memory", "memory", lambda: recipes.trained(self.config), self._memory_inputs
         )
@@ -281,14 +293,6 @@ class Artifacts:
             inputs=inputs,
             label=f"results/{command}",
         )
-
-
-def _of_teacher(teacher: str, role: str) -> Artifact:
-    """Returns targets of a teacher; where it has none, such as are refused when they are read."""
-    record, asked = RunRecord.read(teacher), f"targets.workdir={teacher}"
-    if role in record.roles:
-        return record.artifact(role, asked)
-    return Artifact(store_of(teacher, record.store), role, "targets", label=f"{role} ({asked})")
 
 
 def _always(value: _Value) -> Callable[[], _Value]:

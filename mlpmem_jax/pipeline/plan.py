@@ -1,6 +1,6 @@
 """What a command would do: `--dry-run`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mlpmem_jax.console import say
@@ -21,9 +21,10 @@ def print_plan(run: Artifacts, stages: Sequence[Stage], rebuild: Rebuild) -> Non
     config, machine = run.config, this_machine(str(run.store))
     estimates = [stage.estimate() for stage in stages]
     times = _times(run, stages, estimates, machine)
+    made = {stage.artifact.relative for stage in stages}
     say(f"# plan for workdir {config.workdir}")
     for stage, estimate in zip(stages, estimates, strict=True):
-        say(f"{stage.name:<28} {intention(stage, rebuild)}")
+        say(f"{stage.name:<28} {intention(stage, rebuild, made)}")
         for name, value in {**estimate, **needed(stage, machine)}.items():
             say(f"  {name:<34} {_shown(name, value)}")
         if stage.name in times:
@@ -79,8 +80,14 @@ def skipped(stage: Stage) -> str | None:
         return None
 
 
-def intention(stage: Stage, rebuild: Rebuild) -> str:
-    """Returns what would happen to an artifact, in words."""
+def intention(stage: Stage, rebuild: Rebuild, made: Collection[str] | None = None) -> str:
+    """Returns what would happen to an artifact, in words.
+
+    Args:
+        stage: What makes it.
+        rebuild: What happens to artifacts that are there already.
+        made: What the command makes before it, by path in the store; None: all that it needs.
+    """
     try:
         check_stage(stage, rebuild)
     except UserError as error:
@@ -92,7 +99,10 @@ def intention(stage: Stage, rebuild: Rebuild) -> str:
         made_from = stage.made_from()
     except StaleArtifact as error:
         return f"REFUSED: {error}"
-    except ArtifactError:
+    except ArtifactError as error:
+        inputs = {one.relative for one in stage.artifact.inputs if not one.is_complete()}
+        if made is not None and not inputs <= set(made):
+            return f"REFUSED: {error}"
         return "will be made, after its inputs" + nearest.in_words(stage.artifact)
     try:
         status = stage.status(made_from, rebuild)

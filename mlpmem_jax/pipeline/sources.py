@@ -20,6 +20,7 @@ class Sources:
 
     Attributes:
         found: What was found, by the settings that name it; for `run.json`.
+        trains: Whether training begins, with what work directories use now.
     """
 
     def __init__(self, workdir: str, *, reads: bool):
@@ -33,6 +34,7 @@ class Sources:
         self._reads = reads
         self._given: dict[str, TextTokenizer] = {}
         self.found: dict[str, Any] = {}
+        self.trains = False
 
     @functools.cached_property
     def digests(self) -> Digests:
@@ -92,6 +94,24 @@ class Sources:
         from mlpmem_jax.interop.tensors import TensorFiles
 
         return self._content(["weights", path], lambda: TensorFiles(path).digest(), again=again)
+
+    def used(self, about: list[Any], now: str | None) -> str | None:
+        """Returns which artifact of a work directory training began with.
+
+        `train` takes the one of now; commands that come after it take the same one, whatever has
+        been made there since.
+
+        Args:
+            about: Role, work directory and what is trained.
+            now: The one that the work directory uses now; None: it has none.
+        """
+        name = fingerprint_of(["used", *about])
+        if name not in self.found:
+            known = None if self._reads or self.trains else self._known.get(name)
+            if (now if known is None else known) is None:
+                return None
+            self.found[name] = now if known is None else known
+        return str(self.found[name])
 
     def _content(self, key: list[Any], read: Callable[[], Any], *, again: bool = False) -> Any:
         name = fingerprint_of(key)

@@ -15,6 +15,7 @@ from mlpmem_jax.store.manifest import Artifact, Completion
 
 def stages(run: Artifacts) -> list[Stage]:
     """Returns the stage of this command; in joint mode its phases and what lies between."""
+    run.sources.trains = True
     if run.config.train.mode == "memory":
         steps = range(run.config.train.num_steps)
         return [_stage(run, run.memory, functools.partial(_build, run), steps)]

@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from etils import epath
 
-from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.store.contents import BUILDING, MANIFEST
-from mlpmem_jax.store.files import is_local
+from mlpmem_jax.store.files import is_local, read_json
 from mlpmem_jax.store.lock import BeingMade, only_maker
 from mlpmem_jax.store.manifest import Artifact, Manifest
 from mlpmem_jax.store.run_record import RUNS, RunRecord, store_of
@@ -43,8 +43,8 @@ def entries(store: epath.Path, workdir: epath.Path) -> list[Entry]:
         ArtifactError: The record of a work directory that uses the store is damaged.
     """
     found = {one.relative: (one, _manifest(one)) for one in _artifacts(store)}
-    manifests = {name: manifest for name, (_, manifest) in found.items()}
-    users = _users(_records(store, workdir), manifests)
+    inputs = {name: _inputs(one) for name, (one, _) in found.items()}
+    users = _users(_records(store, workdir), inputs)
     listed = [
         Entry(artifact, manifest, _bytes_of(artifact.path), tuple(users.get(name, ())))
         for name, (artifact, manifest) in found.items()
@@ -88,8 +88,16 @@ def _manifest(artifact: Artifact) -> Manifest | None:
         return None
 
 
+def _inputs(artifact: Artifact) -> Collection[str]:
+    """Returns the inputs of an artifact, also of one that is not finished."""
+    for name in (MANIFEST, BUILDING):
+        with contextlib.suppress(OSError, UserError):
+            return list(read_json(artifact.path / name)["made_from"])
+    return ()
+
+
 def _users(
-    records: Iterable[RunRecord], manifests: Mapping[str, Manifest | None]
+    records: Iterable[RunRecord], inputs: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, None]]:
     """Returns the users of each artifact, those of its successors included."""
     users: dict[str, dict[str, None]] = {}
@@ -102,8 +110,7 @@ def _users(
                 user = f"{record.workdir}: {role}" if name == relative else f"{record.workdir}"
                 if user not in of_name:
                     of_name[user] = None
-                    manifest = manifests.get(name)
-                    todo += [] if manifest is None else manifest.made_from
+                    todo += inputs.get(name, ())
     return users
 
 

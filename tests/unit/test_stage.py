@@ -67,7 +67,7 @@ def test_what_another_run_has_rebuilt_meanwhile_is_not_rebuilt_again(make, tmp_p
 
     monkeypatch.setattr(lock.time, "sleep", sleep)
     assert make(2, Rebuild.STALE) == 1
-    assert artifact.load().recipe == {"size": 2}
+    assert artifact.load().made_from == {source.relative: source.load().fingerprint}
 
 
 def test_a_rebuild_mends_a_damaged_report(tmp_path):
