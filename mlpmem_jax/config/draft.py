@@ -24,6 +24,14 @@ from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.yaml_text import YamlError, flow, parse_yaml, short
 from mlpmem_jax.errors import ConfigError
 
+# Keys of earlier configurations, when artifacts went by names.
+_NAMES = frozenset(
+    f"{section}.name"
+    for section in (
+        "decoder", "memory", "datastore", "retrieval", "targets", "train", "compare",
+        "overfitting", "ablate",
+    )
+) | {"retrieval.exact_name"}  # fmt: skip
 _QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 
@@ -153,6 +161,9 @@ class Draft:
         in_file = "." in str(keys[len(known)])  # Dots are for overrides.
         if in_file and schema_at(key_path(dotted)) is not None:
             self._refuse(key_path(dotted), value, f"write it nested: {_nested(dotted, value)}")
+            return
+        if dotted in _NAMES:
+            self._refuse(keys, value, "artifacts have no names (docs/artifacts.md); drop the key")
             return
         meant = nearest(dotted, sections=isinstance(value, dict) and not in_file)
         self._doubtful.update(meant)

@@ -327,3 +327,9 @@ def test_values_that_an_anchor_shares_are_set_one_by_one(load):
     text = "corpus: {train: {paths: &p [a]}, valid: {paths: *p}, test: {paths: *p}, source: text}"
     corpus = load("corpus.valid.paths.0=b", text=text).corpus
     assert (corpus.train.paths, corpus.valid.paths) == (("a",), ("b",))
+
+
+@pytest.mark.parametrize("key", ["decoder.name", "retrieval.exact_name", "train.name"])
+def test_a_name_of_an_artifact_says_that_there_are_none(make_config, key):
+    with pytest.raises(ConfigError, match=f"^{key}=x: artifacts have no names"):
+        make_config(f"{key}=x")
