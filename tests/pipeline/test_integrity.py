@@ -78,7 +78,7 @@ def _readers(config):
 
     def index():
         def exact():
-            return exact_engine(layout.datastore("train"), mesh, config.retrieval.key_chunk_rows)
+            return exact_engine(layout.datastore("train"), mesh, config.retrieval)
 
         width = config.decoder.width
         return [np.array(open_index(layout.index, config.retrieval, width, exact)[0].num_rows)]
