@@ -19,7 +19,8 @@ from mlpmem_jax.retrieval.merge import Neighbors
 from mlpmem_jax.store.contents import RUNNING
 from mlpmem_jax.store.files import TEMPORARY, is_local, write_bytes
 
-_HEAD = struct.Struct("<4q")  # Key shards covered, queries, neighbours, CRC-32 of the rest.
+# Key shards covered, queries, neighbours, CRC-32 of the rest; CRC-32 of these.
+_HEAD = struct.Struct("<4qI")
 _NAME = re.compile(rf"\d+-\d+\.lists({re.escape(TEMPORARY)})?")
 
 
@@ -40,6 +41,9 @@ class RunningLists:
 
         Args:
             blocks: Rows of the queries, in order.
+
+        Raises:
+            ArtifactError: A file is damaged; it is named.
         """
         wanted = {self._file(block).name for block in blocks}
         names = self._names()
@@ -62,14 +66,8 @@ class RunningLists:
         shape = (block.stop - block.start, self._num_neighbors)
         size = shape[0] * shape[1]
         rest = memoryview(data)[_HEAD.size :]
-        if len(rest) != 12 * size or _HEAD.unpack(data[: _HEAD.size])[1:] != (
-            *shape,
-            zlib.crc32(rest),
-        ):
-            raise ArtifactError(
-                f"{file}: damaged running lists of a search; remove this file, and the same "
-                "command searches for its rows again"
-            )
+        if len(rest) != 12 * size or self._head(file, data)[1:] != (*shape, zlib.crc32(rest)):
+            raise _damaged(file)
         row = np.frombuffer(rest, np.int64, size).reshape(shape)
         return Neighbors(np.frombuffer(rest, np.float32, size, 8 * size).reshape(shape), row)
 
@@ -83,7 +81,8 @@ class RunningLists:
         """
         row = np.ascontiguousarray(lists.row_QK, np.int64).tobytes()
         data = row + np.ascontiguousarray(lists.distance_QK, np.float32).tobytes()
-        head = _HEAD.pack(num_covered, *lists.row_QK.shape, zlib.crc32(data))
+        about = struct.pack("<4q", num_covered, *lists.row_QK.shape, zlib.crc32(data))
+        head = about + struct.pack("<I", zlib.crc32(about))
         write_bytes(self._file(block), head + data)
 
     def _file(self, block: slice) -> epath.Path:
@@ -91,8 +90,14 @@ class RunningLists:
 
     def _covered(self, block: slice) -> int:
         with self._file(block).open("rb") as file:
-            head = file.read(_HEAD.size)
-        return int(_HEAD.unpack(head)[0]) if len(head) == _HEAD.size else 0
+            return self._head(self._file(block), file.read(_HEAD.size))[0]
+
+    @staticmethod
+    def _head(file: epath.Path, data: bytes) -> tuple[int, ...]:
+        head = data[: _HEAD.size]
+        if len(head) < _HEAD.size or zlib.crc32(head[:-4]) != _HEAD.unpack(head)[-1]:
+            raise _damaged(file)
+        return _HEAD.unpack(head)[:-1]
 
     def _names(self) -> set[str]:
         if not self._path.exists():
@@ -103,3 +108,10 @@ class RunningLists:
         if is_local(self._path):  # In a bucket folders are but names.
             with contextlib.suppress(OSError):  # It is not there, or holds what is not ours.
                 os.rmdir(self._path)
+
+
+def _damaged(file: epath.Path) -> ArtifactError:
+    return ArtifactError(
+        f"{file}: damaged running lists of a search; remove this file, and the same command "
+        "searches for its rows again"
+    )

@@ -226,11 +226,21 @@ def test_damaged_lists_are_named(tmp_path):
     again = lists.read(block)
     _assert_equal((again.row_QK, again.distance_QK), (found.row_QK, found.distance_QK))
     file = tmp_path / RUNNING / "7-9.lists"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(ArtifactError, match=r"7-9.lists: damaged running lists"):
-        lists.read(block)
+    whole = file.read_bytes()
+    for place in range(len(whole)):  # Any byte, those of the head included.
+        data = bytearray(whole)
+        data[place] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(ArtifactError, match=r"7-9.lists: damaged running lists"):
+            lists.read(block)
+        if place < 36:
+            with pytest.raises(ArtifactError, match=r"7-9.lists: damaged running lists"):
+                lists.prepare([block])
+    for length in (0, 35, 36, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(ArtifactError, match=r"7-9.lists: damaged running lists"):
+            lists.read(block)
+    file.write_bytes(whole)
     with pytest.raises(ArtifactError, match="damaged running lists"):
         RunningLists(epath.Path(tmp_path), 4).read(block)
     (tmp_path / RUNNING / "own.txt").write_text("a note")  # Not ours: it stays.
