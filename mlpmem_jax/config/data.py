@@ -134,7 +134,9 @@ class RetrievalConfig(Section):
         "scann: approximate, re-ranked exactly; exact: brute force; auto: by the number of rows",
     )
     num_neighbors: Width = setting(256, "neighbours per row, K, without the row itself")
-    min_recall: Fraction = setting(0.95, "exit with an error if the measured recall@K is lower")
+    min_recall: Fraction = setting(
+        0.95, "raise auto settings until recall@K reaches this; warn where it stays lower"
+    )
     recall_queries: Annotated[int, Field(ge=1000, le=10**7), WHOLE] = setting(
         1024, "rows sampled to measure recall"
     )
@@ -149,6 +151,11 @@ class RetrievalConfig(Section):
     dims_per_block: Width = setting(2, "dimensions quantised together")
     training_rows: Rows = setting(100_000, "rows for training the index, at most")
     query_batch: PositiveInt = runtime(8192, "queries searched at once")
+    memory_bytes: Bytes | Auto = runtime(
+        "auto",
+        "memory for the keys that are searched at a time, of each device (exact) or each process "
+        "(ScaNN); auto: half of what there is",
+    )
     key_chunk_rows: PositiveInt = runtime(65536, "keys scored at once per device (exact engine)")
     keep_train: Literal["none", "all"] = setting("none", "neighbours of training rows to keep")
 

@@ -81,13 +81,16 @@ def check_keys(config: Config) -> None:
 def check_retrieval(run: Artifacts) -> None:
     """Refuses to search what is not stored, an engine that is not installed, too large a K.
 
-    How large K may be is known once there are tokens.
+    And memory for search that holds no key shard. How large K may be, and how large key shards are
+    at most, is known once there are tokens.
 
     Raises:
         ConfigError: Names the key, its value and what is allowed.
     """
     from mlpmem_jax.parallel.mesh import make_mesh
+    from mlpmem_jax.parallel.sharing import process_count
     from mlpmem_jax.retrieval.engine import choose_engine
+    from mlpmem_jax.retrieval.estimates import exact_plan, index_plan
     from mlpmem_jax.retrieval.neighbors import check_enough_rows
 
     config, mistakes, num_rows = run.config, Mistakes(), 0
@@ -99,8 +102,13 @@ def check_retrieval(run: Artifacts) -> None:
         with mistakes.gather():
             check_enough_rows(config.retrieval.num_neighbors, num_rows, name)
     with mistakes.gather():
-        platform = make_mesh(config.mesh).devices.flat[0].platform
-        choose_engine(config.retrieval, num_rows, platform)
+        mesh = make_mesh(config.mesh)
+        engine = choose_engine(config.retrieval, num_rows, mesh.devices.flat[0].platform).engine
+        width, keys_of = config.decoder.width, max(1, num_rows)
+        shard_rows = config.datastore.shard_rows
+        exact_plan(keys_of, width, shard_rows, config.retrieval, mesh.size, None).check()
+        if engine == "scann":
+            index_plan(keys_of, width, config.retrieval, process_count(), None).check()
     mistakes.refuse()
 
 

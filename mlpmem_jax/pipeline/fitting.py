@@ -5,8 +5,8 @@ prove that it fits (`compile` tells whether a step does).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from mlpmem_jax.console import warn
 from mlpmem_jax.corpus.row_estimates import Rows, least_rows, likely_rows
@@ -57,10 +57,14 @@ class Need:
     Attributes:
         disk_bytes: What it leaves on disk.
         moments: What it holds in memory, one after the other.
+        temporary_bytes: What it has on disk beside that, until it is made.
+        plan: How it goes about its work on this machine, for `--dry-run`: name to number or text.
     """
 
     disk_bytes: int = 0
     moments: tuple[Moment, ...] = ()
+    temporary_bytes: int = 0
+    plan: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def check_fit(stages: Sequence["Stage"], *, everything: bool = False) -> None:
@@ -140,11 +144,15 @@ def _disk_shortage(needs: Sequence[tuple["Stage", Need]], machine: Machine) -> s
         if need.disk_bytes
     }
     left = {name: size for name, size in left.items() if size > 0}
-    total = sum(left.values())
+    # Stages are made one after the other, and so is what they need for a time.
+    temporary = max((need.temporary_bytes for _, need in needs), default=0)
+    total = sum(left.values()) + temporary
     if total <= machine.disk_bytes:
         return None
     largest = sorted(left, key=lambda name: -left[name])[:_LARGEST_SHOWN]
     shown = ", ".join(f"{name} {human_bytes(left[name])}" for name in largest)
+    if temporary:
+        shown += f", for a time {human_bytes(temporary)}"
     return (
         f"{needs[0][0].artifact.root}: the artifacts to be made need at least "
         f"{human_bytes(total)} ({shown}) and {human_bytes(machine.disk_bytes)} are free; set "

@@ -16,9 +16,16 @@ from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.parallel.mesh import mesh_sizes
 from mlpmem_jax.pipeline.fitting import Moment, Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.search_needs import (
+    chosen_engine,
+    exact_moment,
+    exact_search_plan,
+    index_moment,
+    measured_search,
+    num_neighbors,
+    search_need,
+)
 from mlpmem_jax.retrieval import approximate
-from mlpmem_jax.retrieval.engine import choose_engine
-from mlpmem_jax.retrieval.estimates import exact_bytes, held_index_bytes
 from mlpmem_jax.store.array_specs import (
     ArraySpec,
     Split,
@@ -105,7 +112,7 @@ def index_need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     config = run.config
     rows, retrieval = count(run), config.retrieval
     num_rows, width = rows["train"], config.decoder.width
-    if not num_rows or _engine(run, machine, num_rows) == "exact":
+    if not num_rows or chosen_engine(run, machine, num_rows) == "exact":
         return Need()
     shard_rows = min(num_rows, retrieval.shard_rows)
     building = Moment(
@@ -115,7 +122,7 @@ def index_need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     )
     moments = [building]
     if "auto" in (retrieval.num_leaves_to_search, retrieval.num_reorder):
-        moments += [_held_index(run, machine, rows), _all_keys(run, machine, rows)]
+        moments += [index_moment(run, machine, rows), exact_moment(run, machine, rows)]
     disk = approximate.index_bytes(num_rows, width, retrieval.dims_per_block)
     return Need(disk, tuple(moments))
 
@@ -125,10 +132,11 @@ def neighbors_need(
 ) -> Need:
     """Returns what the kept neighbours of a split take."""
     rows = count(run)
-    disk = rows[split] * _neighbors(run, rows) * _NEIGHBOR_BYTES
+    disk = rows[split] * num_neighbors(run, rows) * _NEIGHBOR_BYTES
     if split == "train" or by_index:
-        return Need(disk, _measured_search(run, machine, rows))
-    return Need(disk, (_all_keys(run, machine, rows),))
+        return measured_search(run, machine, rows, split, disk)
+    plan = exact_search_plan(run, machine, rows)
+    return search_need(run, rows, split, disk, (exact_moment(run, machine, rows),), plan)
 
 
 def targets_need(run: Artifacts, split: Split, machine: Machine, count: RowCounter) -> Need:
@@ -143,16 +151,17 @@ def targets_need(run: Artifacts, split: Split, machine: Machine, count: RowCount
     moments = (_evidence(run, rows, TUNING_ROWS, "lower retrieval.num_neighbors"),)
     if config.retrieval.keep_train == "all":
         return Need(disk, moments)
-    return Need(disk, (*moments, *_measured_search(run, machine, rows)))
+    need = measured_search(run, machine, rows, split, disk)
+    return dataclasses.replace(need, moments=(*moments, *need.moments))
 
 
 def evaluation_need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     """Returns what the table takes: tuning the kNN-LM, and timing its search."""
     rows = count(run)
-    if _engine(run, machine, rows["train"]) == "exact":
-        searched = _all_keys(run, machine, rows)
+    if chosen_engine(run, machine, rows["train"]) == "exact":
+        searched = exact_moment(run, machine, rows)
     else:
-        searched = _held_index(run, machine, rows)
+        searched = index_moment(run, machine, rows)
     return Need(moments=(*scores_need(run, machine, count).moments, searched))
 
 
@@ -167,43 +176,7 @@ def scores_need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
 def search_quality_need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     """Returns what comparing searches with the exact one takes."""
     moments = scores_need(run, machine, count).moments
-    return Need(moments=(*moments, _all_keys(run, machine, count(run))))
-
-
-def _all_keys(run: Artifacts, machine: Machine, rows: Rows) -> Moment:
-    """Returns the exact engine: all keys of the training split, over the devices."""
-    config = run.config
-    num_rows, width = rows["train"], config.decoder.width
-    memory = machine.device_bytes
-    way_out = "lower corpus.max_bytes or use more devices"
-    if memory is not None:
-        fits = memory * machine.num_devices // (4 * (width + 1))
-        way_out += f" ({fits:,} rows fit, not {num_rows:,})"
-    return Moment(
-        "exact search holds all keys in float32",
-        way_out,
-        device_bytes=exact_bytes(num_rows, width, machine.num_devices),
-    )
-
-
-def _held_index(run: Artifacts, machine: Machine, rows: Rows) -> Moment:
-    """Returns the approximate engine: each process holds its shards of the index."""
-    config = run.config
-    return Moment(
-        "ScaNN holds all its shards",
-        "lower corpus.max_bytes or use more hosts",
-        host_bytes=held_index_bytes(
-            rows["train"], config.decoder.width, config.retrieval, machine.num_processes
-        ),
-    )
-
-
-def _measured_search(run: Artifacts, machine: Machine, rows: Rows) -> tuple[Moment, ...]:
-    """Returns a search by the engine of the index, with its recall against the exact one."""
-    exact = _all_keys(run, machine, rows)
-    if _engine(run, machine, rows["train"]) == "exact":
-        return (exact,)
-    return (_held_index(run, machine, rows), exact)
+    return Need(moments=(*moments, exact_moment(run, machine, count(run))))
 
 
 def _evidence(run: Artifacts, rows: Rows, most: int | None, way_out: str) -> Moment:
@@ -212,14 +185,8 @@ def _evidence(run: Artifacts, rows: Rows, most: int | None, way_out: str) -> Mom
     return Moment(
         "the neighbours of validation rows on which the kNN-LM is tuned",
         way_out,
-        host_bytes=num_rows * _neighbors(run, rows) * _EVIDENCE_BYTES,
+        host_bytes=num_rows * num_neighbors(run, rows) * _EVIDENCE_BYTES,
     )
-
-
-def _neighbors(run: Artifacts, rows: Rows) -> int:
-    """Returns K; of more than there are rows another check says so."""
-    config = run.config
-    return min(config.retrieval.num_neighbors, rows["train"])
 
 
 def _training(run: Artifacts, machine: Machine, trained: int, beside: int) -> Need:
@@ -240,14 +207,6 @@ def _parts(run: Artifacts, machine: Machine) -> int:
     except ConfigError:  # Another check refuses the mesh.
         return machine.num_devices
     return fsdp * tensor
-
-
-def _engine(run: Artifacts, machine: Machine, num_rows: int) -> str:
-    config = run.config
-    try:
-        return choose_engine(config.retrieval, num_rows, machine.platform).engine
-    except ConfigError:  # Another check refuses what is not installed.
-        return "scann"
 
 
 def _vocab_size(run: Artifacts) -> int:

@@ -61,15 +61,23 @@ def _times(
     return {one.artifact.title: seconds for one, seconds in found if seconds is not None}
 
 
-def needed(stage: Stage, machine: Machine) -> dict[str, int]:
-    """Returns what a stage needs at least of memory, most likely; nothing where it is little."""
-    moments = stage.need(machine, counted(likely_rows)).moments
+def needed(stage: Stage, machine: Machine) -> dict[str, Any]:
+    """Returns how a stage goes about its work, and what it needs at least of memory, most likely.
+
+    Nothing where it is little.
+    """
+    need = stage.need(machine, counted(likely_rows))
+    moments = need.moments
     device = max((moment.device_bytes for moment in moments), default=0)
     host = max((moment.host_bytes_on(machine) for moment in moments), default=0)
-    found = {"least bytes of each device": device, "least bytes of host memory": host}
+    found = {
+        "bytes on disk for a time": need.temporary_bytes,
+        "least bytes of each device": device,
+        "least bytes of host memory": host,
+    }
     if machine.platform == "cpu":
         del found["least bytes of each device"]
-    return {name: size for name, size in found.items() if size}
+    return {**need.plan, **{name: size for name, size in found.items() if size}}
 
 
 def skipped(stage: Stage) -> str | None:

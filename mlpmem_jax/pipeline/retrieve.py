@@ -128,7 +128,7 @@ def _exact_cache(run: Artifacts) -> "ExactCache":
     from mlpmem_jax.retrieval.index_builder import ExactCache
 
     config = run.config
-    return ExactCache(run.datastore("train"), config.retrieval.key_chunk_rows, config.mesh)
+    return ExactCache(run.datastore("train"), config.retrieval, config.mesh)
 
 
 def _search(run: Artifacts, index: Artifact | None, exact: "ExactCache") -> "Search":

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from mlpmem_jax.console import say
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.evaluation.cost import costs, datastore_bytes
 from mlpmem_jax.evaluation.joint_lm import TokenWindows
@@ -21,6 +22,7 @@ from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_networks, separator_id
 from mlpmem_jax.pipeline.settings import embedding_settings
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
+from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.store.array_specs import Split
 
@@ -146,21 +148,28 @@ def _latency(
     systems: Mapping[str, Mapping[str, Any]],
     mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
-    """Returns milliseconds per token of each system, with λ and τ as they were chosen."""
+    """Returns milliseconds per token of each system, with λ and τ as they were chosen.
+
+    The kNN-LM is left out where its keys do not fit in memory: each token would load them all.
+    """
     config, train = run.config, run.datastore("train")
     models = compiled_models(run, decoder, memory, systems, mesh)
     knn = systems["knn"]
-    exact = ExactCache(train, config.retrieval.key_chunk_rows, config.mesh)
-    search = make_search(
-        open_index(run.index, config.retrieval, config.decoder.width, exact)[0],
-        read_labels(train),
-        config.retrieval.num_neighbors,
-        knn["temperature"],
-        knn["interpolation"],
-    )
+    exact = ExactCache(train, config.retrieval, config.mesh)
+    engine = open_index(run.index, config.retrieval, config.decoder.width, exact)[0]
     # The run's decoder and the one trained jointly have one shape, so the same time.
     timed = {name: System(models["decoder"]) for name in systems}
-    timed |= {"knn": System(models["decoder"], search), "memory": System(models["memory"])}
+    timed["memory"] = System(models["memory"])
+    if isinstance(engine, KeyShards):
+        del timed["knn"]
+        say(
+            f"evaluate: the kNN-LM is not timed: memory holds {engine.plan.at_once} of "
+            f"{engine.plan.num_shards} key shards at a time (retrieval.memory_bytes)"
+        )
+    else:
+        about = config.retrieval.num_neighbors, knn["temperature"], knn["interpolation"]
+        search = make_search(engine, read_labels(train), *about)
+        timed["knn"] = System(models["decoder"], search)
     return time_tokens(timed, config.evaluate.latency_tokens)
 
 

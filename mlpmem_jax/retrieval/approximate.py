@@ -23,7 +23,7 @@ from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.sharing import is_mine, process_count, share_of
 from mlpmem_jax.retrieval.engine import EngineName, Keys, SomeKeys, read_all
-from mlpmem_jax.retrieval.index_files import SHARD, is_whole, shard_names, shard_path
+from mlpmem_jax.retrieval.index_files import LEAF_OF_ROW, SHARD, is_whole, shard_names, shard_path
 from mlpmem_jax.retrieval.merge import (
     MISSING_ROW,
     Neighbors,
@@ -42,7 +42,6 @@ _TREE_ROWS_PER_LEAF = 50  # More make the tree no better, and its start quadrati
 _CODE_ROWS = 50_000  # The same for the 16 centres of each block of dimensions.
 # Queries of a thread: few large tasks are faster, none should wait for the last.
 _QUERIES_PER_TASK = range(256, 4096)
-_LEAF_OF_ROW = "datapoint_to_token.npy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,11 +199,18 @@ class ApproximateEngine:
         path: Directory of the index.
         settings: How thoroughly; can be replaced between searches.
         alone: Hold all shards, whatever other processes there are, and search without them.
+        shards: Search these alone; None: all.
     """
 
     name: EngineName = "scann"
 
-    def __init__(self, path: epath.Path, settings: SearchSettings, alone: bool = False):
+    def __init__(
+        self,
+        path: epath.Path,
+        settings: SearchSettings,
+        alone: bool = False,
+        shards: range | None = None,
+    ):
         self.settings = settings
         self.spans_processes = process_count() > 1 and not alone
         self.num_rows = 0
@@ -214,18 +220,20 @@ class ApproximateEngine:
         names = shard_names(path)
         # Whose a shard is must not depend on what a file system shows of a new directory.
         for number, name in enumerate(of_first(names) if self.spans_processes else names):
+            if shards is not None and number not in shards:
+                continue
             shard = path / name
             about = read_checked_json(shard / SHARD)
             files: Mapping[str, Any] = about["files"]
             is_held = is_mine(number) or not self.spans_processes
             # The order of queries needs the leaves of all rows: four bytes a row.
-            needed = {n: of for n, of in files.items() if is_held or n == _LEAF_OF_ROW}
+            needed = {n: of for n, of in files.items() if is_held or n == LEAF_OF_ROW}
             with _on_local_disk(shard, needed) as local:
                 if is_held:
                     searcher = scann.scann_ops_pybind.load_searcher(os.fspath(local))
                     self._shards.append((searcher, int(about["first_row"])))
-                if _LEAF_OF_ROW in files:
-                    leaves.append(np.load(local / _LEAF_OF_ROW))
+                if LEAF_OF_ROW in files:
+                    leaves.append(np.load(local / LEAF_OF_ROW))
                 else:
                     leaves.append(np.zeros(about["num_rows"], np.int32))
             self.num_rows += int(about["num_rows"])

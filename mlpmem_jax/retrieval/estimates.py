@@ -1,7 +1,69 @@
-"""What search holds in memory."""
+"""What search holds in memory, and how many key shards that allows at a time."""
+
+import dataclasses
 
 from mlpmem_jax.config.data import RetrievalConfig
+from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.retrieval import approximate
+from mlpmem_jax.units import human_bytes
+
+LIST_BYTES = 12  # of a neighbour in a running list: row and distance
+# Running lists that lie on disk at a time; more queries are searched in several waves.
+_SPILLED_BYTES = 64 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyShardPlan:
+    """How keys are searched: in shards, some at a time.
+
+    Attributes:
+        num_shards: Key shards of the datastore.
+        at_once: Key shards that are in memory together, at least one.
+        held_bytes: What these take, on each device (exact) or in each process (ScaNN).
+        given_bytes: `retrieval.memory_bytes`; None: auto.
+        shard_key: The key, with its value, that decides how large key shards are.
+        way_out: What to change where `held_bytes` do not fit.
+    """
+
+    num_shards: int
+    at_once: int
+    held_bytes: int
+    given_bytes: int | None
+    shard_key: str
+    way_out: str
+
+    @property
+    def num_loads(self) -> int:
+        """Times that shards are loaded to search a set of queries."""
+        return -(-self.num_shards // self.at_once)
+
+    def check(self) -> None:
+        """Refuses a given budget that does not hold one key shard.
+
+        Raises:
+            ConfigError: Names the keys and both sizes.
+        """
+        if self.given_bytes is not None and self.held_bytes > self.given_bytes:
+            raise ConfigError(
+                f"retrieval.memory_bytes={self.given_bytes} holds no key shard, which takes "
+                f"{human_bytes(self.held_bytes)} ({self.held_bytes} bytes): raise it, or lower "
+                f"{self.shard_key}"
+            )
+
+
+def _budget(config: RetrievalConfig, memory_bytes: int | None) -> int | None:
+    """Resolves `retrieval.memory_bytes`; auto: half of the memory, the rest is for buffers."""
+    if config.memory_bytes != "auto":
+        return config.memory_bytes
+    return None if memory_bytes is None else memory_bytes // 2
+
+
+def _plan(
+    config: RetrievalConfig, num_shards: int, at_once: int, held_bytes: int, shard_key: str
+) -> KeyShardPlan:
+    given = None if config.memory_bytes == "auto" else config.memory_bytes
+    way_out = f"lower {shard_key}" if given is None else f"lower retrieval.memory_bytes={given}"
+    return KeyShardPlan(num_shards, at_once, held_bytes, given, shard_key, way_out)
 
 
 def exact_bytes(num_rows: int, width: int, num_devices: int) -> int:
@@ -9,11 +71,82 @@ def exact_bytes(num_rows: int, width: int, num_devices: int) -> int:
     return -(-num_rows // num_devices) * (width + 1) * 4
 
 
-def held_index_bytes(num_rows: int, width: int, config: RetrievalConfig, num_processes: int) -> int:
-    """Returns what the shards of an index hold in the memory of the process with the most.
+def exact_plan(
+    num_rows: int,
+    width: int,
+    shard_rows: int,
+    config: RetrievalConfig,
+    num_devices: int,
+    memory_bytes: int | None,
+) -> KeyShardPlan:
+    """Returns how exact search goes through keys.
 
-    Measured: 1.11 of the float32 keys at width 256, what the files hold.
+    Args:
+        num_rows: N.
+        width: D.
+        shard_rows: Rows of a shard of the datastore, which is a key shard.
+        config: The section.
+        num_devices: Devices that share the keys.
+        memory_bytes: Memory of each device; None: not known.
     """
-    mine = approximate.shard_ranges(num_rows, config.shard_rows)[::num_processes]
-    held = approximate.index_bytes(sum(map(len, mine)), width, config.dims_per_block)
-    return held + 4 * num_rows  # Every process knows the leaf of every row.
+    budget_bytes = _budget(config, memory_bytes)
+    num_shards = max(1, -(-num_rows // shard_rows))
+    at_once = num_shards
+    if budget_bytes is not None and exact_bytes(num_rows, width, num_devices) > budget_bytes:
+        rows = budget_bytes // (4 * (width + 1)) * num_devices
+        at_once = min(num_shards, max(1, rows // shard_rows))
+    held = exact_bytes(min(num_rows, at_once * shard_rows), width, num_devices)
+    return _plan(config, num_shards, at_once, held, f"datastore.shard_rows={shard_rows}")
+
+
+def index_plan(
+    num_rows: int,
+    width: int,
+    config: RetrievalConfig,
+    num_processes: int,
+    memory_bytes: int | None,
+) -> KeyShardPlan:
+    """Returns how ScaNN goes through the shards of an index, which are the key shards.
+
+    Args:
+        num_rows: N.
+        width: D.
+        config: The section.
+        num_processes: Processes that share the shards.
+        memory_bytes: Memory of each process; None: not known.
+    """
+    budget_bytes = _budget(config, memory_bytes)
+    sizes = [len(rows) for rows in approximate.shard_ranges(num_rows, config.shard_rows)]
+    shard = index_shard_bytes(max(sizes), width, config)
+    per_process = -(-len(sizes) // num_processes)
+    if budget_bytes is not None:
+        per_process = min(per_process, max(1, budget_bytes // shard))
+    at_once = min(len(sizes), per_process * num_processes)
+    key = f"retrieval.shard_rows={config.shard_rows} (another index)"
+    return _plan(config, len(sizes), at_once, per_process * shard, key)
+
+
+def index_shard_bytes(num_rows: int, width: int, config: RetrievalConfig) -> int:
+    """Returns what a shard of an index holds in memory.
+
+    Measured: 1.11 of the float32 keys at width 256, what the files hold; and the leaves of rows.
+    """
+    return approximate.index_bytes(num_rows, width, config.dims_per_block) + 4 * num_rows
+
+
+def spilled_rows(num_neighbors: int) -> int:
+    """Returns the queries whose running lists lie on disk at a time, at most."""
+    return max(1, _SPILLED_BYTES // (LIST_BYTES * num_neighbors))
+
+
+def spilled_bytes(num_queries: int, num_neighbors: int, plan: KeyShardPlan) -> int:
+    """Returns what running lists take on disk at a time; nothing where all keys fit.
+
+    Args:
+        num_queries: Rows to search for.
+        num_neighbors: K, and one more where the own row is dropped.
+        plan: How keys are searched.
+    """
+    if plan.num_loads == 1:
+        return 0
+    return min(num_queries, spilled_rows(num_neighbors)) * num_neighbors * LIST_BYTES

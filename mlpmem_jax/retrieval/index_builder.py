@@ -12,14 +12,16 @@ from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.config.networks import MeshConfig
 from mlpmem_jax.console import say
 from mlpmem_jax.errors import ArtifactError, UserError
-from mlpmem_jax.parallel.hardware import check_host_memory, device_memory
+from mlpmem_jax.parallel.agreement import of_all
+from mlpmem_jax.parallel.hardware import check_host_memory, device_memory, host_memory
 from mlpmem_jax.parallel.multihost import barrier, first_alone, is_writer
 from mlpmem_jax.parallel.sharing import process_count
 from mlpmem_jax.retrieval import approximate, index_files, recall
 from mlpmem_jax.retrieval.approximate import SEARCH, ApproximateEngine, SearchSettings
-from mlpmem_jax.retrieval.engine import Engine, Keys, StoredKeys, choose_engine
-from mlpmem_jax.retrieval.estimates import exact_bytes, held_index_bytes
+from mlpmem_jax.retrieval.engine import Engine, Keys, SomeKeys, StoredKeys, choose_engine
+from mlpmem_jax.retrieval.estimates import exact_plan, index_plan
 from mlpmem_jax.retrieval.exact import ExactEngine
+from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.neighbors import check_enough_rows
 from mlpmem_jax.store.files import check_free_space, describe_file, read_json, write_json
 from mlpmem_jax.store.manifest import Artifact, Completion
@@ -33,11 +35,40 @@ MEASUREMENT_SEED = 2
 _MAX_REORDER_GROWTH = 8
 
 
-def exact_engine(train: Artifact, mesh: jax.sharding.Mesh, key_chunk_rows: int) -> ExactEngine:
-    """Opens the exact engine over the keys of the training rows."""
+def exact_engine(
+    train: Artifact, mesh: jax.sharding.Mesh, retrieval: RetrievalConfig
+) -> ExactEngine | KeyShards:
+    """Opens exact search over the keys of the training rows: all of them, or some at a time.
+
+    Raises:
+        UserError: The devices cannot hold what is searched at a time; names the key.
+    """
     keys = StoredKeys(train)
-    _check_holds_keys(keys, mesh)
-    return ExactEngine(keys, mesh, key_chunk_rows)
+    shard_rows = int(train.load().arrays["key"]["shard_rows"])
+    device = jax.local_devices()[0]
+    memory = device_memory(device)
+    if device.platform == "cpu":
+        host = host_memory()
+        memory = None if host is None else host // jax.local_device_count()
+    memory = _of_all(memory)
+    plan = exact_plan(keys.num_rows, keys.width, shard_rows, retrieval, mesh.size, memory)
+    plan.check()
+    if memory is not None and plan.held_bytes > memory:
+        raise UserError(
+            f"exact search over {plan.at_once} key shards at a time needs "
+            f"{human_bytes(plan.held_bytes)} on each of {mesh.size} devices "
+            f"({device.device_kind}), which have {human_bytes(memory)}: {plan.way_out}"
+        )
+    if plan.num_loads == 1:
+        return ExactEngine(keys, mesh, retrieval.key_chunk_rows)
+
+    def load(shards: range) -> ExactEngine:
+        first, stop = (min(n * shard_rows, keys.num_rows) for n in (shards.start, shards.stop))
+        some = SomeKeys(keys, first, stop - first)
+        return ExactEngine(some, mesh, retrieval.key_chunk_rows, first_row=first)
+
+    spans = len({each.process_index for each in mesh.devices.flat}) > 1
+    return KeyShards("exact", keys.num_rows, plan, load, spans_processes=spans)
 
 
 def build_index(
@@ -87,10 +118,11 @@ def build_index(
     barrier("index: shards")
     num_shards = len(approximate.shard_ranges(keys.num_rows, retrieval.shard_rows))
     files = index_files.shard_files(path, num_shards)
-    exact = functools.partial(exact_engine, train, mesh, retrieval.key_chunk_rows)
+    exact = functools.partial(exact_engine, train, mesh, retrieval)
     settings, calibrated = choose_settings(path, keys, exact, retrieval, seed)
     if calibrated is not None:
         measured["calibration_recall"] = calibrated
+        recall.warn_of(calibrated, retrieval, settings)
     if is_writer():
         write_json(path / SEARCH, dataclasses.asdict(settings))
         files[SEARCH] = describe_file(path / SEARCH)
@@ -144,7 +176,7 @@ def choose_settings(
     )
     if first == last:
         return first, None
-    engine = ApproximateEngine(path, first)
+    # Before the index is loaded: keys and index need not fit in memory together.
     sample = recall.draw_sample(
         keys,
         exact().search,
@@ -152,10 +184,14 @@ def choose_settings(
         retrieval.num_neighbors,
         (seed, CALIBRATION_SEED),
     )
+    engine = _approximate(path, first, keys.num_rows, keys.width, retrieval)
 
     def measure_with(settings: SearchSettings) -> float:
-        engine.settings = settings
-        return recall.measure(engine, sample)
+        if isinstance(engine, ApproximateEngine):
+            engine.settings = settings
+            return recall.measure(engine, sample)
+        changed = _approximate(path, settings, keys.num_rows, keys.width, retrieval)
+        return recall.measure(changed, sample)
 
     return recall.calibrate(measure_with, first, last, retrieval.min_recall)
 
@@ -189,54 +225,64 @@ def open_index(
         )
     settings = SearchSettings(**read_json(artifact.path / SEARCH))
     num_rows = int(manifest.counts["rows"])
+    return _approximate(artifact.path, settings, num_rows, width, retrieval), settings
+
+
+def _approximate(
+    path: epath.Path,
+    settings: SearchSettings,
+    num_rows: int,
+    width: int,
+    retrieval: RetrievalConfig,
+) -> ApproximateEngine | KeyShards:
+    """Opens ScaNN over finished shards: all of them, or some at a time."""
+    memory = _of_all(host_memory())
+    plan = index_plan(num_rows, width, retrieval, process_count(), memory)
+    plan.check()
     check_host_memory(
-        held_index_bytes(num_rows, width, retrieval, process_count()),
-        f"{artifact.path}: ScaNN holds all its shards and",
-        "use more hosts",
+        plan.held_bytes,
+        f"{path}: ScaNN over {plan.at_once} shards at a time",
+        plan.way_out,
     )
-    return ApproximateEngine(artifact.path, settings), settings
+    if plan.num_loads == 1:
+        return ApproximateEngine(path, settings)
+    return KeyShards(
+        "scann",
+        num_rows,
+        plan,
+        lambda shards: ApproximateEngine(path, settings, shards=shards),
+        spans_processes=process_count() > 1,
+        order=index_files.leaf_order(path),
+    )
+
+
+def _of_all(memory_bytes: int | None) -> int | None:
+    """Returns the smallest memory of all processes, which must load the same shards."""
+    return min((one for one in of_all(memory_bytes) if one is not None), default=None)
 
 
 class ExactCache:
-    """Opens the exact engine once and keeps it while it is needed: its keys fill memory.
+    """Opens exact search once and keeps it while it is needed: its keys fill memory.
 
     Args:
         train: The datastore of the training rows.
-        key_chunk_rows: Keys scored at once.
+        retrieval: The section.
         mesh: Devices, which are not touched before they are needed.
     """
 
-    def __init__(self, train: Artifact, key_chunk_rows: int, mesh: MeshConfig):
-        self._train, self._key_chunk_rows, self._mesh = train, key_chunk_rows, mesh
-        self._engine: ExactEngine | None = None
+    def __init__(self, train: Artifact, retrieval: RetrievalConfig, mesh: MeshConfig):
+        self._train, self._retrieval, self._mesh = train, retrieval, mesh
+        self._engine: ExactEngine | KeyShards | None = None
 
-    def __call__(self) -> ExactEngine:
+    def __call__(self) -> ExactEngine | KeyShards:
         """Returns the engine."""
         if self._engine is None:
             from mlpmem_jax.parallel.mesh import make_mesh
 
             mesh = make_mesh(self._mesh)
-            self._engine = exact_engine(self._train, mesh, self._key_chunk_rows)
+            self._engine = exact_engine(self._train, mesh, self._retrieval)
         return self._engine
 
     def release(self) -> None:
         """Frees its memory; a later call opens it again."""
         self._engine = None
-
-
-def _check_holds_keys(keys: Keys, mesh: jax.sharding.Mesh) -> None:
-    """Refuses exact search over keys that the devices cannot hold.
-
-    Raises:
-        UserError: Names what is needed and what there is.
-    """
-    needed, device = exact_bytes(keys.num_rows, keys.width, mesh.size), jax.local_devices()[0]
-    what, way_out = "exact search over all keys", "use more devices or fewer rows"
-    if device.platform == "cpu":
-        check_host_memory(needed * jax.local_device_count(), what, way_out)
-    memory = device_memory(device)
-    if memory is not None and needed > memory:
-        raise UserError(
-            f"{what} needs {human_bytes(needed)} on each of {mesh.size} devices "
-            f"({device.device_kind}), which have {human_bytes(memory)}: {way_out}"
-        )

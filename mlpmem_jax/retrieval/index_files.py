@@ -2,8 +2,10 @@
 
 import re
 import shutil
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from mlpmem_jax.console import warn
@@ -12,6 +14,7 @@ from mlpmem_jax.store.checked_json import read_checked_json
 from mlpmem_jax.store.files import describe_file, is_local, verify_file
 
 SHARD = "shard.json"
+LEAF_OF_ROW = "datapoint_to_token.npy"
 
 
 def is_whole(shard: epath.Path) -> bool:
@@ -60,6 +63,33 @@ def shard_files(path: epath.Path, num_shards: int) -> dict[str, Any]:
 def shard_path(path: epath.Path, number: int) -> epath.Path:
     """Returns the directory of a shard."""
     return path / f"shard-{number:05d}"
+
+
+def leaf_order(path: epath.Path) -> Callable[[slice], np.ndarray | None]:
+    """Returns `ApproximateEngine.visiting_order` of an index that is not held in memory.
+
+    Leaf numbers are read from local disk as they are needed; for an index in a bucket there is no
+    order.
+    """
+    if not is_local(path):
+        return lambda rows: None
+    firsts, leaves = [], []
+    for name in shard_names(path):
+        about, file = read_checked_json(path / name / SHARD), path / name / LEAF_OF_ROW
+        firsts.append(int(about["first_row"]))
+        is_tree = LEAF_OF_ROW in about["files"]
+        leaves.append(
+            np.load(file, mmap_mode="r") if is_tree else np.zeros(about["num_rows"], np.int32)
+        )
+
+    def order(rows: slice) -> np.ndarray:
+        parts = [
+            np.asarray(leaf_N[max(0, rows.start - first) : max(0, rows.stop - first)])
+            for first, leaf_N in zip(firsts, leaves, strict=True)
+        ]
+        return np.argsort(np.concatenate(parts), kind="stable")
+
+    return order
 
 
 def remove_unfinished(path: epath.Path) -> None:

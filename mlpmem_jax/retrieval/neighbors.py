@@ -109,18 +109,18 @@ def search_split(
                         bar.update(part.stop - part.start)
                         if is_mine(searched[turn]):
                             parts.append((row_N[part], pool.submit(take, row_N[part], found)))
-                            tasks = _drain([*tasks, parts[-1][1]], _MAX_PENDING_BATCHES)
+                            tasks = drain([*tasks, parts[-1][1]], _MAX_PENDING_BATCHES)
                         stop_if_alone(f"{description}: finished shards are kept")
                 if parts:
                     written = pool.submit(_write, writer, shard, parts)
-                    tasks = _drain([*tasks, written], _MAX_PENDING_BATCHES)
+                    tasks = drain([*tasks, written], _MAX_PENDING_BATCHES)
                 if preempted():
                     raise Preempted(f"{description}: finished shards are kept")
         except Preempted:
-            _drain(tasks, 0)
+            drain(tasks, 0)
             writer.flush()
             raise
-        _drain(tasks, 0)
+        drain(tasks, 0)
         writer.close()
     seconds = time.monotonic() - started
     return {
@@ -130,7 +130,7 @@ def search_split(
     }
 
 
-def _drain(
+def drain(
     tasks: Sequence[concurrent.futures.Future[Any]], allowed: int
 ) -> list[concurrent.futures.Future[Any]]:
     """Waits until at most so many tasks are left; lets their errors through."""

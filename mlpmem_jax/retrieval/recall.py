@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mlpmem_jax.config.data import RetrievalConfig
+from mlpmem_jax.console import warn
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.retrieval.approximate import SearchSettings
 from mlpmem_jax.retrieval.distances import squared_distances
@@ -147,20 +148,27 @@ def _raised(settings: SearchSettings, last: SearchSettings) -> list[SearchSettin
 def check(
     measured: float, config: RetrievalConfig, settings: SearchSettings | None, num_queries: int
 ) -> None:
-    """Refuses a recall below the floor.
+    """Warns of a recall below `retrieval.min_recall`: targets serve with less than the best.
 
     Raises:
-        ConfigError: Names the keys to raise, with their current values.
+        ConfigError: The exact engine is below it, so its answers are wrong.
     """
-    if measured >= config.min_recall:
-        return
-    way_out = "this is the exact engine: its answers are wrong, please report it"
     if settings is not None:
-        way_out = (
-            f"raise retrieval.num_leaves_to_search (now {settings.num_leaves_to_search}) or "
-            f"retrieval.num_reorder (now {settings.num_reorder}), or set retrieval.engine=exact"
+        warn_of(measured, config, settings)
+    elif measured < config.min_recall:
+        raise ConfigError(
+            f"recall@{config.num_neighbors} of the exact engine is {measured:.4f} on {num_queries} "
+            f"rows, below retrieval.min_recall={config.min_recall}: its answers are wrong, please "
+            "report it"
         )
-    raise ConfigError(
-        f"recall@{config.num_neighbors} is {measured:.4f} on {num_queries} rows, below "
-        f"retrieval.min_recall={config.min_recall}: {way_out}"
-    )
+
+
+def warn_of(measured: float, config: RetrievalConfig, settings: SearchSettings) -> None:
+    """Warns of a recall below `retrieval.min_recall`; names the keys to raise, and their values."""
+    if measured < config.min_recall:
+        warn(
+            f"recall@{config.num_neighbors} is {measured:.4f}, below "
+            f"retrieval.min_recall={config.min_recall}: raise retrieval.num_leaves_to_search (now "
+            f"{settings.num_leaves_to_search}) or retrieval.num_reorder (now "
+            f"{settings.num_reorder}), or set retrieval.engine=exact"
+        )

@@ -12,6 +12,8 @@ from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.retrieval import recall
 from mlpmem_jax.retrieval.engine import Engine, StoredKeys
 from mlpmem_jax.retrieval.index_builder import MEASUREMENT_SEED, ExactCache, open_index
+from mlpmem_jax.retrieval.key_major import search_by_shards
+from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.merge import Neighbors
 from mlpmem_jax.retrieval.neighbors import Consume, check_enough_rows, search_split
 from mlpmem_jax.store.array_specs import Split, neighbors_arrays
@@ -46,16 +48,16 @@ class Search:
         num_rows = int(self.train.load().counts["rows"])
         check_enough_rows(self.retrieval.num_neighbors, num_rows, str(self.train.path))
 
-    def measured_engine(self, *, must_suffice: bool = True) -> tuple[Engine, dict[str, Any]]:
-        """Opens the engine of the index and measures its recall.
+    def measured_engine(self) -> tuple[Engine, dict[str, Any]]:
+        """Opens the engine of the index and measures its recall; warns where it is low.
 
         Raises:
-            ConfigError: The recall is below `retrieval.min_recall`, and must not be.
+            ConfigError: The exact engine does not find what a plain search finds.
         """
         assert self.index is not None
         retrieval, keys = self.retrieval, StoredKeys(self.train)
-        engine, settings = open_index(self.index, retrieval, keys.width, self.exact)
-        reference = recall.plain_search(keys) if settings is None else self.exact().search
+        is_exact = self.index.load().counts["engine"] == "exact"
+        reference = recall.plain_search(keys) if is_exact else self.exact().search
         sample = recall.draw_sample(
             keys,
             reference,
@@ -63,16 +65,16 @@ class Search:
             retrieval.num_neighbors,
             (self.seed, MEASUREMENT_SEED),
         )
+        if not is_exact:  # Keys and index need not fit in memory together.
+            self.exact.release()
+        engine, settings = open_index(self.index, retrieval, keys.width, self.exact)
         found = recall.measure(engine, sample)
         num_queries = len(sample.row_Q)
         say(
             f"retrieve: recall@{retrieval.num_neighbors} of the {engine.name} engine is "
             f"{found:.4f} on {num_queries:,} random rows"
         )
-        if must_suffice:
-            recall.check(found, retrieval, settings, num_queries)
-        if settings is not None:
-            self.exact.release()
+        recall.check(found, retrieval, settings, num_queries)
         return engine, {"engine": engine.name, "recall": found, "recall_queries": num_queries}
 
     def search_split(
@@ -84,16 +86,16 @@ class Search:
         consume: Consume,
     ) -> dict[str, Any]:
         """Searches for every row of a split; see `neighbors.search_split`."""
-        numbers = search_split(
-            engine,
-            keys,
-            writer,
-            consume,
-            num_neighbors=self.retrieval.num_neighbors,
-            query_batch=self.retrieval.query_batch,
-            exclude_own_row=split == "train",
-            description=f"retrieve {split}",
-        )
+        about: dict[str, Any] = {
+            "num_neighbors": self.retrieval.num_neighbors,
+            "query_batch": self.retrieval.query_batch,
+            "exclude_own_row": split == "train",
+            "description": f"retrieve {split}",
+        }
+        if isinstance(engine, KeyShards):
+            numbers = search_by_shards(engine, keys, writer, consume, **about)
+        else:
+            numbers = search_split(engine, keys, writer, consume, **about)
         if numbers["queries"]:
             say(
                 f"retrieve: {numbers['queries']:,} rows of {split} by the {engine.name} engine, "
@@ -125,8 +127,7 @@ def keep_neighbors(
     if search.index is None:
         engine = search.exact()
     else:
-        # Targets must be good; a baseline is what it is, and its recall is reported.
-        engine, about = search.measured_engine(must_suffice=split == "train")
+        engine, about = search.measured_engine()
         measured |= about
 
     def consume(row_Q: np.ndarray, found: Neighbors) -> Mapping[str, np.ndarray]:

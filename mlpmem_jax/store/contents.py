@@ -15,9 +15,11 @@ from mlpmem_jax.store.files import TEMPORARY, is_local, read_json
 
 MANIFEST = "manifest.json"
 BUILDING = "building.json"
+RUNNING = "running"  # Lists of a search that goes on.
 
 _ARRAY = r"\w+/(zarr\.json|c(/\d+)+)(\.__lock)?"  # The suffix: what a killed write left.
 _WRITTEN = r"written/\d{6}\.json"
+_RUNNING = rf"{RUNNING}/\d+-\d+\.lists"
 _NETWORK = (r"checkpoints/\d+(\.orbax-checkpoint-tmp[^/]*)?/.+", r"checksums/\d+\.json")
 _SHARD = r"(shard-\d{5}|building-[^/]+)/.+"
 
@@ -34,9 +36,9 @@ _FILES: dict[str, tuple[str, ...]] = {
     "memory": _NETWORK,
     "joint": _NETWORK,
     "datastore": (_ARRAY, _WRITTEN),
-    "neighbors": (_ARRAY, _WRITTEN),
+    "neighbors": (_ARRAY, _WRITTEN, _RUNNING),
     "scores": (_ARRAY, _WRITTEN),
-    "targets": (_ARRAY, _WRITTEN, r"temperature\.json"),
+    "targets": (_ARRAY, _WRITTEN, _RUNNING, r"temperature\.json"),
     "index": (_SHARD, r"search\.json"),
     "results": _report("evaluate", "measured"),
     "analysis": _report("analyze"),

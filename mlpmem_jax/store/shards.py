@@ -35,6 +35,7 @@ class ShardWriter:
     """Collects rows of several parallel arrays and writes each shard once it is full.
 
     Attributes:
+        path: Directory of the arrays.
         num_rows: Rows of each array.
         shard_rows: Rows of a shard.
     """
@@ -56,7 +57,7 @@ class ShardWriter:
             refuse_non_finite: Whether infinities and NaN are an error (they are the
                 distances of neighbours that do not exist).
         """
-        self._path = path
+        self.path = path
         self._specs = specs
         self.num_rows = num_rows
         self._refuses_non_finite = refuse_non_finite
@@ -71,7 +72,7 @@ class ShardWriter:
     def _opened(self) -> dict[str, ts.TensorStore]:
         return {
             name: create_array(
-                self._path / name,
+                self.path / name,
                 shape=(self.num_rows, *spec.tail),
                 dtype=spec.dtype,
                 shard_rows=spec.shard_rows,
@@ -82,7 +83,7 @@ class ShardWriter:
 
     def _listed(self) -> list[int]:
         done = frozenset.intersection(
-            recorded_shards(self._path), *(finished_shards(one) for one in self._stores.values())
+            recorded_shards(self.path), *(finished_shards(one) for one in self._stores.values())
         )
         return [shard for shard in range(self.num_shards) if shard not in done]
 
@@ -98,7 +99,7 @@ class ShardWriter:
             UserError: They do not fit on the disk.
         """
         rows = self.count_rows(self._missing)
-        check_free_space(self._path, self.missing_bytes(), f"{self._path.name} ({rows} rows)")
+        check_free_space(self.path, self.missing_bytes(), f"{self.path.name} ({rows} rows)")
         return self._missing
 
     def missing_bytes(self) -> int:
@@ -163,7 +164,7 @@ class ShardWriter:
             bad = int(buffer.size - np.count_nonzero(np.isfinite(buffer.astype(np.float32))))
             if bad:
                 raise RunFailed(
-                    f"{self._path / name}: {bad} values of shard {shard} are not finite in "
+                    f"{self.path / name}: {bad} values of shard {shard} are not finite in "
                     f"{buffer.dtype.name}; set datastore.dtype to bfloat16 or float32, and look "
                     "at the decoder's loss"
                 )
@@ -173,7 +174,7 @@ class ShardWriter:
         for write in writes:
             write.result()
         digests = {name: shard_digest(store, shard) for name, store in self._stores.items()}
-        record_written(self._path, shard, digests)
+        record_written(self.path, shard, digests)
 
     def close(self) -> dict[str, Any]:
         """Waits for all writes; returns the arrays as the manifest describes them."""

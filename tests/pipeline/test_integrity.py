@@ -100,7 +100,7 @@ def _readers(run):
 
     def index():
         def exact():
-            return exact_engine(run.datastore("train"), mesh, config.retrieval.key_chunk_rows)
+            return exact_engine(run.datastore("train"), mesh, config.retrieval)
 
         width = config.decoder.width
         return [np.array(open_index(run.index, config.retrieval, width, exact)[0].num_rows)]

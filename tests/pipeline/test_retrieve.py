@@ -376,14 +376,18 @@ def test_keys_that_are_not_finite(make_run):
         _run(run)
 
 
-def test_a_low_recall_names_the_keys_to_raise(make_run):
+def test_a_low_recall_is_warned_of_and_targets_are_made(make_run, capsys):
     pytest.importorskip("scann")
+    # With a single leaf, given, candidates alone can be raised: no setting reaches the floor.
     run = make_run(
         "retrieval.engine=scann", "retrieval.num_leaves_to_search=1", "retrieval.num_leaves=100"
     )
-    message = r"below retrieval.min_recall=0.95: raise retrieval.num_leaves_to_search \(now 1\)"
-    with pytest.raises(ConfigError, match=message):
-        _run(run)
+    _run(run)
+    message = "below retrieval.min_recall=0.95: raise retrieval.num_leaves_to_search (now 1)"
+    assert capsys.readouterr().err.count(message) == 2  # Of the calibration, and as measured.
+    calibrated = run.index.load().measured["calibration_recall"]
+    measured = run.targets("train").load().measured["recall"]
+    assert 0 < calibrated < 0.95 and 0 < measured < 0.95
 
 
 def test_a_missing_package_names_the_exact_engine(make_run, monkeypatch):

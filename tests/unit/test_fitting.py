@@ -16,7 +16,6 @@ from mlpmem_jax.pipeline import (
     evaluate,
     fitting,
     index,
-    needs,
     pretrain,
     retrieve,
     tokenize,
@@ -26,9 +25,9 @@ from mlpmem_jax.pipeline.fitting import Moment, Need, check_fit, shortages
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.sources import Unread
 from mlpmem_jax.pipeline.stage import Stage, run_stages
-from mlpmem_jax.retrieval import engine
 from mlpmem_jax.store.manifest import Artifact, Completion
 from tests.conftest import ROOT
+from tests.unit.test_search_plans import ACCELERATED
 
 GIB = 1 << 30
 GB = 10**9
@@ -39,33 +38,6 @@ def _machine(**changes):
     return dataclasses.replace(one, **changes)
 
 
-def _slice(kind, devices, local, device_bytes, host_bytes):
-    return _machine(
-        kind=kind,
-        num_devices=devices,
-        local_devices=local,
-        num_processes=devices // local,
-        device_bytes=device_bytes,
-        host_bytes=host_bytes,
-    )
-
-
-V5E = ("TPU v5e", 16 * GIB)
-V5P = ("TPU v5p", 95 * GIB)
-# Hardware as the header names it, tokens, and which stages are refused; hosts by the vendors.
-SEARCHED = {"index", "neighbors/valid", "neighbors/test", "targets/train"}
-ACCELERATED = {
-    "gpt2_small": (_slice(*V5E[:1], 8, 8, V5E[1], 384 * GB), 1e8, SEARCHED),
-    "gpt2_medium": (_slice(*V5E[:1], 16, 4, V5E[1], 192 * GB), 1e8, SEARCHED),
-    "gpt2_large": (_slice(*V5E[:1], 32, 4, V5E[1], 192 * GB), 1e8, set()),
-    "gpt2_xl": (_slice(*V5E[:1], 64, 4, V5E[1], 192 * GB), 1e8, set()),
-    "gpt2_xl_h200": (_slice("NVIDIA H200", 8, 8, int(0.75 * 141 * GB), 2000 * GB), 1e8, set()),
-    # Hosts are not named there: let them have any memory.
-    "llama_1b": (_slice("an accelerator", 32, 8, 32 * GIB, 1 << 60), 1e9, SEARCHED),
-    "llama2_7b": (_slice(*V5P[:1], 64, 4, V5P[1], 448 * GB), 1e9, SEARCHED | {"results/evaluate"}),
-    "mistral_7b": (_slice(*V5P[:1], 64, 4, V5P[1], 448 * GB), 1e9, SEARCHED | {"results/evaluate"}),
-    "llama2_70b": (_slice(*V5P[:1], 512, 4, V5P[1], 448 * GB), 1e9, set()),
-}
 SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 OF_TEXT = [name for name in SHIPPED if name not in ACCELERATED]
 
@@ -84,42 +56,6 @@ def _stages(config):
 def _roles(lines):
     """What is refused, "ROLE (ID): …" each."""
     return [line.split(":")[0].split(" ")[0] for line in lines]
-
-
-@pytest.mark.parametrize("name", ACCELERATED)
-def test_what_a_header_says_of_disk_and_retrieval_is_what_is_computed(monkeypatch, name):
-    monkeypatch.setattr(engine, "is_approximate_installed", lambda: True)
-    machine, tokens, refused = ACCELERATED[name]
-    config = load_config(ROOT / "configs" / f"{name}.yaml")
-    shares = {"valid": config.corpus.valid_fraction, "test": config.corpus.test_fraction}
-    shares["train"] = 1 - sum(shares.values())
-    rows = {split: int(tokens * share) for split, share in shares.items()}
-    stages, header = _stages(config), _header(name)
-    lines = shortages(stages, machine, lambda *_: rows)
-    assert set(_roles(lines)) == refused
-    assert ("is refused before the first stage" in header) == bool(refused)
-    assert ("is not refused" in header) == (not refused)
-    found = [stage.need(machine, lambda _: rows) for stage in stages]
-    found.append(needs.tokens_need(Artifacts(config, Unread("")), machine, lambda _: rows))
-    disk = sum(need.disk_bytes for need in found) / 1e9
-    number, unit = re.search(r"([\d.]+) (GB|TB) of disk for", header).groups()
-    assert float(number) * (1000 if unit == "TB" else 1) == pytest.approx(disk, rel=0.05)
-    # What exact search holds on a device, and how many rows fit.
-    keys = max(m.device_bytes for need in found for m in need.moments)
-    assert f"{keys / GIB:.1f} GiB" in " ".join(header.split())
-    if refused:
-        fits = machine.device_bytes * machine.num_devices // (4 * (config.decoder.width + 1))
-        assert f"{fits // 10**6}M rows fit" in header
-        assert any(f"({fits:,} rows fit, not {rows['train']:,})" in line for line in lines)
-
-
-def test_an_h100_does_not_hold_the_keys_that_an_h200_does(monkeypatch):
-    monkeypatch.setattr(engine, "is_approximate_installed", lambda: True)
-    machine, tokens, _ = ACCELERATED["gpt2_xl_h200"]
-    smaller = dataclasses.replace(machine, device_bytes=int(0.75 * 80 * GB))
-    rows = {"train": int(0.9 * tokens), "valid": int(0.05 * tokens), "test": int(0.05 * tokens)}
-    stages = _stages(load_config(ROOT / "configs" / "gpt2_xl_h200.yaml"))
-    assert set(_roles(shortages(stages, smaller, lambda *_: rows))) == SEARCHED
 
 
 @pytest.mark.parametrize("name", OF_TEXT)
@@ -214,29 +150,33 @@ def test_moments_are_not_added_and_on_cpu_devices_share_the_host(tmp_path):
 
 
 def test_a_run_is_refused_before_its_text_is_tokenized(tmp_path, monkeypatch, capsys):
-    machine = _machine(num_devices=1, local_devices=1, device_bytes=1_000_000)
+    machine = _machine(num_devices=1, local_devices=1, device_bytes=100_000)
     monkeypatch.setattr(fitting, "this_machine", lambda workdir: machine)
     workdir = tmp_path / "run"
     arguments = ["run", "--config", str(ROOT / "configs" / "tiny.yaml"), "--workdir", str(workdir)]
     assert main(arguments) == 2
     lines = capsys.readouterr().err.splitlines()
     assert not workdir.exists()
-    assert [re.match(r"error: ([\w/-]+)", line)[1] for line in lines] == [
+    searches = [line for line in lines if "key shards for exact search" in line]
+    assert [re.match(r"error: ([\w/-]+)", line)[1] for line in searches] == [
         "neighbors/valid", "neighbors/test", "targets/train", "results/evaluate",
     ]  # fmt: skip
-    assert all("exact search holds all keys" in line and len(line) < 300 for line in lines)
+    # All keys need not fit, one key shard must.
+    assert all("at least 132.0 KiB on each of 1 devices" in line for line in searches)
+    assert all(line.endswith("; lower datastore.shard_rows=1024") for line in searches)
+    assert all(len(line) < 300 for line in lines)
 
 
 def test_what_most_likely_will_not_fit_is_warned_of(tmp_path, monkeypatch, capsys, make_config):
     """Between the rows that there are at least and those that there most likely are."""
-    config = make_config()
-    text = config.corpus, Artifacts(config).tokens
+    run = Artifacts(make_config("datastore.shard_rows=1048576"))  # One key shard.
+    config = run.config
+    text = config.corpus, run.tokens
     least, likely = (rows(*text)["train"] for rows in (least_rows, likely_rows))
     assert 2 * least < likely
     width = config.decoder.width
     memory = 4 * (width + 1) * (least + likely) // 2 // 8
     monkeypatch.setattr(fitting, "this_machine", lambda workdir: _machine(device_bytes=memory))
-    run = Artifacts(config)
     check_fit([*tokenize.stages(run), *retrieve.stages(run)])
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 3 and all("refused after `tokenize`" in line for line in warnings)

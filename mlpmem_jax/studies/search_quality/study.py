@@ -56,7 +56,7 @@ def measure_settings(run: Artifacts, mesh: jax.sharding.Mesh, path: epath.Path) 
     config = run.config
     stored = {split: stored_split(run, split) for split in EVALUATED}
     train = run.datastore("train")
-    exact = ExactCache(train, config.retrieval.key_chunk_rows, config.mesh)
+    exact = ExactCache(train, config.retrieval, config.mesh)
     study = _Study(run, mesh, stored, read_labels(train), exact)
     found = []
     for setting in config.search_quality.settings:

@@ -1,0 +1,98 @@
+"""What searches need: the keys that are in memory at a time, and running lists on disk."""
+
+from mlpmem_jax.corpus.row_estimates import Rows
+from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.parallel.hardware import Machine
+from mlpmem_jax.pipeline.fitting import Moment, Need
+from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.retrieval.engine import choose_engine
+from mlpmem_jax.retrieval.estimates import (
+    KeyShardPlan,
+    exact_plan,
+    index_plan,
+    spilled_bytes,
+    spilled_rows,
+)
+from mlpmem_jax.store.array_specs import Split
+
+
+def exact_search_plan(run: Artifacts, machine: Machine, rows: Rows) -> KeyShardPlan:
+    """Returns how exact search goes through the keys of the training rows."""
+    config, memory = run.config, machine.device_bytes
+    if machine.platform == "cpu" and machine.host_bytes is not None:
+        memory = machine.host_bytes // machine.local_devices
+    shape = max(1, rows["train"]), config.decoder.width, config.datastore.shard_rows
+    return exact_plan(*shape, config.retrieval, machine.num_devices, memory)
+
+
+def _index_plan(run: Artifacts, machine: Machine, rows: Rows) -> KeyShardPlan:
+    config = run.config
+    shape = max(1, rows["train"]), config.decoder.width
+    return index_plan(*shape, config.retrieval, machine.num_processes, machine.host_bytes)
+
+
+def exact_moment(run: Artifacts, machine: Machine, rows: Rows) -> Moment:
+    """Returns the keys that exact search holds at a time, over the devices."""
+    plan = exact_search_plan(run, machine, rows)
+    return Moment(
+        f"{plan.at_once} of {plan.num_shards} key shards for exact search, in float32",
+        plan.way_out,
+        device_bytes=plan.held_bytes,
+    )
+
+
+def index_moment(run: Artifacts, machine: Machine, rows: Rows) -> Moment:
+    """Returns the shards of the index that each process holds at a time."""
+    plan = _index_plan(run, machine, rows)
+    return Moment(
+        f"{plan.at_once} of {plan.num_shards} shards of the index for ScaNN",
+        plan.way_out,
+        host_bytes=plan.held_bytes,
+    )
+
+
+def measured_search(
+    run: Artifacts, machine: Machine, rows: Rows, split: Split, disk_bytes: int
+) -> Need:
+    """Returns a search by the engine of the index, with its recall against the exact one."""
+    exact = exact_moment(run, machine, rows)
+    if chosen_engine(run, machine, rows["train"]) == "exact":
+        plan = exact_search_plan(run, machine, rows)
+        return search_need(run, rows, split, disk_bytes, (exact,), plan)
+    index = index_moment(run, machine, rows), exact
+    return search_need(run, rows, split, disk_bytes, index, _index_plan(run, machine, rows))
+
+
+def search_need(
+    run: Artifacts,
+    rows: Rows,
+    split: Split,
+    disk_bytes: int,
+    moments: tuple[Moment, ...],
+    plan: KeyShardPlan,
+) -> Need:
+    """Returns a search for every row of a split; running lists need disk where keys do not fit."""
+    wanted = num_neighbors(run, rows) + (split == "train")
+    lists = spilled_bytes(rows[split], wanted, plan)
+    waves = -(-rows[split] // spilled_rows(wanted)) if lists else 1
+    shown = {
+        "key shards": plan.num_shards,
+        "key shards in memory at a time": plan.at_once,
+        "times that each key shard is loaded": waves,
+    }
+    return Need(disk_bytes, moments, lists, shown if rows["train"] else {})
+
+
+def num_neighbors(run: Artifacts, rows: Rows) -> int:
+    """Returns K; of more than there are rows another check says so."""
+    config = run.config
+    return min(config.retrieval.num_neighbors, rows["train"])
+
+
+def chosen_engine(run: Artifacts, machine: Machine, num_rows: int) -> str:
+    """Returns the engine that `retrieval.engine` leads to."""
+    config = run.config
+    try:
+        return choose_engine(config.retrieval, num_rows, machine.platform).engine
+    except ConfigError:  # Another check refuses what is not installed.
+        return "scann"

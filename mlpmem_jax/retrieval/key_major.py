@@ -1,0 +1,218 @@
+"""Searching a whole split in keys that do not fit in memory, at any size with the same memory.
+
+Key shards are loaded once for all queries, some at a time. The nearest so far of each query lie
+on disk in between (running lists). It stops and goes on at (key shard, block of queries).
+"""
+
+import concurrent.futures
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlpmem_jax.console import Progress, progress, say
+from mlpmem_jax.parallel.agreement import of_first
+from mlpmem_jax.parallel.multihost import barrier, is_writer
+from mlpmem_jax.parallel.preemption import (
+    Preempted,
+    preempted,
+    stop_if_alone,
+    stopping_where_asked,
+)
+from mlpmem_jax.parallel.sharing import is_mine
+from mlpmem_jax.retrieval.engine import Engine, Keys, row_ranges
+from mlpmem_jax.retrieval.estimates import LIST_BYTES, spilled_rows
+from mlpmem_jax.retrieval.key_shards import KeyShards
+from mlpmem_jax.retrieval.merge import Neighbors, drop_own_row, merge
+from mlpmem_jax.retrieval.neighbors import Consume, drain
+from mlpmem_jax.retrieval.running_lists import RunningLists
+from mlpmem_jax.store.files import check_free_space
+from mlpmem_jax.store.shards import ShardWriter
+
+_MAX_PENDING_BLOCKS = 2
+# Rows of queries, and the shard of the output that they belong to.
+Block = tuple[int, slice]
+
+
+def search_by_shards(
+    engine: KeyShards,
+    keys: Keys,
+    writer: ShardWriter,
+    consume: Consume,
+    *,
+    num_neighbors: int,
+    query_batch: int,
+    exclude_own_row: bool,
+    description: str,
+) -> dict[str, float]:
+    """Searches every row of a split that is not written yet, as `neighbors.search_split` does.
+
+    Several processes load shards at the same time and go through the same blocks; each keeps the
+    lists of its own rows.
+
+    Raises:
+        Preempted: The machine is about to go; what is on disk stays.
+        UserError: Running lists and results do not fit on the disk.
+    """
+    wanted = num_neighbors + exclude_own_row
+    lists = RunningLists(writer.path, wanted)
+    missing = writer.missing_shards()
+    num_queries = writer.count_rows(missing)
+    waves = _waves(writer, missing, wanted)
+    spilled = max((writer.count_rows(wave) for wave in waves), default=0) * wanted * LIST_BYTES
+    needed = spilled + writer.missing_bytes()
+    check_free_space(writer.path, needed, f"search in parts ({description})")
+    bar = progress(writer.num_rows, "row", description, initial=writer.num_rows - num_queries)
+    started = time.monotonic()
+    with bar, stopping_where_asked(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        search = functools.partial(
+            _Wave, engine, keys, writer, lists, consume, wanted, exclude_own_row, description
+        )
+        for wave in [*waves, []]:  # Last none: what earlier waves left is removed.
+            blocks = [
+                (shard, rows)
+                for shard in wave
+                for rows in row_ranges(
+                    writer.rows_of(shard).stop, query_batch, first=writer.rows_of(shard).start
+                )
+            ]
+            barrier(f"{description}: wave")  # What finished shards needed is removed next.
+            covered = lists.prepare([rows for _, rows in blocks]) if is_writer() else None
+            search(blocks, of_first(covered), pool, bar).run()
+        engine.release()
+        writer.close()
+    seconds = time.monotonic() - started
+    return {
+        "queries": num_queries,
+        "search_secs": round(seconds, 3),
+        "queries_per_sec": round(num_queries / seconds, 1) if num_queries else 0.0,
+        "key_shards": engine.plan.num_shards,
+        "key_shards_at_once": engine.plan.at_once,
+    }
+
+
+def _waves(writer: ShardWriter, missing: Sequence[int], num_neighbors: int) -> list[list[int]]:
+    """Cuts output shards into groups whose running lists lie on disk at the same time."""
+    most = max(1, spilled_rows(num_neighbors) // writer.shard_rows)
+    return [list(missing[start : start + most]) for start in range(0, len(missing), most)]
+
+
+class _Wave:
+    """One set of queries against all key shards.
+
+    Args:
+        engine: What is searched.
+        keys: The queries: keys of the split.
+        writer: Where results go.
+        lists: Where running lists go.
+        consume: Turns rows and their neighbours into the arrays to write.
+        wanted: Neighbours of a running list.
+        exclude_own_row: Whether queries are rows of the datastore that is searched.
+        description: What the progress bar says.
+        blocks: The queries, in order.
+        covered: How many key shards each block has been searched in.
+        pool: One thread, which finishes blocks in order.
+        bar: Progress in rows, each counted in parts of key shards.
+    """
+
+    def __init__(
+        self,
+        engine: KeyShards,
+        keys: Keys,
+        writer: ShardWriter,
+        lists: RunningLists,
+        consume: Consume,
+        wanted: int,
+        exclude_own_row: bool,
+        description: str,
+        blocks: Sequence[Block],
+        covered: Sequence[int],
+        pool: concurrent.futures.ThreadPoolExecutor,
+        bar: Progress,
+    ):
+        self._engine, self._keys, self._writer, self._lists = engine, keys, writer, lists
+        self._consume, self._wanted = consume, wanted
+        self._excludes_own, self._description = exclude_own_row, description
+        self._blocks, self._covered = list(blocks), list(covered)
+        self._pool, self._bar = pool, bar
+        self._tasks: list[concurrent.futures.Future[Any]] = []
+
+    def run(self) -> None:
+        """Searches until all blocks are written."""
+        total = self._engine.plan.num_shards
+        try:
+            while min(self._covered, default=total) < total:
+                shards = self._next_shards()
+                self._search(shards)
+                self._covered = [
+                    shards.stop if done == shards.start else done for done in self._covered
+                ]
+        except Preempted:
+            drain(self._tasks, 0)
+            self._writer.flush()
+            raise
+        self._writer.flush()
+
+    def _next_shards(self) -> range:
+        """Returns the next shards to load: those that some blocks lack and no block has."""
+        plan, first = self._engine.plan, min(self._covered)
+        others = [done for done in self._covered if done > first]
+        return range(first, min([first + plan.at_once, plan.num_shards, *others]))
+
+    def _search(self, shards: range) -> None:
+        total = self._engine.plan.num_shards
+        started = time.monotonic()
+        loaded = self._engine.load(shards)
+        say(
+            f"{self._description}: key shards {shards.start + 1} to {shards.stop} of {total} "
+            f"loaded in {time.monotonic() - started:.1f} s"
+        )
+        stop_text = f"{self._description}: what has been searched is kept"
+        shard = -1
+        for (shard_of_block, rows), done in zip(self._blocks, self._covered, strict=True):
+            if done != shards.start:
+                continue
+            if shard_of_block != shard:
+                # As often in all processes, whichever blocks are theirs.
+                if preempted():
+                    raise Preempted(stop_text)
+                shard = shard_of_block
+            mine = is_mine(shard)
+            if mine or self._engine.spans_processes:
+                finish = self._found(loaded, rows)
+                if mine:
+                    self._tasks.append(self._pool.submit(self._keep, rows, shards, finish))
+                    self._tasks = drain(self._tasks, _MAX_PENDING_BLOCKS)
+            self._bar.update((rows.stop - rows.start) * len(shards) // total)
+            stop_if_alone(stop_text)
+        # The keys are freed before the next are loaded, so nothing may still search in them.
+        self._tasks = drain(self._tasks, 0)
+
+    def _found(self, loaded: Engine, rows: slice) -> Callable[[], Neighbors]:
+        query_QD = self._keys.read(rows.start, rows.stop)
+        order = self._engine.visiting_order(rows) if self._excludes_own else None
+        if order is None:
+            return loaded.search_later(query_QD, self._wanted)
+        finish = loaded.search_later(query_QD[order], self._wanted)
+        place = np.argsort(order)
+
+        def in_row_order() -> Neighbors:
+            found = finish()
+            return Neighbors(found.distance_QK[place], found.row_QK[place])
+
+        return in_row_order
+
+    def _keep(self, rows: slice, shards: range, finish: Callable[[], Neighbors]) -> None:
+        """Merges what was found with the running lists; the last time they become results."""
+        found = finish()
+        if shards.start:
+            found = merge([self._lists.read(rows), found], self._wanted)
+        if shards.stop < self._engine.plan.num_shards:
+            self._lists.write(rows, shards.stop, found)
+            return
+        row_Q = np.arange(rows.start, rows.stop, dtype=np.int64)
+        if self._excludes_own:
+            found = drop_own_row(found, row_Q)
+        self._writer.put(rows.start, self._consume(row_Q, found))

@@ -1,0 +1,226 @@
+"""`index` and `retrieve` with keys that do not fit in memory, over a made-up datastore."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlpmem_jax.pipeline import index, retrieve
+from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.resolve import resolved
+from mlpmem_jax.pipeline.stage import run_stages
+from mlpmem_jax.store.array_specs import SPLITS, datastore_arrays
+from mlpmem_jax.store.arrays import open_array, read_rows
+from mlpmem_jax.store.contents import RUNNING
+from mlpmem_jax.store.files import read_json
+from mlpmem_jax.store.shards import ShardWriter
+from tests.conftest import ROOT
+
+HERE = Path(__file__).resolve().parent
+WIDTH, SEPARATOR = 32, 0
+ROWS = {"train": 3000, "valid": 700, "test": 500}
+# One of three key shards of 1,024 rows; one of four shards of the index, and all keys.
+MEMORY = {"exact": 140_000, "scann": 1_300_000}
+SETTINGS = {
+    "exact": ("retrieval.engine=exact", "retrieval.keep_train=all"),
+    "scann": ("retrieval.engine=scann", "retrieval.shard_rows=800", "retrieval.num_leaves=30"),
+}
+SHARED = (
+    "datastore.shard_rows=1024", f"decoder.width={WIDTH}", "retrieval.num_neighbors=12",
+    "retrieval.query_batch=300", "targets.num_tokens=6",
+)  # fmt: skip
+
+
+@pytest.fixture
+def make_run(make_config):
+    """Returns a maker of runs whose datastore is there."""
+
+    def make(*overrides, workdir):
+        run = Artifacts(resolved(make_config(*SHARED, *overrides, workdir=workdir)))
+        for artifact in (run.tokens, run.decoder):
+            artifact.begin({})
+            counts = {"separator_id": SEPARATOR, "vocab_size": 300}
+            artifact.finish(counts=counts | {f"{s}_tokens": ROWS[s] + 1 for s in SPLITS})
+        origin = {one.relative: one.load().fingerprint for one in (run.tokens, run.decoder)}
+        for seed, split in enumerate(SPLITS):
+            _fill(run, split, np.random.default_rng(seed), origin)
+        return run
+
+    return make
+
+
+def _fill(run, split, generator, origin):
+    config, num_rows = run.config, ROWS[split]
+    centres = np.random.default_rng(5).normal(size=(60, WIDTH))
+    cluster = generator.integers(0, 60, num_rows)
+    arrays = {
+        "key": centres[cluster] + 0.3 * generator.normal(size=(num_rows, WIDTH)),
+        "label": np.where(generator.random(num_rows) < 0.6, cluster + 1, 200),
+        "logprob": np.full(num_rows, -np.log(300)),
+    }
+    artifact = run.datastore(split)
+    artifact.begin(origin)
+    specs = datastore_arrays(config.datastore, config.decoder.width)
+    specs = {name: specs[name] for name in arrays}
+    writer = ShardWriter(artifact.path, specs, num_rows)
+    for rows in writer.own_rows():
+        writer.put(rows.start, {name: values[rows] for name, values in arrays.items()})
+    artifact.finish(counts={"rows": num_rows}, arrays=writer.close())
+
+
+def _made(run):
+    run_stages([*index.stages(run), *retrieve.stages(run)])
+    return run
+
+
+def _contents(run):
+    """Returns what was found and made, and the fingerprints of it all."""
+    kinds = {"neighbors": ("valid", "test"), "targets": ("train", "valid")}
+    if run.config.retrieval.keep_train == "all":
+        kinds["neighbors"] += ("train",)
+    arrays, prints = {}, {"index": run.index.load().fingerprint}
+    for kind, splits in kinds.items():
+        for split in splits:
+            artifact = getattr(run, kind)(split)
+            assert not (artifact.path / RUNNING).exists()
+            manifest = artifact.verify()
+            prints[f"{kind}/{split}"] = manifest.fingerprint
+            for name in manifest.arrays:
+                store = open_array(artifact.path / name)
+                arrays[f"{kind}/{split}/{name}"] = read_rows(store, 0, store.shape[0])
+    return arrays, prints
+
+
+def _assert_equal(run, whole):
+    (found, prints), (expected, others) = _contents(run), _contents(whole)
+    assert list(found) == list(expected)
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, expected[name], err_msg=name)
+    assert prints == others
+
+
+@pytest.mark.parametrize("engine", ["exact", "scann"])
+def test_everything_is_as_with_all_keys_in_memory(make_run, tmp_path, capsys, engine):
+    """Neighbours, calibration, recall, τ and targets."""
+    if engine == "scann":
+        pytest.importorskip("scann")
+    whole = _made(make_run(*SETTINGS[engine], workdir=tmp_path / "whole"))
+    capsys.readouterr()
+    memory = f"retrieval.memory_bytes={MEMORY[engine]}"
+    run = _made(make_run(*SETTINGS[engine], memory, workdir=tmp_path / "parts"))
+    said = capsys.readouterr().out
+    _assert_equal(run, whole)
+    shards = {"exact": 3, "scann": 4}[engine]
+    assert f"retrieve train: key shards 2 to 2 of {shards} loaded in" in said
+    searched = [run.targets("train") if engine == "scann" else run.neighbors("train")]
+    other = [whole.targets("train") if engine == "scann" else whole.neighbors("train")]
+    about, before = (one[0].load().measured for one in (searched, other))
+    assert about["recall"] == before["recall"]
+    assert (about["key_shards"], about["key_shards_at_once"]) == (shards, 1)
+    assert "key_shards" not in before
+    calibrated = [one.index.load().measured.get("calibration_recall") for one in (run, whole)]
+    assert calibrated[0] == calibrated[1]
+    assert (calibrated[0] is not None) == (engine == "scann")
+
+
+def _retrieve(workdir, engine, *killed):
+    arguments = ["--config", str(ROOT / "configs" / "tiny.yaml"), "--workdir", str(workdir)]
+    settings = [*SHARED, *SETTINGS[engine], f"retrieval.memory_bytes={MEMORY[engine]}"]
+    at = killed or ("mlpmem_jax.retrieval.running_lists.RunningLists.write", "0", "after")
+    return subprocess.run(
+        [sys.executable, str(HERE / "killed.py"), *at, "retrieve", *arguments, *settings],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_while_it_spills_it_continues_bit_for_bit(make_run, tmp_path):
+    settings = SETTINGS["exact"]
+    whole = _made(make_run(*settings, workdir=tmp_path / "whole"))
+    run = make_run(*settings, workdir=tmp_path / "killed")
+    run_stages(index.stages(run))
+    module = "mlpmem_jax.retrieval.running_lists"
+    kills = (
+        (f"{module}.RunningLists.write", "2", "before"),
+        (f"{module}.write_bytes", "4", "after"),  # In the second round of valid or later.
+        (f"{module}.RunningLists.read", "5", "after"),
+        (f"{module}.RunningLists.write", "12", "after"),
+        ("mlpmem_jax.store.shards.ShardWriter.put", "6", "before"),
+        ("mlpmem_jax.store.shards.ShardWriter.put", "4", "after"),
+        (f"{module}.RunningLists._remove_folder", "1", "before"),
+    )
+    for kill in kills:
+        done = _retrieve(tmp_path / "killed", "exact", *kill)
+        assert done.returncode == -signal.SIGKILL, (kill, done.stderr[-2000:])
+    last = _retrieve(tmp_path / "killed", "exact")
+    assert last.returncode == 0, last.stderr[-4000:]
+    _assert_equal(run, whole)
+
+
+def test_too_little_memory_is_one_message_before_anything_is_made(make_run, tmp_path):
+    run = make_run(*SETTINGS["exact"], workdir=tmp_path / "run")
+    run_stages(index.stages(run))
+    small = {"exact": 1000}
+    done = _retrieve_with(small, tmp_path / "run")
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert "retrieval.memory_bytes=1000 holds no key shard, which takes 132.0 KiB" in line
+    assert "lower datastore.shard_rows=1024" in line and "Traceback" not in done.stderr
+    assert not run.neighbors("valid").path.exists()
+
+
+def _retrieve_with(memory, workdir):
+    saved = dict(MEMORY)
+    MEMORY.update(memory)
+    try:
+        return _retrieve(workdir, "exact")
+    finally:
+        MEMORY.update(saved)
+
+
+def test_the_plan_shows_key_shards_and_what_lies_on_disk_for_a_time(make_run, tmp_path):
+    make_run(*SETTINGS["exact"], workdir=tmp_path / "run")
+    arguments = ["--config", str(ROOT / "configs" / "tiny.yaml"), "--dry-run"]
+    settings = [*SHARED, *SETTINGS["exact"], f"retrieval.memory_bytes={MEMORY['exact']}"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "mlpmem_jax", "retrieve", *arguments),
+            *("--workdir", str(tmp_path / "run"), *settings),
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (valid,) = [part for part in done.stdout.split("neighbors/") if part.startswith("valid")]
+    shown = [line.split() for line in valid.splitlines()]
+    assert ["key", "shards", "3"] in shown
+    assert ["key", "shards", "in", "memory", "at", "a", "time", "1"] in shown
+    assert ["bytes", "on", "disk", "for", "a", "time", "98.4", "KiB"] in shown  # 700 · 12 · 12
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_whole_run_in_parts_and_what_cannot_be_timed(tmp_path):
+    command = [sys.executable, "-m", "mlpmem_jax", "run"]
+    arguments = ["--config", str(ROOT / "configs" / "tiny.yaml"), "--workdir", str(tmp_path)]
+    done = subprocess.run(
+        [*command, *arguments, "retrieval.memory_bytes=1_000_000"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "evaluate: the kNN-LM is not timed: memory holds 7 of" in done.stdout
+    (measured,) = tmp_path.glob("results/evaluate-*/measured.json")
+    assert sorted(read_json(measured)["latency_ms"]) == ["decoder", "memory"]

@@ -1,0 +1,92 @@
+"""How the shipped configurations for accelerators search on the hardware that they name."""
+
+import re
+
+import pytest
+
+from mlpmem_jax.config.load import load_config
+from mlpmem_jax.parallel.hardware import Machine
+from mlpmem_jax.pipeline import embed, evaluate, index, needs, pretrain, retrieve, train
+from mlpmem_jax.pipeline.fitting import shortages
+from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.sources import Sources
+from mlpmem_jax.retrieval import engine
+from mlpmem_jax.retrieval.estimates import exact_bytes
+from tests.conftest import ROOT
+
+GIB, GB = 1 << 30, 10**9
+
+
+def _slice(kind, devices, local, device_bytes, host_bytes):
+    platform = "gpu" if "NVIDIA" in kind else "tpu"
+    processes = devices // local
+    return Machine(platform, kind, devices, local, processes, device_bytes, host_bytes, None)
+
+
+# Hardware as the header names it, and tokens; hosts by the vendors.
+ACCELERATED = {
+    "gpt2_small": (_slice("TPU v5e", 8, 8, 16 * GIB, 384 * GB), 1e8),
+    "gpt2_medium": (_slice("TPU v5e", 16, 4, 16 * GIB, 192 * GB), 1e8),
+    "gpt2_large": (_slice("TPU v5e", 32, 4, 16 * GIB, 192 * GB), 1e8),
+    "gpt2_xl": (_slice("TPU v5e", 64, 4, 16 * GIB, 192 * GB), 1e8),
+    "gpt2_xl_h200": (_slice("NVIDIA H200", 8, 8, int(0.75 * 141 * GB), 2000 * GB), 1e8),
+    # Hosts are not named there: let them have any memory.
+    "llama_1b": (_slice("an accelerator", 32, 8, 32 * GIB, 1 << 60), 1e9),
+    "llama2_7b": (_slice("TPU v5p", 64, 4, 95 * GIB, 448 * GB), 1e9),
+    "mistral_7b": (_slice("TPU v5p", 64, 4, 95 * GIB, 448 * GB), 1e9),
+    "llama2_70b": (_slice("TPU v5p", 512, 4, 95 * GIB, 448 * GB), 1e9),
+}
+H100 = _slice("NVIDIA H100", 8, 8, int(0.75 * 80 * GB), 2000 * GB)
+
+
+@pytest.fixture(autouse=True)
+def _without_texts_but_with_scann(monkeypatch):
+    monkeypatch.setattr(engine, "is_approximate_installed", lambda: True)
+    monkeypatch.setattr(Sources, "text", lambda self, corpus: {"corpus": "made up"})
+
+
+def _planned(name):
+    run = Artifacts(load_config(ROOT / "configs" / f"{name}.yaml"))
+    corpus, tokens = run.config.corpus, ACCELERATED[name][1]
+    shares = {"valid": corpus.valid_fraction, "test": corpus.test_fraction}
+    shares["train"] = 1 - sum(shares.values())
+    rows = {split: int(tokens * share) for split, share in shares.items()}
+    commands = (pretrain, embed, index, retrieve, train, evaluate)
+    return run, rows, [stage for command in commands for stage in command.stages(run)]
+
+
+@pytest.mark.parametrize("name", ACCELERATED)
+def test_what_a_header_says_of_disk_and_retrieval_is_what_is_computed(name):
+    machine = ACCELERATED[name][0]
+    run, rows, stages = _planned(name)
+    assert shortages(stages, machine, lambda *_: rows) == []
+    found = [stage.need(machine, lambda _: rows) for stage in stages]
+    found.append(needs.tokens_need(run, machine, lambda _: rows))
+    text = (ROOT / "configs" / f"{name}.yaml").read_text("utf-8")
+    header = " ".join(re.match(r"(?:#.*\n)+", text)[0].replace("#", "").split())
+    disk = sum(need.disk_bytes for need in found) + max(need.temporary_bytes for need in found)
+    number, unit = re.search(r"([\d.]+) (GB|TB) of disk for", header).groups()
+    assert float(number) * (1000 if unit == "TB" else 1) == pytest.approx(disk / GB, rel=0.05)
+    # All keys on the devices, and in how many parts they and the index are searched.
+    keys = exact_bytes(rows["train"], run.config.decoder.width, machine.num_devices) / GIB
+    exact, of_index = (
+        -(-need.plan["key shards"] // need.plan["key shards in memory at a time"])
+        for stage, need in zip(stages, found[:-1], strict=True)
+        if stage.artifact in (run.neighbors("valid"), run.targets("train"))
+    )
+    parts = "as a whole" if of_index == 1 else f"in {of_index} parts"
+    assert (
+        f"the keys take {keys:.1f} GiB of each device and are searched in {exact} parts, the index "
+        f"{parts}" in header
+    )
+
+
+def test_what_an_h200_holds_an_h100_searches_in_more_parts():
+    machine, _ = ACCELERATED["gpt2_xl_h200"]
+    _, rows, stages = _planned("gpt2_xl_h200")
+    assert shortages(stages, H100, lambda *_: rows) == []
+    at_once = [
+        next(need.plan["key shards in memory at a time"] for need in found if need.plan)
+        for found in ([s.need(one, lambda _: rows) for s in stages] for one in (machine, H100))
+    ]
+    assert 0 < at_once[1] < at_once[0]
