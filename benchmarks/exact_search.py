@@ -24,9 +24,8 @@ import numpy as np
 
 from mlpmem_jax.parallel.host import keep_freed_memory
 
-PEAK_SIZE, PEAK_TIMES = 2048, 4
+PEAK_SIZE, PEAK_TIMES = 2048, 2
 INNER_WIDTH, NOISE = 24, 0.3  # Keys of networks lie near a space of far fewer dimensions.
-FEW = (1, 16)
 CHUNK_ROWS = 65536
 
 
@@ -126,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1 << 19)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--queries", type=int, default=2048)
+    parser.add_argument("--queries", type=int, nargs="+", default=[1, 16, 2048])
     parser.add_argument("--neighbors", type=int, nargs="+", default=[128, 256, 1024])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kernel", choices=("engine", "device"), default="engine")
@@ -135,7 +134,7 @@ def main() -> None:
     keep_freed_memory()
     generator = np.random.default_rng(1)
     key_ND = make_keys(generator, flags.rows, flags.width)
-    query_QD = make_keys(generator, flags.queries, flags.width).astype(np.float32)
+    query_QD = make_keys(generator, max(flags.queries), flags.width).astype(np.float32)
     searches: Searches = {"here": make_search(key_ND, flags.kernel)}
     if flags.against:
         with package_of(flags.against):
@@ -144,17 +143,16 @@ def main() -> None:
     multiply = peak(np.float32 if on_cpu else key_ND.dtype)
     peak_flops = 2 * PEAK_SIZE**3 * PEAK_TIMES
     for count in flags.neighbors:
-        for num_queries in (*FEW, flags.queries):
+        for num_queries in flags.queries:
             spent = in_turns(searches, query_QD[:num_queries], count, flags.rounds, multiply)
             flops = 2 * flags.width * flags.rows * num_queries
             seconds = statistics.median(one.wall for one in spent["here"])
+            share = [
+                Spent(*(flops / peak_flops * x for x in dataclasses.astuple(one)))
+                for one in spent["product"]
+            ]
             said = f"K {count:>5}, {num_queries:>5} queries: {num_queries / seconds:9,.1f} a second"
-            if num_queries == flags.queries:
-                part = [
-                    Spent(s.wall * flops / peak_flops, s.cpu * flops / peak_flops)
-                    for s in spent["product"]
-                ]
-                said += f"; share of the product's rate {ratio(part, spent['here'])}"
+            said += f"; share of the product's rate {ratio(share, spent['here'])}"
             if flags.against:
                 said += f"; there / here {ratio(spent['there'], spent['here'])}"
             print(said, flush=True)

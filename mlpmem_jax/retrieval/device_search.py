@@ -137,12 +137,13 @@ def _multiplier(query_RD: jax.Array, dtype: Any) -> Callable[[jax.Array], jax.Ar
 
 
 def group_size(num_columns: int, count: int) -> int:
-    """Returns how many columns share a minimum, so that the fewest values are ranked.
+    """Returns how many columns share a minimum, W: from √(C / count) on a power of two.
 
-    These are C / W minima and `count` · W members of the groups that are opened.
+    Ranked are C / W minima and `count` · W members of the groups that are opened: there both
+    are as many. Measured on a CPU, C 65,536: within a tenth of the best W for 128 to 1,024.
     """
     group = 1
-    while group < LARGEST_GROUP and 2 * group * group * count < num_columns:
+    while group < LARGEST_GROUP and group * group * count < num_columns:
         group *= 2
     return group
 

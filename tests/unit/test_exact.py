@@ -219,7 +219,7 @@ def test_keys_take_on_devices_what_the_platform_multiplies():
 
 
 @pytest.mark.parametrize(
-    ("count", "group"), [(160, 16), (288, 16), (1056, 8), (8, 64), (1 << 15, 1), (1 << 17, 1)]
+    ("count", "group"), [(160, 32), (288, 16), (1056, 8), (8, 64), (1 << 16, 1), (1 << 17, 1)]
 )
 def test_groups_follow_the_number_of_neighbours(count, group):
     assert device_search.group_size(65536, count) == group
