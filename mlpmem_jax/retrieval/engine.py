@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -81,6 +81,11 @@ class Keys(Protocol):
         """D."""
         ...
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What holds every key without rounding."""
+        ...
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns float32 keys [start, stop); every value is finite."""
         ...
@@ -97,6 +102,7 @@ class StoredKeys:
         self._artifact = artifact
         self._keys = StoredArray(artifact, "key")
         self.num_rows, self.width = self._keys.shape
+        self.dtype = self._keys.dtype
         expected = artifact.load().counts["rows"]
         if self.num_rows != expected:
             raise ArtifactError(
@@ -125,6 +131,7 @@ class ArrayKeys:
         self._key_ND = key_ND
         self._name = name
         self.num_rows, self.width = key_ND.shape
+        self.dtype = key_ND.dtype
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns float32 keys [start, stop)."""
@@ -143,7 +150,7 @@ class SomeKeys:
     def __init__(self, keys: Keys, first_row: int, num_rows: int):
         self._keys = keys
         self._first_row = first_row
-        self.num_rows, self.width = num_rows, keys.width
+        self.num_rows, self.width, self.dtype = num_rows, keys.width, keys.dtype
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns float32 keys, rows counted from `first_row`."""

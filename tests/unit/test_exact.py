@@ -1,11 +1,14 @@
 """The exact engine against NumPy's argsort: ties, padding, thresholds, large row numbers."""
 
+import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.mesh import single_device_mesh
-from mlpmem_jax.retrieval import blocked, exact
+from mlpmem_jax.retrieval import blocked, device_search, exact
 from mlpmem_jax.retrieval.engine import ArrayKeys
 from mlpmem_jax.retrieval.exact import ExactEngine, _MeshSearch
 from mlpmem_jax.retrieval.merge import drop_own_row
@@ -27,12 +30,12 @@ def _keys(num_rows, width=8, seed=0):
     return key
 
 
+def _on_mesh(key, dtype=np.float32):
+    return _MeshSearch(ArrayKeys(key), single_device_mesh(), 1024, "cpu", np.dtype(dtype))
+
+
 def _searchers(key):
-    mesh = single_device_mesh()
-    return (
-        ExactEngine(ArrayKeys(key), mesh, 1024),
-        _MeshSearch(ArrayKeys(key), mesh, 1024, "cpu"),
-    )
+    return ExactEngine(ArrayKeys(key), single_device_mesh(), 1024), _on_mesh(key)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,7 @@ def test_neighbours_are_those_of_argsort(num_rows, count):
 def test_many_blocks_and_a_sampled_threshold(monkeypatch, seed):
     # Small blocks: the threshold comes from 4 x 64 of 6,000 rows, and lists overflow.
     monkeypatch.setattr(blocked, "_KEYS", 64)
+    monkeypatch.setattr(blocked, "_SAMPLE_ROWS", 4 * 64)
     monkeypatch.setattr(blocked, "_QUERIES", 32)
     generator = np.random.default_rng(seed)
     key = generator.normal(size=(6000, 8)).astype(np.float32)
@@ -69,6 +73,7 @@ def test_many_blocks_and_a_sampled_threshold(monkeypatch, seed):
 def test_a_sample_that_misleads_is_found_out(monkeypatch):
     # Only sampled rows are near: the first threshold lets fewer than K pass.
     monkeypatch.setattr(blocked, "_KEYS", 64)
+    monkeypatch.setattr(blocked, "_SAMPLE_ROWS", 4 * 64)
     generator = np.random.default_rng(0)
     key = generator.normal(size=(6000, 4)).astype(np.float32) + 50
     sampled = np.linspace(0, 5999, 4 * 64, dtype=np.int64)
@@ -121,11 +126,11 @@ def test_no_queries():
 
 def test_means_and_norms_of_keys_are_made_once_not_for_every_query(monkeypatch):
     made = []
-    original = exact._mean_and_norms
+    original = exact.mean_and_norms
     monkeypatch.setattr(
-        exact, "_mean_and_norms", lambda *a, **k: made.append(1) or original(*a, **k)
+        exact, "mean_and_norms", lambda *a, **k: made.append(1) or original(*a, **k)
     )
-    searcher = _MeshSearch(ArrayKeys(_keys(3000)), single_device_mesh(), 1024, "cpu")
+    searcher = _on_mesh(_keys(3000))
     for query in _keys(4, seed=1):
         searcher.search(query[None], 7)
     assert len(made) == 1
@@ -136,25 +141,121 @@ def test_means_and_norms_of_keys_are_made_once_not_for_every_query(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("chunk", "count", "width", "expected"),
+    ("chunk", "count", "width", "queries", "rescored"),
     [
-        (65536, 257, 128, 1024),  # scores are the larger buffer
-        (65536, 1025, 768, 128),  # the keys that are scored again are
-        (65536, 1025, 4096, 16),
-        (1 << 30, 1025, 4096, 8),
+        (65536, 257, 128, 1024, 1024),
+        (65536, 1025, 768, 1024, 128),  # The keys scored again do not shrink the product.
+        (65536, 1025, 4096, 1024, 16),
+        (1 << 30, 1 << 16, 4096, 8, 1),
     ],
 )
-def test_a_block_of_queries_is_bounded_by_its_largest_buffer(chunk, count, width, expected):
-    block = exact.query_block(chunk, count, width, 512 << 20)
-    assert block == expected
-    if block > 8:
-        assert 4 * block * max(chunk, (count + 32) * width) <= 512 << 20
+def test_blocks_of_queries_are_bounded_each_by_its_own_buffer(
+    chunk, count, width, queries, rescored
+):
+    assert exact.query_block(4 * chunk, 512 << 20) == queries
+    assert exact.query_block(4 * (count + 32) * width, 512 << 20, 1) == rescored
 
 
-def test_neighbours_do_not_depend_on_the_block(monkeypatch):
+def test_scoring_again_takes_no_more_memory_than_its_bound():
+    mesh, bound = single_device_mesh(), 32 << 20
+    num_rows, width, wanted, chunk = 1 << 15, 768, 1024, 1 << 13
+    queries = exact.query_block(4 * chunk, bound)
+    shapes = ((num_rows, width), (1, width), (num_rows,), (queries, width))
+    compiled = device_search.search_all.lower(
+        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
+        mesh=mesh,
+        wanted=wanted,
+        kept=wanted,
+        chunk=chunk,
+        query_block=queries,
+        rescored=exact.query_block(4 * (wanted + 32) * width, bound, 1),
+    ).compile()
+    assert queries == 1024
+    # All at once would take 3.3 GB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 6 * bound
+
+
+@pytest.mark.parametrize("count", [40, 300])
+def test_neighbours_do_not_depend_on_the_block(monkeypatch, count):
     key, query = _keys(3000), _keys(60, seed=1)
-    large = _MeshSearch(ArrayKeys(key), single_device_mesh(), 1024, "cpu").search(query, 40)
+    large = _on_mesh(key).search(query, count)
     monkeypatch.setitem(exact._BLOCK_BYTES, "cpu", 16 * 4 * 1024)
-    small = _MeshSearch(ArrayKeys(key), single_device_mesh(), 1024, "cpu").search(query, 40)
+    small = _on_mesh(key).search(query, count)
     np.testing.assert_array_equal(large.row_QK, small.row_QK)
     np.testing.assert_array_equal(large.distance_QK, small.distance_QK)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(("scale", "offset"), [(1e-3, 2), (1, 0), (1, 100), (3e3, 2)])
+def test_products_of_half_precision_find_the_neighbours_of_float32(dtype, scale, offset):
+    """Queries are float32, as states of a decoder are: no half holds them."""
+    generator = np.random.default_rng(4)
+    key = (scale * (generator.normal(size=(5000, 24)) + offset)).astype(dtype).astype(np.float32)
+    query = (scale * (generator.normal(size=(50, 24)) + offset)).astype(np.float32)
+    truth = ((query[:, None].astype(np.float64) - key[None]) ** 2).sum(axis=2)
+    nearest = np.sort(truth)[:, :300]
+    found = _on_mesh(key, dtype).search(query, 300)
+    np.testing.assert_allclose(found.distance_QK, nearest, rtol=1e-6)
+    of_rows = np.take_along_axis(truth, found.row_QK, axis=1)
+    np.testing.assert_allclose(of_rows, nearest, rtol=1e-6)
+
+
+def test_ties_of_half_precision_are_those_of_float32():
+    key, query = _keys(3000), _keys(60, seed=1)
+    half, full = (_on_mesh(key, dtype).search(query, 40) for dtype in (np.float16, np.float32))
+    np.testing.assert_array_equal(half.row_QK, full.row_QK)
+    np.testing.assert_array_equal(half.distance_QK, full.distance_QK)
+
+
+def test_keys_take_on_devices_what_the_platform_multiplies():
+    keys = ArrayKeys(_keys(10).astype(np.float16))
+    assert keys.dtype == np.float16
+    assert exact.device_dtype(keys, "gpu") == np.float16
+    assert exact.device_dtype(keys, "tpu") == np.float32
+    assert exact.device_dtype(keys, "cpu") == np.float32
+    wide = ArrayKeys(_keys(10).astype(ml_dtypes.bfloat16))
+    assert exact.device_dtype(wide, "tpu") == ml_dtypes.bfloat16
+    assert exact.device_dtype(ArrayKeys(_keys(10)), "gpu") == np.float32
+
+
+@pytest.mark.parametrize(
+    ("count", "group"), [(160, 32), (288, 16), (1056, 8), (8, 64), (1 << 16, 1), (1 << 17, 1)]
+)
+def test_groups_follow_the_number_of_neighbours(count, group):
+    assert device_search.group_size(65536, count) == group
+
+
+@pytest.mark.parametrize("group", [1, 4, 16])
+@pytest.mark.parametrize("count", [5, 64, 400])
+def test_the_best_of_groups_are_the_best_of_all_and_ties_keep_the_smaller_row(count, group):
+    generator = np.random.default_rng(count)
+    score = generator.integers(0, 30, (6, 2, 1024)).astype(np.float32)
+    best = jnp.full((6, count), jnp.inf), jnp.zeros((6, count), jnp.int32)
+    for number in range(2):
+        best = device_search._nearer(best, jnp.asarray(score[:, number]), number * 1024, group)
+    order = np.argsort(score.reshape(6, -1), axis=1, kind="stable")[:, :count]
+    np.testing.assert_array_equal(best[1], order)
+    np.testing.assert_array_equal(best[0], np.take_along_axis(score.reshape(6, -1), order, axis=1))
+
+
+@pytest.mark.parametrize("num_queries", [1, 5, 33])
+def test_few_queries_are_not_padded_to_a_block_and_find_the_same(monkeypatch, num_queries):
+    key, query = _keys(9000), _keys(600, seed=1)
+    searcher = ExactEngine(ArrayKeys(key), single_device_mesh(), 1024)
+    every = searcher.search(query, 20)
+    sizes = []
+    original = blocked._scores
+    monkeypatch.setattr(blocked, "_scores", lambda q, k: sizes.append(len(q)) or original(q, k))
+    few = searcher.search(query[:num_queries], 20)
+    np.testing.assert_array_equal(few.row_QK, every.row_QK[:num_queries])
+    np.testing.assert_array_equal(few.distance_QK, every.distance_QK[:num_queries])
+    assert set(sizes) == {1 << (num_queries - 1).bit_length()}
+    assert len(sizes) == 1  # All keys at once.
+
+
+def test_a_later_answer_is_that_of_a_search_now():
+    key, query = _keys(3000), _keys(60, seed=1)
+    searcher = _on_mesh(key)
+    pending = [searcher.search_later(query[start : start + 20], 40) for start in (0, 20, 40)]
+    found = np.concatenate([one().row_QK for one in pending])
+    np.testing.assert_array_equal(found, searcher.search(query, 40).row_QK)
