@@ -303,6 +303,7 @@ def test_another_interpolation_than_the_trained_one_is_another_memory(tiny_run, 
     offline = ("train.joint_weight=1", "train.interpolation=0.9")
     kept = _artifacts(workdir).results.path / "manifest.json"
     results = kept.read_bytes()
+    capsys.readouterr()
     for command in (
         ["generate"], ["evaluate", "--rebuild"], ["analyze"], ["cost", "cost.prompt_tokens=16"],
     ):  # fmt: skip
