@@ -45,10 +45,9 @@ class Phases:
         recipe = {"decoder": self.run.config.decoder.recipe(), "refreshed": self.stops[phase]}
         inputs = (self.run.tokens, self.artifacts[phase])
         step = f"step {self.stops[phase]}"
-        role = f"decoder/step-{self.stops[phase]}"
-        decoder = Artifact.of(self.run.store, "decoder", recipe, inputs, role)
         # A title of their own: in `run.json` they do not take the place of the run's own.
         title = f"{self.run.title}, {step}" if self.run.title else step
+        decoder = Artifact.of(self.run.store, "decoder", recipe, inputs, f"decoder [{title}]")
         return self.run.with_given({"decoder": decoder}).titled(title)
 
     def is_fresh(self, phase: int) -> str | None:

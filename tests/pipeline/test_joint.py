@@ -41,7 +41,7 @@ REFRESHED = (*JOINT, "train.refresh_interval_steps=3")
 # Where the process is killed, and the role of the artifact that is then begun and not finished.
 KILLS = [
     (FINISH, 1, "before", "joint/step-3"),
-    (FINISH, 2, "before", "decoder/step-3"),
+    (FINISH, 2, "before", "decoder [step 3]"),
     ("mlpmem_jax.store.shards.write_rows", 5, "after", "datastore/train [step 3]"),
     (FINISH, 5, "before", "targets/train [step 3]"),
     (SAVE, 1, "after", "joint"),
@@ -120,7 +120,7 @@ def test_phases_change_the_targets_and_skip_where_they_still_agree(refreshed, tm
     kept = [*REFRESHED, "train.refresh_agreement=0.001"]
     capsys.readouterr()
     assert _main(workdir, "train", *kept) == 0
-    assert re.search(r"decoder/step-3 \(\w{8}\): not needed \(", capsys.readouterr().out)
+    assert re.search(r"decoder \[step 3\] \(\w{8}\): not needed \(", capsys.readouterr().out)
     other = _artifacts(workdir, kept)
     assert other.targets("train").relative in other.joint.load().made_from
     assert _artifacts(workdir, REFRESHED).joint.load() == joint
@@ -174,7 +174,7 @@ def test_what_the_memory_was_not_trained_to_read_is_not_mixed_with_it(refreshed,
         if command == "evaluate":
             assert _main(refreshed, command, *overrides, more[0], "--dry-run") == 0
             shown = capsys.readouterr().out
-            assert "will be made, after its inputs (the nearest is " in shown and key in shown
+            assert "REFUSED: " in shown and "(the nearest is " in shown and key in shown
     after = [(refreshed / name).read_text() for name in ("config.yaml", "run.json")]
     assert after == before
 

@@ -6,6 +6,7 @@ import pytest
 
 from mlpmem_jax.config.load import changed_config
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.suite import RecipeConfig
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.studies.ablate import command as ablate
@@ -129,3 +130,24 @@ def test_roles_of_scores_tell_rows_and_steps_apart(make_config: Callable[..., Co
     stages = [stage for work in overfitting.works(run) for stage in work.stages()]
     roles = {stage.artifact.label: stage.artifact.relative for stage in made_by(stages)}
     assert set(roles.values()) == {stage.artifact.relative for stage in stages}
+
+
+def test_no_two_artifacts_of_a_table_have_one_role(tiny_config: Config):
+    """Roles are the keys of `run.json`: one that is overwritten would count as unused."""
+    continued = RecipeConfig(
+        name="continued",
+        overrides=(
+            "train.mode=joint", "train.memory_start=checkpoint", "train.num_steps=2",
+            "train.refresh_interval_steps=1", "train.decoder_optimizer.warmup_steps=1",
+        ),
+    )  # fmt: skip
+    compare_section = tiny_config.compare.model_copy(
+        update={"seeds": (0, 3), "rows": ("knn", "memory", "memory_ce"), "recipes": (continued,)}
+    )
+    run = Artifacts(tiny_config.model_copy(update={"compare": compare_section}))
+    roles: dict[str, set[str]] = {}
+    for work in compare.works(run):
+        for stage in work.stages():
+            for one in (*stage.artifact.inputs, stage.artifact):
+                roles.setdefault(one.label, set()).add(one.relative)
+    assert len(roles) > 40 and {len(of_role) for of_role in roles.values()} == {1}
