@@ -138,14 +138,16 @@ def counted(estimate: RowEstimate) -> RowCounter:
 def _disk_shortage(needs: Sequence[tuple["Stage", Need]], machine: Machine) -> str | None:
     if machine.disk_bytes is None:
         return None
-    left = {
-        stage.name: need.disk_bytes - bytes_under(stage.artifact.path)
-        for stage, need in needs
-        if need.disk_bytes
-    }
+    left: dict[str, int] = {}
+    temporary = 0
+    for stage, need in needs:
+        if need.disk_bytes:
+            held = bytes_under(stage.artifact.path)
+            left[stage.name] = max(0, need.disk_bytes - held)
+            most = max(0, need.disk_bytes + need.temporary_bytes - held)
+            # Stages are made one after the other, and so is what they need for a time.
+            temporary = max(temporary, most - left[stage.name])
     left = {name: size for name, size in left.items() if size > 0}
-    # Stages are made one after the other, and so is what they need for a time.
-    temporary = max((need.temporary_bytes for _, need in needs), default=0)
     total = sum(left.values()) + temporary
     if total <= machine.disk_bytes:
         return None

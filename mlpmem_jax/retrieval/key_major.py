@@ -14,6 +14,7 @@ import numpy as np
 
 from mlpmem_jax.console import Progress, progress, say
 from mlpmem_jax.parallel.agreement import of_first
+from mlpmem_jax.parallel.hardware import bytes_under
 from mlpmem_jax.parallel.multihost import barrier, is_writer
 from mlpmem_jax.parallel.preemption import (
     Preempted,
@@ -28,6 +29,7 @@ from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.merge import Neighbors, drop_own_row, merge
 from mlpmem_jax.retrieval.neighbors import Consume, drain
 from mlpmem_jax.retrieval.running_lists import RunningLists
+from mlpmem_jax.store.contents import RUNNING
 from mlpmem_jax.store.files import check_free_space
 from mlpmem_jax.store.shards import ShardWriter
 
@@ -62,7 +64,8 @@ def search_by_shards(
     num_queries = writer.count_rows(missing)
     waves = _waves(writer, missing, wanted)
     spilled = max((writer.count_rows(wave) for wave in waves), default=0) * wanted * LIST_BYTES
-    needed = spilled + writer.missing_bytes()
+    held = bytes_under(writer.path / RUNNING)  # By an interrupted start.
+    needed = max(0, spilled - held) + writer.missing_bytes()
     check_free_space(writer.path, needed, f"search in parts ({description})")
     bar = progress(writer.num_rows, "row", description, initial=writer.num_rows - num_queries)
     started = time.monotonic()

@@ -263,6 +263,18 @@ def test_no_room_for_the_lists_is_said_before_anything_is_loaded(tmp_path, monke
     assert loaded == []
 
 
+def test_lists_of_an_interrupted_start_need_no_room_again(tmp_path, monkeypatch, expected):
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "put", lambda *_: (_ for _ in ()).throw(_Killed))
+        with pytest.raises(_Killed):
+            _search(search_by_shards, _exact(_keys(), 6)[0], _keys(), tmp_path)
+    asked = []
+    monkeypatch.setattr(key_major, "check_free_space", lambda path, size, what: asked.append(size))
+    _, found = _search(search_by_shards, _exact(_keys(), 6)[0], _keys(), tmp_path)
+    _assert_equal(found, expected)
+    assert asked == [ROWS * 30 * 12]  # The results alone.
+
+
 def test_memory_that_holds_no_key_shard_is_refused_with_one_message():
     config = RetrievalConfig(memory_bytes=1000)
     message = (

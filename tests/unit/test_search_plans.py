@@ -1,5 +1,6 @@
 """How the shipped configurations for accelerators search on the hardware that they name."""
 
+import dataclasses
 import re
 
 import pytest
@@ -7,11 +8,13 @@ import pytest
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline import embed, evaluate, index, needs, pretrain, retrieve, train
-from mlpmem_jax.pipeline.fitting import shortages
+from mlpmem_jax.pipeline.fitting import Need, shortages
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.sources import Sources
+from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.retrieval import engine
 from mlpmem_jax.retrieval.estimates import exact_bytes
+from mlpmem_jax.store.manifest import Artifact, Completion
 from tests.conftest import ROOT
 
 GIB, GB = 1 << 30, 10**9
@@ -90,3 +93,21 @@ def test_what_an_h200_holds_an_h100_searches_in_more_parts():
         for found in ([s.need(one, lambda _: rows) for s in stages] for one in (machine, H100))
     ]
     assert 0 < at_once[1] < at_once[0]
+
+
+def test_disk_for_a_time_is_needed_once_and_what_lies_there_counts(tmp_path):
+    machine = dataclasses.replace(H100, disk_bytes=1000)
+    artifacts = [Artifact(tmp_path, f"memory/{name}", "memory") for name in "ab"]
+    stages = [
+        Stage(one, Completion, need=lambda *_, size=size: Need(400, temporary_bytes=size))
+        for one, size in zip(artifacts, (200, 201), strict=True)
+    ]
+    (line,) = shortages(stages, machine, lambda *_: {})
+    assert "need at least 1001 B" in line and line.count("for a time 201 B") == 1
+    # Results and lists of an interrupted start: 500 of 601 bytes are there.
+    (artifacts[1].path / "running").mkdir(parents=True)
+    (artifacts[1].path / "running" / "0-1.lists").write_bytes(b"x" * 500)
+    machine = dataclasses.replace(machine, disk_bytes=600)
+    assert shortages(stages, machine, lambda *_: {}) == []
+    machine = dataclasses.replace(machine, disk_bytes=599)
+    assert len(shortages(stages, machine, lambda *_: {})) == 1
