@@ -60,9 +60,7 @@ def make_search(key_ND: np.ndarray, kernel: str) -> Callable[[np.ndarray, int], 
 
     keys, mesh = ArrayKeys(key_ND), single_device_mesh()
     if kernel == "device":
-        # Older trees have float32 only.
-        dtypes = (np.dtype(np.float32),) if hasattr(exact, "device_dtype") else ()
-        return exact._MeshSearch(keys, mesh, CHUNK_ROWS, "cpu", *dtypes).search
+        return exact._MeshSearch(keys, mesh, CHUNK_ROWS, "cpu").search
     return exact.ExactEngine(keys, mesh, CHUNK_ROWS).search
 
 

@@ -88,7 +88,7 @@ class _MeshSearch:
         mesh: Mesh,
         key_chunk_rows: int,
         platform: str,
-        dtype: np.dtype[Any],
+        dtype: Any = np.float32,
     ):
         self._mesh = mesh
         shares = mesh.size
