@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 
 from mlpmem_jax.config.serve import ServeConfig
-from mlpmem_jax.generation.batching import Batcher
-from mlpmem_jax.generation.engine import Engine
 from mlpmem_jax.generation.sampling import Sampling
 from mlpmem_jax.serving.app import App
 from mlpmem_jax.serving.completions import Service
-from mlpmem_jax.serving.worker import Worker
+from mlpmem_jax.serving.server import start
 from tests.unit.asgi_client import JSON, Answer, ask, send
 from tests.unit.tiny_models import LONG_CONTEXT, WEIGHT, tiny_language_model
 
@@ -27,11 +25,7 @@ CONFIG = ServeConfig(
 
 
 def _service(config: ServeConfig = CONFIG, with_memory: bool = True) -> Service:
-    model = tiny_language_model(with_memory)
-    engine = Engine(model.interpolated, config.slots, config.max_logprobs)
-    worker = Worker(Batcher(engine, config.max_queue))
-    worker.start()
-    return Service(config, "tiny", model, worker)
+    return start(config, tiny_language_model(with_memory), "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +374,6 @@ def test_slots_full_queue_full_and_clients_that_leave(service: Service, app):
 def test_a_request_that_takes_too_long():
     service = _service(CONFIG.model_copy(update={"request_secs": 0.3}))
     app = App(service, None).asgi
-    _complete(app, prompt="def", max_tokens=2)  # May take its time to compile.
     body = {"prompt": "def", "max_tokens": 5000, "ignore_eos": True}
     answer = _complete(app, **body)
     assert answer.status == 504
