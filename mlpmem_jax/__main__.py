@@ -120,16 +120,18 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, Options]:
         rebuild=flags.rebuild,
         without_memory=getattr(flags, "without_memory", False),
         remove_unused=getattr(flags, "remove_unused", False),
-        output=_output_path(getattr(flags, "output", None)),
+        api_key_file=_path(flags, "api_key_file"),
+        output=_path(flags, "output"),
     )
     return command, config, options
 
 
-def _output_path(output: str | None) -> str | None:
+def _path(flags: argparse.Namespace, name: str) -> str | None:
+    path = getattr(flags, name, None)
     try:
-        return None if output is None else checked_path(output)
+        return None if path is None else checked_path(path)
     except ValueError as error:
-        raise UserError(f"--output {short(output)}: {error}") from None
+        raise UserError(f"--{name.replace('_', '-')} {short(path)}: {error}") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -229,7 +231,7 @@ def _parser(command: str) -> _Parser:
 
 
 def _add_own_flags(parser: _Parser, command: str) -> None:
-    if command not in ("generate", "compile", "export", "artifacts"):
+    if command not in ("generate", "serve", "compile", "export", "artifacts"):
         return
     own = parser.add_argument_group(f"flags of {command}")
     if command == "generate":
@@ -240,11 +242,20 @@ def _add_own_flags(parser: _Parser, command: str) -> None:
             action="append",
             help="text to continue; may be repeated (sets generate.prompts)",
         )
+    if command in ("generate", "serve"):
         own.add_argument(
             "--without-memory",
             action="store_true",
             help="use the decoder alone, for comparison",
         )
+    if command == "serve":
+        parser.add_value(
+            own,
+            "--api-key-file",
+            metavar="FILE",
+            help="file with the key that requests must bring (else MLPMEM_API_KEY, if it is set)",
+        )
+    if command in ("generate", "serve"):
         return
     if command == "artifacts":
         own.add_argument(

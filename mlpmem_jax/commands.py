@@ -112,6 +112,15 @@ COMMANDS: dict[str, Command] = {
             *_MODEL, "train.joint_weight",
         ),
     ),
+    "serve": Command(
+        "pipeline.serve",
+        "answer requests over HTTP with decoder and memory (OpenAI completions)",
+        (
+            "serve", "generate.interpolation", *_RUN, "corpus.attention", "decoder", "memory",
+            "mesh", "datastore.input", *_MODEL, "train.joint_weight",
+        ),
+        alone=True,
+    ),
     "export": Command(
         "pipeline.export",
         "write the decoder as a directory that transformers loads",

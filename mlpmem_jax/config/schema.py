@@ -16,6 +16,7 @@ from mlpmem_jax.config.data import (
     TokenizerConfig,
 )
 from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig, MeshConfig
+from mlpmem_jax.config.serve import ServeConfig
 from mlpmem_jax.config.stages import (
     EvaluateConfig,
     GenerateConfig,
@@ -62,6 +63,7 @@ class Config(Section):
     train: TrainConfig = setting(TrainConfig(), TrainConfig.__doc__ or "")
     evaluate: EvaluateConfig = setting(EvaluateConfig(), EvaluateConfig.__doc__ or "")
     generate: GenerateConfig = setting(GenerateConfig(), GenerateConfig.__doc__ or "")
+    serve: ServeConfig = runtime(ServeConfig(), ServeConfig.__doc__ or "")
     compile: CompileConfig = runtime(CompileConfig(), CompileConfig.__doc__ or "")
     analyze: AnalyzeConfig = setting(AnalyzeConfig(), AnalyzeConfig.__doc__ or "")
     cost: CostConfig = setting(CostConfig(), CostConfig.__doc__ or "")

@@ -14,14 +14,22 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from mlpmem_jax.corpus.recent import within_document
+from mlpmem_jax.generation.prediction import (
+    Alternatives,
+    Prediction,
+    alternatives,
+    no_alternatives,
+)
 from mlpmem_jax.models.decoder import Cache, Decoder, Site
 from mlpmem_jax.models.interpolation import interpolate
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.models.ngrams import appended, last_tokens
 from mlpmem_jax.parallel.sharding import replicated, spec
+from mlpmem_jax.training.chunked import from_chunks, into_chunks
 from mlpmem_jax.training.losses import token_logprob
 
 _SCORE_CHUNK_TOKENS = 1024
+_WHOLE_CHUNK_TOKENS = 64  # places whose whole distributions exist at once
 _CACHE_NAMES = ("layers", "batch", None, "kv_heads", "head_width")
 
 
@@ -98,11 +106,17 @@ class InterpolatedModel:
         self.separator = separator
         self.mesh = mesh
 
-    def empty_cache(self, num_prompts: int) -> ModelCache:
-        """Returns an empty cache for some prompts."""
+    @property
+    def has_memory(self) -> bool:
+        """Whether there is a memory."""
+        return self._memory is not None
+
+    def empty_cache(self, num_prompts: int, num_tokens: int | None = None) -> ModelCache:
+        """Returns an empty cache for some prompts, of the whole context unless told otherwise."""
         decoder: Any = nnx.merge(self._decoder, self.parameters[0])
         recent_BM = jnp.full((num_prompts, self._num_recent), self.separator, jnp.int32)
-        return ModelCache(decoder.init_cache(num_prompts, self.context_tokens), recent_BM)
+        size = self.context_tokens if num_tokens is None else num_tokens
+        return ModelCache(decoder.init_cache(num_prompts, size), recent_BM)
 
     def cache_shardings(self, num_prompts: int) -> Any:
         """Returns where a cache lies: heads over the devices that hold their weights."""
@@ -113,7 +127,12 @@ class InterpolatedModel:
         return ModelCache(Cache(*places), everywhere)
 
     def extend(
-        self, parameters: Any, cache: ModelCache, token_BL: jax.Array, length_B: jax.Array
+        self,
+        parameters: Any,
+        cache: ModelCache,
+        token_BL: jax.Array,
+        length_B: jax.Array,
+        weight_B: jax.Array | None = None,
     ) -> tuple[jax.Array, ModelCache]:
         """Reads tokens and predicts what follows the last of each row.
 
@@ -123,13 +142,14 @@ class InterpolatedModel:
             token_BL: int32 ids, left-aligned.
             length_B: int32, tokens to read of each row; a row that reads none keeps its
                 length, and its prediction means nothing.
+            weight_B: λ of each row; NaN, or None for all of them: the model's own.
 
         Returns:
             float32 log-probabilities of the interpolated distribution [B, V], -inf for
             padding of the vocabulary; and the cache.
         """
-        logprob_BV, _, cache = self.extend_with_states(parameters, cache, token_BL, length_B)
-        return logprob_BV, cache
+        prediction, _, cache = self.predict(parameters, cache, token_BL, length_B)
+        return prediction.mixture(weight_B), cache
 
     def extend_with_states(
         self,
@@ -140,29 +160,122 @@ class InterpolatedModel:
         sites: Sequence[Site] = (),
     ) -> tuple[jax.Array, dict[Site, jax.Array], ModelCache]:
         """As `extend`, and returns the decoder's states [B, D] at the sites besides."""
-        decoder_state, memory_state, weight = parameters
-        decoder: Any = nnx.merge(self._decoder, decoder_state)
-        wanted = tuple(dict.fromkeys([*sites, *([self._site] if self._memory else [])]))
-        final_BLD, states, read = decoder.extend(token_BL, cache.decoder, length_B, wanted)
-        recent_BM = appended(cache.recent_BM, token_BL, length_B)
+        prediction, last, cache = self.predict(parameters, cache, token_BL, length_B, sites)
+        return prediction.mixture(), {site: last[site] for site in sites}, cache
+
+    def predict(
+        self,
+        parameters: Any,
+        cache: ModelCache,
+        token_BL: jax.Array,
+        length_B: jax.Array,
+        sites: Sequence[Site] = (),
+    ) -> tuple[Prediction, dict[Site, jax.Array], ModelCache]:
+        """As `extend`, with the distributions of both networks apart, and states [B, D]."""
+        final_BLD, states, after = self._read(parameters, cache, token_BL, length_B, sites)
         last_B = jnp.maximum(length_B - 1, 0)
 
         def at_last(state_BLD: jax.Array) -> jax.Array:
             return jnp.take_along_axis(state_BLD, last_B[:, None, None], axis=1)[:, 0]
 
         last = {site: at_last(state) for site, state in states.items()}
-        logprob_BV = jax.nn.log_softmax(decoder.logits(at_last(final_BLD)), axis=-1)
-        if self._memory is not None:
-            memory: Any = nnx.merge(self._memory, memory_state)
-            inside_BM = within_document(recent_BM, self.separator)
-            input_BX = memory.inputs(last[self._site], inside_BM, decoder.embedding[...])
-            hidden_BE = memory.hidden(input_BX)
-            logits_BV = memory.logits(hidden_BE, decoder.head_VD())
-            memory_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-            if weight is None:
-                weight = memory.interpolation(input_BX)[:, None]
-            logprob_BV = interpolate(memory_BV, logprob_BV, weight)
-        return logprob_BV, {site: last[site] for site in sites}, ModelCache(read, recent_BM)
+        state_BD = last.get(self._site)
+        return (
+            self._predicted(parameters, at_last(final_BLD), state_BD, after.recent_BM),
+            last,
+            after,
+        )
+
+    def extend_and_score(
+        self,
+        parameters: Any,
+        cache: ModelCache,
+        token_BL: jax.Array,
+        length_B: jax.Array,
+        weight_B: jax.Array,
+        num_top: int,
+        scored: jax.Array,
+    ) -> tuple[jax.Array, Alternatives, ModelCache]:
+        """As `extend`, and looks up each token of the rows in the distribution before it.
+
+        Args:
+            parameters: As in `parameters`.
+            cache: What was read before.
+            token_BL: int32 ids, left-aligned.
+            length_B: int32, tokens to read of each row.
+            weight_B: λ of each row; NaN: the model's own.
+            num_top: Alternatives at each place.
+            scored: bool, whether anybody asks for the second result.
+
+        Returns:
+            What `extend` returns, with the alternatives of tokens 1, 2, … of each row between:
+            [B, L - 1], garbage from a row's length on; zeros unless `scored`.
+        """
+        final_BLD, states, after = self._read(parameters, cache, token_BL, length_B)
+        recent_BLM = self._recent(token_BL, cache.recent_BM) if self._num_recent else None
+        places = (final_BLD, states.get(self._site), recent_BLM)
+        last_B = jnp.maximum(length_B - 1, 0)
+
+        def at_last(array_BLX: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(array_BLX, last_B[:, None, None], axis=1)[:, 0]
+
+        prediction = self._predicted(parameters, *jax.tree.map(at_last, places))
+        lead = (len(token_BL), token_BL.shape[1] - 1)
+
+        def of_chunk(chunk: Any) -> Alternatives:
+            at_places, label_C, weight_C = chunk
+            mixture_CV = self._predicted(parameters, *at_places).mixture(weight_C)
+            return alternatives(mixture_CV, label_C, num_top)
+
+        def scores() -> Alternatives:
+            before = jax.tree.map(lambda array: array[:, :-1], places)
+            data = (before, token_BL[:, 1:], jnp.broadcast_to(weight_B[:, None], lead))
+            found = jax.lax.map(of_chunk, into_chunks(data, 2, _WHOLE_CHUNK_TOKENS))
+            return jax.tree.map(lambda array: from_chunks(array, lead), found)
+
+        found = jax.lax.cond(scored, scores, lambda: no_alternatives(lead, num_top))
+        return prediction.mixture(weight_B), found, after
+
+    def _read(
+        self,
+        parameters: Any,
+        cache: ModelCache,
+        token_BL: jax.Array,
+        length_B: jax.Array,
+        sites: Sequence[Site] = (),
+    ) -> tuple[jax.Array, dict[Site, jax.Array], ModelCache]:
+        """Returns states of all places: the last ones, those at the sites and the memory's."""
+        decoder: Any = nnx.merge(self._decoder, parameters[0])
+        wanted = tuple(dict.fromkeys([*sites, *([self._site] if self._memory else [])]))
+        final_BLD, states, read = decoder.extend(token_BL, cache.decoder, length_B, wanted)
+        recent_BM = appended(cache.recent_BM, token_BL, length_B)
+        return final_BLD, states, ModelCache(read, recent_BM)
+
+    def _recent(self, token_BL: jax.Array, before_BM: jax.Array) -> jax.Array:
+        """Returns the recent tokens of all places, [B, L, M]."""
+        before_BM = before_BM[:, : max(0, self._num_recent - 1)]
+        return last_tokens(token_BL, before_BM)[..., : self._num_recent]
+
+    def _predicted(
+        self,
+        parameters: Any,
+        final: jax.Array,
+        state: jax.Array | None,
+        recent: jax.Array | None,
+    ) -> Prediction:
+        """Returns the distributions [..., V] at some places, from states and recent tokens."""
+        decoder_state, memory_state, weight = parameters
+        decoder: Any = nnx.merge(self._decoder, decoder_state)
+        logprob = jax.nn.log_softmax(decoder.logits(final), axis=-1)
+        if self._memory is None:
+            return Prediction(logprob)
+        memory: Any = nnx.merge(self._memory, memory_state)
+        inside = None if recent is None else within_document(recent, self.separator)
+        inputs = memory.inputs(state, inside, decoder.embedding[...])
+        logits = memory.logits(memory.hidden(inputs), decoder.head_VD())
+        if weight is None:
+            weight = memory.interpolation(inputs)
+        return Prediction(logprob, jax.nn.log_softmax(logits, axis=-1), weight)
 
     def score(self, parameters: Any, token_BL: jax.Array, label_BL: jax.Array) -> jax.Array:
         """Returns log p(label) of every place of windows, without a cache.
@@ -189,13 +302,9 @@ class InterpolatedModel:
         if self._memory is None:
             return logprob_BL
         memory: Any = nnx.merge(self._memory, memory_state)
-        before_BM = jnp.full(
-            (len(token_BL), max(0, self._num_recent - 1)), self.separator, jnp.int32
-        )
-        recent_BLM = within_document(last_tokens(token_BL, before_BM), self.separator)
-        input_BLX = memory.inputs(
-            states[self._site], recent_BLM[..., : self._num_recent], decoder.embedding[...]
-        )
+        before_BM = jnp.full((len(token_BL), self._num_recent), self.separator, jnp.int32)
+        recent_BLM = within_document(self._recent(token_BL, before_BM), self.separator)
+        input_BLX = memory.inputs(states[self._site], recent_BLM, decoder.embedding[...])
         memory_BL = label_logprob(memory.hidden(input_BLX), memory.head_VE(decoder.head_VD()))
         if weight is None:
             weight = memory.interpolation(input_BLX)

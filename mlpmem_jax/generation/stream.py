@@ -5,12 +5,15 @@ character is complete.
 """
 
 import codecs
+import re
 from collections.abc import Iterable
 from typing import TextIO
 
 from tokenizers import Tokenizer, decoders
 
 _REPLACEMENT = "\ufffd"
+_METASPACE = "\u2581"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -19,6 +22,39 @@ def _byte_of_character() -> dict[str, int]:
     mapping = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in set(printable))
     return mapping | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+class TokenBytes:
+    """What single tokens stand for."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        """Reads the vocabulary of any tokenizer."""
+        self._tokenizer = tokenizer
+        self.byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
+        self._byte_of = _byte_of_character()
+        self._added = {i: t.content for i, t in tokenizer.get_added_tokens_decoder().items()}
+
+    def of(self, token: int) -> bytes:
+        """Returns the bytes of a token, nothing for an id without one."""
+        if token in self._added:
+            return self._added[token].encode()
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None:
+            return b""
+        if not self.byte_level:
+            byte = _BYTE_TOKEN.fullmatch(piece)
+            return bytes([int(byte[1], 16)]) if byte else piece.replace(_METASPACE, " ").encode()
+        if all(character in self._byte_of for character in piece):
+            return bytes(self._byte_of[character] for character in piece)
+        return piece.encode()
+
+    def text(self, token: int) -> str:
+        r"""Returns a token as text; where it is a part of a character, as `bytes:\xe2\x82`."""
+        content = self.of(token)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 class TextStream:
@@ -33,10 +69,9 @@ class TextStream:
         """
         self._tokenizer = tokenizer
         self._skip = frozenset(skip)
-        self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
+        self._token_bytes = TokenBytes(tokenizer)
+        self._byte_level = self._token_bytes.byte_level
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._byte_of = _byte_of_character()
-        self._added = {i: t.content for i, t in tokenizer.get_added_tokens_decoder().items()}
         self._ids: list[int] = []
         self._shown = ""
 
@@ -45,7 +80,7 @@ class TextStream:
         if token in self._skip:
             return ""
         if self._byte_level:
-            return self._bytes.decode(self._token_bytes(token))
+            return self._bytes.decode(self._token_bytes.of(token))
         # Other decoders (Metaspace, byte fallback) need what came before: decode all again
         # and hold back what may still change.
         self._ids.append(token)
@@ -62,16 +97,6 @@ class TextStream:
         new = text[len(self._shown) :]
         self._shown = text
         return new
-
-    def _token_bytes(self, token: int) -> bytes:
-        if token in self._added:
-            return self._added[token].encode()
-        piece = self._tokenizer.id_to_token(token)
-        if piece is None:
-            return b""
-        if all(character in self._byte_of for character in piece):
-            return bytes(self._byte_of[character] for character in piece)
-        return piece.encode()
 
 
 class Screen:

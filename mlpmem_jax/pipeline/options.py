@@ -12,8 +12,9 @@ class Options:
         dry_run: Print the plan, make nothing.
         print_config: Print the resolved configuration, make nothing.
         rebuild: Rebuild what is stale, instead of refusing it.
-        without_memory: `generate` only: the decoder alone.
+        without_memory: `generate` and `serve`: the decoder alone.
         remove_unused: `artifacts` only: remove what no work directory uses.
+        api_key_file: `serve` only: the file with the key that requests must bring.
         output: Where the report of `compile` goes as JSON, or what `export` writes.
     """
 
@@ -23,6 +24,7 @@ class Options:
     rebuild: bool = False
     without_memory: bool = False
     remove_unused: bool = False
+    api_key_file: str | None = None
     output: str | None = None
 
     def flags(self) -> dict[str, bool]:

@@ -2,75 +2,28 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
+from mlpmem_jax.config.networks import MemoryConfig
 from mlpmem_jax.generation.decode import Generator
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.generation.sampling import Sampling
-from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.models.interpolation import interpolate
-from mlpmem_jax.models.memory import Memory
-from mlpmem_jax.parallel.mesh import single_device_mesh
-
-VOCAB, CONTEXT, SEPARATOR = 61, 16, 0
-SITE = Site("ffn_input", 1)
-WEIGHT = 0.4
-# In "e" a document ends just before the text to continue.
-PROMPTS = {
-    "": [], "b": [5, 9, 3], "c": list(range(1, 14)), "d": [7] * 40, "e": [8, 9, SEPARATOR, 4],
-}  # fmt: skip
-NGRAMS = {"ngram_orders": (2, 5), "ngram_rows": 128, "ngram_width": 7}
-MEMORIES = {
-    "recent": {"recent_tokens": 3},
-    "own": {"recent_tokens": 8, "recent_table": "own", "recent_width": 5, "gate": "learned"},
-    "ngrams": NGRAMS,
-}
-
-
-@functools.cache
-def _networks(family: str) -> tuple[Decoder, Memory]:
-    gpt2 = {"norm": "layer", "positions": "learned", "activation": "gelu", "biases": "all"}
-    config = DecoderConfig(
-        width=32, num_layers=2, num_heads=4, num_kv_heads=2, context_tokens=CONTEXT,
-        layer_loop="scan", **(gpt2 | {"head": "tied"} if family == "gpt2" else {}),
-        **(NGRAMS if family == "decoder-ngrams" else {}),
-    )  # fmt: skip
-    memory = MemoryConfig(width=16, num_layers=1, **MEMORIES.get(family, {}))
-
-    return (
-        _drawn(lambda: Decoder(config, VOCAB, rngs=nnx.Rngs(0)), seed=0),
-        _drawn(lambda: Memory(memory, 32, VOCAB, rngs=nnx.Rngs(0)), seed=1),
-    )
-
-
-def _drawn(build: Callable[[], Any], seed: int) -> Any:
-    """Makes a network with parameters from NumPy: nothing to compile.
-
-    They are large, since small ones make every distribution nearly flat.
-    """
-    graphdef, abstract = nnx.split(nnx.eval_shape(build))
-    rng = np.random.default_rng(seed)
-    state = jax.tree.map(
-        lambda leaf: jnp.asarray(0.4 * rng.standard_normal(leaf.shape), leaf.dtype), abstract
-    )
-    return nnx.merge(graphdef, state)
-
-
-@functools.cache
-def _model(family: str = "llama", with_memory: bool = True) -> InterpolatedModel:
-    decoder, memory = _networks(family)
-    return InterpolatedModel(
-        decoder, memory if with_memory else None, site=SITE,
-        weight=None if memory.config.gate == "learned" else WEIGHT, separator=SEPARATOR,
-        mesh=single_device_mesh(),
-    )  # fmt: skip
+from tests.unit.tiny_models import (
+    CONTEXT,
+    MEMORIES,
+    PROMPTS,
+    SEPARATOR,
+    SITE,
+    VOCAB,
+    WEIGHT,
+    networks,
+    tiny_model,
+)
 
 
 @functools.cache
@@ -102,7 +55,7 @@ def _generate(
 
 @functools.cache
 def _next_token(family: str, with_memory: bool) -> Callable[..., jax.Array]:
-    decoder, memory = _networks(family)
+    decoder, memory = networks(family)
 
     @jax.jit
     def next_token(token_BL: jax.Array, last: jax.Array, recent_M: jax.Array) -> jax.Array:
@@ -160,7 +113,7 @@ def _recomputed(family: str, with_memory: bool, prompt: list[int], num_tokens: i
 )
 def test_equals_recomputing_everything(family: str, with_memory: bool):
     """Ragged prompts in one batch: empty, short, nearly as long as the context, longer."""
-    model = _model(family, with_memory)
+    model = tiny_model(family, with_memory)
     found = _generate(model, list(PROMPTS), GREEDY, tokens=40)
     for name, prompt in PROMPTS.items():
         assert found[name] == _recomputed(family, with_memory, prompt, 40), name
@@ -169,7 +122,7 @@ def test_equals_recomputing_everything(family: str, with_memory: bool):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "own", "ngrams", "decoder-ngrams"])
 @pytest.mark.parametrize("with_memory", [True, False])
 def test_scores_of_windows_are_those_of_tokens_read_one_by_one(family: str, with_memory: bool):
-    model = _model(family, with_memory)
+    model = tiny_model(family, with_memory)
     tokens = np.array([[SEPARATOR, 5, 9, 3, 5, 9, 3, 3], [SEPARATOR, 8, SEPARATOR, 4, 8, 2, 4, 1]])
     score, extend = jax.jit(model.score), jax.jit(model.extend)
     found_BL = score(model.parameters, jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]))
@@ -182,27 +135,27 @@ def test_scores_of_windows_are_those_of_tokens_read_one_by_one(family: str, with
 
 
 def test_the_memory_matters():
-    with_memory = _generate(_model(), list(PROMPTS), GREEDY, tokens=40)
-    assert with_memory != _generate(_model("llama", False), list(PROMPTS), GREEDY, tokens=40)
+    with_memory = _generate(tiny_model(), list(PROMPTS), GREEDY, tokens=40)
+    assert with_memory != _generate(tiny_model("llama", False), list(PROMPTS), GREEDY, tokens=40)
 
 
 def test_prompts_do_not_depend_on_their_batch():
-    together = _generate(_model(), list(PROMPTS), RANDOM, tokens=30)
-    reordered = _generate(_model(), list(PROMPTS)[::-1], RANDOM, tokens=30)
+    together = _generate(tiny_model(), list(PROMPTS), RANDOM, tokens=30)
+    reordered = _generate(tiny_model(), list(PROMPTS)[::-1], RANDOM, tokens=30)
     assert together == reordered
     for name in ("b", "d"):  # Other shapes, so equal to rounding: enough for the same draws.
-        assert _generate(_model(), [name], RANDOM, tokens=30)[name] == together[name]
+        assert _generate(tiny_model(), [name], RANDOM, tokens=30)[name] == together[name]
 
 
 def test_seeds():
-    first = _generate(_model(), ["b"], RANDOM, seed=1)
-    assert first == _generate(_model(), ["b"], RANDOM, seed=1)
-    assert first != _generate(_model(), ["b"], RANDOM, seed=2)
+    first = _generate(tiny_model(), ["b"], RANDOM, seed=1)
+    assert first == _generate(tiny_model(), ["b"], RANDOM, seed=1)
+    assert first != _generate(tiny_model(), ["b"], RANDOM, seed=2)
 
 
 def test_flat_draws_meet_neither_padding_nor_the_separator():
     """Temperature so high that everything is equally probable: texts end at the separator."""
-    found = _generate(_model(), list(PROMPTS), FLAT, tokens=400)
+    found = _generate(tiny_model(), list(PROMPTS), FLAT, tokens=400)
     drawn = {token for tokens in found.values() for token in tokens}
     assert len(drawn) > VOCAB / 2
     assert max(drawn) < VOCAB
@@ -211,7 +164,7 @@ def test_flat_draws_meet_neither_padding_nor_the_separator():
 
 
 def test_distributions_sum_to_one():
-    model = _model()
+    model = tiny_model()
     length_B = jnp.array([3, 0])
     logprob_BV, cache = jax.jit(model.extend)(
         model.parameters, model.empty_cache(2), jnp.ones((2, 3), jnp.int32), length_B

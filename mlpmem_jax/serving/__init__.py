@@ -1,0 +1,1 @@
+"""A finished run as a server: the protocol of OpenAI completions over HTTP."""
