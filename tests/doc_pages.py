@@ -14,7 +14,7 @@ MODULE = [".venv/bin/python", "-m", "mlpmem_jax"]
 # What stands for something else on a page.
 PLACEHOLDERS = {"FILE": "configs/tiny.yaml", "COMMAND": "run"}
 # Programs of others, which the pages name and tests do not run.
-OTHERS = ("xpk", "python3", "curl", "lm_eval", ".venv-docs/bin/python", ".venv-docs/bin/mkdocs")
+OTHERS = ("xpk", "python3", ".venv-docs/bin/python", ".venv-docs/bin/mkdocs", "curl", "lm_eval")
 
 
 def fenced(page: Path, *languages: str) -> Iterator[str]:

@@ -72,6 +72,7 @@ def serve(service: Service, api_key: str | None, listening: socket.socket) -> No
             timeout_graceful_shutdown=math.ceil(config.shutdown_secs) + _LAST_SECS,
         )
     )
+    listening.listen()  # Clients may connect as soon as the address is printed.
     with _running(server, listening) as thread, signals.held():
         host, port = listening.getsockname()[:2]
         where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
