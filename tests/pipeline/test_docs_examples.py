@@ -82,4 +82,4 @@ def test_the_tutorial_runs(
     assert {"pretrain", "embed", "index", "retrieve", "train", "evaluate", "generate"} <= set(ran)
     # Of the run, and of the memory that the last page of it changes.
     assert len(list((workdir / "results").glob("evaluate-*/evaluate.json"))) == 2
-    assert "The memory " in capsys.readouterr().out
+    assert "\nThe memory" in capsys.readouterr().out

@@ -200,7 +200,7 @@ def test_a_bucket_that_takes_nothing_is_named(bucket, monkeypatch, error, why):
 class Keys:
     """Random keys in memory."""
 
-    num_rows, width = 3000, 8
+    num_rows, width, dtype = 3000, 8, np.dtype(np.float32)
     values = np.random.default_rng(0).normal(size=(3000, 8)).astype(np.float32)
 
     def read(self, start, stop):

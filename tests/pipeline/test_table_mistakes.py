@@ -28,7 +28,7 @@ from tests.pipeline.test_compare import run
             "ablate.sweeps.0.key=train.log_interval_steps has no effect on any artifact",
         ),
         (["ablate.seeds=[1,1]"], "ablate.seeds=[1, 1] repeats an entry"),
-        (["ablate.name=base"], "ablate.name=base: unknown key"),
+        (["ablate.name=base"], "ablate.name=base: artifacts have no names"),
         (
             ["compare.recipes=[{name: memory, overrides: [train.alpha=1]}]"],
             "compare.recipes.0.name=memory is the name of another row",
