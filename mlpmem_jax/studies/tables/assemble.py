@@ -74,17 +74,21 @@ def _split_parts(
 
 
 def _part_names(rows: Rows) -> dict[tuple[int, int], str]:
-    """Returns a name for each part by row and place: one for parts that are equal in all seeds."""
+    """Returns a name for each part by row and place: one for parts that are equal in all seeds.
+
+    A part is named after its kind and the first row that has it, for example "decoder-longer".
+    """
     scores: dict[tuple[int, int], list[str]] = {}
+    names: dict[tuple[int, int], str] = {}
     for of_seed in rows.values():
         for number, row in enumerate(of_seed):
             for place, part in enumerate(row.parts):
                 found = part.scores("valid").relative
                 scores.setdefault((number, place), []).append(found)
+                again = any(other.kind == part.kind for other in row.parts[:place])
+                names[number, place] = f"{part.kind}-{row.key}" + f"-{place}" * again
     first: dict[tuple[str, ...], str] = {}
-    return {
-        key: first.setdefault(tuple(found), f"part-{len(first)}") for key, found in scores.items()
-    }
+    return {key: first.setdefault(tuple(found), names[key]) for key, found in scores.items()}
 
 
 def table_costs(run: Artifacts, rows: Rows, *, with_costs: bool = True) -> dict[str, Any]:
