@@ -15,11 +15,11 @@ from pathlib import Path
 LEASE_SECS = 2.0
 
 
-def main(config, options):
+def main(run, options):
     from mlpmem_jax.pipeline.stage import Builders, Stage, run_stage
     from mlpmem_jax.store.manifest import Artifact, Completion
 
-    artifact = Artifact(config.workdir, "tokenizer", "tokenizer")
+    artifact = Artifact(run.workdir, "tokenizer", "tokenizer", recipe={"size": 1})
 
     def build():
         print("building", flush=True)
@@ -29,7 +29,7 @@ def main(config, options):
         (artifact.path / "tokenizer.json").write_text(str(os.getpid()))
         return Completion(files=["tokenizer.json"])
 
-    run_stage(Stage(artifact, {"size": 1}, (), build, builders=Builders.FIRST))
+    run_stage(Stage(artifact, build, builders=Builders.FIRST))
     return 0
 
 

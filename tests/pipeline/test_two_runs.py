@@ -18,6 +18,7 @@ from tests.conftest import LAUNCHER
 from tests.pipeline.making import LEASE_SECS
 
 ROOT = Path(__file__).resolve().parents[2]
+TITLE = "tokenizer (tokenize): "  # Role and beginning of the id; here the path has none.
 MAKING = str(ROOT / "tests" / "pipeline" / "making.py")
 
 
@@ -87,7 +88,7 @@ def test_the_second_run_waits_and_finds_the_artifact_complete(request, tmp_path,
     second = start(MAKING, workdir, tmp_path / "go", *lease)
     line = second.until("waiting")
     assert re.fullmatch(
-        rf"tokenizer: being made by another run \(process {first.process.pid} on .+\); waiting",
+        rf"tokenizer \(tokenize\): being made by another run \(process {first.process.pid} on .+\); waiting",
         line,
     )
     time.sleep(2 * LEASE_SECS)  # A lease that were not renewed would be taken over.
@@ -95,8 +96,8 @@ def test_the_second_run_waits_and_finds_the_artifact_complete(request, tmp_path,
     (tmp_path / "go").touch()
     assert first.end() == 0 and second.end() == 0
     assert _maker_of(workdir) == first.process.pid
-    told = [line for line in second.lines if line.startswith("tokenizer: ")]
-    assert len(told) == 2 and told[1].startswith("tokenizer: complete (")
+    told = [line for line in second.lines if line.startswith(TITLE)]
+    assert len(told) == 2 and told[1].startswith(f"{TITLE}complete (")
 
 
 @pytest.mark.parametrize("where", ["local", "bucket"])
@@ -108,7 +109,7 @@ def test_where_the_maker_is_killed_the_second_run_continues(request, tmp_path, s
     second.until("waiting")
     first.process.kill()
     killed = time.monotonic()
-    second.until("tokenizer: continuing")
+    second.until(f"{TITLE}continuing")
     waited = time.monotonic() - killed
     if where == "bucket":
         assert waited > LEASE_SECS / 2  # It runs from the last heartbeat, or what was seen of it.
@@ -154,11 +155,11 @@ def test_several_processes_wait_together_and_are_told_to_stop_meanwhile(tmp_path
         stopped.until("waiting")
         stopped.process.send_signal(signal.SIGTERM)
         assert stopped.end() == PREEMPTED
-        assert any("tokenizer: is being made by another run" in line for line in stopped.lines)
+        assert any(f"{TITLE}is being made by another run" in line for line in stopped.lines)
         waiting = start(*launched)
         waiting.until("waiting")
     assert waiting.end() == 0
-    assert waiting.lines[-1].startswith("tokenizer: made in")
+    assert waiting.lines[-1].startswith(f"{TITLE}made in")
     assert not (tmp_path / "run" / LOCKS).exists()
 
 
@@ -173,8 +174,8 @@ def test_a_second_run_of_a_command_that_trains(tmp_path, start):
     _, status = os.waitpid(first.process.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status)
     second = start("-m", "mlpmem_jax", "pretrain", *flags)
-    second.until("decoder/base: being made by another run")
+    second.until(": being made by another run")
     first.process.send_signal(signal.SIGCONT)
     assert first.end() == 0 and second.end() == 0
-    assert any(line.startswith("decoder/base: made in") for line in first.lines)
-    assert any(line.startswith("decoder/base: complete") for line in second.lines)
+    assert any(re.match(r"decoder \(\w{8}\): made in", line) for line in first.lines)
+    assert any(re.match(r"decoder \(\w{8}\): complete", line) for line in second.lines)

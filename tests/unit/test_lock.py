@@ -46,7 +46,7 @@ def test_the_second_maker_waits_and_says_so_once(tmp_path, monkeypatch, capsys):
             raise AssertionError("held twice")
     (line,) = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
-        r"memory/base: being made by another run \(process \d+ on .+\); waiting", line
+        r"memory/base \(base\): being made by another run \(process \d+ on .+\); waiting", line
     )
     assert not (tmp_path / "run" / LOCKS).exists()
 
