@@ -43,7 +43,12 @@ def _in_all(listed: list[Entry]) -> str:
 
 def _line(one: Entry) -> str:
     age = "not finished" if one.manifest is None else _age(time.time() - one.manifest.created)
-    users = "; ".join(sorted(one.users)) or "unused"
+    named = [user for user in one.users if ": " in user]
+    # A work directory that uses it in a role and through what is made from it is named once.
+    through = [
+        user for user in one.users if not any(role.startswith(f"{user}: ") for role in named)
+    ]
+    users = "; ".join(sorted({*named, *through})) or "unused"
     name = one.artifact.relative
     return f"  {name:<30} {human_bytes(one.num_bytes):>10}  {age:<12}  {users}"
 

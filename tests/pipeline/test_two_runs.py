@@ -88,7 +88,8 @@ def test_the_second_run_waits_and_finds_the_artifact_complete(request, tmp_path,
     second = start(MAKING, workdir, tmp_path / "go", *lease)
     line = second.until("waiting")
     assert re.fullmatch(
-        rf"tokenizer \(tokenize\): being made by another run \(process {first.process.pid} on .+\); waiting",
+        re.escape(TITLE)
+        + rf"being made by another run \(process {first.process.pid} on .+\); waiting",
         line,
     )
     time.sleep(2 * LEASE_SECS)  # A lease that were not renewed would be taken over.
