@@ -13,6 +13,10 @@ from mlpmem_jax.store.files import has_locks
 HOLDER = "process "  # How the content of every lock file begins.
 
 
+class NoLocks(Exception):
+    """A place where nothing can be locked."""
+
+
 class FileLock:
     """The right to make an artifact on a local disk.
 
@@ -30,10 +34,10 @@ class FileLock:
 
         Raises:
             ArtifactError: The file is not of this program.
-            NotImplementedError: The file system does not lock files.
+            NoLocks: The file system does not lock files.
         """
         if not has_locks(self._file):
-            raise NotImplementedError("this file system does not lock files")
+            raise NoLocks("this file system does not lock files")
         while True:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             try:

@@ -21,6 +21,7 @@ from etils import epath
 from mlpmem_jax.console import complain
 from mlpmem_jax.errors import ArtifactError, TryAgain, UserError
 from mlpmem_jax.store.arrays import kvstore_spec, storage_error
+from mlpmem_jax.store.file_lock import NoLocks
 
 HEARTBEAT_SECS = 10.0
 LEASE_SECS = 60.0  # Several heartbeats: a bucket may be slow, a process may get no time.
@@ -67,7 +68,7 @@ class Lease:
 
         Raises:
             ArtifactError: The object is not of this program.
-            NotImplementedError: The bucket has no conditional writes.
+            NoLocks: The bucket has no conditional writes.
             UserError: It does not answer, or takes nothing.
         """
         while True:
@@ -161,7 +162,7 @@ class Lease:
         try:
             yield
         except NotImplementedError:
-            raise NotImplementedError("this bucket has no conditional writes") from None
+            raise NoLocks("this bucket has no conditional writes") from None
         except (ValueError, RuntimeError, OSError) as error:
             if str(error).startswith("NOT_FOUND"):  # Reading finds nothing; writing needs a bucket.
                 raise UserError(

@@ -13,7 +13,7 @@ from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.multihost import is_active, is_writer
 from mlpmem_jax.parallel.preemption import Preempted, preempted
-from mlpmem_jax.store.file_lock import HOLDER, FileLock
+from mlpmem_jax.store.file_lock import HOLDER, FileLock, NoLocks
 from mlpmem_jax.store.files import is_local
 from mlpmem_jax.store.lease import Lease
 from mlpmem_jax.store.manifest import Artifact
@@ -83,7 +83,7 @@ def _take(lock: FileLock | Lease | None, artifact: Artifact) -> str | None:
     """Tries once; returns who else holds it, or None."""
     try:
         return lock.take() if lock else None
-    except NotImplementedError as missing:
+    except NoLocks as missing:
         if artifact.root not in _warned:
             _warned.add(artifact.root)
             warn(f"{artifact.root}: {missing}: two runs in it at the same time are not kept apart")
