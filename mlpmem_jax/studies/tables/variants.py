@@ -174,10 +174,8 @@ def _continued(base: Variant, run: Artifacts) -> Variant:
     if before.memory.gate == "none":  # A gate can be put on a memory that has none.
         gate = {name: getattr(before.memory, name) for name in ("gate", "gate_floor")}
         memory = memory.model_copy(update=gate)
-    same = changed.model_copy(
-        update={"train": before.train, "memory": memory}
-    ) == before.model_copy(update={"memory": memory})
-    if before.train.mode != "memory" or not same or memory != before.memory:
+    as_before = changed.model_copy(update={"train": before.train, "memory": memory})
+    if before.train.mode != "memory" or as_before != before:
         raise ConfigError(
             "train.memory_start=checkpoint: joint training of a row can begin with the memory of "
             "the configuration itself alone: train.mode=memory there, and only keys of train and "
