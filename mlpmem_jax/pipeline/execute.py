@@ -72,8 +72,7 @@ def record(run: Artifacts, stages: Sequence[Stage]) -> None:
     }
     # Not as given: other commands may read it from another current directory.
     store = None if run.config.store is None else str(run.store)
-    known = RunRecord.read(run.config.workdir)
-    known.updated(store, roles, run.sources.found).write()
+    RunRecord.update(run.config.workdir, store, roles, run.sources.found)
 
 
 def write_config(config: Config) -> None:
