@@ -22,6 +22,7 @@ from mlpmem_jax.store.array_specs import SPLITS
 from mlpmem_jax.store.files import read_json
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.studies.search_quality.settings import with_setting
+from mlpmem_jax.studies.tables.variants import made_by
 
 NAME: Report = "search-quality"
 _SEARCHED = (index, retrieve, train)
@@ -49,13 +50,11 @@ def _parts(run: Artifacts) -> list[Artifacts]:
 
 def stages(run: Artifacts) -> list[Stage]:
     """Returns the stages: the datastore, then index, targets and memory of each setting."""
-    made: dict[str, Stage] = {}
+    first = [stage for command in (tokenize, pretrain, embed) for stage in command.stages(run)]
     # Equal artifacts are one: the exact neighbours, for example, are those of all settings.
-    for commands, runs in (((tokenize, pretrain, embed), [run]), (_SEARCHED, _parts(run))):
-        for one in runs:
-            for command in commands:
-                for stage in command.stages(one):
-                    made.setdefault(stage.artifact.relative, stage)
+    of_settings = [
+        stage for one in _parts(run) for command in _SEARCHED for stage in command.stages(one)
+    ]
     report = Stage(
         artifact=comparison(run),
         build=functools.partial(_build, run),
@@ -64,7 +63,7 @@ def stages(run: Artifacts) -> list[Stage]:
         need=functools.partial(_need, run),
         is_report=True,
     )
-    return [*made.values(), report]
+    return [*made_by([*first, *of_settings]), report]
 
 
 def _check(config: Config) -> None:
