@@ -1,5 +1,6 @@
 """The decoder: trained on the corpus, or read from files of a pretrained one."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -60,11 +61,11 @@ def _import(run: Artifacts, path: str) -> Completion:
     config, artifact = run.config, run.decoder
     mesh, size = make_mesh(config.mesh), vocab_size(run)
     decoder = load_decoder(path, config.decoder, size, mesh)
-    files = save_network(decoder, artifact, 0, mesh)
+    saved = save_network(decoder, artifact, 0, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(decoder, nnx.Param)))
     say(f"{artifact.title}: {parameters:,} parameters read from {path}")
-    counts = {"steps": 0, "parameters": parameters, "vocab_size": size}
-    return Completion(counts=counts, files=files, measured={"model_flops": 0.0})
+    counts = {**saved.counts, "parameters": parameters, "vocab_size": size}
+    return dataclasses.replace(saved, counts=counts)
 
 
 def _estimate(run: Artifacts) -> Mapping[str, Any]:

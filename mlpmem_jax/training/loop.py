@@ -13,6 +13,7 @@ from mlpmem_jax.config.stages import TrainingConfig
 from mlpmem_jax.input.feed import Batch
 from mlpmem_jax.parallel.preemption import Preempted, preempted, stopping_where_asked
 from mlpmem_jax.training.checkpoint import Checkpoints
+from mlpmem_jax.training.content import digest_of
 from mlpmem_jax.training.monitor import Monitor
 from mlpmem_jax.training.optimizer import group_optimizer, parameter_groups
 from mlpmem_jax.training.state import ITEM_NAMES, Blueprint, TrainState
@@ -75,10 +76,11 @@ class Task(Protocol):
 
 @dataclasses.dataclass
 class Fit:
-    """A finished run."""
+    """A finished run: its state, what the files of its last checkpoint are and hold."""
 
     state: TrainState
     files: dict[str, Any]
+    content: str
     measured: dict[str, Any]
 
 
@@ -148,7 +150,8 @@ def fit(
         monitor.settle()
         checkpoints.close()
         monitor.close()
-    return Fit(state, checkpoints.files(stop), monitor.summary(range(first_step, stop)))
+    measured = monitor.summary(range(first_step, stop))
+    return Fit(state, checkpoints.files(stop), digest_of(state.items()), measured)
 
 
 def assemble(
