@@ -4,7 +4,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.errors import StaleArtifact
 from mlpmem_jax.parallel.hardware import Machine
@@ -35,17 +34,18 @@ def stages(run: Artifacts) -> list[Stage]:
             artifact=run.results,
             upstream=functools.partial(_upstream, run),
             build=functools.partial(_build, run),
-            check=functools.partial(_check, run.config),
-            estimate=functools.partial(_estimate, run.config),
+            check=functools.partial(_check, run),
+            estimate=functools.partial(_estimate, run),
             need=functools.partial(_need, run),
             is_report=True,
         )
     ]
 
 
-def _check(config: Config) -> None:
-    check_keys(config)
-    check_devices(config, _batches(config))
+def _check(run: Artifacts) -> None:
+    check_keys(run)
+    # Windows of a decoder that was trained jointly are those of `embed`.
+    check_devices(run, "datastore" if run.config.train.mode == "joint" else "evaluate")
 
 
 def _upstream(run: Artifacts) -> Sequence[Artifact]:
@@ -94,13 +94,8 @@ def check_current(run: Artifacts) -> None:
         artifact.status({one.relative: one.load().fingerprint for one in artifact.inputs})
 
 
-def _batches(config: Config) -> str:
-    """Returns the section whose batches are cut over the mesh."""
-    return "datastore" if config.train.mode == "joint" else "evaluate"
-
-
-def _estimate(config: Config) -> Mapping[str, Any]:
-    rows = config.evaluate.knn_valid_rows
+def _estimate(run: Artifacts) -> Mapping[str, Any]:
+    rows = run.config.evaluate.knn_valid_rows
     return {"neighbours of validation rows": "all" if rows is None else f"at most {rows:,}"}
 
 

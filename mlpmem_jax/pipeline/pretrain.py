@@ -5,7 +5,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_devices
@@ -24,7 +23,7 @@ def stages(run: Artifacts) -> list[Stage]:
             Stage(
                 artifact=run.decoder,
                 build=functools.partial(_import, run, path),
-                check=functools.partial(_check_import, run.config, path),
+                check=functools.partial(_check_import, run, path),
                 estimate=lambda: {"model flops": 0.0},
             )
         ]
@@ -32,18 +31,19 @@ def stages(run: Artifacts) -> list[Stage]:
         Stage(
             artifact=run.decoder,
             build=functools.partial(_build, run),
-            check=functools.partial(check_devices, run.config, "pretrain"),
+            check=functools.partial(check_devices, run, "pretrain"),
             estimate=functools.partial(_estimate, run),
             need=functools.partial(_need, run),
         )
     ]
 
 
-def _check_import(config: Config, path: str) -> None:
+def _check_import(run: Artifacts, path: str) -> None:
     """Compares files and tokenizer with the decoder, before text is read."""
     from mlpmem_jax.corpus.tokenizer import read_tokenizer
     from mlpmem_jax.interop.huggingface import checked_tensors
 
+    config = run.config
     assert config.tokenizer.path is not None
     tokenizer = read_tokenizer(config.tokenizer.path, config.tokenizer.separator)
     checked_tensors(path, config.decoder, tokenizer.vocab_size)

@@ -144,7 +144,7 @@ def test_other_text_and_other_tokenizers_have_tokens_of_their_own(make_config):
                 for one in stage.artifact.inputs
             )
     for part in rows["more"].parts:  # type: ignore[union-attr]
-        assert part.config.tokenizer.vocab_size == 310
+        assert part.run.config.tokenizer.vocab_size == 310
     # A second seed trains other networks on the same tokens.
     other = planned_row(SeedPlan(config, 8), "more")
     assert other is not None

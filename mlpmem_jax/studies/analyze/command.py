@@ -54,12 +54,11 @@ def stages(run: Artifacts) -> list[Stage]:
 
 
 def _check(run: Artifacts) -> None:
-    config = run.config
-    if config.memory.gate == "learned":
+    if run.config.memory.gate == "learned":
         raise ConfigError(
             "memory.gate=learned: analyze mixes with one λ for all tokens (memory.gate=none)"
         )
-    check_devices(config, "datastore", "evaluate")
+    check_devices(run, "datastore", "evaluate")
     check_current(run)
 
 
@@ -90,5 +89,5 @@ def print_report(run: Artifacts) -> None:
 
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
-    check_trained_apart(run.config, NAME, "tables of joint models are made by evaluate and compare")
+    check_trained_apart(run, NAME, "tables of joint models are made by evaluate and compare")
     return execute(stages, run, options, report=print_report)

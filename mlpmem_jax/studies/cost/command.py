@@ -120,7 +120,7 @@ def _check(run: Artifacts) -> None:
         one.load()
     check_current(run)
     if cost.quality == "train":
-        check_devices(config, "evaluate")
+        check_devices(run, "evaluate")
 
 
 def _estimate(run: Artifacts) -> Mapping[str, Any]:
@@ -167,5 +167,5 @@ def print_report(run: Artifacts) -> None:
 
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
-    check_trained_apart(run.config, NAME, "the time that a joint model takes is in evaluate")
+    check_trained_apart(run, NAME, "the time that a joint model takes is in evaluate")
     return execute(stages, run, options, report=print_report)

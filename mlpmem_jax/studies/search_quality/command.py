@@ -4,7 +4,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel.hardware import Machine
@@ -58,15 +57,15 @@ def stages(run: Artifacts) -> list[Stage]:
     report = Stage(
         artifact=comparison(run),
         build=functools.partial(_build, run),
-        check=functools.partial(_check, run.config),
-        estimate=functools.partial(_estimate, run.config),
+        check=functools.partial(_check, run),
+        estimate=functools.partial(_estimate, run),
         need=functools.partial(_need, run),
         is_report=True,
     )
     return [*made_by([*first, *of_settings]), report]
 
 
-def _check(config: Config) -> None:
+def _check(run: Artifacts) -> None:
     """Refuses settings whose engine is not installed.
 
     Raises:
@@ -74,17 +73,17 @@ def _check(config: Config) -> None:
     """
     from mlpmem_jax.retrieval.engine import is_approximate_installed
 
-    asked = [one.name for one in config.search_quality.settings if one.engine == "scann"]
+    asked = [one.name for one in run.config.search_quality.settings if one.engine == "scann"]
     if asked and not is_approximate_installed():
         raise ConfigError(
             f"search_quality.settings: {', '.join(asked)} need the package scann, which is not "
             "installed (pip install scann; Linux only)"
         )
-    check_devices(config, "evaluate")
+    check_devices(run, "evaluate")
 
 
-def _estimate(config: Config) -> Mapping[str, Any]:
-    count = len(config.search_quality.settings)
+def _estimate(run: Artifacts) -> Mapping[str, Any]:
+    count = len(run.config.search_quality.settings)
     return {"indices to build and memories to train": count}
 
 
@@ -119,5 +118,5 @@ def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
 
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
-    check_trained_apart(run.config, NAME, "joint models are compared by compare")
+    check_trained_apart(run, NAME, "joint models are compared by compare")
     return execute(stages, run, options, Rebuild.STALE, print_report)
