@@ -6,11 +6,9 @@ from typing import Any
 
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.errors import StaleArtifact
-from mlpmem_jax.parallel.hardware import Machine
-from mlpmem_jax.pipeline import train
+from mlpmem_jax.pipeline import needs, train
 from mlpmem_jax.pipeline.checks import check_devices, check_keys
 from mlpmem_jax.pipeline.execute import execute
-from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Stage
@@ -36,7 +34,7 @@ def stages(run: Artifacts) -> list[Stage]:
             build=functools.partial(_build, run),
             check=functools.partial(_check, run),
             estimate=functools.partial(_estimate, run),
-            need=functools.partial(_need, run),
+            need=functools.partial(needs.evaluation_need, run),
             is_report=True,
         )
     ]
@@ -151,12 +149,6 @@ def stage_seconds(run: Artifacts) -> dict[str, float]:
             spent = float(artifact.load().measured.get("seconds", 0.0))
             seconds[artifact.command] = seconds.get(artifact.command, 0.0) + spent
     return seconds
-
-
-def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
-    from mlpmem_jax.pipeline.needs import evaluation_need
-
-    return evaluation_need(run, machine, count)
 
 
 def main(run: Artifacts, options: Options) -> int:

@@ -2,13 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
 
 from mlpmem_jax.console import say
-from mlpmem_jax.parallel.hardware import Machine
+from mlpmem_jax.pipeline import estimates, needs
 from mlpmem_jax.pipeline.checks import check_devices
-from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.manifest import Completion
@@ -32,8 +29,8 @@ def stages(run: Artifacts) -> list[Stage]:
             artifact=run.decoder,
             build=functools.partial(_build, run),
             check=functools.partial(check_devices, run, "pretrain"),
-            estimate=functools.partial(_estimate, run),
-            need=functools.partial(_need, run),
+            estimate=functools.partial(estimates.pretraining_estimate, run),
+            need=functools.partial(needs.pretraining_need, run),
         )
     ]
 
@@ -68,20 +65,8 @@ def _import(run: Artifacts, path: str) -> Completion:
     return dataclasses.replace(saved, counts=counts)
 
 
-def _estimate(run: Artifacts) -> Mapping[str, Any]:
-    from mlpmem_jax.pipeline.estimates import pretraining_estimate
-
-    return pretraining_estimate(run)
-
-
 def _build(run: Artifacts) -> Completion:
     from mlpmem_jax.pipeline.network_stage import train_task
     from mlpmem_jax.pipeline.tasks import pretrain_task
 
     return train_task(run, "pretrain", pretrain_task, run.decoder)
-
-
-def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
-    from mlpmem_jax.pipeline.needs import pretraining_need
-
-    return pretraining_need(run, machine, count)

@@ -4,21 +4,17 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from mlpmem_jax.console import say
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.parallel.hardware import Machine
-from mlpmem_jax.pipeline import embed, index, pretrain, retrieve, tokenize, train
+from mlpmem_jax.pipeline import embed, index, needs, pretrain, retrieve, tokenize, train
 from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
 from mlpmem_jax.pipeline.execute import execute
-from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts, Report
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.recipes import compute_dtypes
-from mlpmem_jax.pipeline.reports import print_files, write_report
+from mlpmem_jax.pipeline.reports import print_results, write_report
 from mlpmem_jax.pipeline.stage import Rebuild, Stage
 from mlpmem_jax.stats.bootstrap import INTERVALS
 from mlpmem_jax.store.array_specs import SPLITS
-from mlpmem_jax.store.files import read_json
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.studies.search_quality.settings import with_setting
 from mlpmem_jax.studies.tables.variants import made_by
@@ -59,7 +55,7 @@ def stages(run: Artifacts) -> list[Stage]:
         build=functools.partial(_build, run),
         check=functools.partial(_check, run),
         estimate=functools.partial(_estimate, run),
-        need=functools.partial(_need, run),
+        need=functools.partial(needs.search_quality_need, run),
         is_report=True,
     )
     return [*made_by([*first, *of_settings]), report]
@@ -103,17 +99,7 @@ def print_report(run: Artifacts) -> None:
     """Prints the tables of a finished comparison."""
     from mlpmem_jax.studies.search_quality.table import as_text
 
-    artifact = comparison(run)
-    artifact.verify()
-    say()
-    say(as_text(read_json(artifact.path / f"{NAME}.json")))
-    print_files(artifact.path, NAME)
-
-
-def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
-    from mlpmem_jax.pipeline.needs import search_quality_need
-
-    return search_quality_need(run, machine, count)
+    print_results(comparison(run), NAME, as_text)
 
 
 def main(run: Artifacts, options: Options) -> int:
