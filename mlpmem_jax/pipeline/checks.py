@@ -51,11 +51,6 @@ def check_attention(decoder: DecoderConfig, platform: str) -> None:
 def check_trained_apart(run: Artifacts, command: str, instead: str) -> None:
     """Refuses joint training where a command is about a memory beside a frozen decoder.
 
-    Args:
-        run: The artifacts of the configuration.
-        command: Its name.
-        instead: What can be done instead.
-
     Raises:
         ConfigError: It is `train.mode=joint`.
     """

@@ -35,11 +35,6 @@ def analyze_run(
 ) -> dict[str, Any]:
     """Analyses the test split with λ and τ as `evaluate` chose them.
 
-    Args:
-        run: The artifacts of the configuration.
-        evaluated: What `evaluate.json` holds.
-        mesh: Devices.
-
     Returns:
         What `analyze.json` holds.
 

@@ -37,12 +37,6 @@ def measure_growth(
 ) -> dict[str, Any]:
     """Measures, or continues to.
 
-    Args:
-        run: The artifacts of the configuration.
-        evaluated: What `evaluate.json` holds: λ and τ.
-        mesh: Devices.
-        path: Where files of the measurement lie.
-
     Returns:
         What `cost.json` holds, without quality.
     """
