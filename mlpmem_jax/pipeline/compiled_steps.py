@@ -22,7 +22,8 @@ from mlpmem_jax.roofline.analysis import LoweredStep
 from mlpmem_jax.roofline.blank import BlankTokens, abstract_batch
 from mlpmem_jax.store.array_specs import datastore_arrays
 from mlpmem_jax.training.flops import decoder_flops_per_token, memory_flops_per_token
-from mlpmem_jax.training.loop import Task, assemble
+from mlpmem_jax.training.loop import assemble
+from mlpmem_jax.training.task import WindowTask
 
 
 def lower_step(run: Artifacts, mesh: jax.sharding.Mesh) -> LoweredStep:
@@ -50,17 +51,18 @@ def _train(run: Artifacts, mesh: jax.sharding.Mesh) -> LoweredStep:
     return _training(run, mesh, "train", make(run, mesh, blank=True))
 
 
-def _training(run: Artifacts, mesh: jax.sharding.Mesh, section: str, task: Any) -> LoweredStep:
+def _training(
+    run: Artifacts, mesh: jax.sharding.Mesh, section: str, task: WindowTask
+) -> LoweredStep:
     settings = getattr(run.config, section)
     size = settings.batch_size
     check_batch(mesh, f"{section}.batch_size", size, settings.accumulation_steps)
-    typed: Task = task
-    blueprint, step = assemble(typed, settings, seed=run.config.seed, mesh=mesh)
+    blueprint, step = assemble(task, settings, seed=run.config.seed, mesh=mesh)
     batch: Batch = abstract_batch(task.source, size, mesh)  # type: ignore[assignment]
     state = blueprint.abstract()
     lowered = step.lower(state, task.frozen, batch)  # type: ignore[attr-defined]
     arguments = {"state": state, "frozen": task.frozen, "batch": batch}
-    return LoweredStep(lowered, arguments, typed.flops_per_step, typed.tokens_per_step)
+    return LoweredStep(lowered, arguments, task.flops_per_step, task.tokens_per_step)
 
 
 def _embed(run: Artifacts, mesh: jax.sharding.Mesh) -> LoweredStep:
