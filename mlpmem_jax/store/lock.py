@@ -97,7 +97,7 @@ def _take(lock: FileLock | Lease | None, folder: epath.Path) -> str | None:
     try:
         return lock.take() if lock else None
     except NoLocks as missing:
-        if folder not in _warned:
+        if not any(folder in (one, *one.parents) for one in _warned):
             _warned.add(folder)
             warn(f"{folder}: {missing}: two runs in it at the same time are not kept apart")
         return None

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
-from mlpmem_jax.store import run_record
+from mlpmem_jax.store import file_lock, lock, run_record
 from mlpmem_jax.store.checked_json import read_checked_json
+from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.run_record import FILE, RUNS, RunRecord, store_of
 
 WRITERS = 6
@@ -55,3 +56,14 @@ def test_what_is_known_is_not_locked(tmp_path, monkeypatch):
     assert taken == []
     RunRecord.update(tmp_path, None, {"memory": "memory/2"}, {})
     assert taken == [FILE] and RunRecord.read(tmp_path).roles == {"memory": "memory/2"}
+
+
+def test_where_nothing_can_be_locked_one_warning_says_so(tmp_path, monkeypatch, capsys):
+    """Of the store; the work directory, which holds it, need not be named too."""
+    monkeypatch.setattr(file_lock, "has_locks", lambda path: False)
+    monkeypatch.setattr(lock, "_warned", set())
+    with lock.only_maker(Artifact(store_of(tmp_path, None), "memory/1", "memory")):
+        RunRecord.update(tmp_path, None, {"memory": "memory/1"}, {})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path}/artifacts: this file system does not lock files")
+    assert RunRecord.read(tmp_path).roles == {"memory": "memory/1"}
