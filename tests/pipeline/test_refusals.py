@@ -135,7 +135,7 @@ def test_a_memory_of_a_decoder_that_was_rebuilt_with_other_bits(copied_run: Path
 def test_what_is_trained_again_to_the_same_bits_is_the_same(copied_run: Path, capsys):
     """Orbax writes times into files; what was made from the network is not stale."""
     run = _artifacts(copied_run)
-    made, later = run.decoder.load(), _times(run.memory.path)
+    made, later = run.decoder.load(), _times(Path(run.memory.path))
     shutil.rmtree(run.decoder.path)
     assert _start("pretrain", copied_run) == 0
     again = run.decoder.load()
@@ -144,7 +144,7 @@ def test_what_is_trained_again_to_the_same_bits_is_the_same(copied_run: Path, ca
     capsys.readouterr()
     assert _start("run", copied_run) == 0
     assert ": making" not in capsys.readouterr().out
-    assert _times(run.memory.path) == later
+    assert _times(Path(run.memory.path)) == later
 
 
 @pytest.mark.parametrize("kind", ["decoder", "memory"])
