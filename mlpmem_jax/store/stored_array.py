@@ -27,6 +27,10 @@ class StoredArray:
     def __init__(self, artifact: Artifact, name: str):
         """Opens an array.
 
+        Args:
+            artifact: What holds it.
+            name: Its path in the artifact.
+
         Raises:
             ArtifactError: The artifact is missing or unfinished, or the array's metadata are not
                 those that its manifest records.
