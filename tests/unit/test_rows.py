@@ -53,12 +53,12 @@ def test_tables_show_labels_and_have_an_order(make_config: Callable[..., Config]
 def test_the_vocabulary_is_asked_for_again_once_there_are_tokens(tiny_config: Config):
     plan = SeedPlan(tiny_config, 0)
     assert plan.vocab_size == tiny_config.tokenizer.vocab_size
-    before = plan.of_equal_size().config.decoder
+    before = plan.of_equal_size().run.config.decoder
     tokens = Artifacts(tiny_config).tokens
     tokens.begin({})
     tokens.finish(counts={"vocab_size": 4 * tiny_config.tokenizer.vocab_size})
     assert plan.vocab_size == 4 * tiny_config.tokenizer.vocab_size
-    assert plan.of_equal_size().config.decoder != before
+    assert plan.of_equal_size().run.config.decoder != before
 
 
 def test_rows_are_planned_before_anything_exists(make_config: Callable[..., Config]):
