@@ -91,9 +91,6 @@ def _main(arguments: list[str]) -> int:
 def parse(arguments: Sequence[str]) -> tuple[str, Config, Options]:
     """Reads a command line.
 
-    Args:
-        arguments: The command, its flags and overrides.
-
     Returns:
         The command's name, the validated configuration and the other flags.
 

@@ -152,13 +152,7 @@ def _inputs(command: str, run: Artifacts, options: Options) -> list[Artifact]:
 def environments_of(
     num_processes: int, devices_per_process: int | None, environment: Mapping[str, str]
 ) -> list[dict[str, str]]:
-    """Returns the environment of each process.
-
-    Args:
-        num_processes: How many there are.
-        devices_per_process: CPU devices to simulate in each.
-        environment: What they inherit.
-    """
+    """Returns the environment of each process, which may simulate several CPU devices."""
     shared = {"JAX_PLATFORMS": "cpu", **environment}
     path = [str(Path(__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")]
     shared["PYTHONPATH"] = os.pathsep.join(filter(None, path))

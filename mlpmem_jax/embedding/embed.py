@@ -82,15 +82,6 @@ def embed_split(
     Every shard is written by one process: it gets the windows of its own shards at those
     positions of a batch that its devices hold.
 
-    Args:
-        decoder: On the mesh.
-        tokens: The split.
-        artifact: Where the arrays go.
-        specs: What is stored.
-        settings: How.
-        mesh: Devices.
-        description: For the progress bar.
-
     Returns:
         The arrays as the manifest describes them.
 

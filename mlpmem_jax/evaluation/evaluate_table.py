@@ -85,12 +85,7 @@ class SplitScores:
         return SplitParts(self.counts, logprob)
 
     def weight(self, key: str, weight_M: np.ndarray) -> float | None:
-        """Returns λ of a system, the mean over tokens where it brings its own; None: it has none.
-
-        Args:
-            key: Which.
-            weight_M: Weights of its parts.
-        """
+        """Returns λ of a system (the mean over tokens of its own λ); None: it has none."""
         if key == "memory" and self.memory_weight is not None:
             scored_N = self.counts.scored_N
             weight_N = np.broadcast_to(self.memory_weight, scored_N.shape)

@@ -69,10 +69,6 @@ class StoredSplit:
     def open(cls, tokens: TokenSplit, rows: Artifact) -> "StoredSplit":
         """Reads a split.
 
-        Args:
-            tokens: Its tokens.
-            rows: Its rows in the datastore.
-
         Raises:
             ArtifactError: It is missing, damaged, of other tokens, or has nothing to score.
         """

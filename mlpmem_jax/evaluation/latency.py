@@ -13,10 +13,6 @@ from mlpmem_jax.evaluation.timed_decoding import System, Writer, in_turns
 def time_tokens(systems: Mapping[str, System], num_tokens: int) -> dict[str, dict[str, float]]:
     """Measures every system, in turns.
 
-    Args:
-        systems: By name.
-        num_tokens: Tokens that each of them draws.
-
     Returns:
         Milliseconds per token: median, and the quartiles.
     """

@@ -77,11 +77,7 @@ def score_memory(
         _, sums = memory_loss(
             hidden_BLE,
             head_VE,
-            batch["label"],
-            batch["weight"],
-            batch["target_id"],
-            batch["target_prob"],
-            batch["target_mass"],
+            batch,
             1.0,
             vocab_size=memory.vocab_size,
             chunk_tokens=chunk_tokens,

@@ -26,9 +26,6 @@ _DECODERS = ("decoder", JOINT_DECODER)
 def draw(results: Mapping[str, Any]) -> bytes:
     """Draws test scores, the λ curves and the gain by document.
 
-    Args:
-        results: What `evaluate.json` holds.
-
     Returns:
         A PNG.
     """

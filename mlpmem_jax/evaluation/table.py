@@ -118,10 +118,10 @@ def cluster_word(test: Mapping[str, Any]) -> str:
     return "file" if test["files"] < test["documents"] else "document"
 
 
-def paragraph(text: str, width: int = 100) -> list[str]:
+def paragraph(text: str) -> list[str]:
     """Wraps a text, never inside of brackets."""
     joined = re.sub(r"\[[^]]*\]", lambda found: found[0].replace(" ", _JOIN), text)
-    return [line.replace(_JOIN, " ") for line in textwrap.wrap(joined, width)]
+    return [line.replace(_JOIN, " ") for line in textwrap.wrap(joined, 100)]
 
 
 def note_lines(notes: Iterable[str]) -> list[str]:

@@ -35,15 +35,7 @@ _IN_A_ROW = 8
 def make_search(
     engine: Engine, train_label: np.ndarray, num_neighbors: int, temperature: float, weight: float
 ) -> Search:
-    """Returns the search of a kNN-LM: neighbours, Eq. 3.
-
-    Args:
-        engine: Searches rows of the datastore.
-        train_label: Labels of these rows.
-        num_neighbors: K.
-        temperature: τ.
-        weight: λ.
-    """
+    """Returns the search of a kNN-LM: K neighbours, then Eq. 3 with τ and its weight λ."""
 
     def search(key_BD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = engine.search(key_BD, num_neighbors)
@@ -130,12 +122,7 @@ class Spent:
 
 
 class Writer:
-    """One system that continues B texts.
-
-    Args:
-        system: Which.
-        batch: B.
-    """
+    """One system that continues B texts."""
 
     def __init__(self, system: System, batch: int):
         self._compiled, self._search = system.compiled, system.search

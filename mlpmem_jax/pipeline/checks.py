@@ -1,7 +1,7 @@
 """What stages refuse before they make anything."""
 
 from mlpmem_jax.config.checks import without_keys
-from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.networks import DecoderConfig
 from mlpmem_jax.errors import ArtifactError, ConfigError, Mistakes
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.store.array_specs import Split
@@ -9,11 +9,11 @@ from mlpmem_jax.store.array_specs import Split
 _WITH_TARGETS: tuple[Split, ...] = ("train", "valid")
 
 
-def check_devices(config: Config, *keys: str) -> None:
+def check_devices(run: Artifacts, *keys: str) -> None:
     """Refuses what the devices cannot do: the mesh, batches cut over it, the attention kernel.
 
     Args:
-        config: The whole configuration.
+        run: The artifacts of the configuration.
         keys: Sections whose `batch_size` is cut over the mesh.
 
     Raises:
@@ -21,18 +21,18 @@ def check_devices(config: Config, *keys: str) -> None:
     """
     from mlpmem_jax.parallel.mesh import check_batch, make_mesh
 
-    mesh, mistakes = make_mesh(config.mesh), Mistakes()
+    mesh, mistakes = make_mesh(run.config.mesh), Mistakes()
     for name in keys:
-        section = getattr(config, name)
+        section = getattr(run.config, name)
         accumulation = getattr(section, "accumulation_steps", 1)
         with mistakes.gather():
             check_batch(mesh, f"{name}.batch_size", section.batch_size, accumulation)
     with mistakes.gather():
-        check_attention(config, mesh.devices.flat[0].platform)
+        check_attention(run.config.decoder, mesh.devices.flat[0].platform)
     mistakes.refuse()
 
 
-def check_attention(config: Config, platform: str) -> None:
+def check_attention(decoder: DecoderConfig, platform: str) -> None:
     """Refuses an attention kernel that the devices do not have, or that the heads do not fit.
 
     Raises:
@@ -40,7 +40,6 @@ def check_attention(config: Config, platform: str) -> None:
     """
     from mlpmem_jax.models.attention import unusable
 
-    decoder = config.decoder
     half = decoder.compute_dtype == "bfloat16" or (
         decoder.compute_dtype == "auto" and platform != "cpu"
     )
@@ -49,31 +48,26 @@ def check_attention(config: Config, platform: str) -> None:
         raise ConfigError(f"decoder.attention={decoder.attention} {reason}; use auto")
 
 
-def check_trained_apart(config: Config, command: str, instead: str) -> None:
+def check_trained_apart(run: Artifacts, command: str, instead: str) -> None:
     """Refuses joint training where a command is about a memory beside a frozen decoder.
-
-    Args:
-        config: The whole configuration.
-        command: Its name.
-        instead: What can be done instead.
 
     Raises:
         ConfigError: It is `train.mode=joint`.
     """
-    if config.train.mode == "joint":
+    if run.config.train.mode == "joint":
         raise ConfigError(
             f"train.mode=joint: {command} is about a memory beside a frozen decoder "
             f"(train.mode=memory); {instead}"
         )
 
 
-def check_keys(config: Config) -> None:
+def check_keys(run: Artifacts) -> None:
     """Refuses to search, or to evaluate the kNN-LM, where no keys are stored.
 
     Raises:
         ConfigError: Names the key and what does without.
     """
-    mistakes = list(without_keys(config))
+    mistakes = list(without_keys(run.config))
     if mistakes:
         raise ConfigError(mistakes)
 
@@ -95,7 +89,7 @@ def check_retrieval(run: Artifacts) -> None:
 
     config, mistakes, num_rows = run.config, Mistakes(), 0
     with mistakes.gather():
-        check_keys(config)
+        check_keys(run)
     if run.tokens.is_complete():
         num_rows = int(run.tokens.load().counts["train_tokens"]) - 1
         name = str(run.datastore("train").path)

@@ -27,7 +27,7 @@ def main(run: Artifacts, options: Options) -> int:
 
     settings = config.compile
     mesh = make_mesh(config.mesh, devices_of(settings.topology, config.mesh.dcn_data))
-    report = analyse(lower_step(config, mesh), mesh, settings)
+    report = analyse(lower_step(run, mesh), mesh, settings)
     say(as_text(report))
     say(verdict(report))
     if output:

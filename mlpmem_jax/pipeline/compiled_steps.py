@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from mlpmem_jax.config.compile import Step
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.windows import EmbeddingPlan
 from mlpmem_jax.embedding.embed import dtypes_of, make_embed_step
 from mlpmem_jax.generation.decode import STEPS_PER_CALL, Generator
@@ -23,58 +22,61 @@ from mlpmem_jax.roofline.analysis import LoweredStep
 from mlpmem_jax.roofline.blank import BlankTokens, abstract_batch
 from mlpmem_jax.store.array_specs import datastore_arrays
 from mlpmem_jax.training.flops import decoder_flops_per_token, memory_flops_per_token
-from mlpmem_jax.training.loop import Task, assemble
+from mlpmem_jax.training.loop import assemble
+from mlpmem_jax.training.task import WindowTask
 
 
-def lower_step(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
+def lower_step(run: Artifacts, mesh: jax.sharding.Mesh) -> LoweredStep:
     """Lowers the step that `compile.step` names, on a mesh whose devices need not exist.
 
     Raises:
         ConfigError: Its batch does not fit the mesh.
     """
-    makers: dict[Step, Callable[[Config, jax.sharding.Mesh], LoweredStep]] = {
+    makers: dict[Step, Callable[[Artifacts, jax.sharding.Mesh], LoweredStep]] = {
         "pretrain": _pretrain,
         "train": _train,
         "embed": _embed,
         "decode": _decode,
     }
     with jax.set_mesh(mesh):
-        return makers[config.compile.step](config, mesh)
+        return makers[run.config.compile.step](run, mesh)
 
 
-def _pretrain(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
-    return _training(config, mesh, "pretrain", pretrain_task(Artifacts(config), mesh, blank=True))
+def _pretrain(run: Artifacts, mesh: jax.sharding.Mesh) -> LoweredStep:
+    return _training(run, mesh, "pretrain", pretrain_task(run, mesh, blank=True))
 
 
-def _train(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
-    make = joint_task if config.train.mode == "joint" else memory_task
-    return _training(config, mesh, "train", make(Artifacts(config), mesh, blank=True))
+def _train(run: Artifacts, mesh: jax.sharding.Mesh) -> LoweredStep:
+    make = joint_task if run.config.train.mode == "joint" else memory_task
+    return _training(run, mesh, "train", make(run, mesh, blank=True))
 
 
-def _training(config: Config, mesh: jax.sharding.Mesh, section: str, task: Any) -> LoweredStep:
-    settings = getattr(config, section)
+def _training(
+    run: Artifacts, mesh: jax.sharding.Mesh, section: str, task: WindowTask
+) -> LoweredStep:
+    settings = getattr(run.config, section)
     size = settings.batch_size
     check_batch(mesh, f"{section}.batch_size", size, settings.accumulation_steps)
-    typed: Task = task
-    blueprint, step = assemble(typed, settings, seed=config.seed, mesh=mesh)
+    blueprint, step = assemble(task, settings, seed=run.config.seed, mesh=mesh)
     batch: Batch = abstract_batch(task.source, size, mesh)  # type: ignore[assignment]
     state = blueprint.abstract()
     lowered = step.lower(state, task.frozen, batch)  # type: ignore[attr-defined]
     arguments = {"state": state, "frozen": task.frozen, "batch": batch}
-    return LoweredStep(lowered, arguments, typed.flops_per_step, typed.tokens_per_step)
+    return LoweredStep(lowered, arguments, task.flops_per_step, task.tokens_per_step)
 
 
-def _embed(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
+def _embed(run: Artifacts, mesh: jax.sharding.Mesh) -> LoweredStep:
+    config = run.config
     size = config.datastore.batch_size
     check_batch(mesh, "datastore.batch_size", size)
-    run, specs = blank_run(config), datastore_arrays(config.datastore, config.decoder.width)
+    blank, specs = blank_run(run), datastore_arrays(config.datastore, config.decoder.width)
     settings = embedding_settings(config, specs)
     window, stride = settings.window_tokens, settings.stride_tokens
     plan = EmbeddingPlan(1 << 40, window, stride, settings.within)
-    step = make_embed_step(run.decoder(mesh), settings, dtypes_of(specs))
+    step = make_embed_step(blank.decoder(mesh), settings, dtypes_of(specs))
     batch = abstract_batch(_PlannedWindows(plan), size, mesh)
-    blocks = decoder_flops_per_token(config.decoder, run.vocab_size, window, head=False)
-    head = decoder_flops_per_token(config.decoder, run.vocab_size, window) - blocks
+    blocks = decoder_flops_per_token(config.decoder, blank.vocab_size, window, head=False)
+    head = decoder_flops_per_token(config.decoder, blank.vocab_size, window) - blocks
     jitted: Any = step.func
     return LoweredStep(
         jitted.lower(*step.args, batch),
@@ -96,11 +98,11 @@ class _PlannedWindows:
         return self._plan.read(BlankTokens(), windows)
 
 
-def _decode(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
-    run = blank_run(config)
+def _decode(run: Artifacts, mesh: jax.sharding.Mesh) -> LoweredStep:
+    config, blank = run.config, blank_run(run)
     site = Site.of(config.datastore.input, config.decoder.num_layers)
     model = InterpolatedModel(
-        run.decoder(mesh), run.memory(mesh), site=site, weight=0.5, separator=0, mesh=mesh
+        blank.decoder(mesh), blank.memory(mesh), site=site, weight=0.5, separator=0, mesh=mesh
     )
     settings = config.generate
     sampling = Sampling(settings.sampling, settings.temperature, settings.top_k, settings.top_p)
@@ -108,8 +110,8 @@ def _decode(config: Config, mesh: jax.sharding.Mesh) -> LoweredStep:
     prompts, context = config.compile.num_prompts, config.decoder.context_tokens
     # Attention reads the whole cache, full or not.
     per_token = decoder_flops_per_token(
-        config.decoder, run.vocab_size, context, attention="full"
-    ) + memory_flops_per_token(config.memory, config.decoder.width, run.vocab_size)
+        config.decoder, blank.vocab_size, context, attention="full"
+    ) + memory_flops_per_token(config.memory, config.decoder.width, blank.vocab_size)
     jitted, arguments = generator.abstract_steps(prompts)
     return LoweredStep(
         jitted.lower(*arguments),

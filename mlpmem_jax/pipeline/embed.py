@@ -19,7 +19,7 @@ def stages(run: Artifacts) -> list[Stage]:
         Stage(
             artifact=run.datastore(split),
             build=functools.partial(_build, run, split),
-            check=functools.partial(check_devices, run.config, "datastore"),
+            check=functools.partial(check_devices, run, "datastore"),
             estimate=functools.partial(_estimate, run, split),
             need=functools.partial(_need, run, split),
         )

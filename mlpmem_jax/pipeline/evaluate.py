@@ -4,14 +4,11 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.errors import StaleArtifact
-from mlpmem_jax.parallel.hardware import Machine
-from mlpmem_jax.pipeline import train
+from mlpmem_jax.pipeline import needs, train
 from mlpmem_jax.pipeline.checks import check_devices, check_keys
 from mlpmem_jax.pipeline.execute import execute
-from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Stage
@@ -35,17 +32,18 @@ def stages(run: Artifacts) -> list[Stage]:
             artifact=run.results,
             upstream=functools.partial(_upstream, run),
             build=functools.partial(_build, run),
-            check=functools.partial(_check, run.config),
-            estimate=functools.partial(_estimate, run.config),
-            need=functools.partial(_need, run),
+            check=functools.partial(_check, run),
+            estimate=functools.partial(_estimate, run),
+            need=functools.partial(needs.evaluation_need, run),
             is_report=True,
         )
     ]
 
 
-def _check(config: Config) -> None:
-    check_keys(config)
-    check_devices(config, _batches(config))
+def _check(run: Artifacts) -> None:
+    check_keys(run)
+    # Windows of a decoder that was trained jointly are those of `embed`.
+    check_devices(run, "datastore" if run.config.train.mode == "joint" else "evaluate")
 
 
 def _upstream(run: Artifacts) -> Sequence[Artifact]:
@@ -94,13 +92,8 @@ def check_current(run: Artifacts) -> None:
         artifact.status({one.relative: one.load().fingerprint for one in artifact.inputs})
 
 
-def _batches(config: Config) -> str:
-    """Returns the section whose batches are cut over the mesh."""
-    return "datastore" if config.train.mode == "joint" else "evaluate"
-
-
-def _estimate(config: Config) -> Mapping[str, Any]:
-    rows = config.evaluate.knn_valid_rows
+def _estimate(run: Artifacts) -> Mapping[str, Any]:
+    rows = run.config.evaluate.knn_valid_rows
     return {"neighbours of validation rows": "all" if rows is None else f"at most {rows:,}"}
 
 
@@ -156,12 +149,6 @@ def stage_seconds(run: Artifacts) -> dict[str, float]:
             spent = float(artifact.load().measured.get("seconds", 0.0))
             seconds[artifact.command] = seconds.get(artifact.command, 0.0) + spent
     return seconds
-
-
-def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
-    from mlpmem_jax.pipeline.needs import evaluation_need
-
-    return evaluation_need(run, machine, count)
 
 
 def main(run: Artifacts, options: Options) -> int:

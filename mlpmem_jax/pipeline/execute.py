@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from etils import epath
 
 from mlpmem_jax.config.load import dump_config
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.yaml_text import YamlError, parse_yaml, write_yaml
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel.multihost import is_writer
@@ -13,7 +12,7 @@ from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.plan import print_plan
 from mlpmem_jax.pipeline.stage import Rebuild, Stage, run_stages
-from mlpmem_jax.store.files import absolute, write_bytes
+from mlpmem_jax.store.files import write_bytes
 from mlpmem_jax.store.run_record import RunRecord
 
 CONFIG = "config.yaml"
@@ -41,7 +40,7 @@ def execute(
     rebuild = when_rebuilding if options.rebuild else Rebuild.REFUSE
     stages = stages_of(run)
     if options.rebuild or not all(stage.artifact.is_complete() for stage in stages):
-        check_config_file(run.config)
+        check_config_file(run)
     if options.dry_run:
         print_plan(run, stages, rebuild)
         return 0
@@ -54,7 +53,7 @@ def execute(
 
 def write_run(run: Artifacts, stages: Sequence[Stage]) -> None:
     """Writes what a run is made with, before something is made for it."""
-    write_config(run.config)
+    write_config(run)
     record(run, stages)
 
 
@@ -62,8 +61,8 @@ def record(run: Artifacts, stages: Sequence[Stage]) -> None:
     """Writes to `run.json` which artifacts the stages make or have made."""
     if not is_writer():
         return
-    if not (absolute(run.config.workdir) / CONFIG).exists():
-        write_config(run.config)  # All of it lies in a store that others have filled.
+    if not (run.workdir / CONFIG).exists():
+        write_config(run)  # All of it lies in a store that others have filled.
     roles = {
         one.label: one.relative
         for stage in stages
@@ -72,25 +71,23 @@ def record(run: Artifacts, stages: Sequence[Stage]) -> None:
     }
     # Not as given: other commands may read it from another current directory.
     store = None if run.config.store is None else str(run.store)
-    known = RunRecord.read(run.config.workdir)
-    known.updated(store, roles, run.sources.found).write()
+    RunRecord.update(run.workdir, store, roles, run.sources.found)
 
 
-def write_config(config: Config) -> None:
+def write_config(run: Artifacts) -> None:
     """Writes what a run is made with; a command that was refused leaves no trace."""
-    check_config_file(config)
-    workdir = epath.Path(config.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_bytes(workdir / CONFIG, (_MARK + dump_config(config)).encode())
+    check_config_file(run)
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    write_bytes(run.workdir / CONFIG, (_MARK + dump_config(run.config)).encode())
 
 
-def check_config_file(config: Config) -> None:
+def check_config_file(run: Artifacts) -> None:
     """Refuses to replace a file of the user's by the resolved configuration.
 
     Raises:
         ConfigError: `config.yaml` in the work directory holds what this program does not write.
     """
-    file = absolute(config.workdir) / CONFIG
+    file = run.workdir / CONFIG
     if is_writer() and file.exists() and not _is_ours(file):
         raise ConfigError(
             f"{file}: not as this program writes it, and the resolved configuration goes there; "

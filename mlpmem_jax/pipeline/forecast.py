@@ -112,12 +112,7 @@ class Forecaster:
     def seconds(
         self, expected: Sequence[Expected], others: Iterable[str] = ()
     ) -> list[float | None]:
-        """Returns the time of each artifact that is missing; None: it is not known.
-
-        Args:
-            expected: As in `forecast`.
-            others: As in `forecast`.
-        """
+        """Returns the time of each artifact that is missing; None: it is not known."""
         rates = self._rates({*others, *(one.artifact.relative for one in expected)})
         return [self._seconds(one, rates) for one in expected if not one.artifact.is_complete()]
 

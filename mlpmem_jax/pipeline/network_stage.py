@@ -61,6 +61,7 @@ def train_task(
         },
         files=result.files,
         measured=result.measured,
+        content=result.content,
     )
 
 

@@ -1,14 +1,11 @@
 """The decoder: trained on the corpus, or read from files of a pretrained one."""
 
+import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
-from mlpmem_jax.parallel.hardware import Machine
+from mlpmem_jax.pipeline import estimates, needs
 from mlpmem_jax.pipeline.checks import check_devices
-from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.manifest import Completion
@@ -23,7 +20,7 @@ def stages(run: Artifacts) -> list[Stage]:
             Stage(
                 artifact=run.decoder,
                 build=functools.partial(_import, run, path),
-                check=functools.partial(_check_import, run.config, path),
+                check=functools.partial(_check_import, run, path),
                 estimate=lambda: {"model flops": 0.0},
             )
         ]
@@ -31,18 +28,19 @@ def stages(run: Artifacts) -> list[Stage]:
         Stage(
             artifact=run.decoder,
             build=functools.partial(_build, run),
-            check=functools.partial(check_devices, run.config, "pretrain"),
-            estimate=functools.partial(_estimate, run),
-            need=functools.partial(_need, run),
+            check=functools.partial(check_devices, run, "pretrain"),
+            estimate=functools.partial(estimates.pretraining_estimate, run),
+            need=functools.partial(needs.pretraining_need, run),
         )
     ]
 
 
-def _check_import(config: Config, path: str) -> None:
+def _check_import(run: Artifacts, path: str) -> None:
     """Compares files and tokenizer with the decoder, before text is read."""
     from mlpmem_jax.corpus.tokenizer import read_tokenizer
     from mlpmem_jax.interop.huggingface import checked_tensors
 
+    config = run.config
     assert config.tokenizer.path is not None
     tokenizer = read_tokenizer(config.tokenizer.path, config.tokenizer.separator)
     checked_tensors(path, config.decoder, tokenizer.vocab_size)
@@ -60,17 +58,11 @@ def _import(run: Artifacts, path: str) -> Completion:
     config, artifact = run.config, run.decoder
     mesh, size = make_mesh(config.mesh), vocab_size(run)
     decoder = load_decoder(path, config.decoder, size, mesh)
-    files = save_network(decoder, artifact, 0, mesh)
+    saved = save_network(decoder, artifact, 0, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(decoder, nnx.Param)))
     say(f"{artifact.title}: {parameters:,} parameters read from {path}")
-    counts = {"steps": 0, "parameters": parameters, "vocab_size": size}
-    return Completion(counts=counts, files=files, measured={"model_flops": 0.0})
-
-
-def _estimate(run: Artifacts) -> Mapping[str, Any]:
-    from mlpmem_jax.pipeline.estimates import pretraining_estimate
-
-    return pretraining_estimate(run)
+    counts = {**saved.counts, "parameters": parameters, "vocab_size": size}
+    return dataclasses.replace(saved, counts=counts)
 
 
 def _build(run: Artifacts) -> Completion:
@@ -78,9 +70,3 @@ def _build(run: Artifacts) -> Completion:
     from mlpmem_jax.pipeline.tasks import pretrain_task
 
     return train_task(run, "pretrain", pretrain_task, run.decoder)
-
-
-def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
-    from mlpmem_jax.pipeline.needs import pretraining_need
-
-    return pretraining_need(run, machine, count)

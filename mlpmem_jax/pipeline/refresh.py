@@ -138,7 +138,5 @@ def _export_decoder(phases: Phases, phase: int) -> Completion:
     run = phases.refreshed(phase)
     artifact, mesh = phases.artifacts[phase], make_mesh(run.config.mesh)
     decoder, _ = finished_joint(phases.run, artifact, mesh)
-    step = phases.stops[phase]
-    files = save_network(decoder, run.decoder, step, mesh)
-    counts = {"steps": step, "vocab_size": vocab_size(run)}
-    return Completion(counts=counts, files=files, measured={"model_flops": 0.0})
+    saved = save_network(decoder, run.decoder, phases.stops[phase], mesh)
+    return dataclasses.replace(saved, counts={**saved.counts, "vocab_size": vocab_size(run)})

@@ -1,11 +1,13 @@
 """What the commands that report share: JSON, CSV and a picture under one name."""
 
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 
 from mlpmem_jax.console import is_speaker, say
-from mlpmem_jax.store.files import write_bytes, write_json
+from mlpmem_jax.store.files import read_json, write_bytes, write_json
+from mlpmem_jax.store.manifest import Artifact
 
 _ENDINGS = (".json", ".csv", ".png")
 
@@ -25,9 +27,16 @@ def write_report(
     return [f"{name}.json"]
 
 
-def print_files(path: epath.Path, name: str) -> None:
-    """Says where the files lie."""
+def print_results(artifact: Artifact, name: str, as_text: Callable[[Any], str]) -> None:
+    """Prints the tables of a finished report, and where its files lie.
+
+    Raises:
+        ArtifactError: It is not finished, or a file of it is damaged.
+    """
+    artifact.verify()
+    say()
+    say(as_text(read_json(artifact.path / f"{name}.json")))
     say()
     for ending in _ENDINGS:
-        say(f"  {path / (name + ending)}")
+        say(f"  {artifact.path / (name + ending)}")
     say()

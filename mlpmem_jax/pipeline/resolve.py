@@ -1,11 +1,10 @@
 """Values of `auto` that depend on the machine, written out before recipes are built."""
 
-from typing import Any, Literal
+from typing import Any
 
 from mlpmem_jax.config.schema import Config
 
-Network = Literal["decoder", "memory"]
-_NETWORKS: tuple[Network, ...] = ("decoder", "memory")
+_NETWORKS = ("decoder", "memory")
 
 
 def resolved(config: Config) -> Config:
@@ -20,11 +19,6 @@ def resolved(config: Config) -> Config:
         if getattr(config, name).compute_dtype == "auto"
     }
     return config.model_copy(update=changed) if changed else config
-
-
-def compute_dtypes(config: Config, *networks: Network) -> dict[str, dict[str, Any]]:
-    """Returns the part of a recipe that says in which dtype networks are run."""
-    return {name: {"compute_dtype": getattr(config, name).compute_dtype} for name in networks}
 
 
 def default_compute_dtype() -> str:

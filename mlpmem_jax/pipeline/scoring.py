@@ -108,10 +108,6 @@ def run_scores(
 def evaluate_run(run: Artifacts, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], dict[str, Any]]:
     """Makes the table.
 
-    Args:
-        run: The artifacts of the configuration.
-        mesh: Devices.
-
     Returns:
         What `evaluate.json` holds, and milliseconds per token of each system.
 

@@ -312,6 +312,7 @@ def _make(
             arrays=completion.arrays,
             files=completion.files,
             measured={"seconds": round(seconds, 3), **completion.measured},
+            content=completion.content,
             confirm=confirm,
         )
         _drop_replaced(stage.artifact)

@@ -5,7 +5,6 @@ from typing import Literal
 
 import jax
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_decoder, starting_memory
@@ -34,8 +33,9 @@ def run_data(run: Artifacts, section: Literal["pretrain", "train"]) -> RunData:
     )
 
 
-def blank_run(config: Config) -> BlankRun:
-    """Returns the same for a run without artifacts."""
+def blank_run(run: Artifacts) -> BlankRun:
+    """Returns the same where no artifact is made yet."""
+    config = run.config
     return BlankRun(
         vocab_size=config.tokenizer.vocab_size,
         decoder_config=config.decoder,
@@ -68,9 +68,9 @@ def pretrain_task(run: Artifacts, mesh: jax.sharding.Mesh, *, blank: bool = Fals
 
 def memory_task(run: Artifacts, mesh: jax.sharding.Mesh, *, blank: bool = False) -> MemoryTask:
     """Returns what `train` trains in mode `memory`; see `pretrain_task`."""
-    settings, decoder = _train_settings(run.config), None
+    settings, decoder = _train_settings(run), None
     if settings.reads_decoder:
-        decoder = blank_run(run.config).decoder(mesh) if blank else finished_decoder(run, mesh)
+        decoder = blank_run(run).decoder(mesh) if blank else finished_decoder(run, mesh)
     return MemoryTask(settings, _data(run, "train", blank=blank), mesh, decoder)
 
 
@@ -97,14 +97,15 @@ def joint_task(
         memory if train.memory_start == "checkpoint" else None,
         continues,
     )
-    return JointTask(_train_settings(run.config), _data(run, "train", blank=blank), mesh, start)
+    return JointTask(_train_settings(run), _data(run, "train", blank=blank), mesh, start)
 
 
 def _data(run: Artifacts, section: Literal["pretrain", "train"], *, blank: bool) -> TaskData:
-    return blank_run(run.config) if blank else run_data(run, section)
+    return blank_run(run) if blank else run_data(run, section)
 
 
-def _train_settings(config: Config) -> TrainSettings:
+def _train_settings(run: Artifacts) -> TrainSettings:
+    config = run.config
     return TrainSettings(
         train=config.train,
         decoder=config.decoder,

@@ -48,7 +48,7 @@ def _stage(
 
 
 def _check(run: Artifacts) -> None:
-    check_devices(run.config, "train")
+    check_devices(run, "train")
     check_teacher(run)
 
 

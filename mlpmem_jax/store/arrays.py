@@ -29,6 +29,8 @@ _UNREACHABLE = (
     "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "RESOURCE_EXHAUSTED",
     "UNAUTHENTICATED",
 )  # fmt: skip
+# Zeros are data: without this an all-zero shard would not be written.
+_WRITTEN: dict[str, Any] = {"store_data_equal_to_fill_value": True}
 _DRIVERS = {"gs": "gcs"}  # TensorStore's names, where they are not the scheme of URLs.
 
 
@@ -90,14 +92,7 @@ def create_array(
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_rows, *tail]}},
         "codecs": _codecs([chunk_rows, *tail]),
     }
-    spec = {
-        "driver": "zarr3",
-        "kvstore": kvstore_spec(path),
-        "metadata": metadata,
-        # Zeros are data: without this an all-zero shard would not be written.
-        "store_data_equal_to_fill_value": True,
-    }
-    return _opened(path, spec, create=True, open=True)
+    return _opened(path, _WRITTEN | {"metadata": metadata}, create=True, open=True)
 
 
 def continue_array(path: str | epath.Path) -> ts.TensorStore:
@@ -106,12 +101,7 @@ def continue_array(path: str | epath.Path) -> ts.TensorStore:
     Raises:
         ArtifactError: There is none, or its metadata is damaged.
     """
-    spec = {
-        "driver": "zarr3",
-        "kvstore": kvstore_spec(path),
-        "store_data_equal_to_fill_value": True,
-    }
-    return _opened(path, spec, open=True)
+    return _opened(path, _WRITTEN, open=True)
 
 
 def open_array(path: str | epath.Path) -> ts.TensorStore:
@@ -120,15 +110,11 @@ def open_array(path: str | epath.Path) -> ts.TensorStore:
     Raises:
         ArtifactError: There is none, or its metadata is damaged.
     """
-    spec = {
-        "driver": "zarr3",
-        "kvstore": kvstore_spec(path),
-        "fill_missing_data_reads": False,
-    }
-    return _opened(path, spec, open=True, read=True)
+    return _opened(path, {"fill_missing_data_reads": False}, open=True, read=True)
 
 
-def _opened(path: str | epath.Path, spec: dict[str, Any], **mode: Any) -> ts.TensorStore:
+def _opened(path: str | epath.Path, options: Mapping[str, Any], **mode: Any) -> ts.TensorStore:
+    spec = {"driver": "zarr3", "kvstore": kvstore_spec(path), **options}
     try:
         return ts.open(spec, **mode).result()
     except (ValueError, RuntimeError, OSError) as error:

@@ -1,4 +1,4 @@
-"""One maker for each artifact: a second run waits until it is finished, or its maker gone."""
+"""One maker for each artifact, one writer for each shared file; others wait, or find it free."""
 
 import contextlib
 import os
@@ -20,6 +20,7 @@ from mlpmem_jax.store.manifest import Artifact
 
 LOCKS = ".locks"
 POLL_SECS = 1.0
+_FILE_POLL_SECS = 0.05
 _warned: set[epath.Path] = set()
 
 
@@ -48,11 +49,11 @@ def only_maker(artifact: Artifact, *, waits: bool = True) -> Iterator[Callable[[
             other are named.
         Preempted: The machine of one of several processes is about to go while they wait.
     """
-    lock = _lock_of(artifact) if is_writer() else None
+    lock = _lock_of(artifact.root, artifact.relative) if is_writer() else None
     try:
         if waits:
             _wait(lock, artifact)
-        elif (holder := _take(lock, artifact)) is not None:
+        elif (holder := _take(lock, artifact.root)) is not None:
             raise BeingMade(f"{artifact.path}: is being made by another run ({holder})")
         yield lock.confirm if lock else _confirm_nothing
     finally:
@@ -60,8 +61,20 @@ def only_maker(artifact: Artifact, *, waits: bool = True) -> Iterator[Callable[[
             lock.release()
 
 
-def _lock_of(artifact: Artifact) -> FileLock | Lease:
-    file = artifact.root / LOCKS / artifact.relative.replace("/", ".")
+@contextlib.contextmanager
+def only_writer(file: epath.Path) -> Iterator[None]:
+    """Holds a file while a single process reads, changes and writes it; waits for other runs."""
+    lock = _lock_of(file.parent, file.name)
+    try:
+        while _take(lock, file.parent) is not None:
+            time.sleep(_FILE_POLL_SECS)
+        yield
+    finally:
+        lock.release()
+
+
+def _lock_of(folder: epath.Path, name: str) -> FileLock | Lease:
+    file = folder / LOCKS / name.replace("/", ".")
     kind = FileLock if is_local(file) else Lease
     return kind(file, f"{HOLDER}{os.getpid()} on {socket.gethostname()}")
 
@@ -69,7 +82,7 @@ def _lock_of(artifact: Artifact) -> FileLock | Lease:
 def _wait(lock: FileLock | Lease | None, artifact: Artifact) -> None:
     told = None
     # One answer for all, again and again: barriers and collectives do not wait for ever.
-    while (holder := of_first(_take(lock, artifact))) is not None:
+    while (holder := of_first(_take(lock, artifact.root))) is not None:
         if holder != told:
             say(f"{artifact.title}: being made by another run ({holder}); waiting")
             told = holder
@@ -79,14 +92,14 @@ def _wait(lock: FileLock | Lease | None, artifact: Artifact) -> None:
         time.sleep(POLL_SECS)
 
 
-def _take(lock: FileLock | Lease | None, artifact: Artifact) -> str | None:
+def _take(lock: FileLock | Lease | None, folder: epath.Path) -> str | None:
     """Tries once; returns who else holds it, or None."""
     try:
         return lock.take() if lock else None
     except NoLocks as missing:
-        if artifact.root not in _warned:
-            _warned.add(artifact.root)
-            warn(f"{artifact.root}: {missing}: two runs in it at the same time are not kept apart")
+        if not any(folder in (one, *one.parents) for one in _warned):
+            _warned.add(folder)
+            warn(f"{folder}: {missing}: two runs in it at the same time are not kept apart")
         return None
 
 

@@ -51,10 +51,11 @@ class Manifest:
             artifact.
         files: Bytes and CRC-32 of files whose format has no checksum, by path.
         measured: What was observed while making it (seconds, recall); not fingerprinted.
-        fingerprint: Identifies kind, recipe, origin, counts, arrays and files.
+        fingerprint: Identifies kind, recipe, origin, counts, arrays and files (or `content`).
         software: Versions of what made it; not fingerprinted.
         created: Seconds since the epoch; not fingerprinted.
         run: Names the run that made it, restarts included, where it has a name; not fingerprinted.
+        content: A digest of what `files` hold, where files of equal content differ.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class Manifest:
     created: float
     run: str | None = None
     schema_version: int = SCHEMA_VERSION
+    content: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +81,12 @@ class Completion:
     arrays: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     files: Sequence[str] | Mapping[str, Any] = ()
     measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    content: str | None = None
 
 
 def _content_fingerprint(manifest: Mapping[str, Any]) -> str:
-    names = ("schema_version", "kind", "recipe", "made_from", "counts", "arrays", "files")
+    holds = "content" if "content" in manifest else "files"
+    names = ("schema_version", "kind", "recipe", "made_from", "counts", "arrays", holds)
     return fingerprint_of({name: manifest[name] for name in names})
 
 
@@ -340,6 +344,7 @@ class Artifact:
         arrays: Mapping[str, Any] | None = None,
         files: Sequence[str] | Mapping[str, Any] = (),
         measured: Mapping[str, Any] | None = None,
+        content: str | None = None,
         confirm: Callable[[], None] = lambda: None,
     ) -> Manifest:
         """Writes the manifest; from now on the artifact is complete.
@@ -350,10 +355,11 @@ class Artifact:
             files: Paths in the artifact, or a mapping of them to bytes and CRC-32, where these are
                 known: those files are not read again.
             measured: See `Manifest`.
+            content: See `Manifest`.
             confirm: Called last before the manifest is written; see `lock.only_maker`.
         """
         begun = self._begun()
-        content: dict[str, Any] = {
+        about: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "kind": self.kind,
             "recipe": begun["recipe"],
@@ -364,19 +370,19 @@ class Artifact:
             if isinstance(files, Mapping)
             else {name: describe_file(self.path / name) for name in files},
         }
-        content = _as_json(content)
-        content["fingerprint"] = _content_fingerprint(content)
-        content |= {
+        about = _as_json(about if content is None else about | {"content": content})
+        about["fingerprint"] = _content_fingerprint(about)
+        about |= {
             "measured": _as_json(dict(measured or {})),
             "software": software_versions(),
             "created": time.time(),
             "run": begun.get("run"),
         }
         confirm()
-        write_checked_json(self.path / MANIFEST, content)
+        write_checked_json(self.path / MANIFEST, about)
         forget_written(self.path)
         (self.path / BUILDING).unlink(missing_ok=True)
-        return Manifest(**content)
+        return Manifest(**about)
 
     def remove(self) -> None:
         """Removes the artifact; a kill leaves nothing that looks like one.

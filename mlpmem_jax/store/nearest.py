@@ -32,9 +32,6 @@ def in_words(artifact: "Artifact") -> str:
 def nearest(artifact: "Artifact") -> tuple[str, list[str]] | None:
     """Returns id and differing keys of the most similar artifact of the same kind and role.
 
-    Args:
-        artifact: One that is missing.
-
     Returns:
         None where there is no other; each difference is "key=value, now value".
     """

@@ -9,6 +9,7 @@ from etils import epath
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.store.checked_json import fingerprint_of, read_checked_json, write_checked_json
 from mlpmem_jax.store.files import absolute
+from mlpmem_jax.store.lock import only_writer
 from mlpmem_jax.store.manifest import Artifact
 
 FILE = "run.json"
@@ -73,29 +74,54 @@ class RunRecord:
             return None
         return cls(absolute(copy["workdir"]), copy["store"], copy["roles"])
 
-    def updated(
-        self, store: str | None, roles: Mapping[str, str], sources: Mapping[str, Any]
-    ) -> "RunRecord":
-        """Returns the record with more roles and sources; those of another store are dropped."""
-        kept = self.roles if store == self.store else {}
-        return RunRecord(self.workdir, store, {**kept, **roles}, {**self.sources, **sources})
+    @classmethod
+    def update(
+        cls,
+        workdir: str | epath.Path,
+        store: str | None,
+        roles: Mapping[str, str],
+        sources: Mapping[str, Any],
+    ) -> None:
+        """Adds roles and sources to a record; drops roles of another store than this.
 
-    def write(self) -> None:
-        """Writes the record, and registers the work directory with its store."""
-        if self != RunRecord.read(self.workdir):
-            content = {
-                "store": self.store,
-                "roles": dict(self.roles),
-                "sources": dict(self.sources),
-            }
-            write_checked_json(self.workdir / FILE, content)
-        # Also of a known run: its directory may have been moved or copied since.
+        Registers the work directory with its store. Of several commands at once, none loses what
+        another has written.
+
+        Raises:
+            ArtifactError: The record is damaged.
+        """
+
+        def updated() -> "RunRecord":
+            known = cls.read(workdir)
+            kept = known.roles if store == known.store else {}
+            return cls(known.workdir, store, {**kept, **roles}, {**known.sources, **sources})
+
+        # A finished run may lie where nothing can be written, not even a lock.
+        if updated()._differs():
+            with only_writer(absolute(workdir) / FILE):
+                updated()._write()
+
+    @property
+    def _content(self) -> dict[str, Any]:
+        return {"store": self.store, "roles": dict(self.roles), "sources": dict(self.sources)}
+
+    @property
+    def _registration(self) -> tuple[epath.Path, dict[str, Any]]:
         store = store_of(self.workdir, self.store)
-        registered = store / RUNS / f"{fingerprint_of(str(self.workdir))}.json"
         content = {"workdir": str(self.workdir), "store": self.store, "roles": dict(self.roles)}
-        if not registered.exists() or read_checked_json(registered) != content:
-            registered.parent.mkdir(parents=True, exist_ok=True)
-            write_checked_json(registered, content)
+        return store / RUNS / f"{fingerprint_of(str(self.workdir))}.json", content
+
+    def _differs(self) -> bool:
+        # Registered again where it is known: its directory may have been moved or copied since.
+        file, content = self._registration
+        is_registered = file.exists() and read_checked_json(file) == content
+        return self != RunRecord.read(self.workdir) or not is_registered
+
+    def _write(self) -> None:
+        write_checked_json(self.workdir / FILE, self._content)
+        file, content = self._registration
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_checked_json(file, content)
 
     def artifact(self, role: str, asked: str) -> Artifact:
         """Returns the artifact that has a role in the work directory.

@@ -14,7 +14,12 @@ import jax.numpy as jnp
 from mlpmem_jax.config.schema import LossWeights
 from mlpmem_jax.models.interpolation import interpolate
 from mlpmem_jax.training.chunked import Metrics, chunked_loss
-from mlpmem_jax.training.losses import Stats, memory_token_loss, normalization
+from mlpmem_jax.training.losses import (
+    Stats,
+    memory_terms,
+    memory_token_loss,
+    normalization,
+)
 
 
 class JointTerms(NamedTuple):
@@ -78,15 +83,12 @@ def joint_loss(
         Mean loss in nats, and sums over scored tokens: those of `memory_loss`, `joint_sum`
         (−log p), `lm_sum` (−log p_LM) and `interpolation_sum` (λ).
     """
-    label_BL1 = batch["label"][..., None].astype(jnp.int32)
-    id_BLX = jnp.concatenate([label_BL1, batch["target_id"].astype(jnp.int32)], axis=-1)
-    weight_BL = batch["weight"].astype(jnp.float32)
-    data = {"weight": weight_BL, "prob": batch["target_prob"], "mass": batch["target_mass"]}
+    id_BLX, data = memory_terms(batch)
     hidden, heads, ids = [hidden_BLE], [head_VE], [id_BLX]
     if isinstance(decoder, DecoderHead):
         hidden.append(decoder.hidden_BLD)
         heads.append(decoder.head_VD)
-        ids.append(label_BL1)
+        ids.append(id_BLX[..., :1])
         data["lm_weight"] = decoder.weight_BL.astype(jnp.float32)
     else:
         assert terms.weights.lm == 0, "a decoder that does not run learns nothing"
@@ -101,7 +103,7 @@ def joint_loss(
         vocab_size=vocab_size,
         chunk_tokens=chunk_tokens,
     )
-    return total / normalization(weight_BL, normalizer), metrics
+    return total / normalization(data["weight"], normalizer), metrics
 
 
 def _token_loss(

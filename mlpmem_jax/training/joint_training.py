@@ -61,14 +61,7 @@ class JointTask(WindowTask):
         mesh: jax.sharding.Mesh,
         start: Start,
     ):
-        """Prepares.
-
-        Args:
-            settings: What is trained and how.
-            data: What is read.
-            mesh: Devices.
-            start: What it begins with.
-        """
+        """Prepares."""
         length = settings.window_tokens
         self._train, self._memory = settings.train, settings.memory
         self._start = start

@@ -1,89 +1,35 @@
-"""The training loop, one for all networks. A task says what is trained and on what."""
+"""The training loop, one for all networks; a task says what is trained and on what."""
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from etils import epath
-from flax import nnx
 
 from mlpmem_jax.config.stages import TrainingConfig
-from mlpmem_jax.input.feed import Batch
 from mlpmem_jax.parallel.preemption import Preempted, preempted, stopping_where_asked
 from mlpmem_jax.training.checkpoint import Checkpoints
+from mlpmem_jax.training.content import digest_of
 from mlpmem_jax.training.monitor import Monitor
 from mlpmem_jax.training.optimizer import group_optimizer, parameter_groups
 from mlpmem_jax.training.state import ITEM_NAMES, Blueprint, TrainState
-from mlpmem_jax.training.step import LossParts, TrainStep, make_train_step, waiting_groups
-
-
-class Batches(Protocol):
-    """Global batches of consecutive steps."""
-
-    wait_secs: float
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def __next__(self) -> Batch: ...
-
-
-class Task(Protocol):
-    """What is trained.
-
-    Attributes:
-        name: For metrics and messages, for example "pretrain".
-        frozen: Arrays that the loss reads and nothing changes.
-        tokens_per_step: Tokens (or rows) in a global batch.
-        flops_per_step: Model flops of a step, forward and backward.
-    """
-
-    name: str
-    frozen: Any
-    tokens_per_step: int
-    flops_per_step: float
-
-    def flops_of(self, steps: range) -> float:
-        """Returns the model flops of some steps: fewer where something is frozen."""
-        ...
-
-    def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Makes the network."""
-        ...
-
-    def continued(self, abstract: TrainState) -> TrainState | None:
-        """Returns the state of the run that this one goes on from; None: there is none."""
-        ...
-
-    def prepare(self, state: TrainState) -> TrainState:
-        """Measures what a fresh state needs from data (the memory's input statistics)."""
-        ...
-
-    def loss(self, model: nnx.Module, frozen: Any, batch: Batch, step: jax.Array) -> LossParts:
-        """Returns sums over a batch (loss, weight, metrics) after a number of steps."""
-        ...
-
-    def feed(self, steps: range) -> Batches:
-        """Returns the batches of the given steps."""
-        ...
-
-    def validate(self, state: TrainState) -> Mapping[str, float]:
-        """Returns metrics on validation data."""
-        ...
+from mlpmem_jax.training.step import TrainStep, make_train_step, waiting_groups
+from mlpmem_jax.training.task import WindowTask
 
 
 @dataclasses.dataclass
 class Fit:
-    """A finished run."""
+    """A finished run: its state, what the files of its last checkpoint are and hold."""
 
     state: TrainState
     files: dict[str, Any]
+    content: str
     measured: dict[str, Any]
 
 
 def fit(
-    task: Task,
+    task: WindowTask,
     config: TrainingConfig,
     *,
     seed: int,
@@ -148,11 +94,12 @@ def fit(
         monitor.settle()
         checkpoints.close()
         monitor.close()
-    return Fit(state, checkpoints.files(stop), monitor.summary(range(first_step, stop)))
+    measured = monitor.summary(range(first_step, stop))
+    return Fit(state, checkpoints.files(stop), digest_of(state.items()), measured)
 
 
 def assemble(
-    task: Task, config: TrainingConfig, *, seed: int, mesh: jax.sharding.Mesh
+    task: WindowTask, config: TrainingConfig, *, seed: int, mesh: jax.sharding.Mesh
 ) -> tuple[Blueprint, TrainStep]:
     """Returns how the state of a task is made, and the jitted step that changes it."""
     optimizer = group_optimizer(parameter_groups(config))
@@ -164,7 +111,9 @@ def _due(step: int, interval: int, last: int) -> bool:
     return step % interval == 0 or step == last
 
 
-def _begin(task: Task, blueprint: Blueprint, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+def _begin(
+    task: WindowTask, blueprint: Blueprint, checkpoints: Checkpoints
+) -> tuple[TrainState, int]:
     step = checkpoints.last_good_step()
     abstract = blueprint.abstract()
     if step is not None:

@@ -4,6 +4,7 @@ None of them holds [tokens, V] for a batch: see `training/chunked.py`.
 """
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -62,11 +63,7 @@ def lm_loss(
 def memory_loss(
     hidden_BLE: jax.Array,
     head_VE: jax.Array,
-    label_BL: jax.Array,
-    weight_BL: jax.Array,
-    target_id_BLS: jax.Array,
-    target_prob_BLS: jax.Array,
-    target_mass_BL: jax.Array,
+    batch: Mapping[str, jax.Array],
     alpha: float,
     *,
     vocab_size: int,
@@ -78,11 +75,10 @@ def memory_loss(
     Args:
         hidden_BLE: The memory's states after its final norm.
         head_VE: Its output head, [padded V, E].
-        label_BL: int32 next tokens.
-        weight_BL: Weight of each token; 0 leaves it out.
-        target_id_BLS: Ids of the kept tokens of p_kNN, any integer dtype; padding is id 0.
-        target_prob_BLS: Their probabilities; padding is 0. Renormalised here in float32.
-        target_mass_BL: Mass that was kept; 0 means that the token has no target.
+        batch: `label` [B, L], int32 next tokens; `weight` [B, L], 0 leaves a token out;
+            `target_id` [B, L, S], kept tokens of p_kNN, any integer dtype, padding is id 0;
+            `target_prob` [B, L, S], their probabilities, padding is 0, renormalised here in
+            float32; `target_mass` [B, L], the mass that was kept, 0 where there is no target.
         alpha: α, the weight of the KL term.
         vocab_size: Real entries of the vocabulary.
         chunk_tokens: Tokens on a device whose logits exist at the same time.
@@ -93,19 +89,29 @@ def memory_loss(
         tokens with a target: `kl_sum`, `agreement_sum` (the memory's most probable token is
         the retriever's), `target_weight_sum`.
     """
-    label_BL1 = label_BL[..., None].astype(jnp.int32)
-    id_BLX = jnp.concatenate([label_BL1, target_id_BLS.astype(jnp.int32)], axis=-1)
-    weight_BL = weight_BL.astype(jnp.float32)
+    id_BLX, data = memory_terms(batch)
     total, metrics = chunked_loss(
         functools.partial(memory_token_loss, alpha=alpha),
         (hidden_BLE,),
         (head_VE,),
         (id_BLX,),
-        {"weight": weight_BL, "prob": target_prob_BLS, "mass": target_mass_BL},
+        data,
         vocab_size=vocab_size,
         chunk_tokens=chunk_tokens,
     )
-    return total / normalization(weight_BL, normalizer), metrics
+    return total / normalization(data["weight"], normalizer), metrics
+
+
+def memory_terms(batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Metrics]:
+    """Returns the ids that a memory's loss looks up [B, L, 1 + S], the label first; and its data.
+
+    Args:
+        batch: As `memory_loss` reads it.
+    """
+    label_BL1 = batch["label"][..., None].astype(jnp.int32)
+    id_BLX = jnp.concatenate([label_BL1, batch["target_id"].astype(jnp.int32)], axis=-1)
+    weight_BL = batch["weight"].astype(jnp.float32)
+    return id_BLX, {"weight": weight_BL, "prob": batch["target_prob"], "mass": batch["target_mass"]}
 
 
 def means(metrics: Metrics) -> Metrics:

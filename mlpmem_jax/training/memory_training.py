@@ -140,11 +140,7 @@ class MemoryTask(WindowTask):
         total, sums = memory_loss(
             hidden_BLE,
             head_VE,
-            batch["label"],
-            batch["weight"],
-            batch["target_id"],
-            batch["target_prob"],
-            batch["target_mass"],
+            batch,
             self._terms.alpha,
             vocab_size=model.vocab_size,
             chunk_tokens=chunk_tokens,

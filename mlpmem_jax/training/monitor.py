@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from etils import epath
@@ -14,9 +14,7 @@ from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.training.checkpoint import Checkpoints
 from mlpmem_jax.training.flops import peak_flops
 from mlpmem_jax.training.metrics import MetricsLog, TrainingBar
-
-if TYPE_CHECKING:
-    from mlpmem_jax.training.loop import Task
+from mlpmem_jax.training.task import WindowTask
 
 _MUST_BE_FINITE = ("loss", "grad_norm", "update_norm")
 
@@ -103,7 +101,7 @@ class Monitor:
 
     def __init__(
         self,
-        task: "Task",
+        task: WindowTask,
         config: TrainingConfig,
         start_step: int,
         stop_step: int,

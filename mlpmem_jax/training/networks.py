@@ -1,7 +1,7 @@
 """How networks are made, saved, and restored from training runs."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from flax import nnx
@@ -11,8 +11,9 @@ from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.joint import Joint
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.sharding import abstract_state
-from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.training.checkpoint import Checkpoints, restore_finished
+from mlpmem_jax.training.content import digest_of
 from mlpmem_jax.training.state import flatten, split_module, structure, unflatten
 
 Network = TypeVar("Network", bound=nnx.Module)
@@ -90,14 +91,20 @@ def restored_joint(
 
 def save_network(
     network: nnx.Module, artifact: Artifact, step: int, mesh: jax.sharding.Mesh
-) -> dict[str, Any]:
-    """Saves a network alone, as `pretrain` and `train` save it; returns what its files are."""
+) -> Completion:
+    """Saves a network alone, as `pretrain` and `train` save it."""
     _, params, fixed = split_module(network)
     checkpoints = Checkpoints(artifact.path, 1, ("params", "fixed"))
     with jax.set_mesh(mesh):  # Where there is nothing, what stands for it is on all devices too.
-        checkpoints.save(step, {"params": flatten(params), "fixed": flatten(fixed)})
+        items = {"params": flatten(params), "fixed": flatten(fixed)}
+        checkpoints.save(step, items)
     checkpoints.close()
-    return checkpoints.files(step)
+    return Completion(
+        counts={"steps": step},
+        files=checkpoints.files(step),
+        measured={"model_flops": 0.0},
+        content=digest_of(items),
+    )
 
 
 def abstract_network(build: Callable[[nnx.Rngs], Network], mesh: jax.sharding.Mesh) -> Network:

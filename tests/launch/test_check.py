@@ -53,8 +53,7 @@ def _made(workdir: Path, role: str, number: str = "a1") -> Artifact:
     artifact = Artifact(workdir / "artifacts", f"{kind}/{number}", kind)
     artifact.begin({})
     artifact.finish()
-    record = RunRecord.read(workdir)
-    record.updated(None, {role: artifact.relative}, {}).write()
+    RunRecord.update(workdir, None, {role: artifact.relative}, {})
     return artifact
 
 

@@ -54,9 +54,9 @@ def batch():
         "recent": rng.integers(0, VOCAB, (BATCH, LENGTH, 2)).astype(np.int32),
         "weight": (rng.random((BATCH, LENGTH)) > 0.2).astype(np.float32),
         "input": rng.standard_normal((BATCH, LENGTH, 32)).astype(np.float32),
-        "id": rng.integers(0, VOCAB, (BATCH, LENGTH, KEPT)).astype(np.uint16),
-        "prob": rng.random((BATCH, LENGTH, KEPT)).astype(np.float16),
-        "mass": (rng.random((BATCH, LENGTH)) > 0.3).astype(np.float32),
+        "target_id": rng.integers(0, VOCAB, (BATCH, LENGTH, KEPT)).astype(np.uint16),
+        "target_prob": rng.random((BATCH, LENGTH, KEPT)).astype(np.float16),
+        "target_mass": (rng.random((BATCH, LENGTH)) > 0.3).astype(np.float32),
     }
 
 
@@ -97,8 +97,7 @@ def memory_step(graphdef, state, data):
         model = nnx.merge(graphdef, params, rest)
         value, sums = memory_loss(
             model.hidden(model.inputs(data["input"], data["recent"])), model.head_VE(),
-            data["label"], data["weight"],
-            data["id"], data["prob"], data["mass"], 0.4, vocab_size=VOCAB, chunk_tokens=5,
+            data, 0.4, vocab_size=VOCAB, chunk_tokens=5,
         )  # fmt: skip
         return value, means(sums)
 
@@ -171,7 +170,7 @@ def joint_step(graphdef, state, data):
         value, sums = joint_loss(
             model.memory.hidden(read), model.memory.head_VE(), head,
             model.memory.interpolation(read),
-            data | {f"target_{name}": data[name] for name in ("id", "prob", "mass")},
+            data,
             JointTerms(LossWeights(1.0, 1.0, 0.5), 0.4), vocab_size=VOCAB, chunk_tokens=5,
         )  # fmt: skip
         return value, means(sums)

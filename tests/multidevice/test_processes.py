@@ -17,6 +17,7 @@ from mlpmem_jax.training.checksums import read_checksums
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("joined_script.py")
+CONTENT = str(Path(__file__).with_name("content_script.py"))
 CHECKSUMS = str(Path(__file__).with_name("checksums_script.py"))
 WRITERS = str(Path(__file__).with_name("writers_script.py"))
 START = """
@@ -136,3 +137,13 @@ def test_the_manifest_knows_the_shards_of_all_processes(on_processes, tmp_path):
         found.append(Artifact(workdir, "datastore/0", "datastore").load())
     assert [len(set(about["shards"])) for about in found[0].arrays.values()] == [7, 7]
     assert found[0].arrays == found[1].arrays and found[0].fingerprint == found[1].fingerprint
+
+
+def test_the_digest_of_arrays_is_the_same_on_any_devices(on_processes):
+    found = set()
+    for processes, devices in ((1, 1), (1, 4), (2, 2)):
+        done = on_processes(processes, devices, CONTENT)
+        assert done.returncode == 0, done.stderr
+        found.add(done.stdout.strip())
+    (digest,) = found
+    assert len(digest) == 16

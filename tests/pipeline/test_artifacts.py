@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from etils import epath
 
 import mlpmem_jax as mm
 from mlpmem_jax.__main__ import main
@@ -240,9 +239,9 @@ def test_what_a_used_artifact_is_made_from_is_used(run: Path, tmp_path: Path):
     store, made = run / "artifacts", _artifacts(run)
     known = RunRecord.read(run)
     (tmp_path / "other").mkdir()
-    RunRecord(epath.Path(tmp_path / "other"), str(store)).updated(
-        str(store), {"memory": known.roles["memory"]}, known.sources
-    ).write()
+    RunRecord.update(
+        tmp_path / "other", str(store), {"memory": known.roles["memory"]}, known.sources
+    )
     (run / "run.json").unlink()
     assert _main("artifacts", run, "--remove-unused") == 0
     left = {"/".join(Path(name).parts[:2]) for name in _tree(store)}

@@ -51,7 +51,7 @@ def test_what_a_task_reads_besides(tiny_run):
     stored = Artifacts(tiny_run)
     given = {f"datastore/{split}": stored.datastore(split) for split in ("train", "valid")}
     given |= {f"targets/{split}": stored.targets(split) for split in ("train", "valid")}
-    for data in (run_data(Artifacts(config, given=given), "train"), blank_run(config)):
+    for data in (run_data(Artifacts(config, given=given), "train"), blank_run(Artifacts(config))):
         assert "segment" in data.token_windows("train", length).read(first)
         assert "segment" in data.tokens_with_targets("train", length).read(first)
         assert "logprob" in data.stored_rows("train", length).read(first)

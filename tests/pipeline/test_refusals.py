@@ -132,6 +132,21 @@ def test_a_memory_of_a_decoder_that_was_rebuilt_with_other_bits(copied_run: Path
     assert then_and_now in line and "`embed --rebuild`" in line
 
 
+def test_what_is_trained_again_to_the_same_bits_is_the_same(copied_run: Path, capsys):
+    """Orbax writes times into files; what was made from the network is not stale."""
+    run = _artifacts(copied_run)
+    made, later = run.decoder.load(), _times(Path(run.memory.path))
+    shutil.rmtree(run.decoder.path)
+    assert _start("pretrain", copied_run) == 0
+    again = run.decoder.load()
+    assert again.files != made.files and again.created > made.created
+    assert again.fingerprint == made.fingerprint and again.content == made.content
+    capsys.readouterr()
+    assert _start("run", copied_run) == 0
+    assert ": making" not in capsys.readouterr().out
+    assert _times(Path(run.memory.path)) == later
+
+
 @pytest.mark.parametrize("kind", ["decoder", "memory"])
 def test_a_flipped_byte_in_finished_weights(copied_run: Path, capsys, kind: str):
     """Orbax would restore it without a word."""

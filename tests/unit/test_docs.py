@@ -194,6 +194,22 @@ def test_files_that_the_pages_name_exist():
             assert any((ROOT / top / path).exists() for top in ("", "mlpmem_jax")), path
 
 
+def test_answers_of_the_readers_test_are_where_it_says():
+    """Each name that an answer gives is defined in a file that it names."""
+    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    table = page.split("## A reader's test")[1].split("\n## ")[0]
+    rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) >= 20
+    for answer in rows:
+        words = re.findall("`([^`]+)`", answer)
+        files = [ROOT / "mlpmem_jax" / w.removeprefix("mlpmem_jax/") for w in words if ".py" in w]
+        assert files and all(file.is_file() for file in files), answer
+        texts = [file.read_text(encoding="utf-8") for file in files]
+        for name in (word for word in words if re.fullmatch(r"[A-Za-z_]\w*", word)):
+            defined = rf"(?m)^\s*(?:def|class) {name}\b|^{name}\b"
+            assert any(re.search(defined, text) for text in texts), (name, answer)
+
+
 def test_output_of_the_quickstart_is_that_of_the_readme():
     [shown] = fenced(ROOT / "docs" / "quickstart.md", "text")
     assert shown in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -47,13 +47,14 @@ def test_a_configuration_of_the_users_is_not_replaced(
     ],
 )
 def test_what_the_resolved_configuration_would_lose_is_kept(tiny_config, tmp_path, text):
-    write_config(tiny_config)
+    run = Artifacts(tiny_config)
+    write_config(run)
     file = tmp_path / "run" / "config.yaml"
     text = text.format(ours=dump_config(tiny_config), marked=file.read_text())
     file.write_text(text)
     for write in (check_config_file, write_config):
         with pytest.raises(ConfigError, match="config.yaml: not as this program writes it"):
-            write(tiny_config)
+            write(run)
     assert file.read_text() == text
 
 
@@ -63,7 +64,7 @@ def test_what_a_run_wrote_a_later_one_replaces(tiny_config, make_config, tmp_pat
         if before is not None:
             file.write_text(before)
         for config in (tiny_config, make_config("seed=3")):
-            write_config(config)
+            write_config(Artifacts(config))
             assert load_config(file) == config
 
 

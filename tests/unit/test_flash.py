@@ -7,7 +7,6 @@ import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
 from mlpmem_jax.config.networks import DecoderConfig
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.models import attention, flash
 from mlpmem_jax.models.attention import causal_attention, resolve_implementation
@@ -78,7 +77,7 @@ def test_a_kernel_that_cannot_run_is_refused(
 ):
     decoder = DecoderConfig(width=head_width, num_heads=1, attention=name, compute_dtype=dtype)
     with pytest.raises(ConfigError, match=message):
-        check_attention(Config(decoder=decoder), platform)
+        check_attention(decoder, platform)
     monkeypatch.setattr(attention, "target_platform", lambda: platform)
     with pytest.raises(ConfigError, match=message):
         resolve_implementation(name, 128, False, jnp.dtype(dtype), head_width)

@@ -88,7 +88,7 @@ def check_step(config, attention_passes):
     A task charges a query for the keys that it may see, XLA's dense attention multiplies with
     all: `attention_passes` times the difference, in passes through all blocks, is added.
     """
-    step = lower_step(config, single_device_mesh())
+    step = lower_step(Artifacts(config), single_device_mesh())
     counted = step.lowered.compile().cost_analysis()["flops"]
     full, half = (
         flops.decoder_flops_per_token(config.decoder, VOCAB, LENGTH, attention=attention)

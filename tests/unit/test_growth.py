@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.studies import CostConfig
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.evaluation.timed_decoding import CompiledModel, in_turns, make_search
 from mlpmem_jax.parallel.mesh import single_device_mesh
@@ -56,10 +56,9 @@ def test_what_slows_all_systems_of_a_round_alike_is_not_their_own():
     decoder = {"token": 2 * drift_SR1, "search": 0 * drift_SR1}
     memory = {"token": 3 * drift_SR1, "search": 0 * drift_SR1}
     times = {"first": drift_SR1, "step": drift_SR1}
-    config = Config(workdir="unused")
     names = ("decoder", "memory")
     found = summarize(
-        config,
+        CostConfig(),
         ROWS.tolist(),
         dict(zip(names, (decoder | times, memory | times), strict=True)),
         dict.fromkeys(names, [7] * len(ROWS)),

@@ -77,9 +77,7 @@ def test_memory_loss_equals_dense(alpha):
 
     def sparse(hidden, head):
         return memory_loss(
-            hidden, head, a["label"], a["weight"],
-            a["target_id"], a["target_prob"], a["target_mass"], alpha,
-            vocab_size=VOCAB, chunk_tokens=8,
+            hidden, head, a, alpha, vocab_size=VOCAB, chunk_tokens=8,
         )  # fmt: skip
 
     (got, sums), got_grads = jax.jit(jax.value_and_grad(sparse, (0, 1), has_aux=True))(
@@ -100,23 +98,23 @@ def test_kl_is_zero_at_the_target():
     logit_V = jnp.linspace(-1, 1, VOCAB)
     head = jnp.zeros((PADDED, 1)).at[:VOCAB, 0].set(logit_V)
     prob = jax.nn.softmax(logit_V)[None, None]
-    _, sums = memory_loss(
-        jnp.ones((1, 1, 1)), head, jnp.zeros((1, 1), int), jnp.ones((1, 1)),
-        jnp.arange(VOCAB)[None, None], prob * 0.5, jnp.full((1, 1), 0.5), 0.4,
-        vocab_size=VOCAB, chunk_tokens=4,
-    )  # fmt: skip
+    batch = {
+        "label": jnp.zeros((1, 1), int), "weight": jnp.ones((1, 1)),
+        "target_id": jnp.arange(VOCAB)[None, None], "target_prob": prob * 0.5,
+        "target_mass": jnp.full((1, 1), 0.5),
+    }  # fmt: skip
+    _, sums = memory_loss(jnp.ones((1, 1, 1)), head, batch, 0.4, vocab_size=VOCAB, chunk_tokens=4)
     np.testing.assert_allclose(means(sums)["kl"], 0.0, atol=1e-5)
     assert float(means(sums)["agreement"]) == 1.0
 
 
 def test_no_target_is_plain_cross_entropy():
     a = make_arrays()
-    prob, mass = jnp.zeros_like(a["target_prob"]), jnp.zeros_like(a["target_mass"])
+    nothing = {name: jnp.zeros_like(a[name]) for name in ("target_prob", "target_mass")}
 
     def loss(hidden):
         return memory_loss(
-            hidden, a["head"], a["label"], a["weight"], a["target_id"], prob, mass, 0.4,
-            vocab_size=VOCAB, chunk_tokens=8,
+            hidden, a["head"], a | nothing, 0.4, vocab_size=VOCAB, chunk_tokens=8,
         )  # fmt: skip
 
     (value, sums), grad = jax.value_and_grad(loss, has_aux=True)(a["hidden"])
@@ -129,10 +127,11 @@ def test_top_1_agreement():
     head = jnp.eye(PADDED)[:, :4]
     hidden = jnp.array([[[0, 9.0, 0, 0], [0, 0, 9.0, 0]]])
     ids, prob = jnp.array([[[3, 1], [3, 1]]]), jnp.array([[[0.2, 0.6], [0.2, 0.6]]])
-    _, sums = memory_loss(
-        hidden, head, jnp.zeros((1, 2), int), jnp.ones((1, 2)), ids, prob, jnp.ones((1, 2)), 0.4,
-        vocab_size=VOCAB, chunk_tokens=4,
-    )  # fmt: skip
+    batch = {
+        "label": jnp.zeros((1, 2), int), "weight": jnp.ones((1, 2)), "target_id": ids,
+        "target_prob": prob, "target_mass": jnp.ones((1, 2)),
+    }  # fmt: skip
+    _, sums = memory_loss(hidden, head, batch, 0.4, vocab_size=VOCAB, chunk_tokens=4)
     assert float(means(sums)["agreement"]) == 0.5
 
 
@@ -202,10 +201,9 @@ def test_more_tokens_add_hidden_sized_temporaries_only(differentiate):
 
     def temporaries(tokens):
         def loss(hidden, head, label, weight, ids, prob, mass):
-            return memory_loss(
-                hidden, head, label, weight, ids, prob, mass, 0.4,
-                vocab_size=vocab, chunk_tokens=chunk,
-            )[0]  # fmt: skip
+            names = ("label", "weight", "target_id", "target_prob", "target_mass")
+            batch = dict(zip(names, (label, weight, ids, prob, mass), strict=True))
+            return memory_loss(hidden, head, batch, 0.4, vocab_size=vocab, chunk_tokens=chunk)[0]
 
         f32, i32 = jnp.float32, jnp.int32
         shapes = [

@@ -53,12 +53,12 @@ def test_tables_show_labels_and_have_an_order(make_config: Callable[..., Config]
 def test_the_vocabulary_is_asked_for_again_once_there_are_tokens(tiny_config: Config):
     plan = SeedPlan(tiny_config, 0)
     assert plan.vocab_size == tiny_config.tokenizer.vocab_size
-    before = plan.of_equal_size().config.decoder
+    before = plan.of_equal_size().run.config.decoder
     tokens = Artifacts(tiny_config).tokens
     tokens.begin({})
     tokens.finish(counts={"vocab_size": 4 * tiny_config.tokenizer.vocab_size})
     assert plan.vocab_size == 4 * tiny_config.tokenizer.vocab_size
-    assert plan.of_equal_size().config.decoder != before
+    assert plan.of_equal_size().run.config.decoder != before
 
 
 def test_rows_are_planned_before_anything_exists(make_config: Callable[..., Config]):
@@ -73,8 +73,8 @@ def test_rows_are_planned_before_anything_exists(make_config: Callable[..., Conf
     ]
     small, longer = rows["small_lm"], rows["longer"]
     assert small is not None and longer is not None
-    assert longer.parts[0].config.pretrain.num_steps > config.pretrain.num_steps
-    assert small.parts[1].config.decoder.width < config.decoder.width
+    assert longer.parts[0].run.config.pretrain.num_steps > config.pretrain.num_steps
+    assert small.parts[1].run.config.decoder.width < config.decoder.width
     decoders = [plan.base.run.decoder.relative, small.parts[1].run.decoder.relative]
     assert small.decoders() == decoders and len(set(decoders)) == 2
 
@@ -87,7 +87,7 @@ def test_a_row_can_mix_the_decoder_with_another(tiny_config: Config):
     assert row is not None
     assert [part.kind for part in row.parts] == ["decoder", "decoder"]
     assert row.parts[0].run.decoder.relative == plan.base.run.decoder.relative
-    assert row.parts[1].config.decoder.width == 24
+    assert row.parts[1].run.config.decoder.width == 24
     kinds = {stage.artifact.kind for stage in row.stages()}
     assert kinds == {"tokenizer", "tokens", "decoder", "scores"}
     assert row.decoders() == [part.run.decoder.relative for part in row.parts]

@@ -75,7 +75,7 @@ def test_each_setting_has_artifacts_of_its_own_and_shares_the_rest():
     assert len({one.neighbors("test").relative for one in runs}) == 1
     assert len({one.datastore("train").relative for one in runs}) == 1
     assert [one.index.label for one in parts] == [f"index [{name}]" for name in names]
-    assert reference_of(config) == "exact" == names[-1]
+    assert reference_of(config.search_quality) == "exact" == names[-1]
     assert parts[0].config.retrieval.num_leaves_to_search == 1
     assert parts[0].config.retrieval.min_recall == 0
 

@@ -8,6 +8,8 @@ from mlpmem_jax.config.load import changed_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.suite import RecipeConfig
 from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.pipeline import tokenize
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.refresh import Phases
 from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Stage
@@ -142,7 +144,7 @@ def test_other_text_and_other_tokenizers_have_tokens_of_their_own(make_config):
                 for one in stage.artifact.inputs
             )
     for part in rows["more"].parts:  # type: ignore[union-attr]
-        assert part.config.tokenizer.vocab_size == 310
+        assert part.run.config.tokenizer.vocab_size == 310
     # A second seed trains other networks on the same tokens.
     other = planned_row(SeedPlan(config, 8), "more")
     assert other is not None
@@ -280,6 +282,19 @@ def test_decoders_that_no_memory_reads_need_not_fit_one(make_config: Callable[..
 def test_rows_that_are_mixed_leave_joint_rows_as_they_are(make_config: Callable[..., Config]):
     joint = SeedPlan(make_config("train.mix_windows=4"), 0).joint("none", "joint")
     assert joint.variant.config.train_mix_windows == 1
+
+
+def test_what_rows_share_has_the_label_of_the_first(make_config: Callable[..., Config]):
+    more = "{name: more, overrides: [train.alpha=0.1, tokenizer.vocab_size=310]}"
+    again = more.replace("name: more", "name: again").replace("alpha", "joint_weight")
+    run = Artifacts(make_config("compare.rows=[memory]", f"compare.recipes=[{more}, {again}]"))
+    keys = ("memory", "more", "again")
+    rows = [planned_row(SeedPlan(run.config, seed), key) for seed in (0, 1) for key in keys]
+    every = [*tokenize.stages(run), *(stage for row in rows if row for stage in row.stages())]
+    labels = [one.artifact.label for one in made_by(every) if one.artifact.kind == "tokens"]
+    assert labels == ["tokens", "tokens [seed 0, more]"]
+    decoders = [one.artifact.label for one in made_by(every) if one.artifact.kind == "decoder"]
+    assert decoders == [f"decoder [seed {seed}{of}]" for seed in (0, 1) for of in ("", ", more")]
 
 
 def test_seeds_share_tokens_alone(tiny_config: Config):

@@ -153,7 +153,7 @@ def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed])
 
     config = run.config
     settings = interval_settings(
-        config,
+        run,
         CONFIGURED,
         family=sweeps.against_configured,
         tables=len(config.ablate.sweeps),

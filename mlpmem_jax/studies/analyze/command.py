@@ -2,7 +2,6 @@
 
 import functools
 
-from mlpmem_jax.console import say
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
 from mlpmem_jax.pipeline.evaluate import RESULTS as EVALUATED
@@ -11,7 +10,7 @@ from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.graph import Artifacts, Report
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.recipes import compute_dtypes
-from mlpmem_jax.pipeline.reports import print_files, write_report
+from mlpmem_jax.pipeline.reports import print_results, write_report
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.stats.bootstrap import INTERVALS
 from mlpmem_jax.store.array_specs import SPLITS
@@ -54,12 +53,11 @@ def stages(run: Artifacts) -> list[Stage]:
 
 
 def _check(run: Artifacts) -> None:
-    config = run.config
-    if config.memory.gate == "learned":
+    if run.config.memory.gate == "learned":
         raise ConfigError(
             "memory.gate=learned: analyze mixes with one λ for all tokens (memory.gate=none)"
         )
-    check_devices(config, "datastore", "evaluate")
+    check_devices(run, "datastore", "evaluate")
     check_current(run)
 
 
@@ -81,14 +79,10 @@ def print_report(run: Artifacts) -> None:
     """Prints the tables of a finished analysis."""
     from mlpmem_jax.studies.analyze.table import as_text
 
-    artifact = analysis(run)
-    artifact.verify()
-    say()
-    say(as_text(read_json(artifact.path / f"{NAME}.json")))
-    print_files(artifact.path, NAME)
+    print_results(analysis(run), NAME, as_text)
 
 
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
-    check_trained_apart(run.config, NAME, "tables of joint models are made by evaluate and compare")
+    check_trained_apart(run, NAME, "tables of joint models are made by evaluate and compare")
     return execute(stages, run, options, report=print_report)

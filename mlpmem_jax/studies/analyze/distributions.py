@@ -6,14 +6,13 @@ Suffixes: N sampled rows, C rows of a chunk, D decoder width, K neighbours, V vo
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.input.rows import RecentReader
 from mlpmem_jax.models.decoder import Decoder
@@ -21,6 +20,7 @@ from mlpmem_jax.models.interpolation import interpolate
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.sharding import replicated
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.settings import embedding_settings
 from mlpmem_jax.retrieval.distributions import sparse_distributions
 from mlpmem_jax.retrieval.knn_lm import read_labels
 from mlpmem_jax.store.array_specs import Split, input_array
@@ -76,18 +76,17 @@ def measure_sample(
         weight: λ of the memory in the mixture.
         mesh: Devices.
     """
-    config = run.config
-    settings = config.analyze
+    settings = run.config.analyze
     tokens = TokenSplit.open(run.tokens, split)
     steps = sharpness.steps_up_to(decoder.vocab_size)
     label_N = np.empty(len(row_N), np.int32)
-    step = _compiled(config, decoder, memory, weight, steps, mesh)
+    step = _compiled(decoder, memory, weight, settings.masses, steps, mesh)
     num_recent = memory.config.num_read_tokens
     reader = _Reader(run, split, num_recent, tokens.separator_id)
     parts: dict[str, list[Sharpness]] = {name: [] for name in DISTRIBUTIONS}
     label_logprob: list[np.ndarray] = []
     done = 0
-    states = final_states(config, decoder, tokens, row_N, mesh)
+    states = final_states(embedding_settings(run.config), decoder, tokens, row_N, mesh)
     for row_C, final_CD in _chunks(states, settings.chunk_rows):
         label_C = reader.labels(row_C)
         knn = sparse_distributions(*reader.neighbors(row_C), temperature, reader.num_neighbors)
@@ -107,10 +106,10 @@ def measure_sample(
 
 
 def _compiled(
-    config: Config,
     decoder: Decoder,
     memory: Memory,
     weight: float,
+    masses: Sequence[float],
     steps: list[int],
     mesh: jax.sharding.Mesh,
 ) -> Any:
@@ -135,7 +134,6 @@ def _compiled(
         hidden_CE = remembering.hidden(input_CX)
         memory_CV = jax.nn.log_softmax(remembering.logits(hidden_CE, network.head_VD()), axis=-1)
         whole = (decoder_CV, memory_CV, interpolate(memory_CV, decoder_CV, weight))
-        masses = config.analyze.masses
         found = {
             name: sharpness.dense_sharpness(logprob_CV, id_CK, prob_CK, masses, steps)
             for name, logprob_CV in zip(_DENSE, whole, strict=True)

@@ -39,7 +39,7 @@ def draw(results: Results) -> bytes:
     return as_png(figure)
 
 
-def _draw_gains(axes: Any, groups: Sequence[Results], results: Results, marker: str = "o") -> None:
+def _draw_gains(axes: Any, groups: Sequence[Results], results: Results) -> None:
     """Gains with their intervals, one place on the x axis for each group."""
     for sign, (system, label) in zip((-1, 1), results["labels"].items(), strict=True):
         place = np.arange(len(groups)) + sign * _OFFSET
@@ -48,7 +48,7 @@ def _draw_gains(axes: Any, groups: Sequence[Results], results: Results, marker: 
         low = [_value(group[system]["gain_low"]) for group in groups]
         high = [_value(group[system]["gain_high"]) for group in groups]
         axes.vlines(place, low, high, color=color, linewidth=2.2, alpha=0.55)
-        axes.plot(place, gain, marker, color=color, markersize=7, label=label, zorder=3)
+        axes.plot(place, gain, "o", color=color, markersize=7, label=label, zorder=3)
     axes.axhline(0, color=COLORS["decoder"], linewidth=1, linestyle=DASHED)
     # A bin of a few tokens must not decide the scale.
     shown: list[float] = [

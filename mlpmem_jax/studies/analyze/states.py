@@ -13,15 +13,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.embedding.blocks import by_window, computed_rows, in_batches
+from mlpmem_jax.embedding.blocks import EmbeddingSettings, by_window, computed_rows, in_batches
 from mlpmem_jax.models.decoder import Decoder
-from mlpmem_jax.pipeline.settings import embedding_settings
 
 
 def final_states(
-    config: Config,
+    settings: EmbeddingSettings,
     decoder: Decoder,
     tokens: TokenSplit,
     row_N: np.ndarray,
@@ -30,7 +28,7 @@ def final_states(
     """Runs the decoder over the windows that hold the rows.
 
     Args:
-        config: The whole configuration; windows are those of `embed`.
+        settings: The windows, those of `embed`.
         decoder: On the mesh.
         tokens: The split.
         row_N: Rows, ascending.
@@ -39,7 +37,6 @@ def final_states(
     Yields:
         Some of the rows, ascending, and their states after the final norm, float32 [n, D].
     """
-    settings = embedding_settings(config)
     plan = settings.plan(tokens.num_rows)
     graphdef, weights = nnx.split(decoder)
 

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.evaluation.labels import StoredSplit
 from mlpmem_jax.evaluation.metrics import DocumentCounts, document_notes
@@ -35,11 +34,6 @@ def analyze_run(
     run: Artifacts, evaluated: Mapping[str, Any], mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
     """Analyses the test split with λ and τ as `evaluate` chose them.
-
-    Args:
-        run: The artifacts of the configuration.
-        evaluated: What `evaluate.json` holds.
-        mesh: Devices.
 
     Returns:
         What `analyze.json` holds.
@@ -83,7 +77,7 @@ def analyze_run(
         "interpolation": weights,
         "labels": COMPARED,
         **_groups(run, stored, system_N),
-        "sharpness": _sharpness(config, sample, stored),
+        "sharpness": _sharpness(run, sample, stored),
         "notes": [
             *document_notes(stored.counts),
             "λ and τ are those of evaluate, held fixed in the intervals; each interval is for one "
@@ -125,13 +119,13 @@ def _groups(
     return {"all": everything, "frequency": frequency, "ngrams": ngrams}
 
 
-def _sharpness(config: Config, sample: Sample, stored: StoredSplit) -> dict[str, Any]:
+def _sharpness(run: Artifacts, sample: Sample, stored: StoredSplit) -> dict[str, Any]:
     """Returns means and medians over the sample, with intervals over clusters."""
     document_N = stored.counts.document_N[sample.row_N]
     knn_top_N = sample.of["knn"].top_C
     report: dict[str, Any] = {
         "rows": len(sample.row_N),
-        "masses": list(config.analyze.masses),
+        "masses": list(run.config.analyze.masses),
         "steps": sample.steps,
         # How far the decoder, run again here, is from what `embed` stored.
         "decoder_label_nats_difference": float(
@@ -151,24 +145,24 @@ def _sharpness(config: Config, sample: Sample, stored: StoredSplit) -> dict[str,
             "mean_tokens": [_number(x) for x in one.tokens_CP.mean(axis=0, dtype=np.float64)],
             "median_tokens": [_number(x) for x in np.median(one.tokens_CP, axis=0)],
             "mean_mass": [_number(x) for x in one.mass_CJ.mean(axis=0, dtype=np.float64)],
-        } | _means(config, means, document_N, stored.counts)
+        } | _means(run, means, document_N, stored.counts)
     return report | {"systems": systems}
 
 
 def _means(
-    config: Config,
+    run: Artifacts,
     values: Mapping[str, np.ndarray],
     document_N: np.ndarray,
     counts: DocumentCounts,
 ) -> dict[str, float | None]:
     """Returns means over sampled rows, each with an interval over clusters."""
-    num_documents = len(counts.tokens_D)
+    evaluate, num_documents = run.config.evaluate, len(counts.tokens_D)
     columns = [np.ones(len(document_N)), *values.values()]
     values_DM = np.stack(
         [np.bincount(document_N, column, minlength=num_documents) for column in columns], axis=1
     )
     values_CM = counts.by_cluster(values_DM)
-    sums_RM = bootstrap_sums(values_CM, config.evaluate.bootstrap_samples, config.seed)
+    sums_RM = bootstrap_sums(values_CM, evaluate.bootstrap_samples, run.config.seed)
     means: dict[str, float | None] = {}
     for place, (name, value_N) in enumerate(values.items(), start=1):
 
@@ -176,7 +170,7 @@ def _means(
             return np.asarray(sums[..., place] / sums[..., 0])
 
         several = np.count_nonzero(values_CM[:, 0]) > 1
-        found = interval(mean, sums_RM, config.evaluate.confidence) if several else None
+        found = interval(mean, sums_RM, evaluate.confidence) if several else None
         means[name] = _number(value_N.mean())
         means[f"{name}_low"] = found.low if found else None
         means[f"{name}_high"] = found.high if found else None

@@ -3,8 +3,7 @@
 import functools
 from collections.abc import Mapping
 
-from mlpmem_jax.config.schema import Config
-from mlpmem_jax.config.suite import RowName
+from mlpmem_jax.config.suite import CompareConfig, RowName
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.pipeline.checks import check_trained_apart
 from mlpmem_jax.pipeline.graph import Artifacts
@@ -32,10 +31,10 @@ REFERENCE: RowName = "decoder"
 FULL_GAIN: RowName = "knn"
 
 
-def row_names(config: Config) -> list[str]:
+def row_names(compare: CompareConfig) -> list[str]:
     """Returns the rows of the table, the reference always among them."""
-    chosen = config.compare.rows
-    own = [recipe.name for recipe in config.compare.recipes]
+    chosen = compare.rows
+    own = [recipe.name for recipe in compare.recipes]
     return [*([] if REFERENCE in chosen else [REFERENCE]), *chosen, *own]
 
 
@@ -44,10 +43,13 @@ def works(run: Artifacts) -> list[Work]:
     config, found = run.config, []
     for seed in config.compare.seeds:
         plan = SeedPlan(config, seed, run.sources)
-        names = row_names(config)
-        if any(row_recipe(config, name).uses_costs for name in names) and "memory" not in names:
+        names = row_names(config.compare)
+        if (
+            any(row_recipe(config.compare, name).uses_costs for name in names)
+            and "memory" not in names
+        ):
             names.append("memory")
-        recipes = {name: row_recipe(config, name) for name in names}
+        recipes = {name: row_recipe(config.compare, name) for name in names}
         for name in sorted(names, key=lambda name: recipes[name].uses_costs):
             title = f"seed {seed}, {recipes[name].label}"
             stages = functools.partial(_row_stages, plan, name)
@@ -58,9 +60,9 @@ def works(run: Artifacts) -> list[Work]:
 def _say_what_is_missing(run: Artifacts) -> None:
     config = run.config
     plan = SeedPlan(config, config.compare.seeds[0], run.sources)
-    for name in row_names(config):
+    for name in row_names(config.compare):
         if planned_row(plan, name) is None:
-            recipe = row_recipe(config, name)
+            recipe = row_recipe(config.compare, name)
             say(f"compare: row {recipe.label!r} is left out: {recipe.missing}")
 
 
@@ -75,7 +77,7 @@ def rows_by_seed(run: Artifacts) -> RowsBySeed:
     return {
         seed: [
             row
-            for name in row_names(config)
+            for name in row_names(config.compare)
             if (row := planned_row(SeedPlan(config, seed, run.sources), name)) is not None
         ]
         for seed in config.compare.seeds
@@ -93,7 +95,7 @@ def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed])
     from mlpmem_jax.studies.tables.picture import draw
 
     rows = tables["compare"]
-    results = table_results(run, rows, interval_settings(run.config, REFERENCE, FULL_GAIN))
+    results = table_results(run, rows, interval_settings(run, REFERENCE, FULL_GAIN))
     documents = results.pop("documents")
     measured = table_costs(run, rows)
     path = artifact.path
@@ -122,9 +124,8 @@ def print_report(artifact: Artifact) -> None:
 
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
-    config = run.config
     check_trained_apart(
-        config, "compare", "joint training is a row of it: joint, joint_gate, compare.recipes"
+        run, "compare", "joint training is a row of it: joint, joint_gate, compare.recipes"
     )
     check_recipes(run)
     _say_what_is_missing(run)

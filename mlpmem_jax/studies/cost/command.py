@@ -5,7 +5,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from mlpmem_jax.console import say
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline import index, recipes, retrieve, train
 from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
@@ -15,7 +14,7 @@ from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need
 from mlpmem_jax.pipeline.graph import Artifacts, Report
 from mlpmem_jax.pipeline.options import Options
-from mlpmem_jax.pipeline.reports import print_files, write_report
+from mlpmem_jax.pipeline.reports import print_results, write_report
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.array_specs import SPLITS, Split, datastore_arrays
 from mlpmem_jax.store.files import read_json
@@ -120,7 +119,7 @@ def _check(run: Artifacts) -> None:
         one.load()
     check_current(run)
     if cost.quality == "train":
-        check_devices(config, "evaluate")
+        check_devices(run, "evaluate")
 
 
 def _estimate(run: Artifacts) -> Mapping[str, Any]:
@@ -158,14 +157,10 @@ def print_report(run: Artifacts) -> None:
     """Prints the tables of a finished measurement."""
     from mlpmem_jax.studies.cost.table import as_text
 
-    artifact = measurement(run)
-    artifact.verify()
-    say()
-    say(as_text(read_json(artifact.path / f"{NAME}.json")))
-    print_files(artifact.path, NAME)
+    print_results(measurement(run), NAME, as_text)
 
 
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
-    check_trained_apart(run.config, NAME, "the time that a joint model takes is in evaluate")
+    check_trained_apart(run, NAME, "the time that a joint model takes is in evaluate")
     return execute(stages, run, options, report=print_report)

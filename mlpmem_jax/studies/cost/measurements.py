@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.evaluation.timed_decoding import (
@@ -25,6 +24,7 @@ from mlpmem_jax.evaluation.timed_decoding import (
     make_search,
 )
 from mlpmem_jax.parallel.hardware import check_host_memory
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.retrieval import approximate, index_files, recall
 from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
 from mlpmem_jax.retrieval.engine import Engine, SomeKeys, StoredKeys
@@ -32,7 +32,6 @@ from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.index_builder import MEASUREMENT_SEED, choose_settings
 from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
 from mlpmem_jax.store.files import check_free_space
-from mlpmem_jax.store.manifest import Artifact
 
 PLAIN = ("decoder", "memory")  # systems that search nothing
 
@@ -60,8 +59,7 @@ class Timer:
     """What is timed, the same at every size.
 
     Attributes:
-        config: The whole configuration.
-        train: The datastore of the training rows.
+        run: The artifacts of the configuration.
         mesh: Devices.
         path: Where files of the measurement lie.
         models: Compiled models: "decoder" and "memory".
@@ -70,8 +68,7 @@ class Timer:
         weight: λ of the kNN-LM.
     """
 
-    config: Config
-    train: Artifact
+    run: Artifacts
     mesh: jax.sharding.Mesh
     path: epath.Path
     models: Mapping[str, CompiledModel]
@@ -90,13 +87,13 @@ class Timer:
         key_bytes = 4 * num_rows * (self._keys(num_rows).width + 1)
         # Both engines are open while they are timed; building an index needs as much.
         check_host_memory(3 * key_bytes, f"timing {num_rows} rows", "change cost.engines")
-        if "scann" in self.config.cost.engines:
+        if "scann" in self.run.config.cost.engines:
             about |= self._prepare_index(num_rows)
         write_checked_json(file, about)
         return about
 
     def _prepare_index(self, num_rows: int) -> dict[str, Any]:
-        retrieval, seed = self.config.retrieval, self.config.seed
+        retrieval, seed = self.run.config.retrieval, self.run.config.seed
         keys = self._keys(num_rows)
         path = self._index(num_rows)
         path.mkdir(parents=True, exist_ok=True)
@@ -126,7 +123,7 @@ class Timer:
         }
 
     def _keys(self, num_rows: int) -> SomeKeys:
-        return SomeKeys(StoredKeys(self.train), 0, num_rows)
+        return SomeKeys(StoredKeys(self.run.datastore("train")), 0, num_rows)
 
     def _index(self, num_rows: int) -> epath.Path:
         return self.path / f"index-{num_rows}"
@@ -143,7 +140,7 @@ class Timer:
             return read_checked_json(file)
         systems = self._systems(num_rows, prepared)
         times = {name: _Times() for name in systems}
-        seed = (self.config.seed, round_number, num_rows)
+        seed = (self.run.config.seed, round_number, num_rows)
         self._time_tokens(systems, times, seed)
         self._time_prompts(systems, times, seed)
         self._time_steps(systems, times, seed)
@@ -153,18 +150,18 @@ class Timer:
 
     def _systems(self, num_rows: int, prepared: Mapping[str, Any]) -> dict[str, System]:
         systems = {name: System(self.models[name]) for name in PLAIN}
-        for name in self.config.cost.engines:
+        for name in self.run.config.cost.engines:
             engine: Engine
             if name == "scann":
                 settings = SearchSettings(**prepared["settings"])
                 engine = ApproximateEngine(self._index(num_rows), settings, alone=True)
             else:
-                chunk = self.config.retrieval.key_chunk_rows
+                chunk = self.run.config.retrieval.key_chunk_rows
                 engine = ExactEngine(self._keys(num_rows), self.mesh, chunk)
             search = make_search(
                 engine,
                 self.train_label,
-                self.config.retrieval.num_neighbors,
+                self.run.config.retrieval.num_neighbors,
                 self.temperature,
                 self.weight,
             )
@@ -176,16 +173,16 @@ class Timer:
     ) -> None:
         """One text, one token at a time; the systems take turns."""
         writers = {name: Writer(system, 1) for name, system in systems.items()}
-        for name, spent in in_turns(writers, Writer.write, self.config.cost.num_tokens, seed):
+        for name, spent in in_turns(writers, Writer.write, self.run.config.cost.num_tokens, seed):
             times[name].token.append(1000 * spent.total)
             times[name].search.append(1000 * spent.search)
 
     def _time_prompts(
         self, systems: Systems, times: Mapping[str, "_Times"], seed: Sequence[int]
     ) -> None:
-        cost = self.config.cost
+        cost = self.run.config.cost
         vocab = self.models["decoder"].model.vocab_size
-        prompt = np.random.default_rng(self.config.seed).integers(0, vocab, cost.prompt_tokens)
+        prompt = np.random.default_rng(self.run.config.seed).integers(0, vocab, cost.prompt_tokens)
         writers = {name: Writer(system, 1) for name, system in systems.items()}
 
         def read(writer: Writer) -> Spent:
@@ -197,7 +194,7 @@ class Timer:
     def _time_steps(
         self, systems: Systems, times: Mapping[str, "_Times"], seed: Sequence[int]
     ) -> None:
-        cost = self.config.cost
+        cost = self.run.config.cost
         writers = {name: Writer(system, cost.batch_size) for name, system in systems.items()}
         for name, spent in in_turns(writers, Writer.write, cost.batch_steps, seed):
             times[name].step.append(1000 * spent.total)

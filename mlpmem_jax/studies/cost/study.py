@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.config.schema import Config
+from mlpmem_jax.config.studies import CostConfig
 from mlpmem_jax.console import progress
 from mlpmem_jax.evaluation.cost import parameter_bytes
 from mlpmem_jax.pipeline.graph import Artifacts
@@ -36,12 +36,6 @@ def measure_growth(
     run: Artifacts, evaluated: Mapping[str, Any], mesh: jax.sharding.Mesh, path: epath.Path
 ) -> dict[str, Any]:
     """Measures, or continues to.
-
-    Args:
-        run: The artifacts of the configuration.
-        evaluated: What `evaluate.json` holds: λ and τ.
-        mesh: Devices.
-        path: Where files of the measurement lie.
 
     Returns:
         What `cost.json` holds, without quality.
@@ -68,7 +62,7 @@ def measure_growth(
         }
         for name in names
     }
-    about = _bytes(config, rows_S, prepared, bytes_of, names)
+    about = _bytes(run, rows_S, prepared, bytes_of, names)
     return {
         "schema_version": SCHEMA_VERSION,
         "rows": rows_S,
@@ -78,12 +72,12 @@ def measure_growth(
         "protocol": config.cost.model_dump(mode="json"),
         "recall": [prepared[rows].get("recall") for rows in rows_S],
         "settings": [prepared[rows].get("settings") for rows in rows_S],
-        "systems": summarize(config, rows_S, value_SRT, about),
+        "systems": summarize(config.cost, rows_S, value_SRT, about),
         "milliseconds": {
             name: {what: value.tolist() for what, value in of.items()}
             for name, of in value_SRT.items()
         },
-        "notes": _notes(config, rows_S, prepared),
+        "notes": _notes(run, rows_S, prepared),
     }
 
 
@@ -103,13 +97,11 @@ def _timer(
     run: Artifacts, evaluated: Mapping[str, Any], mesh: jax.sharding.Mesh, path: epath.Path
 ) -> tuple[Timer, dict[str, int]]:
     """Returns the timer, and the bytes of the parameters of both models."""
-    config = run.config
     decoder, memory = finished_decoder(run, mesh), finished_memory(run, mesh)
     systems = evaluated["systems"]
     alone = parameter_bytes(decoder)
     timer = Timer(
-        config,
-        run.datastore("train"),
+        run,
         mesh,
         path,
         compiled_models(run, decoder, memory, systems, mesh),
@@ -121,7 +113,7 @@ def _timer(
 
 
 def _bytes(
-    config: Config,
+    run: Artifacts,
     rows_S: Sequence[int],
     prepared: Mapping[int, Mapping[str, Any]],
     bytes_of: Mapping[str, int],
@@ -131,7 +123,7 @@ def _bytes(
 
     An index of ScaNN holds the keys.
     """
-    specs = datastore_arrays(config.datastore, config.decoder.width)
+    specs = datastore_arrays(run.config.datastore, run.config.decoder.width)
     key, label = specs["key"].row_bytes, specs["label"].row_bytes
     kept = {}
     for name in names:
@@ -145,7 +137,7 @@ def _bytes(
 
 
 def summarize(
-    config: Config,
+    cost: CostConfig,
     rows_S: Sequence[int],
     value_SRT: Mapping[str, Mapping[str, np.ndarray]],
     kept_bytes: Mapping[str, Sequence[int]],
@@ -156,7 +148,7 @@ def summarize(
     searches nothing, so that its own slope is the clock's.
 
     Args:
-        config: The whole configuration.
+        cost: The section `cost`.
         rows_S: Sizes.
         value_SRT: Milliseconds of each system, "decoder" among them, and of each kind.
         kept_bytes: Bytes of each system at each size.
@@ -166,7 +158,7 @@ def summarize(
     for name, values in value_SRT.items():
         summary[name] = {"bytes": list(kept_bytes[name])}
         slope_R[name] = {}
-        for quantity, (what, statistic) in _quantities(config.cost.batch_size).items():
+        for quantity, (what, statistic) in _quantities(cost.batch_size).items():
             if not values[what].any():  # Nothing is searched.
                 summary[name][quantity] = [None] * len(rows_S)
                 continue
@@ -176,7 +168,7 @@ def summarize(
             )
     for name, found in slope_R.items():
         growth = float(slopes.fit(np.asarray(rows_S), np.asarray(kept_bytes[name])))
-        level, clock_R = config.cost.confidence, slope_R["decoder"]
+        level, clock_R = cost.confidence, slope_R["decoder"]
         summary[name]["slopes"] = {"bytes": _slope_json(slopes.Slope(growth, None))} | {
             quantity: _slope_json(slopes.over_rounds(one, level)) for quantity, one in found.items()
         }
@@ -206,9 +198,9 @@ def _slope_json(slope: slopes.Slope) -> dict[str, float | None]:
 
 
 def _notes(
-    config: Config, rows_S: Sequence[int], prepared: Mapping[int, Mapping[str, Any]]
+    run: Artifacts, rows_S: Sequence[int], prepared: Mapping[int, Mapping[str, Any]]
 ) -> list[str]:
-    notes = []
+    config, notes = run.config, []
     if "scann" in config.cost.engines:
         notes.append("ScaNN searches a token, and a batch of up to 256, in one thread")
         floor = config.retrieval.min_recall

@@ -124,7 +124,7 @@ def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed])
         "memory_alone": ends["memory"],
     }
     assert list(steps) == list(LABELS)
-    settings = interval_settings(run.config, _REFERENCE, family=epochs.last_against_best(steps))
+    settings = interval_settings(run, _REFERENCE, family=epochs.last_against_best(steps))
     found = table_results(run, rows, settings)
     reference = next(row for row in found["rows"] if row["key"] == _REFERENCE)
     names = ("seeds", "confidence", "bootstrap_samples", "valid", "test", "notes")
@@ -146,7 +146,7 @@ def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed])
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
     config = run.config
-    check_trained_apart(config, "overfitting", "nats by epoch of joint training are not made")
+    check_trained_apart(run, "overfitting", "nats by epoch of joint training are not made")
     if config.decoder.pretrained is not None:
         raise ConfigError(
             f"decoder.pretrained={config.decoder.pretrained}: overfitting trains a decoder, and an "

@@ -4,24 +4,20 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from mlpmem_jax.config.schema import Config
-from mlpmem_jax.console import say
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.parallel.hardware import Machine
-from mlpmem_jax.pipeline import embed, index, pretrain, retrieve, tokenize, train
+from mlpmem_jax.pipeline import embed, index, needs, pretrain, retrieve, tokenize, train
 from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
 from mlpmem_jax.pipeline.execute import execute
-from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts, Report
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.recipes import compute_dtypes
-from mlpmem_jax.pipeline.reports import print_files, write_report
+from mlpmem_jax.pipeline.reports import print_results, write_report
 from mlpmem_jax.pipeline.stage import Rebuild, Stage
 from mlpmem_jax.stats.bootstrap import INTERVALS
 from mlpmem_jax.store.array_specs import SPLITS
-from mlpmem_jax.store.files import read_json
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.studies.search_quality.settings import with_setting
+from mlpmem_jax.studies.tables.variants import made_by
 
 NAME: Report = "search-quality"
 _SEARCHED = (index, retrieve, train)
@@ -49,25 +45,23 @@ def _parts(run: Artifacts) -> list[Artifacts]:
 
 def stages(run: Artifacts) -> list[Stage]:
     """Returns the stages: the datastore, then index, targets and memory of each setting."""
-    made: dict[str, Stage] = {}
+    first = [stage for command in (tokenize, pretrain, embed) for stage in command.stages(run)]
     # Equal artifacts are one: the exact neighbours, for example, are those of all settings.
-    for commands, runs in (((tokenize, pretrain, embed), [run]), (_SEARCHED, _parts(run))):
-        for one in runs:
-            for command in commands:
-                for stage in command.stages(one):
-                    made.setdefault(stage.artifact.relative, stage)
+    of_settings = [
+        stage for one in _parts(run) for command in _SEARCHED for stage in command.stages(one)
+    ]
     report = Stage(
         artifact=comparison(run),
         build=functools.partial(_build, run),
-        check=functools.partial(_check, run.config),
-        estimate=functools.partial(_estimate, run.config),
-        need=functools.partial(_need, run),
+        check=functools.partial(_check, run),
+        estimate=functools.partial(_estimate, run),
+        need=functools.partial(needs.search_quality_need, run),
         is_report=True,
     )
-    return [*made.values(), report]
+    return [*made_by([*first, *of_settings]), report]
 
 
-def _check(config: Config) -> None:
+def _check(run: Artifacts) -> None:
     """Refuses settings whose engine is not installed.
 
     Raises:
@@ -75,17 +69,17 @@ def _check(config: Config) -> None:
     """
     from mlpmem_jax.retrieval.engine import is_approximate_installed
 
-    asked = [one.name for one in config.search_quality.settings if one.engine == "scann"]
+    asked = [one.name for one in run.config.search_quality.settings if one.engine == "scann"]
     if asked and not is_approximate_installed():
         raise ConfigError(
             f"search_quality.settings: {', '.join(asked)} need the package scann, which is not "
             "installed (pip install scann; Linux only)"
         )
-    check_devices(config, "evaluate")
+    check_devices(run, "evaluate")
 
 
-def _estimate(config: Config) -> Mapping[str, Any]:
-    count = len(config.search_quality.settings)
+def _estimate(run: Artifacts) -> Mapping[str, Any]:
+    count = len(run.config.search_quality.settings)
     return {"indices to build and memories to train": count}
 
 
@@ -105,20 +99,10 @@ def print_report(run: Artifacts) -> None:
     """Prints the tables of a finished comparison."""
     from mlpmem_jax.studies.search_quality.table import as_text
 
-    artifact = comparison(run)
-    artifact.verify()
-    say()
-    say(as_text(read_json(artifact.path / f"{NAME}.json")))
-    print_files(artifact.path, NAME)
-
-
-def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
-    from mlpmem_jax.pipeline.needs import search_quality_need
-
-    return search_quality_need(run, machine, count)
+    print_results(comparison(run), NAME, as_text)
 
 
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
-    check_trained_apart(run.config, NAME, "joint models are compared by compare")
+    check_trained_apart(run, NAME, "joint models are compared by compare")
     return execute(stages, run, options, Rebuild.STALE, print_report)

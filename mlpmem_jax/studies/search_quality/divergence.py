@@ -35,14 +35,7 @@ class Divergence:
 def compare_neighbors(
     found: Neighbors, truth: Neighbors, train_label: np.ndarray, temperature: float
 ) -> Divergence:
-    """Compares the distributions that two lists of neighbours of the same rows imply.
-
-    Args:
-        found: Approximate neighbours.
-        truth: Exact neighbours.
-        train_label: Label of each training row.
-        temperature: τ.
-    """
+    """Compares the distributions that two lists of neighbours of the same rows imply."""
     exact, approximate = (_distributions(one, train_label, temperature) for one in (truth, found))
     num_queries, num_tokens = exact.prob_QS.shape
     prob_QS = exact.prob_QS.astype(np.float64)

@@ -1,7 +1,6 @@
 """The artifacts of each way to search: index, targets and memory are its own, the rest shared."""
 
-from mlpmem_jax.config.schema import Config
-from mlpmem_jax.config.studies import SearchSetting
+from mlpmem_jax.config.studies import SearchQualityConfig, SearchSetting
 from mlpmem_jax.pipeline.graph import Artifacts
 
 
@@ -14,7 +13,7 @@ def with_setting(run: Artifacts, setting: SearchSetting) -> Artifacts:
     return run.of(config, title=setting.name)
 
 
-def reference_of(config: Config) -> str | None:
+def reference_of(config: SearchQualityConfig) -> str | None:
     """Returns the name of the setting that the others are held against: the last exact one."""
-    exact = [one.name for one in config.search_quality.settings if one.engine == "exact"]
+    exact = [one.name for one in config.settings if one.engine == "exact"]
     return exact[-1] if exact else None

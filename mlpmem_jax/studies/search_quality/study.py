@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.studies import SearchSetting
 from mlpmem_jax.console import say
 from mlpmem_jax.evaluation.draws import Settings, drawn_nats
@@ -64,7 +63,7 @@ def measure_settings(run: Artifacts, mesh: jax.sharding.Mesh, path: epath.Path) 
         if not file.exists():
             write_checked_json(file, study.measure(setting))
         found.append(read_checked_json(file))
-    return summarize(config, stored["test"].counts, stored["test"].logprob_N, found)
+    return summarize(run, stored["test"].counts, stored["test"].logprob_N, found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +186,7 @@ class _Study:
 
 
 def summarize(
-    config: Config,
+    run: Artifacts,
     counts: DocumentCounts,
     decoder_N: np.ndarray,
     found: Sequence[Mapping[str, Any]],
@@ -195,12 +194,13 @@ def summarize(
     """Adds what is paired: differences to the decoder and to the exact setting.
 
     Args:
-        config: The whole configuration.
+        run: The artifacts of the configuration.
         counts: Documents of test.
         decoder_N: log p_LM of the labels of test.
         found: What was measured of each setting.
     """
-    reference = reference_of(config)
+    config = run.config
+    reference = reference_of(config.search_quality)
     decoder_D = -counts.sum_by_document(decoder_N)
     column = {"decoder": 0}
     draws = Draws(counts.num_clusters, config.evaluate.bootstrap_samples, config.seed)

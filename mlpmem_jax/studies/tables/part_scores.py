@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable
 from typing import Literal
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline import recipes, retrieve
 from mlpmem_jax.pipeline.checks import check_devices
@@ -37,11 +36,6 @@ class Part:
     step: int | None = None
 
     @property
-    def config(self) -> Config:
-        """Its configuration."""
-        return self.variant.config
-
-    @property
     def run(self) -> Artifacts:
         """The artifacts of its configuration."""
         return self.variant.run
@@ -53,7 +47,7 @@ class Part:
         return self.run.scores(self._recipe(split), self._inputs(split), role)
 
     def _recipe(self, split: Split) -> recipes.Recipe:
-        config = self.config
+        config = self.run.config
         recipe: recipes.Recipe = {
             "part": self.kind,
             "split": split,
@@ -141,7 +135,7 @@ def _score_stage(part: Part, split: Split) -> Stage:
     return Stage(
         artifact=part.scores(split),
         build=functools.partial(_score, part, split),
-        check=functools.partial(check_devices, part.config, *_batches_of(part)),
+        check=functools.partial(check_devices, part.run, *_batches_of(part)),
         need=functools.partial(_need, part, split),
     )
 

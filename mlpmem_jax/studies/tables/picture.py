@@ -43,10 +43,6 @@ def color_of(row: Results) -> str:
 def draw(results: Results, measured: Results) -> bytes:
     """Draws test nats of each row, and what they cost.
 
-    Args:
-        results: What `compare.json` holds.
-        measured: What `measured.json` holds.
-
     Returns:
         A PNG.
     """
@@ -90,12 +86,7 @@ def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, reference
 
 
 def _log_ticks(axes: Any, ratio: float) -> None:
-    """Makes the horizontal axis logarithmic, with ticks that do not touch.
-
-    Args:
-        axes: Where.
-        ratio: The largest value over the smallest.
-    """
+    """Makes the horizontal axis logarithmic, with ticks that do not touch."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log")

@@ -32,15 +32,7 @@ from mlpmem_jax.training.interpolation import at_step
 def score_decoder(
     run: Artifacts, decoder: Decoder, split: Split, artifact: Artifact, mesh: jax.sharding.Mesh
 ) -> Completion:
-    """Scores a decoder with the windows of `embed`; finished shards are skipped.
-
-    Args:
-        run: The artifacts of the configuration.
-        decoder: On the mesh.
-        split: What is scored.
-        artifact: Where the scores go.
-        mesh: Devices.
-    """
+    """Scores a decoder with the windows of `embed`; finished shards are skipped."""
     config = run.config
     tokens = TokenSplit.open(run.tokens, split)
     settings = embedding_settings(config)

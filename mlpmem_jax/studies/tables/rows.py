@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from mlpmem_jax.config.schema import Config
-from mlpmem_jax.config.suite import RecipeConfig, RowName
+from mlpmem_jax.config.suite import CompareConfig, RecipeConfig, RowName
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.sources import Sources
@@ -55,7 +55,7 @@ class Row:
             if part.kind == "decoder":
                 found += part.made_of()
             elif part.kind == "mixture" or (
-                part.kind == "joint" and part.config.train.decoder_start == "checkpoint"
+                part.kind == "joint" and part.run.config.train.decoder_start == "checkpoint"
             ):
                 found.append(part.run.decoder.relative)
         return found
@@ -322,9 +322,9 @@ def _own_parts(recipe: RecipeConfig, plan: SeedPlan) -> tuple[Part, ...]:
     return (plan.decoder, alone) if recipe.parts == "beside" else model_parts(changed)
 
 
-def row_recipe(config: Config, key: str) -> RowRecipe:
+def row_recipe(compare: CompareConfig, key: str) -> RowRecipe:
     """Returns how a row of `compare` is made, one of ours or of the configuration's own."""
-    for recipe in config.compare.recipes:
+    for recipe in compare.recipes:
         if recipe.name == key:
             return RowRecipe(recipe.label or recipe.name, functools.partial(_own_parts, recipe))
     return ROWS[cast(RowName, key)]
@@ -332,7 +332,7 @@ def row_recipe(config: Config, key: str) -> RowRecipe:
 
 def planned_row(plan: SeedPlan, key: str) -> Row | None:
     """Returns a row for a seed, or None where it cannot be made here."""
-    recipe = row_recipe(plan.config, key)
+    recipe = row_recipe(plan.config.compare, key)
     parts = recipe.parts(plan)
     return None if parts is None else Row(key, recipe.label, parts)
 

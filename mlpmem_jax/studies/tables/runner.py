@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import say
 from mlpmem_jax.evaluation.draws import Family, Settings
 from mlpmem_jax.parallel.hardware import this_machine
@@ -98,7 +97,7 @@ def rows_stage(
 
 
 def interval_settings(
-    config: Config,
+    run: Artifacts,
     reference: str,
     full_gain: str = "",
     family: Family | None = None,
@@ -106,9 +105,9 @@ def interval_settings(
 ) -> Settings:
     """Returns how intervals are made, as configured; the rest is as in `Settings`."""
     return Settings(
-        bootstrap_samples=config.evaluate.bootstrap_samples,
-        confidence=config.evaluate.confidence,
-        seed=config.seed,
+        bootstrap_samples=run.config.evaluate.bootstrap_samples,
+        confidence=run.config.evaluate.confidence,
+        seed=run.config.seed,
         reference=reference,
         full_gain=full_gain,
         family=family,
@@ -155,8 +154,7 @@ def run_suite(
         The stage of the finished table; None of a dry run.
     """
     rebuild = Rebuild.STALE if options.rebuild else Rebuild.REFUSE
-    config = run.config
-    check_config_file(config)
+    check_config_file(run)
     tokens = tokenize.stages(run)
     # Planned once before anything is made, so that a mistake costs a second, not an hour.
     planned = [work.stages() for work in works]

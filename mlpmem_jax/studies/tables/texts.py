@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.stage import Stage
+from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.studies.tables.part_scores import SCORED
 
 _OF_TEXT = ("tokenizer", "tokens")
@@ -27,15 +28,15 @@ def refuse_other_documents(run: Artifacts, stages: Sequence[Stage]) -> None:
     """
     from mlpmem_jax.corpus.tokens import TokenSplit
 
-    read = {one.relative: one for stage in stages for one in stage.artifact.inputs}
-    others = [
-        one for name, one in read.items() if one.kind == "tokens" and name != run.tokens.relative
-    ]
+    read: dict[str, Artifact] = {}
+    for one in (one for stage in stages for one in stage.artifact.inputs):
+        if one.kind == "tokens" and one.relative != run.tokens.relative:
+            read.setdefault(one.relative, one)
     mistakes = [
         f"{one.title}: other {split} documents than those of the configuration; rows of a table "
         "are scored on the same text: give corpus.train, corpus.valid and corpus.test files of "
         "their own, and leave those of valid and test as they are"
-        for one in others
+        for one in read.values()
         for split in SCORED
         if not TokenSplit.open(one, split).has_documents_of(TokenSplit.open(run.tokens, split))
     ]

@@ -273,5 +273,8 @@ def _differs_in_input_alone(base: Artifacts, changed: Artifacts) -> bool:
 
 
 def made_by(stages: Sequence[Stage]) -> list[Stage]:
-    """Returns stages without repetitions, in their order."""
-    return list({str(stage.artifact.path): stage for stage in stages}.values())
+    """Returns stages in their order, each artifact once: with the label of the first."""
+    found: dict[str, Stage] = {}
+    for stage in stages:
+        found.setdefault(str(stage.artifact.path), stage)
+    return list(found.values())
