@@ -1,4 +1,4 @@
-"""The decoder: trained on the corpus, or read from files of a pretrained one."""
+"""The decoder: trained on the corpus, read from files of a pretrained one, or both."""
 
 import functools
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ def stages(run: Artifacts) -> list[Stage]:
     path = run.config.decoder.pretrained
     if path is not None:
         run.sources.weights(path, again=True)  # Weights that changed are another decoder.
+    if path is not None and run.config.pretrain.fine_tune == "none":
         return [
             Stage(
                 artifact=run.decoder,
@@ -31,11 +32,17 @@ def stages(run: Artifacts) -> list[Stage]:
         Stage(
             artifact=run.decoder,
             build=functools.partial(_build, run),
-            check=functools.partial(check_devices, run.config, "pretrain"),
+            check=functools.partial(_check, run.config),
             estimate=functools.partial(_estimate, run),
             need=functools.partial(_need, run),
         )
     ]
+
+
+def _check(config: Config) -> None:
+    if config.decoder.pretrained is not None:
+        _check_import(config, config.decoder.pretrained)
+    check_devices(config, "pretrain")
 
 
 def _check_import(config: Config, path: str) -> None:
