@@ -175,7 +175,10 @@ def test_a_decoder_learns_from_the_targets_of_another_run(run: Path, tmp_path: P
         assert main([command, "--config", str(run)]) == 0
     teacher = f"targets.workdir={tmp_path / 'run'}"
     student = ("--config", str(run), "--workdir", str(tmp_path / "student"))
-    small = (teacher, "pretrain.alpha=0.4", "pretrain.num_steps=3", "decoder.pretrained=null")
+    tokenizer = f"tokenizer.path={tmp_path / 'llama' / 'tokenizer.json'}"
+    small = (
+        teacher, tokenizer, "decoder.pretrained=null", "pretrain.alpha=0.4", "pretrain.num_steps=3",
+    )  # fmt: skip
     for command in ("tokenize", "pretrain"):
         assert main([command, *student, *small]) == 0
     config = resolved(load_config(run, small, {"workdir": str(tmp_path / "student")}))
