@@ -97,6 +97,8 @@ def _pretrained(config: Config) -> Iterator[str]:
     """A pretrained decoder has the shape that it has; its context may be cut."""
     path = config.decoder.pretrained
     if path is None:
+        if config.pretrain.fine_tune != "none":
+            yield "pretrain.fine_tune=full requires decoder.pretrained, the decoder to train"
         return
     try:
         wanted = pretrained_keys(path)

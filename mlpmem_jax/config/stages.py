@@ -81,10 +81,27 @@ class TrainingConfig(Section):
         return recipe
 
 
+# Keys that change nothing where they are not set, and so are no part of the recipe.
+_UNSET = {"fine_tune": "none", "alpha": 0.0}
+
+
 class PretrainConfig(TrainingConfig):
     """Training of the decoder on the corpus."""
 
     window_tokens: Tokens | Auto = setting("auto", "window size; auto: decoder.context_tokens")
+    fine_tune: Literal["none", "full"] = setting(
+        "none", "full: train the decoder of decoder.pretrained further, for pretrain.num_steps"
+    )
+    alpha: Fraction = setting(
+        0.0,
+        "weight of KL(p_kNN ‖ p_LM) against cross-entropy, with the targets of another run "
+        "(targets.workdir; in a table those of the configuration)",
+    )
+
+    def recipe(self) -> dict[str, Any]:
+        """Returns the keys that decide what is computed."""
+        recipe = super().recipe()
+        return {key: value for key, value in recipe.items() if _UNSET.get(key) != value}
 
 
 LossWeight = Weight | Auto

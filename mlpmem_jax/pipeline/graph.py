@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 from etils import epath
 
 from mlpmem_jax.config.schema import Config
+from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline import recipes
 from mlpmem_jax.pipeline.recipes import Recipe
 from mlpmem_jax.pipeline.sources import Sources
@@ -134,7 +135,19 @@ class Artifacts:
             weights = None if path is None else self.sources.weights(path)
             return recipes.decoder(self.config, weights)
 
-        return self._role("decoder", "decoder", recipe, lambda: (self.tokens,))
+        return self._role("decoder", "decoder", recipe, self._decoder_inputs)
+
+    def _decoder_inputs(self) -> Sequence[Artifact]:
+        alpha = self.config.pretrain.alpha
+        if not alpha:
+            return (self.tokens,)
+        if self.makes_targets and "targets/train" not in self.given:
+            raise ConfigError(
+                f"pretrain.alpha={alpha}: a decoder cannot learn from targets that are made with "
+                "it; set targets.workdir to the run of another decoder (in compare: a row with "
+                "parts=decoder or beside learns from the configuration's targets)"
+            )
+        return (self.tokens, self.targets("train"), self.targets("valid"))
 
     def datastore(self, split: Split) -> Artifact:
         """Keys, inputs, labels and decoder log-probabilities of a split."""

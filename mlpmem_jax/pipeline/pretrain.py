@@ -1,4 +1,4 @@
-"""The decoder: trained on the corpus, or read from files of a pretrained one."""
+"""The decoder: trained on the corpus, read from files of a pretrained one, or both."""
 
 import dataclasses
 import functools
@@ -16,6 +16,7 @@ def stages(run: Artifacts) -> list[Stage]:
     path = run.config.decoder.pretrained
     if path is not None:
         run.sources.weights(path, again=True)  # Weights that changed are another decoder.
+    if path is not None and run.config.pretrain.fine_tune == "none":
         return [
             Stage(
                 artifact=run.decoder,
@@ -28,11 +29,17 @@ def stages(run: Artifacts) -> list[Stage]:
         Stage(
             artifact=run.decoder,
             build=functools.partial(_build, run),
-            check=functools.partial(check_devices, run, "pretrain"),
+            check=functools.partial(_check, run, path),
             estimate=functools.partial(estimates.pretraining_estimate, run),
             need=functools.partial(needs.pretraining_need, run),
         )
     ]
+
+
+def _check(run: Artifacts, path: str | None) -> None:
+    if path is not None:
+        _check_import(run, path)
+    check_devices(run, "pretrain")
 
 
 def _check_import(run: Artifacts, path: str) -> None:

@@ -38,15 +38,17 @@ def tokenizer(config: Config, text: Recipe | None, given: str | None) -> Recipe:
 
 
 def decoder(config: Config, weights: str | None) -> Recipe:
-    """Returns the recipe of the decoder: its training, or a digest of pretrained weights."""
-    if weights is not None:
-        return {"decoder": network(config, "decoder"), "weights": weights}
+    """Returns the recipe of the decoder: a digest of pretrained weights, its training, or both."""
+    given = {} if weights is None else {"weights": weights}
+    if given and config.pretrain.fine_tune == "none":
+        return {"decoder": network(config, "decoder"), **given}
     pretrain = config.pretrain.recipe() | {"window_tokens": config.pretrain_window_tokens}
     return {
         "seed": config.seed,
         "corpus": {"attention": config.corpus.attention},
         "decoder": network(config, "decoder"),
         "pretrain": pretrain,
+        **given,
     }
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax
 
+from mlpmem_jax.interop.huggingface import load_decoder
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_decoder, starting_memory
@@ -21,13 +22,14 @@ from mlpmem_jax.training.train_settings import TrainSettings
 def run_data(run: Artifacts, section: Literal["pretrain", "train"]) -> RunData:
     """Returns the artifacts that `pretrain` or `train` reads."""
     config = run.config
-    targets: tuple[Split, ...] = ("train", "valid") if section == "train" else ()
-    stored = () if config.decoder_runs else targets
+    taught = section == "train" or config.pretrain.alpha > 0
+    targets: tuple[Split, ...] = ("train", "valid") if taught else ()
+    stored = () if config.decoder_runs or section == "pretrain" else targets
     return RunData(
         tokens=run.tokens,
         datastore={split: run.datastore(split) for split in stored},
         targets={split: run.targets(split) for split in targets},
-        num_recent=config.memory.num_read_tokens,
+        num_recent=config.memory.num_read_tokens if section == "train" else 0,
         within=config.attends_within,
         with_logprob=config.loss_weights.joint > 0,
     )
@@ -55,12 +57,16 @@ def pretrain_task(run: Artifacts, mesh: jax.sharding.Mesh, *, blank: bool = Fals
         mesh: Devices.
         blank: Whether it is only compiled: nothing is read, and arrays are shapes.
     """
-    config = run.config
+    config, data = run.config, _data(run, "pretrain", blank=blank)
+    path, start = config.decoder.pretrained, None
+    if path is not None and not blank:
+        start = functools.partial(load_decoder, path, config.decoder, data.vocab_size, mesh)
     return PretrainTask(
         config.decoder,
         config.pretrain,
-        _data(run, "pretrain", blank=blank),
+        data,
         mesh,
+        start,
         window_tokens=config.pretrain_window_tokens,
         seed=config.seed,
     )

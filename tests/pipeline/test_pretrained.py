@@ -17,7 +17,9 @@ from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_decoder
 from mlpmem_jax.pipeline.resolve import resolved
+from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.stored_array import StoredArray
+from mlpmem_jax.studies.tables.rows import SeedPlan, planned_row
 from tests.pipeline.tokenizing import files_of
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
@@ -120,3 +122,65 @@ def test_a_missing_tensor_is_refused_before_all_work(run: Path, capsys: pytest.C
     assert main(["run", "--config", str(run)]) == 2
     assert "missing: norm.weight" in capsys.readouterr().err
     assert not Artifacts(load_config(run)).workdir.exists()
+
+
+def test_a_table_trains_it_further_and_teaches_another_decoder(
+    run: Path, capsys: pytest.CaptureFixture[str]
+):
+    still = "pretrain.optimizer.learning_rate=1e-12"  # It stays what it was, to rounding.
+    shape = "decoder.pretrained=null, decoder.width=16, decoder.ffn_width=auto"
+    tuned = f"{{name: tuned, parts: decoder, overrides: [pretrain.fine_tune=full, {still}]}}"
+    rows = [
+        tuned,
+        f"{{name: taught, parts: beside, overrides: [{shape}, pretrain.alpha=0.4]}}",
+        f"{{name: alone, parts: beside, overrides: [{shape}]}}",
+    ]
+    small = (
+        "compare.seeds=[0]", "compare.extra_flops=networks", "pretrain.num_steps=3",
+        "train.num_steps=3", "pretrain.optimizer.learning_rate=1e-2",
+    )  # fmt: skip
+    table = (*small, "compare.rows=[memory,longer]", f"compare.recipes=[{', '.join(rows)}]")
+    assert main(["compare", "--config", str(run), *table]) == 0
+    config = load_config(run, table)
+    plan = SeedPlan(config, 0)
+
+    def decoder(key: str) -> Artifact:
+        row = planned_row(plan, key)
+        assert row is not None
+        return row.parts[-1].run.decoder
+
+    targets = {plan.base.run.targets(split).relative for split in ("train", "valid")}
+    assert targets <= set(decoder("taught").load().made_from)
+    assert not targets & set(decoder("alone").load().made_from)
+    assert decoder("taught").load().recipe["pretrain"]["alpha"] == 0.4
+    (report,) = (plan.base.run.workdir / "results").glob("compare-*/compare.json")
+    nats = {
+        row["key"]: row["by_seed"]["0"]["test_nats"]["value"]
+        for row in json.loads(report.read_text())["rows"]
+    }
+    assert nats["tuned"] == pytest.approx(nats["decoder"], abs=1e-5)
+    assert nats["longer"] < nats["decoder"]  # Random weights learn at once.
+    assert nats["taught"] != nats["alone"]
+    weights = decoder("decoder").load().recipe["weights"]
+    assert decoder("longer").load().recipe["weights"] == weights
+    capsys.readouterr()
+    assert main(["pretrain", "--config", str(run), "pretrain.alpha=0.4"]) == 2
+    assert "set targets.workdir to the run of another decoder" in capsys.readouterr().err
+
+
+def test_a_decoder_learns_from_the_targets_of_another_run(run: Path, tmp_path: Path):
+    """As it would from cross-entropy alone, but for the loss."""
+    assert main(["retrieve", "--config", str(run)]) == 2
+    for command in ("tokenize", "pretrain", "embed", "index", "retrieve"):
+        assert main([command, "--config", str(run)]) == 0
+    teacher = f"targets.workdir={tmp_path / 'run'}"
+    student = ("--config", str(run), "--workdir", str(tmp_path / "student"))
+    tokenizer = f"tokenizer.path={tmp_path / 'llama' / 'tokenizer.json'}"
+    small = (
+        teacher, tokenizer, "decoder.pretrained=null", "pretrain.alpha=0.4", "pretrain.num_steps=3",
+    )  # fmt: skip
+    for command in ("tokenize", "pretrain"):
+        assert main([command, *student, *small]) == 0
+    config = resolved(load_config(run, small, {"workdir": str(tmp_path / "student")}))
+    made = Artifacts(config).decoder.load()
+    assert made.measured["validation"].keys() >= {"loss", "ce", "kl"}

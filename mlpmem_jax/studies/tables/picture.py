@@ -65,13 +65,16 @@ def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, reference
     """Test nats against all that a row cost to make; area: parameters."""
     costs = [mean_cost(measured, row["key"]) for row in rows]
     largest = max(cost["parameters"] for cost in costs)
+    # A logarithmic axis has no zero: an imported decoder stands at its left edge.
+    least = min((cost["flops"] for cost in costs if cost["flops"] > 0), default=1.0)
     points = []
     for row, cost in zip(rows, costs, strict=True):
         nats, color = row["test_nats"]["value"], color_of(row)
         area = 25 + 150 * cost["parameters"] / largest
-        axes.scatter([cost["flops"]], [nats], s=area, color=color, alpha=0.85, linewidth=0.8,
-                     edgecolor="white", zorder=4)  # fmt: skip
-        points.append((cost["flops"], nats, row["label"], color))
+        flops, marker = (cost["flops"], "o") if cost["flops"] > 0 else (least / 2, "<")
+        axes.scatter([flops], [nats], s=area, color=color, alpha=0.85, linewidth=0.8,
+                     edgecolor="white", zorder=4, marker=marker)  # fmt: skip
+        points.append((flops, nats, row["label"], color))
     flops = [point[0] for point in points]
     _log_ticks(axes, max(flops) / min(flops))
     axes.set_xlim(min(flops) / 1.2, max(flops) * 1.2)
@@ -80,6 +83,8 @@ def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, reference
     flops_label = "training flops, teacher, embedding and search included"
     axis_labels(axes, flops_label, "test nats per token")
     about = "area: parameters used at inference; a kNN-LM keeps its datastore besides"
+    if any(cost["flops"] == 0 for cost in costs):
+        about = "area: parameters used at inference; triangle: imported, trained elsewhere"
     wide_title(axes, "What it costs", about)
     axes.figure.draw_without_rendering()
     _label_points(axes, points)

@@ -116,9 +116,10 @@ class SeedPlan:
             ConfigError: A key or value is wrong.
         """
         base = self.base if recipe.teacher is None else self.taught(recipe.teacher)
-        if recipe.parts != "all":
-            base = without_memory(base)
-        return changed_variant(base, {}, recipe.name, texts=recipe.overrides)
+        if recipe.parts == "all":
+            return changed_variant(base, {}, recipe.name, texts=recipe.overrides)
+        alone = without_memory(base)
+        return changed_variant(alone, {}, recipe.name, recipe.overrides, targets=base.teacher)
 
     def taught(self, name: str) -> Variant:
         """Returns the configuration with its memory taught by another decoder.
@@ -165,16 +166,18 @@ class SeedPlan:
         return whole.total_flops - alone.total_flops
 
     def trained_longer(self) -> Part:
-        """The same decoder, trained from the start for as many more flops as the memory cost."""
+        """The same decoder, trained for as many more flops as the memory cost.
+
+        From the start; an imported one is fine-tuned.
+        """
         config = self.base.config
-        if config.decoder.pretrained is not None:
-            raise ConfigError(
-                f"decoder.pretrained={config.decoder.pretrained}: an imported decoder is not "
-                "trained further; leave `longer` out of compare.rows"
+        extra = round(self.extra_flops() / _flops_per_step(config, self.vocab_size))
+        if config.decoder.pretrained is None or config.pretrain.fine_tune == "full":
+            return self._decoder(
+                {"pretrain.num_steps": config.pretrain.num_steps + extra}, "longer"
             )
-        extra = self.extra_flops() / _flops_per_step(config, self.vocab_size)
-        num_steps = config.pretrain.num_steps + round(extra)
-        return self._decoder({"pretrain.num_steps": num_steps}, "longer")
+        overrides = {"pretrain.fine_tune": "full", "pretrain.num_steps": max(1, extra)}
+        return self._decoder(overrides, "longer")
 
     def of_equal_size(self) -> Part:
         """A decoder with the parameters of decoder and memory together, on the same tokens."""

@@ -69,7 +69,8 @@ def decoder_shape(
         count, config.width, config.num_layers, step, wanted, tolerance, "decoder"
     )
     # Another shape is trained from the start, whatever the given one comes from.
-    overrides = shape.overrides("decoder") | {"decoder.pretrained": None}
+    fresh = {"decoder.pretrained": None, "pretrain.fine_tune": "none"}
+    overrides = shape.overrides("decoder") | fresh
     if config.ffn_width != "auto":
         overrides["decoder.ffn_width"] = changed(shape.width, 1).ffn_width
     return shape, overrides

@@ -54,8 +54,10 @@ class Variant:
         return self.run.config
 
     def decoder_stages(self) -> list[Stage]:
-        """Returns the stages up to the decoder."""
-        return _decoder_stages(self.run)
+        """Returns the stages up to the decoder; one that learns from targets needs them first."""
+        taught = self.config.pretrain.alpha and self.teacher is not self.run
+        before = Variant.of(self.teacher).targets_stages() if taught else []
+        return [*before, *_decoder_stages(self.run)]
 
     def datastore_stages(self) -> list[Stage]:
         """Returns the stages up to the datastore of what is evaluated."""
@@ -71,10 +73,14 @@ class Variant:
             *retrieve.stages(self.teacher),
         ]
 
-    def memory_stages(self) -> list[Stage]:
-        """Returns the stages up to the memory; neighbours of test rows serve none."""
+    def targets_stages(self) -> list[Stage]:
+        """Returns the stages up to the targets; neighbours of test rows serve none."""
         test = self.teacher.neighbors("test").relative
-        stages = [one for one in self.retrieval_stages() if one.artifact.relative != test]
+        return [one for one in self.retrieval_stages() if one.artifact.relative != test]
+
+    def memory_stages(self) -> list[Stage]:
+        """Returns the stages up to the memory."""
+        stages = self.targets_stages()
         start = [] if self.start is None else train.stages(self.start)
         return [*stages, *start, *train.stages(self.run)]
 
@@ -128,7 +134,12 @@ def without_memory(base: Variant) -> Variant:
 
 
 def changed_variant(
-    base: Variant, overrides: Mapping[str, Any], label: str, texts: Sequence[str] = ()
+    base: Variant,
+    overrides: Mapping[str, Any],
+    label: str,
+    texts: Sequence[str] = (),
+    *,
+    targets: Artifacts | None = None,
 ) -> Variant:
     """Returns a variant of a base.
 
@@ -137,6 +148,7 @@ def changed_variant(
         overrides: Values by dotted path.
         label: For people.
         texts: More overrides, not parsed yet, `section.key=value` each.
+        targets: Those that a decoder alone learns from with `pretrain.alpha`.
 
     Raises:
         ConfigError: A key or value is wrong, or a key is none that variants can change.
@@ -145,6 +157,9 @@ def changed_variant(
     changed = resolved(changed_config(base.config, overrides, texts))
     _refuse_without_interpolation(changed)
     run = base.run.of(changed, title=_titled(base, label))
+    if changed.pretrain.alpha and targets is not None:
+        _refuse_teacher_of_other_tokens(run, targets)
+        return _taught(run, targets)
     if changed.train.mode == "joint" and changed.train.memory_start == "checkpoint":
         return _continued(base, run)
     taught = base.teacher is not base.run
