@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from mlpmem_jax.config.pretrained import longest_context, pretrained_keys
+from mlpmem_jax.config.pretrained import longest_context, missing_tokenizer, pretrained_keys
 from mlpmem_jax.config.table_checks import table_mistakes
 from mlpmem_jax.config.training_checks import training_mistakes
 from mlpmem_jax.errors import ConfigError
@@ -86,6 +87,17 @@ def _heads(config: Config) -> Iterator[str]:
     divides = divides or decoder.head_width != "auto"
     if decoder.positions == "rope" and divides and decoder.resolved_head_width % 2:
         yield f"{origin} must be even for decoder.positions=rope"
+    scaling = decoder.rope_scaling
+    if scaling.kind != "none" and decoder.positions != "rope":
+        yield (
+            f"decoder.rope_scaling.kind={scaling.kind} requires decoder.positions=rope, not "
+            f"{decoder.positions}"
+        )
+    if scaling.fast_turns <= scaling.slow_turns:
+        yield (
+            f"decoder.rope_scaling.fast_turns={scaling.fast_turns} must be more than "
+            f"decoder.rope_scaling.slow_turns={scaling.slow_turns}"
+        )
     if config.memory.head == "tied" and config.memory.width != decoder.width:
         yield (
             f"memory.head=tied requires memory.width={config.memory.width} to equal "
@@ -104,14 +116,14 @@ def _pretrained(config: Config) -> Iterator[str]:
         yield from error.messages
         return
     for dotted, value in wanted.items():
-        section, key = dotted.split(".")
-        given = getattr(getattr(config, section), key)
-        if section == "decoder" and key != "context_tokens" and given != value:
+        given = functools.reduce(getattr, dotted.split("."), config)
+        free = dotted.startswith("tokenizer.") or dotted == "decoder.context_tokens"
+        if not free and given != value:
             yield f"{dotted}={given}: the decoder in decoder.pretrained={path} has {value}"
     if config.tokenizer.path is None:
         yield (
-            f"decoder.pretrained={path}: has no tokenizer.json; set tokenizer.path to the one that "
-            "this decoder was trained with"
+            f"decoder.pretrained={path}: {missing_tokenizer(path)}; set tokenizer.path to the "
+            "tokenizer.json that this decoder was trained with"
         )
     if config.decoder.ngram_orders:
         yield f"decoder.ngram_orders: the decoder in decoder.pretrained={path} has none"
