@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def cross_section_mistakes(config: Config) -> list[str]:
     """Returns one line for each broken rule."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
-        _sources, _separator, _heads, _pretrained, _recent, _layers, _windows, _storage, _batches,
-        _arrays, _mesh, _candidates, training_mistakes, table_mistakes,
+        _sources, _separator, _heads, _rope_scaling, _pretrained, _recent, _layers, _windows,
+        _storage, _batches, _arrays, _mesh, _candidates, training_mistakes, table_mistakes,
     )  # fmt: skip
     return [mistake for rule in rules for mistake in rule(config)]
 
@@ -87,21 +87,27 @@ def _heads(config: Config) -> Iterator[str]:
     divides = divides or decoder.head_width != "auto"
     if decoder.positions == "rope" and divides and decoder.resolved_head_width % 2:
         yield f"{origin} must be even for decoder.positions=rope"
+    if config.memory.head == "tied" and config.memory.width != decoder.width:
+        yield (
+            f"memory.head=tied requires memory.width={config.memory.width} to equal "
+            f"decoder.width={decoder.width}"
+        )
+
+
+def _rope_scaling(config: Config) -> Iterator[str]:
+    decoder = config.decoder
     scaling = decoder.rope_scaling
     if scaling.kind != "none" and decoder.positions != "rope":
         yield (
             f"decoder.rope_scaling.kind={scaling.kind} requires decoder.positions=rope, not "
             f"{decoder.positions}"
         )
+    if scaling.kind == "yarn" and decoder.rope_theta == 1:
+        yield "decoder.rope_scaling.kind=yarn requires decoder.rope_theta=1 to be larger"
     if scaling.fast_turns <= scaling.slow_turns:
         yield (
             f"decoder.rope_scaling.fast_turns={scaling.fast_turns} must be more than "
             f"decoder.rope_scaling.slow_turns={scaling.slow_turns}"
-        )
-    if config.memory.head == "tied" and config.memory.width != decoder.width:
-        yield (
-            f"memory.head=tied requires memory.width={config.memory.width} to equal "
-            f"decoder.width={decoder.width}"
         )
 
 

@@ -213,12 +213,40 @@ def test_its_tokenizer(with_tokenizer: tuple[Path, bytes], tmp_path: Path):
         assert found.decode(a) == expected.decode(b)
 
 
+def test_a_tokenizer_of_sentencepiece(wide: Path, tmp_path: Path):
+    """The best merge is that of the highest score; characters without a token become bytes."""
+    letters = [*"\u2581abcd", "ab", "\u2581a", "cd", "abcd", "bc"]
+    tokens = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    scores = [0.0] * 258 + [-1e9] * 5 + [-1.0, -3.0, -2.0, -5.0, 0.0]
+    tables = {
+        "tokenizer__ggml__model": "llama",
+        "tokenizer__ggml__tokens": tokens,
+        "tokenizer__ggml__scores": scores,
+        "tokenizer__ggml__token_type": [2, 3] + [6] * 256 + [1] * len(letters),
+        "tokenizer__ggml__bos_token_id": 1,
+    }
+    file = write_gguf(tmp_path / "model.gguf", wide, **tables)
+    assert pretrained_keys(str(file))["tokenizer.separator"] == "<s>"
+    tokenizer = read_tokenizer(str(file), "<s>")
+
+    def pieces(text: str) -> list[str]:
+        [ids] = tokenizer.encode([text])
+        assert tokenizer.decode(ids) == text
+        return [tokens[number] for number in ids]
+
+    assert pieces("abd") == ["\u2581", "ab", "d"]  # before "\u2581a", which has a lower score
+    assert pieces("abcd a") == ["\u2581a", "bc", "d", "\u2581a"]  # "bc" is joined first
+    assert pieces("\u00e9\n") == ["\u2581", "<0xC3>", "<0xA9>", "<0x0A>"]
+    assert pieces("<s>") == ["\u2581", "<0x3C>", "<0x73>", "<0x3E>"]  # text stays text
+
+
 @pytest.mark.parametrize(
     ("tables", "expected"),
     [
-        ({"model": "llama"}, "its tokenizer is of the kind llama, and supported is gpt2"),
+        ({"model": "t5"}, "its tokenizer is of the kind t5, and supported are gpt2, llama"),
+        ({"model": "llama"}, "its tokenizer has no tokenizer.ggml.tokens"),
         ({"model": "gpt2", "pre": "tekken"}, "cuts words as tekken does; supported are gpt-2"),
-        ({"model": "gpt2", "pre": "gpt-2"}, "has no tokens or no merges"),
+        ({"model": "gpt2", "pre": "gpt-2"}, "has no tokenizer.ggml.tokens"),
     ],
 )
 def test_other_tokenizers_ask_for_a_path(tables, expected: str, wide: Path, tmp_path: Path):
