@@ -115,7 +115,9 @@ def _of_frequencies(
         content = file.read(4 * half)
     divisors = struct.unpack(f"<{half}f", content) if len(content) == 4 * half else (math.nan,)
     factor = _rounded(max(divisors))
-    if not factor >= 1:
+    if factor == 1:
+        return None, []
+    if not factor > 1:
         return None, wrong
     scaling = _LLAMA3.model_copy(update={"factor": factor})
     expected = scaling.factors(half, theta)

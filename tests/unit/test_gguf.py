@@ -149,9 +149,12 @@ def test_quantised_tensors_are_those_that_the_package_makes(kind: str, wide: Pat
 def test_frequencies_of_llama3(wide: Path, tmp_path: Path):
     """A file holds what the frequencies are divided by; others than Llama 3.1's are refused."""
     scaling = RopeScaling(kind="llama3", factor=32.0)
-    divisors = 1 / np.array(scaling.factors(8, 500.0), np.float32)
+    divisors = 1 / np.array(scaling.factors(8, 500000.0), np.float32)
     tensors = load_file(wide / "model.safetensors")
     folder = Path(shutil.copytree(wide, tmp_path / "scaled"))
+    settings = json.loads((folder / "config.json").read_text())
+    settings["rope_parameters"]["rope_theta"] = 500000.0
+    (folder / "config.json").write_text(json.dumps(settings))
     for changed in (1.0, 1.5):
         tensors["rope_freqs.weight"] = divisors * np.array([1] * 3 + [changed] + [1] * 4, "f4")
         save_file(tensors, folder / "model.safetensors")
@@ -272,8 +275,8 @@ def test_what_is_damaged_or_not_supported(wide: Path, tmp_path: Path, monkeypatc
     refused(content[:4] + b"\x09\0\0\0" + content[8:], "version 9")
     refused(content[:300], "is no whole GGUF file")
     refused(content.replace(b"llama", b"gamma"), "general.architecture='gamma'; supported are gpt2")
-    file.write_bytes(content[:-2000])
-    with pytest.raises(UserError, match="cut off, blk.1.*is not whole"):
+    file.write_bytes(content[:-100])
+    with pytest.raises(UserError, match="cut off, .* is not whole"):
         _parameters(file, _config(wide))
     with pytest.raises(ConfigError, match="cannot be read \\(no such file"):
         pretrained_keys(str(tmp_path / "other.gguf"))

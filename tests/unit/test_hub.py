@@ -1,6 +1,7 @@
 """Decoders by their id of the Hugging Face Hub, which is not reached here."""
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_what_is_not_to_be_had(asked, tmp_path: Path, monkeypatch: pytest.Monkey
         "decoder.pretrained=org/other: no such path, and not to be had from the Hugging Face Hub "
         "(offline, or no such model): Cannot find an appropriate cached snapshot folder"
     )
-    monkeypatch.delattr(huggingface_hub, "snapshot_download")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ConfigError, match="require the package huggingface_hub"):
         local_path("org/another")
 
