@@ -3,8 +3,9 @@
 Read without JAX, before a configuration is checked: rules that span keys see the real shape.
 """
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +28,13 @@ class _Source(NamedTuple):
         label: What messages begin with.
         settings: Those of a `config.json`.
         tokenizer: Path of its tokenizer; None: there is none that can be read.
-        special: Special tokens by id.
+        special: Returns special tokens by id; large files are read where they are wanted alone.
     """
 
     label: str
     settings: Settings
     tokenizer: str | None
-    special: dict[int, str]
+    special: Callable[[], dict[int, str]]
 
 
 def pretrained_keys(path: str) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def pretrained_keys(path: str) -> dict[str, Any]:
     found = {f"decoder.{key}": value for key, value in shape.items()}
     if source.tokenizer is not None:
         found["tokenizer.path"] = source.tokenizer
-        separator = _separator(settings, source.special)
+        separator = _separator(settings, source.special())
         if separator is not None:
             found["tokenizer.separator"] = separator
     return found
@@ -104,16 +105,20 @@ def _directory(where: str, path: str) -> _Source:
     settings = Settings(_read_json(folder / HF_CONFIG, path))
     tokenizer = folder / HF_TOKENIZER
     if not tokenizer.is_file():
-        return _Source(f"decoder.pretrained={path}: {HF_CONFIG}", settings, None, {})
+        return _Source(f"decoder.pretrained={path}: {HF_CONFIG}", settings, None, dict)
+    special = functools.partial(_added_tokens, tokenizer, path)
+    return _Source(f"decoder.pretrained={path}: {HF_CONFIG}", settings, str(tokenizer), special)
+
+
+def _added_tokens(tokenizer: Path, path: str) -> dict[int, str]:
     added = _read_json(tokenizer, path).get("added_tokens")
-    special = {
+    return {
         one["id"]: one["content"]
         for one in (added if isinstance(added, list) else [])
         if isinstance(one, dict)
         and isinstance(one.get("id"), int)
         and isinstance(one.get("content"), str)
     }
-    return _Source(f"decoder.pretrained={path}: {HF_CONFIG}", settings, str(tokenizer), special)
 
 
 def _gguf(where: str, path: str) -> _Source:
@@ -122,7 +127,7 @@ def _gguf(where: str, path: str) -> _Source:
     settings = Settings(values)
     settings.wrong += wrong
     supported = tokenizer_mistake(header) is None
-    special = special_tokens(header) if supported else {}
+    special = functools.partial(special_tokens, header)
     return _Source(f"decoder.pretrained={path}", settings, where if supported else None, special)
 
 
