@@ -14,6 +14,7 @@ from mlpmem_jax.config.gguf import is_gguf, read_header
 from mlpmem_jax.config.gguf_settings import settings_of
 from mlpmem_jax.config.gguf_tokenizer import special_tokens, tokenizer_mistake
 from mlpmem_jax.config.hub import local_path
+from mlpmem_jax.config.networks import DecoderConfig
 from mlpmem_jax.errors import ConfigError
 
 HF_CONFIG, HF_TOKENIZER = "config.json", "tokenizer.json"
@@ -68,6 +69,21 @@ def pretrained_keys(path: str) -> dict[str, Any]:
         if separator is not None:
             found["tokenizer.separator"] = separator
     return found
+
+
+def pretrained_decoder(path: str, **changed: Any) -> DecoderConfig:
+    """Returns the section `decoder` that a pretrained decoder decides, some keys changed.
+
+    Raises:
+        ConfigError: As `pretrained_keys`.
+    """
+    values: dict[str, Any] = {}
+    for dotted, value in pretrained_keys(path).items():
+        section, *parents, key = dotted.split(".")
+        if section == "decoder":
+            inner = values.setdefault(parents[0], {}) if parents else values
+            inner[key] = value
+    return DecoderConfig(**values | changed)
 
 
 def longest_context(path: str) -> int:

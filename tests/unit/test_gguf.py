@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from mlpmem_jax.config.networks import DecoderConfig
-from mlpmem_jax.config.pretrained import missing_tokenizer, pretrained_keys
+from mlpmem_jax.config.pretrained import missing_tokenizer, pretrained_decoder, pretrained_keys
 from mlpmem_jax.config.rope import RopeScaling
 from mlpmem_jax.corpus.tokenizer import read_tokenizer, train_tokenizer
 from mlpmem_jax.errors import ConfigError, UserError
@@ -88,11 +88,7 @@ def write_gguf(file: Path, folder: Path, kind: str = "F32", **extra: Any) -> Pat
 
 
 def _config(path: Path, **changed: Any) -> DecoderConfig:
-    found = {key.removeprefix("decoder."): v for key, v in pretrained_keys(str(path)).items()}
-    scaling = {key: found.pop(key) for key in list(found) if key.startswith("rope_scaling.")}
-    scaling = {key.removeprefix("rope_scaling."): value for key, value in scaling.items()}
-    found = {key: value for key, value in found.items() if not key.startswith("tokenizer.")}
-    return DecoderConfig(**found | {"rope_scaling": scaling} | changed)
+    return pretrained_decoder(str(path), **changed)
 
 
 def _parameters(path: Path, config: DecoderConfig, vocab_size: int = 40) -> Any:

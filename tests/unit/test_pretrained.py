@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.networks import DecoderConfig
-from mlpmem_jax.config.pretrained import pretrained_keys
+from mlpmem_jax.config.pretrained import pretrained_decoder, pretrained_keys
 from mlpmem_jax.errors import ConfigError, UserError
 from mlpmem_jax.interop.huggingface import load_decoder, save_decoder
 from mlpmem_jax.interop.settings import huggingface_settings
@@ -49,10 +49,7 @@ def _edit(file: Path, **settings: object) -> None:
 
 
 def _config(folder: Path, **changed: object) -> DecoderConfig:
-    found = {key.removeprefix("decoder."): v for key, v in pretrained_keys(str(folder)).items()}
-    scaling = {key: found.pop(key) for key in list(found) if key.startswith("rope_scaling.")}
-    scaling = {key.removeprefix("rope_scaling."): value for key, value in scaling.items()}
-    return DecoderConfig(**found | {"rope_scaling": scaling} | changed)
+    return pretrained_decoder(str(folder), **changed)
 
 
 def _logits(folder: Path, tokens: np.ndarray, **changed: object) -> np.ndarray:
