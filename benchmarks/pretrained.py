@@ -3,10 +3,11 @@
     .venv/bin/python -m pip install torch transformers
     .venv/bin/python -m benchmarks.pretrained DIR [--text TEXT]
 
-DIR is a Hugging Face directory. Both run in float32 on CPU.
+DIR is a Hugging Face directory or a GGUF file. Both run in float32 on CPU.
 """
 
 import argparse
+import os
 import resource
 import time
 
@@ -14,8 +15,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mlpmem_jax.config.networks import DecoderConfig
-from mlpmem_jax.config.pretrained import pretrained_keys
+from mlpmem_jax.config.gguf import is_gguf
+from mlpmem_jax.config.pretrained import pretrained_decoder, pretrained_keys
 from mlpmem_jax.console import quiet_libraries
 from mlpmem_jax.corpus.tokenizer import read_tokenizer
 from mlpmem_jax.interop.huggingface import load_decoder
@@ -30,10 +31,7 @@ def peak_mib() -> float:
 
 def ours(path: str, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens of the text [1, L] and logits [1, L, V]; prints what loading took."""
-    keys = pretrained_keys(path)
-    config = DecoderConfig(
-        **{key.removeprefix("decoder."): v for key, v in keys.items() if key.startswith("decoder.")}
-    )
+    keys, config = pretrained_keys(path), pretrained_decoder(path)
     tokenizer = read_tokenizer(keys["tokenizer.path"], keys["tokenizer.separator"])
     before, started = peak_mib(), time.perf_counter()
     decoder = load_decoder(path, config, tokenizer.vocab_size, single_device_mesh())
@@ -60,7 +58,8 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(flags.path, dtype=torch.float32)
+    folder, file = os.path.split(flags.path) if is_gguf(flags.path) else (flags.path, None)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     with torch.no_grad():
         expected = model(torch.tensor(tokens_BL)).logits.numpy()[..., : found.shape[-1]]
     off, largest = np.abs(found - expected).max(), np.abs(expected).max()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from mlpmem_jax.config.pretrained import longest_context, pretrained_keys
+from mlpmem_jax.config.pretrained import longest_context, missing_tokenizer, pretrained_keys
 from mlpmem_jax.config.table_checks import table_mistakes
 from mlpmem_jax.config.training_checks import training_mistakes
 from mlpmem_jax.errors import ConfigError
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 def cross_section_mistakes(config: Config) -> list[str]:
     """Returns one line for each broken rule."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
-        _sources, _separator, _heads, _pretrained, _recent, _layers, _windows, _storage, _batches,
-        _arrays, _mesh, _candidates, training_mistakes, table_mistakes,
+        _sources, _separator, _heads, _rope_scaling, _pretrained, _recent, _layers, _windows,
+        _storage, _batches, _arrays, _mesh, _candidates, training_mistakes, table_mistakes,
     )  # fmt: skip
     return [mistake for rule in rules for mistake in rule(config)]
 
@@ -93,6 +94,23 @@ def _heads(config: Config) -> Iterator[str]:
         )
 
 
+def _rope_scaling(config: Config) -> Iterator[str]:
+    decoder = config.decoder
+    scaling = decoder.rope_scaling
+    if scaling.kind != "none" and decoder.positions != "rope":
+        yield (
+            f"decoder.rope_scaling.kind={scaling.kind} requires decoder.positions=rope, not "
+            f"{decoder.positions}"
+        )
+    if scaling.kind == "yarn" and decoder.rope_theta == 1:
+        yield "decoder.rope_scaling.kind=yarn requires decoder.rope_theta=1 to be larger"
+    if scaling.fast_turns <= scaling.slow_turns:
+        yield (
+            f"decoder.rope_scaling.fast_turns={scaling.fast_turns} must be more than "
+            f"decoder.rope_scaling.slow_turns={scaling.slow_turns}"
+        )
+
+
 def _pretrained(config: Config) -> Iterator[str]:
     """A pretrained decoder has the shape that it has; its context may be cut."""
     path = config.decoder.pretrained
@@ -106,14 +124,14 @@ def _pretrained(config: Config) -> Iterator[str]:
         yield from error.messages
         return
     for dotted, value in wanted.items():
-        section, key = dotted.split(".")
-        given = getattr(getattr(config, section), key)
-        if section == "decoder" and key != "context_tokens" and given != value:
+        given = functools.reduce(getattr, dotted.split("."), config)
+        free = dotted.startswith("tokenizer.") or dotted == "decoder.context_tokens"
+        if not free and given != value:
             yield f"{dotted}={given}: the decoder in decoder.pretrained={path} has {value}"
     if config.tokenizer.path is None:
         yield (
-            f"decoder.pretrained={path}: has no tokenizer.json; set tokenizer.path to the one that "
-            "this decoder was trained with"
+            f"decoder.pretrained={path}: {missing_tokenizer(path)}; set tokenizer.path to the "
+            "tokenizer.json that this decoder was trained with"
         )
     if config.decoder.ngram_orders:
         yield f"decoder.ngram_orders: the decoder in decoder.pretrained={path} has none"

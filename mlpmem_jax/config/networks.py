@@ -1,8 +1,9 @@
 """Sections about networks and the devices they run on: decoder, memory, mesh."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from mlpmem_jax.config.base import Section, runtime, setting
+from mlpmem_jax.config.rope import RopeScaling
 from mlpmem_jax.config.types import (
     Auto,
     Blocks,
@@ -26,9 +27,10 @@ class DecoderConfig(Section):
 
     pretrained: PathText | None = runtime(
         None,
-        "Hugging Face directory (config.json, *.safetensors, tokenizer.json) of a GPT-2, Llama, "
-        "Mistral or Qwen2 model; `pretrain` imports its decoder, and it sets the keys of the shape "
-        "and of the tokenizer; null: the decoder is trained on the corpus",
+        "Hugging Face directory (config.json, *.safetensors, tokenizer.json), GGUF file or Hub id "
+        "(org/name or org/name@revision) of a supported family (docs/pretrained.md); `pretrain` "
+        "imports its decoder, and it sets the keys of the shape and of the tokenizer; null: the "
+        "decoder is trained on the corpus",
     )
     width: Width = setting(128, "width of the residual stream, D")
     num_layers: Blocks = setting(6, "number of blocks")
@@ -48,13 +50,26 @@ class DecoderConfig(Section):
     ngram_rows: TableRows = setting(32768, "rows of each n-gram table; see memory.ngram_rows")
     ngram_width: Width = setting(32, "width of each n-gram table")
     norm: Literal["rms", "layer"] = setting("rms", "rms: RMSNorm (Llama); layer: LayerNorm (GPT-2)")
+    norm_place: Literal["pre", "post"] = setting(
+        "pre", "norms before (pre) or after (post: OLMo2) attention and feed-forward"
+    )
+    qk_norm: Literal["none", "head", "projection"] = setting(
+        "none",
+        "RMSNorm of queries and keys; head: of each head (Qwen3); projection: of all (OLMo2)",
+    )
     positions: Literal["rope", "learned"] = setting("rope", "rope: Llama; learned: GPT-2")
     activation: Literal["swiglu", "gelu"] = setting("swiglu", "swiglu: Llama; gelu: GPT-2")
-    biases: Literal["none", "qkv", "all"] = setting(
-        "none", "biases; none: Llama; qkv: of query, key and value (Qwen2); all: GPT-2"
+    biases: Literal["none", "qkv", "attention", "all"] = setting(
+        "none",
+        "biases; none: Llama; qkv: of query, key and value (Qwen2); attention: also of its output; "
+        "all: GPT-2",
     )
     head: Literal["tied", "untied"] = setting("untied", "untied: Llama; tied to embeddings: GPT-2")
     rope_theta: float = setting(10000.0, "base of rotary positions", ge=1, le=1e12)
+    rope_scaling: RopeScaling = setting(RopeScaling(), "scaling of rotary positions")
+    sliding_window: Tokens | None = setting(
+        None, "tokens that a position attends to, itself included (Mistral); null: all before it"
+    )
     norm_epsilon: Epsilon = setting(1e-5, "constant added to the variance in norms")
     init_scale: Scale = setting(0.02, "standard deviation of initial weights")
     compute_dtype: ComputeDtype = setting("auto", "auto: float32 on CPU, bfloat16 elsewhere")
@@ -69,6 +84,26 @@ class DecoderConfig(Section):
         "flash: fused kernel, TPU only (falls back to blocked unless the window is a multiple of "
         "128); cudnn: GPU only; auto: blocked on CPU, flash on TPU, cudnn or xla on GPU",
     )
+
+    def recipe(self) -> dict[str, Any]:
+        """Returns the keys that decide what is computed; of options only those with an effect.
+
+        Ids of decoders without an option are those from before it was added.
+        """
+        recipe = super().recipe()
+        unused = {
+            "norm_place": self.norm_place == "pre",
+            "qk_norm": self.qk_norm == "none",
+            "rope_scaling": self.rope_scaling.kind == "none",
+            "sliding_window": self.attention_window is None,
+        }
+        return {key: value for key, value in recipe.items() if not unused.get(key, False)}
+
+    @property
+    def attention_window(self) -> int | None:
+        """Tokens that a position attends to, where the context is longer; else None."""
+        window = self.sliding_window
+        return None if window is None or window >= self.context_tokens else window
 
     @property
     def resolved_kv_heads(self) -> int:

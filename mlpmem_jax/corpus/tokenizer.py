@@ -14,6 +14,8 @@ import numpy as np
 from etils import epath
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mlpmem_jax.config.gguf import is_gguf
+from mlpmem_jax.config.gguf_tokenizer import tokenizer_json
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.failures import reason_of
 from mlpmem_jax.store.manifest import Artifact
@@ -166,11 +168,13 @@ def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
 
 
 def read_tokenizer(path: str, separator: str) -> TextTokenizer:
-    """Reads the tokenizer.json that `tokenizer.path` names.
+    """Reads the tokenizer.json, or that of the GGUF file, that `tokenizer.path` names.
 
     Raises:
         UserError: It cannot be read, is no tokenizer, or lacks the separator.
     """
+    if is_gguf(path):
+        return TextTokenizer(tokenizer_json(path), separator, f"tokenizer.path={path}")
     try:
         content = epath.Path(path).expanduser().read_bytes()
     except OSError as error:

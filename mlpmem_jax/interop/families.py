@@ -6,6 +6,7 @@ docs/design.md, section 3.
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -112,16 +113,20 @@ class Family(abc.ABC):
 
 
 class Llama(Family):
-    """Llama, Mistral, Qwen2 and what has their names."""
+    """Llama, Mistral, OLMo2, Qwen2, Qwen3 and what has their names."""
 
     prefix, table, _norm, _block = "model.", "embed_tokens.weight", "norm", "layers"
 
     def _stacked(self) -> dict[str, Tensor]:
         width, heads, a = self._config.width, self._heads, self._head_width
         sizes = {"query": heads, "key": self._groups, "value": self._groups}
+        norms = {
+            "pre": ("input_layernorm", "post_attention_layernorm"),
+            "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
+        }[self._config.norm_place]
         found = {
-            "attention_norm_scale": Tensor("input_layernorm.weight", (width,)),
-            "ffn_norm_scale": Tensor("post_attention_layernorm.weight", (width,)),
+            "attention_norm_scale": Tensor(f"{norms[0]}.weight", (width,)),
+            "ffn_norm_scale": Tensor(f"{norms[1]}.weight", (width,)),
             "out": Tensor(
                 "self_attn.o_proj.weight",
                 (width, heads * a),
@@ -143,10 +148,20 @@ class Llama(Family):
                 _transposed_to(width, num, a),
                 lambda matrix: matrix.reshape(width, -1).T,
             )
-            if self._config.biases == "qkv":
+            if self._config.biases != "none":
                 found[f"{name}_bias"] = Tensor(
                     f"{projection}.bias", (num * a,), _reshaped(num, a), np.ravel
                 )
+            if self._config.qk_norm != "none" and name != "value":
+                kept: Shape = (a,) if self._config.qk_norm == "head" else (num, a)
+                found[f"{name}_norm_scale"] = Tensor(
+                    f"self_attn.{name[0]}_norm.weight",
+                    (math.prod(kept),),
+                    _reshaped(*kept),
+                    np.ravel,
+                )
+        if self._config.biases == "attention":
+            found["out_bias"] = Tensor("self_attn.o_proj.bias", (width,))
         return found
 
 

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from mlpmem_jax.config.networks import DecoderConfig
 from mlpmem_jax.errors import UserError
 from mlpmem_jax.interop.families import HEAD, Entry, Family, family_of
+from mlpmem_jax.interop.gguf import GgufTensors, tensor_files
 from mlpmem_jax.interop.tensors import INDEX, ONE_FILE, TensorFiles, check_names
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.parallel.sharding import create_sharded
@@ -36,7 +37,7 @@ def load_decoder(
     """Reads a pretrained decoder.
 
     Args:
-        path: The directory.
+        path: The directory, GGUF file or Hub id.
         config: Its shape, as `config.pretrained` reads it. Of learned positions, the first
             `context_tokens` are taken.
         vocab_size: V of its tokenizer. Embeddings beyond it belong to no token and are left out.
@@ -66,11 +67,11 @@ def load_decoder(
 
 def checked_tensors(
     path: str, config: DecoderConfig, vocab_size: int
-) -> tuple[TensorFiles, dict[str, str], list[Entry]]:
+) -> tuple[TensorFiles | GgufTensors, dict[str, str], list[Entry]]:
     """Compares the tensors of a directory with a decoder; reads headers alone.
 
     Args:
-        path: The directory.
+        path: The directory, GGUF file or Hub id.
         config: The decoder's shape.
         vocab_size: V of its tokenizer.
 
@@ -80,7 +81,7 @@ def checked_tensors(
     Raises:
         UserError: As `load_decoder`.
     """
-    files = TensorFiles(path)
+    files = tensor_files(path)
     prefix = family_of(config).prefix
     kept = [name for name in files.shapes if not name.endswith(_IGNORED)]
     tensors = {name.removeprefix(prefix): name for name in kept}

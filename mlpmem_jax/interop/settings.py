@@ -49,8 +49,11 @@ def huggingface_settings(
             "activation_function": "gelu_new",
             "layer_norm_epsilon": config.norm_epsilon,
         }
+    rope = _rope_parameters(config)
+    scaled = {} if config.rope_scaling.kind == "none" else {"rope_scaling": rope}
+    slides = {"sliding_window": config.sliding_window} if family == "mistral" else {}
     return shared | {
-        "architectures": ["LlamaForCausalLM" if family == "llama" else "Qwen2ForCausalLM"],
+        "architectures": [f"{_CLASSES[family]}ForCausalLM"],
         "hidden_size": width,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": heads,
@@ -60,10 +63,32 @@ def huggingface_settings(
         "hidden_act": "silu",
         "max_position_embeddings": config.context_tokens,
         "rms_norm_eps": config.norm_epsilon,
+        "attention_bias": config.biases == "attention",
         # Both spellings: that of transformers 5, and the one before.
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "rope_theta": config.rope_theta,
+        **scaled,
+        **slides,
     }
+
+
+def _rope_parameters(config: DecoderConfig) -> dict[str, Any]:
+    """Returns the scaling of rotary positions in the names of `transformers`."""
+    scaling = config.rope_scaling
+    if scaling.kind == "none":
+        return {"rope_type": "default"}
+    found: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "linear":
+        return found
+    slow, fast = _TURNS[scaling.kind]
+    found |= {
+        "original_max_position_embeddings": scaling.original_tokens,
+        slow: scaling.slow_turns,
+        fast: scaling.fast_turns,
+    }
+    if scaling.kind == "yarn":
+        found["attention_factor"] = scaling.attention_factor
+    return found
 
 
 def _family_of(config: DecoderConfig) -> str:
@@ -72,16 +97,52 @@ def _family_of(config: DecoderConfig) -> str:
         raise ConfigError(
             f"decoder.ngram_orders={list(config.ngram_orders)}: no Hugging Face family has n-grams"
         )
-    keys = ("norm", "positions", "activation", "biases")
-    found = tuple(getattr(config, key) for key in keys)
-    families = {
-        ("layer", "learned", "gelu", "all"): "gpt2",
-        ("rms", "rope", "swiglu", "none"): "llama",
-        ("rms", "rope", "swiglu", "qkv"): "qwen2",
-    }
-    if found not in families:
-        given = ", ".join(f"decoder.{key}={value}" for key, value in zip(keys, found, strict=True))
-        raise ConfigError(
-            f"{given}: no supported Hugging Face family (GPT-2, Llama, Qwen2) has this decoder"
-        )
-    return families[found]
+    window = "none" if config.attention_window is None else "sliding"
+    given = {key: getattr(config, key) for key in _KEYS} | {"sliding_window": window}
+    for family, options in _FAMILIES.items():
+        wanted = _KEYS | options
+        if all(value in wanted[key] for key, value in given.items()):
+            return family
+    given["sliding_window"] = str(config.sliding_window)
+    listed = ", ".join(f"decoder.{key}={value}" for key, value in given.items())
+    raise ConfigError(
+        f"{listed}: no supported Hugging Face family ({', '.join(sorted(_CLASSES.values()))}) has "
+        "this decoder"
+    )
+
+
+_TURNS = {
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+    "yarn": ("beta_slow", "beta_fast"),
+}
+_CLASSES = {
+    "gpt2": "GPT2",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "olmo2": "Olmo2",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+}
+# The values that Llama allows, and those that differ in other families.
+_KEYS: dict[str, tuple[str, ...]] = {
+    "norm": ("rms",),
+    "positions": ("rope",),
+    "activation": ("swiglu",),
+    "biases": ("none", "attention"),
+    "norm_place": ("pre",),
+    "qk_norm": ("none",),
+    "sliding_window": ("none",),
+}
+_FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
+    "gpt2": {
+        "norm": ("layer",),
+        "positions": ("learned",),
+        "activation": ("gelu",),
+        "biases": ("all",),
+    },
+    "llama": {},
+    "mistral": {"biases": ("none",), "sliding_window": ("sliding",)},
+    "olmo2": {"norm_place": ("post",), "qk_norm": ("projection",)},
+    "qwen2": {"biases": ("qkv",)},
+    "qwen3": {"qk_norm": ("head",)},
+}

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,24 +88,35 @@ class TensorFiles:
             UserError: It holds values that are not finite.
         """
         found = np.asarray(self._handles[self._file_of[name]].get_tensor(name)).astype(np.float32)
-        if not np.isfinite(found).all():
-            raise UserError(
-                f"{self._folder / self._file_of[name]}: {name} has values that are not finite"
-            )
+        check_finite(found, f"{self._folder / self._file_of[name]}: {name}")
         return found
 
     def digest(self) -> str:
         """Returns a digest of names, shapes, sizes and samples of the bytes of each file."""
-        found = hashlib.blake2b(digest_size=8)
-        for name in self.files():
-            file = self._folder / name
-            size = os.path.getsize(file)
-            found.update(f"{name} {size} ".encode())
-            with contextlib.closing(open(file, "rb")) as opened:
-                for sample in range(_SAMPLES):
-                    opened.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                    found.update(opened.read(_SAMPLE_BYTES))
-        return found.hexdigest()
+        return digest_of([self._folder / name for name in self.files()])
+
+
+def digest_of(files: Sequence[Path]) -> str:
+    """Returns a digest of names, sizes and samples of the bytes of each file."""
+    found = hashlib.blake2b(digest_size=8)
+    for file in files:
+        size = os.path.getsize(file)
+        found.update(f"{file.name} {size} ".encode())
+        with contextlib.closing(open(file, "rb")) as opened:
+            for sample in range(_SAMPLES):
+                opened.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                found.update(opened.read(_SAMPLE_BYTES))
+    return found.hexdigest()
+
+
+def check_finite(tensor: np.ndarray, name: str) -> None:
+    """Refuses values that are not finite.
+
+    Raises:
+        UserError: There are some.
+    """
+    if not np.isfinite(tensor).all():
+        raise UserError(f"{name} has values that are not finite")
 
 
 def check_names(

@@ -19,29 +19,6 @@ MAX_QUERY_BLOCKS = 8
 MIN_QUERY_BLOCK = 64
 
 
-def rotary_angles(position_BL: jax.Array, head_width: int, theta: float) -> jax.Array:
-    """Returns the angles of rotary positions (arXiv 2104.09864), [..., L, A/2] float32."""
-    half = head_width // 2
-    frequency_A = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    return position_BL[..., None].astype(jnp.float32) * frequency_A
-
-
-def rotate(x_BLHA: jax.Array, angle_BLA: jax.Array) -> jax.Array:
-    """Rotates pairs (i, i + A/2) of every head, the pairing of Hugging Face's Llama.
-
-    Args:
-        x_BLHA: Queries or keys.
-        angle_BLA: [L, A/2] or [B, L, A/2] from :func:`rotary_angles`.
-
-    Returns:
-        The same shape and dtype.
-    """
-    cos, sin = (f(angle_BLA)[..., None, :] for f in (jnp.cos, jnp.sin))
-    first, second = jnp.split(x_BLHA.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BLHA.dtype)
-
-
 def unusable(name: Implementation, platform: str, head_width: int, *, half: bool) -> str | None:
     """Says why an implementation that is asked for by name cannot run; None: it can.
 
@@ -106,6 +83,7 @@ def causal_attention(
     value_BLGA: jax.Array,
     segment_BL: jax.Array | None,
     implementation: Implementation,
+    window: int | None = None,
 ) -> jax.Array:
     """Attends to earlier positions of the same window and, if given, the same segment.
 
@@ -116,6 +94,7 @@ def causal_attention(
         segment_BL: int32 document numbers; positions of different numbers do not see each
             other. None: everything before a position is seen.
         implementation: Which computation; all give the same result up to rounding.
+        window: Positions that a query sees, its own included; None: all before it.
 
     Returns:
         [B, L, H, A] in the queries' dtype; scores and softmax are float32.
@@ -123,10 +102,12 @@ def causal_attention(
     masked = segment_BL is not None
     _, length, _, head_width = query_BLHA.shape
     chosen = resolve_implementation(implementation, length, masked, query_BLHA.dtype, head_width)
+    if window is not None and window >= length:
+        window = None
     if chosen == "flash":
-        return flash.flash_attention(query_BLHA, key_BLGA, value_BLGA, segment_BL)
+        return flash.flash_attention(query_BLHA, key_BLGA, value_BLGA, segment_BL, window)
     if chosen == "blocked":
-        return _blocked(query_BLHA, key_BLGA, value_BLGA, segment_BL)
+        return _blocked(query_BLHA, key_BLGA, value_BLGA, segment_BL, window)
     mask = None
     if segment_BL is not None:
         mask = (segment_BL[:, :, None] == segment_BL[:, None, :])[:, None]
@@ -136,12 +117,17 @@ def causal_attention(
         value_BLGA,
         mask=mask,
         is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn" if chosen == "cudnn" else "xla",
     )
 
 
 def cached_attention(
-    query_BLHA: jax.Array, key_BMGA: jax.Array, value_BMGA: jax.Array, position_BL: jax.Array
+    query_BLHA: jax.Array,
+    key_BMGA: jax.Array,
+    value_BMGA: jax.Array,
+    position_BL: jax.Array,
+    window: int | None = None,
 ) -> jax.Array:
     """Attends to the entries of a cache up to each query's own position.
 
@@ -150,6 +136,7 @@ def cached_attention(
         key_BMGA: Cached keys of M positions, those of the queries included.
         value_BMGA: Cached values.
         position_BL: int32 position of each query.
+        window: As in :func:`causal_attention`.
 
     Returns:
         [B, L, H, A] in the queries' dtype.
@@ -160,7 +147,10 @@ def cached_attention(
     score = jnp.einsum(
         "blgra,bmga->bgrlm", query, key_BMGA, preferred_element_type=jnp.float32
     ) / math.sqrt(width)
-    seen_BLM = jnp.arange(key_BMGA.shape[1]) <= position_BL[:, :, None]
+    entry_M = jnp.arange(key_BMGA.shape[1])
+    seen_BLM = entry_M <= position_BL[:, :, None]
+    if window is not None:
+        seen_BLM = seen_BLM & (entry_M > position_BL[:, :, None] - window)
     weight = jax.nn.softmax(jnp.where(seen_BLM[:, None, None], score, MASKED), axis=-1)
     out = jnp.einsum("bgrlm,bmga->blgra", weight.astype(value_BMGA.dtype), value_BMGA)
     return out.reshape(query_BLHA.shape).astype(query_BLHA.dtype)
@@ -171,8 +161,9 @@ def _blocked(
     key_BLGA: jax.Array,
     value_BLGA: jax.Array,
     segment_BL: jax.Array | None,
+    window: int | None,
 ) -> jax.Array:
-    """Cuts the queries into blocks that read only the keys before their end.
+    """Cuts the queries into blocks that read only the keys before their end, in their window.
 
     Nearly half of the scores are never computed, and what is divided by the softmax's sum
     is the output, which is narrower than the scores.
@@ -188,15 +179,18 @@ def _blocked(
     blocks = []
     for start in range(0, length, size):
         stop = min(start + size, length)
+        first = 0 if window is None else max(0, start + 1 - window)
         # Queries of one group are rows of one product: keys are read once.
         query_BGXA = query_BGRLA[:, :, :, start:stop].reshape(batch, groups, -1, width)
-        seen = position_L[start:stop, None] >= position_L[None, :stop]
+        seen = position_L[start:stop, None] >= position_L[None, first:stop]
+        if window is not None:
+            seen &= position_L[start:stop, None] < position_L[None, first:stop] + window
         if segment_BL is None:
             seen_XM = jnp.tile(seen, (repeats, 1))
         else:
-            seen = seen & (segment_BL[:, start:stop, None] == segment_BL[:, None, :stop])
+            seen = seen & (segment_BL[:, start:stop, None] == segment_BL[:, None, first:stop])
             seen_XM = jnp.tile(seen, (1, repeats, 1))[:, None]
-        seen_keys, seen_values = (x[:, :, :stop] for x in (key_BGLA, value_BGLA))
+        seen_keys, seen_values = (x[:, :, first:stop] for x in (key_BGLA, value_BGLA))
         out_BGXA = _attend_block(query_BGXA, seen_keys, seen_values, seen_XM)
         blocks.append(out_BGXA.reshape(batch, groups, repeats, stop - start, width))
     out_BGRLA = jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0]

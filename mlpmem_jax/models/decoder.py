@@ -11,8 +11,18 @@ from flax import nnx
 from mlpmem_jax.config.data import StateSite
 from mlpmem_jax.config.networks import DecoderConfig
 from mlpmem_jax.models import layers, ngrams
-from mlpmem_jax.models.attention import cached_attention, causal_attention, rotary_angles, rotate
-from mlpmem_jax.models.layers import Arrays, norm_shapes, normalize, parameter, project
+from mlpmem_jax.models.attention import cached_attention, causal_attention
+from mlpmem_jax.models.layers import (
+    Arrays,
+    Role,
+    Spec,
+    norm_shapes,
+    normalize,
+    normalize_heads,
+    parameter,
+    project,
+)
+from mlpmem_jax.models.rotary import rotary_angles, rotate
 from mlpmem_jax.parallel.sharding import constrain, gather_for_use
 
 RESIDUAL_NAMES = ("batch", "length", "state")
@@ -71,24 +81,24 @@ class Decoder(nnx.Module):
         self.head_width = config.resolved_head_width
         self.dtype = layers.resolve_dtype(config.compute_dtype)
         scale, table = config.init_scale, (self.padded_vocab, config.width)
-        self.embedding = parameter(table, ("vocab", "embed"), scale, rngs, "table")
+        self.embedding = parameter(table, ("vocab", "embed"), scale, "embedding", rngs)
         if config.positions == "learned":
             shape = (config.context_tokens, config.width)
-            self.position = parameter(shape, ("positions", "embed"), scale, rngs, "table")
+            self.position = parameter(shape, ("positions", "embed"), scale, "embedding", rngs)
         self.blocks = layers.Parameters(self._block_shapes(), rngs)
         bias = config.biases == "all"
         self.final = layers.Parameters(norm_shapes("final", config.width, None, bias), rngs)
         if config.head == "untied":
-            self.head = parameter(table, ("vocab", "embed"), scale, rngs)
+            self.head = parameter(table, ("vocab", "embed"), scale, "head", rngs)
         if config.ngram_orders:
             self.ngrams = ngrams.make_tables(config, rngs)
             shape = (len(config.ngram_orders) * config.ngram_width, config.width)
             deviation = 1 / math.sqrt(shape[0])
             # Keeps the scale of what is looked up: that of embeddings.
-            shapes: dict[str, Any] = {"projection": (shape, (None, "embed"), deviation)}
-            self.ngram = layers.Parameters(shapes, rngs)
+            projection = Spec(shape, (None, "embed"), deviation, "matrix")
+            self.ngram = layers.Parameters({"projection": projection}, rngs)
 
-    def _block_shapes(self) -> dict[str, Any]:
+    def _block_shapes(self) -> dict[str, Spec]:
         config = self.config
         num, width, heads, groups = (
             config.num_layers, config.width, config.num_heads, self.num_kv_heads
@@ -97,23 +107,29 @@ class Decoder(nnx.Module):
         hidden = layers.ffn_width(config.ffn_width, width, config.activation)
         names = ("layers", "embed", "heads", "head_width")
         kv_names = ("layers", "embed", "kv_heads", "head_width")
-        kv_shape = (num, width, groups, self.head_width)
-        shapes: dict[str, Any] = {
-            "query": ((num, width, heads, self.head_width), names, scale),
-            "key": (kv_shape, kv_names, scale),
-            "value": (kv_shape, kv_names, scale),
-            "out": (
+        kv = Spec((num, width, groups, self.head_width), kv_names, scale, "matrix")
+        shapes = {
+            "query": Spec((num, width, heads, self.head_width), names, scale, "matrix"),
+            "key": kv,
+            "value": kv,
+            "out": Spec(
                 (num, heads, self.head_width, width),
                 ("layers", "heads", "head_width", "embed"),
                 scale / math.sqrt(2 * num),
+                "matrix",
             ),
         }
         if config.biases != "none":
             for name in ("query", "key", "value"):
-                shape, axes, _ = shapes[name]
-                shapes[f"{name}_bias"] = ((num, *shape[2:]), ("layers", *axes[2:]), 0.0)
-        if bias:
-            shapes["out_bias"] = ((num, width), ("layers", "state"), 0.0)
+                shapes[f"{name}_bias"] = _without_dims(shapes[name], 2, 0.0, "bias")
+        if config.biases in ("attention", "all"):
+            shapes["out_bias"] = Spec((num, width), ("layers", "state"), 0.0, "bias")
+        if config.qk_norm != "none":
+            # Of one head, or of all of them.
+            first = 3 if config.qk_norm == "head" else 2
+            for name in ("query", "key"):
+                kept = _without_dims(shapes[name], first, math.inf, "norm")
+                shapes[f"{name}_norm_scale"] = kept
         return {
             **shapes,
             **norm_shapes("attention_norm", width, num, bias),
@@ -155,9 +171,11 @@ class Decoder(nnx.Module):
         angle = self._angles(position_L)
 
         def attend(layer: Any, cache: None, query: Any, key: Any, value: Any) -> Any:
-            if angle is not None:
-                query, key = rotate(query, angle), rotate(key, angle)
-            return causal_attention(query, key, value, segment_BL, config.attention), cache
+            query, key = self._rotate(query, angle), self._rotate(key, angle)
+            mixed_BLHA = causal_attention(
+                query, key, value, segment_BL, config.attention, config.attention_window
+            )
+            return mixed_BLHA, cache
 
         before_BN = self._no_tokens(tokens_BL.shape[0])
         x_BLD = self._embed(tokens_BL, position_L, before_BN, segment_BL)
@@ -197,14 +215,14 @@ class Decoder(nnx.Module):
         row_B1 = jnp.arange(tokens_BL.shape[0])[:, None]
 
         def attend(layer: Any, pair: Any, query: Any, key: Any, value: Any) -> Any:
-            if angle is not None:
-                query, key = rotate(query, angle), rotate(key, angle)
+            query, key = self._rotate(query, angle), self._rotate(key, angle)
             pair = tuple(
                 old.at[layer, row_B1, position_BL].set(new, mode="drop")
                 for old, new in zip(pair, (key, value), strict=True)
             )
             key_BMGA, value_BMGA = (cached[layer] for cached in pair)
-            return cached_attention(query, key_BMGA, value_BMGA, position_BL), pair
+            window = self.config.attention_window
+            return cached_attention(query, key_BMGA, value_BMGA, position_BL, window), pair
 
         x_BLD = self._embed(tokens_BL, position_BL, cache.recent_BN)
         pair = (cache.key, cache.value)
@@ -242,7 +260,15 @@ class Decoder(nnx.Module):
     def _angles(self, position: jax.Array) -> jax.Array | None:
         if self.config.positions == "learned":
             return None
-        return rotary_angles(position, self.head_width, self.config.rope_theta)
+        config = self.config
+        return rotary_angles(position, self.head_width, config.rope_theta, config.rope_scaling)
+
+    def _rotate(self, x_BLHA: jax.Array, angle: jax.Array | None) -> jax.Array:
+        if angle is None:
+            return x_BLHA
+        scaling = self.config.rope_scaling
+        factor = 1.0 if scaling.kind == "none" else scaling.attention_factor
+        return rotate(x_BLHA, angle, factor)
 
     def _finish(self, x_BLD: jax.Array) -> jax.Array:
         arrays = self.final.arrays()
@@ -258,22 +284,35 @@ class Decoder(nnx.Module):
         for site in sites:
             assert 1 <= site.block <= last, f"{site} is not among blocks 1..{last}"
 
+        def norm(x_BLD: jax.Array, arrays: Arrays, name: str, place: str) -> jax.Array:
+            if config.norm_place != place:
+                return x_BLD
+            return normalize(x_BLD, arrays, name, config.norm, config.norm_epsilon)
+
         def block(x_BLD: jax.Array, cache: Any, arrays: Arrays, layer: Any) -> Any:
-            y_BLD = normalize(x_BLD, arrays, "attention_norm", config.norm, config.norm_epsilon)
+            y_BLD = norm(x_BLD, arrays, "attention_norm", "pre")
             y_TD = y_BLD.reshape(-1, width)
             query, key, value = (
                 project(y_TD, arrays, axes, name) for name in ("query", "key", "value")
             )
+            if config.qk_norm != "none":
+                query, key = (
+                    normalize_heads(y, arrays[f"{name}_norm_scale"], config.norm_epsilon)
+                    for name, y in (("query", query), ("key", key))
+                )
             query, key, value = (y.reshape(*shape[:2], *y.shape[1:]) for y in (query, key, value))
             query = constrain(query, "batch", "length", "heads", "head_width")
             mixed_BLHA, cache = attend(layer, cache, query, key, value)
             mixed_THA = mixed_BLHA.reshape(-1, *mixed_BLHA.shape[2:])
-            x_BLD = x_BLD + project(mixed_THA, arrays, axes, "out").reshape(shape)
+            y_BLD = project(mixed_THA, arrays, axes, "out").reshape(shape)
+            x_BLD = x_BLD + norm(y_BLD, arrays, "attention_norm", "post")
             x_BLD = constrain(x_BLD, *RESIDUAL_NAMES)
-            y_BLD = normalize(x_BLD, arrays, "ffn_norm", config.norm, config.norm_epsilon)
-            y_TD = layers.feed_forward(y_BLD.reshape(-1, width), arrays, axes, config.activation)
-            x_BLD = constrain(x_BLD + y_TD.reshape(shape), *RESIDUAL_NAMES)
-            return x_BLD, cache, y_BLD
+            ffn_input_BLD = norm(x_BLD, arrays, "ffn_norm", "pre")
+            y_TD = ffn_input_BLD.reshape(-1, width)
+            y_TD = layers.feed_forward(y_TD, arrays, axes, config.activation)
+            y_BLD = norm(y_TD.reshape(shape), arrays, "ffn_norm", "post")
+            x_BLD = constrain(x_BLD + y_BLD, *RESIDUAL_NAMES)
+            return x_BLD, cache, ffn_input_BLD
 
         block = layers.with_remat(block, config.remat)
 
@@ -294,3 +333,8 @@ class Decoder(nnx.Module):
         carry = (x_BLD, cache, states)
         x_BLD, cache, states = layers.loop_layers(step, carry, self.blocks.arrays(), last, unroll)
         return x_BLD, states, cache
+
+
+def _without_dims(spec: Spec, first: int, scale: float, role: Role) -> Spec:
+    """Returns a parameter with the layers of another and its dims from `first` on."""
+    return Spec((spec.shape[0], *spec.shape[first:]), ("layers", *spec.axes[first:]), scale, role)

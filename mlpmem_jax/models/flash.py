@@ -32,6 +32,7 @@ def flash_attention(
     key_BLGA: jax.Array,
     value_BLGA: jax.Array,
     segment_BL: jax.Array | None,
+    window: int | None = None,
 ) -> jax.Array:
     """Attends to earlier positions of the same window and, if given, the same segment.
 
@@ -42,12 +43,14 @@ def flash_attention(
         key_BLGA: Keys.
         value_BLGA: Values.
         segment_BL: int32 document numbers; None: everything before a position is seen.
+        window: Positions that a query sees, its own included; None: all before it.
 
     Returns:
         [B, L, H, A] in the queries' dtype; scores and softmax are float32.
     """
     mesh = current_mesh()
-    local = functools.partial(_local, interpret=INTERPRETED and target_platform() != "tpu")
+    interpret = INTERPRETED and target_platform() != "tpu"
+    local = functools.partial(_local, window=window, interpret=interpret)
     if mesh is None:
         return local(query_BLHA, key_BLGA, value_BLGA, segment_BL)
     queries = spec(_QUERY, query_BLHA.shape, mesh)
@@ -68,11 +71,12 @@ def _local(
     value_BLGA: jax.Array,
     segment_BL: jax.Array | None,
     *,
+    window: int | None,
     interpret: bool,
 ) -> jax.Array:
     """Attends on one device."""
     _, length, heads, width = query_BLHA.shape
-    attend = _kernel(length, heads, interpret)
+    attend = _kernel(length, heads, window, interpret)
     scaled = (query_BLHA * width**-0.5).astype(query_BLHA.dtype)
     query_BHLA, key_BGLA, value_BGLA = (
         x.transpose(0, 2, 1, 3) for x in (scaled, key_BLGA, value_BLGA)
@@ -86,7 +90,7 @@ def _local(
     return out_BHLA.transpose(0, 2, 1, 3).astype(query_BLHA.dtype)  # type: ignore[no-any-return]
 
 
-def _kernel(length: int, heads: int, interpret: bool) -> Any:
+def _kernel(length: int, heads: int, window: int | None, interpret: bool) -> Any:
     """Returns the kernel, for one window."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -101,7 +105,13 @@ def _kernel(length: int, heads: int, interpret: bool) -> Any:
         block_q_dq=tile,
         block_kv_dq=tile,
     )
-    mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
+    shape = (length, length)
+    causal: Any = (
+        splash.CausalMask(shape)
+        if window is None
+        else splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
+    )
+    mask = splash.MultiHeadMask([causal] * heads)
     return splash.make_splash_mha(
         mask,
         block_sizes=sizes,

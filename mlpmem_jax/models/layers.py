@@ -1,8 +1,8 @@
 """Parts that both networks are made of: parameters, norms, feed-forward, the layer loop."""
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,25 @@ MAX_UNROLLED_LAYERS = 12
 ATTENDED = "attended"
 
 Arrays = dict[str, jax.Array]
-# Weight decay is for matrices: not for vectors (norms, biases, gates), nor tables of embeddings.
-Role = Literal["matrix", "vector", "table"]
+# What a parameter is, given where it is made: weight decay and counts go by it, never by names.
+# A table that is looked up is an embedding, positions and n-grams too; a gate is a vector.
+Role = Literal["matrix", "vector", "embedding", "head", "norm", "bias"]
+
+
+class Spec(NamedTuple):
+    """One parameter of a group.
+
+    Attributes:
+        shape: Its shape.
+        axes: The logical axis of each dim.
+        scale: Standard deviation of its normal initial values; 0 means zeros, infinity ones.
+        role: What it is.
+    """
+
+    shape: tuple[int, ...]
+    axes: Names
+    scale: float
+    role: Role
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -56,20 +73,16 @@ def ffn_width(given: int | Literal["auto"], width: int, activation: str) -> int:
 class Parameters(nnx.Module):
     """A group of float32 parameters, each with the logical names of its dimensions."""
 
-    def __init__(
-        self, shapes: dict[str, tuple[tuple[int, ...], Names, float]], rngs: nnx.Rngs | None
-    ):
+    def __init__(self, specs: Mapping[str, Spec], rngs: nnx.Rngs | None):
         """Draws the parameters.
 
         Args:
-            shapes: For each name its shape, its logical axes and the standard deviation of
-                its normal initial values; 0 means zeros, infinity ones.
+            specs: What each is.
             rngs: Source of the `params` keys; None: shapes in place of arrays.
         """
-        self.names = tuple(sorted(shapes))
+        self.names = tuple(sorted(specs))
         for name in self.names:
-            shape, axes, scale = shapes[name]
-            setattr(self, name, parameter(shape, axes, scale, rngs))
+            setattr(self, name, parameter(*specs[name], rngs))
 
     def arrays(self) -> Arrays:
         """Returns the arrays by name."""
@@ -84,8 +97,8 @@ def parameter(
     shape: tuple[int, ...],
     axes: Names,
     scale: float,
+    role: Role,
     rngs: nnx.Rngs | None,
-    role: Role | None = None,
 ) -> nnx.Param:
     """Returns a float32 parameter.
 
@@ -93,12 +106,9 @@ def parameter(
         shape: Its shape.
         axes: The logical axis of each dim.
         scale: Standard deviation of its normal initial values; 0 means zeros, infinity ones.
+        role: What it is.
         rngs: Source of the `params` keys; None: its shape in place of an array.
-        role: What it is, for the optimiser; None: a matrix if it reads or writes states of the
-            network's width ("embed"), else a vector, however many dims a bias has.
     """
-    if role is None:
-        role = "matrix" if "embed" in axes else "vector"
     if rngs is None or scale == 0 or math.isinf(scale):
         value = filled(shape, 1.0 if math.isinf(scale) else 0.0, rngs)
     else:
@@ -113,34 +123,49 @@ def filled(shape: tuple[int, ...], value: float, rngs: nnx.Rngs | None) -> Any:
     return jnp.full(shape, value, jnp.float32)
 
 
-def norm_shapes(name: str, width: int, num_layers: int | None, bias: bool) -> dict[str, Any]:
+def norm_shapes(name: str, width: int, num_layers: int | None, bias: bool) -> dict[str, Spec]:
     """Returns the parameters of a norm, stacked over layers where there are any."""
     shape: tuple[int, ...] = (width,) if num_layers is None else (num_layers, width)
     axes: Names = ("state",) if num_layers is None else ("layers", "state")
-    shapes = {f"{name}_scale": (shape, axes, math.inf)}
+    shapes = {f"{name}_scale": Spec(shape, axes, math.inf, "norm")}
     if bias:
-        shapes[f"{name}_bias"] = (shape, axes, 0.0)
+        shapes[f"{name}_bias"] = Spec(shape, axes, 0.0, "bias")
     return shapes
 
 
 def ffn_shapes(
     width: int, hidden: int, num_layers: int, activation: str, bias: bool, init_scale: float
-) -> dict[str, Any]:
+) -> dict[str, Spec]:
     """Returns the parameters of stacked feed-forward layers."""
-    into = ((num_layers, width, hidden), ("layers", "embed", "ffn"), init_scale)
-    out_scale = init_scale / math.sqrt(2 * num_layers)
-    shapes: dict[str, Any] = {
-        "up": into,
-        "down": ((num_layers, hidden, width), ("layers", "ffn", "embed"), out_scale),
-    }
+    into = Spec((num_layers, width, hidden), ("layers", "embed", "ffn"), init_scale, "matrix")
+    out_scale, back = init_scale / math.sqrt(2 * num_layers), ("layers", "ffn", "embed")
+    shapes = {"up": into, "down": Spec((num_layers, hidden, width), back, out_scale, "matrix")}
     if activation == "swiglu":
         shapes["gate"] = into
     if bias:
-        shapes["up_bias"] = ((num_layers, hidden), ("layers", "ffn"), 0.0)
-        shapes["down_bias"] = ((num_layers, width), ("layers", "state"), 0.0)
+        inner = Spec((num_layers, hidden), ("layers", "ffn"), 0.0, "bias")
+        shapes["up_bias"] = inner
+        shapes["down_bias"] = Spec((num_layers, width), ("layers", "state"), 0.0, "bias")
         if activation == "swiglu":
-            shapes["gate_bias"] = ((num_layers, hidden), ("layers", "ffn"), 0.0)
+            shapes["gate_bias"] = inner
     return shapes
+
+
+def normalize_heads(x_THA: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """RMSNorm of queries or keys in float32.
+
+    Args:
+        x_THA: Queries or keys.
+        scale: [A]: each head is normalised, or [H, A]: all of them together.
+        epsilon: Added to the variance.
+
+    Returns:
+        The same shape and dtype.
+    """
+    x32_THA = x_THA.astype(jnp.float32)
+    dims = tuple(range(-scale.ndim, 0))
+    variance = jnp.mean(jnp.square(x32_THA), axis=dims, keepdims=True)
+    return (x32_THA * jax.lax.rsqrt(variance + epsilon) * scale).astype(x_THA.dtype)
 
 
 def normalize(x_TD: jax.Array, arrays: Arrays, name: str, kind: str, epsilon: float) -> jax.Array:

@@ -63,11 +63,11 @@ class Memory(nnx.Module):
         if input_width != width:
             # Keeps the scale of the (normalised) input, unlike the small init of the blocks.
             shape, deviation = (input_width, width), 1 / math.sqrt(input_width)
-            shapes = {"projection": (shape, ("embed", None), deviation)}
+            shapes = {"projection": layers.Spec(shape, ("embed", None), deviation, "matrix")}
             self.projection = layers.Parameters(shapes, rngs)
         if config.recent_tokens and config.recent_table == "own":
             table = (self.padded_vocab, config.table_width(decoder_width))
-            self.recent = parameter(table, ngrams.TABLE_AXES, scale, rngs, "table")
+            self.recent = parameter(table, ngrams.TABLE_AXES, scale, "embedding", rngs)
         if config.ngram_orders:
             self.ngrams = ngrams.make_tables(config, rngs)
         hidden = layers.ffn_width(config.ffn_width, width, config.block)
@@ -80,13 +80,14 @@ class Memory(nnx.Module):
         )
         self.final = layers.Parameters(norm_shapes("final", width, None, bias), rngs)
         if config.head == "untied":
-            self.head = parameter((self.padded_vocab, width), ("vocab", "embed"), scale, rngs)
+            table = (self.padded_vocab, width)
+            self.head = parameter(table, ("vocab", "embed"), scale, "head", rngs)
         if config.gate == "learned":
             # Zero weights: at first every input gets the same λ.
-            self.gate = parameter((input_width,), ("state",), 0.0, rngs)
+            self.gate = parameter((input_width,), ("state",), 0.0, "vector", rngs)
             start = gate_logit(gate_start, config.gate_floor)
             bias_1 = layers.filled((1,), start, rngs)
-            self.gate_bias = nnx.Param(bias_1, logical_axes=("state",), role="vector")
+            self.gate_bias = nnx.Param(bias_1, logical_axes=("state",), role="bias")
 
     def head_VE(self, decoder_head_VD: jax.Array | None = None) -> jax.Array:
         """Returns the output head, [padded V, E] float32; the decoder's if the two are tied."""

@@ -25,7 +25,7 @@ def make_tables(config: NgramKeys, rngs: nnx.Rngs | None) -> nnx.Param:
     """Returns a table for each order, one after another: one lookup, one scatter of gradients."""
     rows = len(config.ngram_orders) * layers.padded_vocab_size(config.ngram_rows)
     shape = (rows, config.ngram_width)
-    return layers.parameter(shape, TABLE_AXES, config.init_scale, rngs, "table")
+    return layers.parameter(shape, TABLE_AXES, config.init_scale, "embedding", rngs)
 
 
 def table_rows(token_BLM: jax.Array, config: NgramKeys) -> jax.Array:

@@ -85,15 +85,15 @@ class Sources:
         """Returns a digest of the tensors of a pretrained decoder.
 
         Args:
-            path: Their directory.
+            path: Their directory, GGUF file or Hub id.
             again: Whether they are read even where a digest of them is remembered.
 
         Raises:
             UserError: They are missing or damaged.
         """
-        from mlpmem_jax.interop.tensors import TensorFiles
+        from mlpmem_jax.interop.gguf import tensor_files
 
-        return self._content(["weights", path], lambda: TensorFiles(path).digest(), again=again)
+        return self._content(["weights", path], lambda: tensor_files(path).digest(), again=again)
 
     def used(self, about: list[Any], now: str | None) -> str | None:
         """Returns which artifact of a work directory training began with.

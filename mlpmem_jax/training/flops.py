@@ -11,7 +11,7 @@ appendix B). The head is charged for the padded vocabulary, since that is what r
 import itertools
 import math
 import time
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,9 @@ def decoder_flops_per_token(
     heads = config.num_heads
     groups, head_width = config.resolved_kv_heads, config.resolved_head_width
     projections = config.width * head_width * (2 * heads + 2 * groups)
-    keys = window_tokens if attention == "full" else (window_tokens + 1) / 2
+    # A sliding window: the first queries see fewer keys than it has.
+    seen = min(window_tokens, config.attention_window or window_tokens)
+    keys = seen if attention == "full" else seen - seen * (seen - 1) / (2 * window_tokens)
     mixing = 2 * heads * head_width * keys  # scores, and the sum of values
     hidden = layers.ffn_width(config.ffn_width, config.width, config.activation)
     ffn = _ffn_weights(config.width, hidden, config.activation)
@@ -160,15 +162,12 @@ def joint_training_flops_per_token(
 
 def decoder_parameters(config: DecoderConfig, vocab_size: int) -> dict[str, int]:
     """Returns the numbers of parameters: "total" and "non_embedding" (no tables, no head)."""
-    return _count(
-        Decoder(config, vocab_size, rngs=None), ("embedding", "position", "ngrams", "head")
-    )
+    return _count(Decoder(config, vocab_size, rngs=None))
 
 
 def memory_parameters(config: MemoryConfig, decoder_width: int, vocab_size: int) -> dict[str, int]:
     """Returns the numbers of parameters: "total" and "non_embedding" (no table, no head)."""
-    memory = Memory(config, decoder_width, vocab_size, rngs=None)
-    return _count(memory, ("recent", "ngrams", "head"))
+    return _count(Memory(config, decoder_width, vocab_size, rngs=None))
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -207,13 +206,11 @@ def _ffn_weights(width: int, hidden: int, activation: str) -> int:
     return (3 if activation == "swiglu" else 2) * width * hidden
 
 
-def _count(model: nnx.Module, embeddings: tuple[str, ...]) -> dict[str, int]:
-    params: Any = nnx.state(model, nnx.Param)
-    total = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    outside = sum(
-        math.prod(x.shape)
-        for name in embeddings
-        if name in params
-        for x in jax.tree.leaves(params[name])
-    )
-    return {"total": total, "non_embedding": total - outside}
+def _count(model: nnx.Module) -> dict[str, int]:
+    sizes: dict[bool, int] = {False: 0, True: 0}
+    for parameter in jax.tree.leaves(
+        nnx.state(model, nnx.Param), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    ):
+        is_table = parameter.get_metadata()["role"] in ("embedding", "head")
+        sizes[is_table] += math.prod(parameter.shape)
+    return {"total": sum(sizes.values()), "non_embedding": sizes[False]}

@@ -8,6 +8,9 @@ import optax
 from flax import nnx
 
 from mlpmem_jax.config.stages import OptimizerConfig, TrainConfig, TrainingConfig
+from mlpmem_jax.models.layers import Role
+
+DECAYED: tuple[Role, ...] = ("matrix", "head")
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -30,9 +33,9 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
 
 
 def decayed(params: Any) -> Any:
-    """Returns for each parameter whether weight decay applies to it: to matrices alone.
+    """Returns for each parameter whether weight decay applies to it: to matrices and heads alone.
 
-    Vectors (norm scales, biases, the gate) and tables of embeddings do not decay.
+    Norms, biases, vectors (the gate) and embeddings do not decay.
 
     Args:
         params: nnx.Variables, whose metadata names their role (`layers.parameter`).
@@ -41,7 +44,7 @@ def decayed(params: Any) -> Any:
     def of(leaf: nnx.Variable) -> nnx.Variable:
         if not hasattr(leaf.get_raw_value(), "shape"):
             return leaf  # Of another group of parameters: optax masks it, there is no array.
-        return leaf.replace(leaf.get_metadata()["role"] == "matrix")
+        return leaf.replace(leaf.get_metadata()["role"] in DECAYED)
 
     return jax.tree.map(of, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

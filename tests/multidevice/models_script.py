@@ -33,6 +33,12 @@ GPT2 = DECODER.model_copy(
         "ngram_orders": (1, 2), "ngram_rows": 256, "ngram_width": 8,
     }
 )  # fmt: skip
+# Norms of queries and keys run over heads that lie on different devices.
+OLMO2 = DECODER.model_copy(
+    update={
+        "norm_place": "post", "qk_norm": "projection", "biases": "attention", "sliding_window": 5,
+    }
+)  # fmt: skip
 MEMORY = MemoryConfig(width=16, num_layers=2, ffn_width=32, init_scale=0.3)
 RECENT = {
     "recent_tokens": 2, "recent_table": "own", "recent_width": 8,
@@ -124,7 +130,7 @@ def shard(variable):
 
 
 def check_decoder():
-    for config in (DECODER, GPT2):
+    for config in (DECODER, GPT2, OLMO2):
 
         def build(config=config):
             return Decoder(config, VOCAB, rngs=nnx.Rngs(0))

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from mlpmem_jax.__main__ import main
@@ -20,6 +21,7 @@ from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.stored_array import StoredArray
 from mlpmem_jax.studies.tables.rows import SeedPlan, planned_row
+from tests.gguf_files import byte_level_tables, write_gguf
 from tests.pipeline.tokenizing import files_of
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
@@ -184,3 +186,26 @@ def test_a_decoder_learns_from_the_targets_of_another_run(run: Path, tmp_path: P
     config = resolved(load_config(run, small, {"workdir": str(tmp_path / "student")}))
     made = Artifacts(config).decoder.load()
     assert made.measured["validation"].keys() >= {"loss", "ce", "kl"}
+
+
+def test_a_gguf_file_is_the_same_decoder(run: Path, tmp_path: Path):
+    """Tokenizer and parameters of the file; another file of that content is the same artifact."""
+    folder = tmp_path / "llama"
+    tables = byte_level_tables((folder / "tokenizer.json").read_bytes())
+    file = write_gguf(tmp_path / "model.gguf", folder, **tables)
+    configs = [load_config(run), load_config(run, [f"decoder.pretrained={file}"])]
+    assert configs[1].tokenizer.path == str(file)
+    assert configs[1].tokenizer.separator == configs[0].tokenizer.separator == "<|endoftext|>"
+    for changed in ([], [f"decoder.pretrained={file}"]):
+        for command in ("tokenize", "pretrain"):
+            assert main([command, "--config", str(run), *changed]) == 0
+    made = [Artifacts(resolved(config)) for config in configs]
+    assert made[0].decoder.path != made[1].decoder.path
+    expected, found = (
+        nnx.state(finished_decoder(one, single_device_mesh()), nnx.Param) for one in made
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    (tmp_path / "elsewhere").mkdir()
+    copy = shutil.copy(file, tmp_path / "elsewhere")
+    moved = load_config(run, [f"decoder.pretrained={copy}"])
+    assert Artifacts(resolved(moved)).decoder.path == made[1].decoder.path

@@ -177,6 +177,18 @@ def test_what_is_no_override(mistakes, override):
         (["decoder.num_heads=3"], "decoder.num_heads=3 must divide decoder.width=128"),
         (["decoder.num_kv_heads=3"], "decoder.num_kv_heads=3 must divide decoder.num_heads=4"),
         (["decoder.head_width=33"], "decoder.head_width=33 must be even"),
+        (
+            ["decoder.rope_scaling.kind=linear", "decoder.positions=learned"],
+            "decoder.rope_scaling.kind=linear requires decoder.positions=rope, not learned",
+        ),
+        (
+            ["decoder.rope_scaling.kind=yarn", "decoder.rope_theta=1"],
+            "decoder.rope_scaling.kind=yarn requires decoder.rope_theta=1 to be larger",
+        ),
+        (
+            ["decoder.rope_scaling.fast_turns=1"],
+            "decoder.rope_scaling.fast_turns=1.0 must be more than",
+        ),
         (["memory.width=64", "memory.head=tied"], "memory.head=tied requires memory.width=64 to"),
         (["memory.recent_tokens=-1"], "memory.recent_tokens=-1: must be a whole number from 0 to"),
         (

@@ -11,9 +11,11 @@ from flax import nnx
 
 from mlpmem_jax.config.data import StateSite
 from mlpmem_jax.config.networks import DecoderConfig
-from mlpmem_jax.models.attention import causal_attention, rotary_angles, rotate
+from mlpmem_jax.config.rope import RopeScaling
+from mlpmem_jax.models.attention import causal_attention
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.models.ngrams import hashed
+from mlpmem_jax.models.rotary import rotary_angles, rotate
 from mlpmem_jax.training.losses import lm_loss
 
 VOCAB, LENGTH = 50, 20
@@ -22,7 +24,17 @@ NGRAMS = {"ngram_orders": (2, 3), "ngram_rows": 128, "ngram_width": 5}
 GPT2 = {
     "norm": "layer", "positions": "learned", "activation": "gelu", "biases": "all", "head": "tied",
 }  # fmt: skip
+# Norms after blocks, QK norm, output biases, a window of 7 tokens, scaled positions.
+OLMO = {
+    "num_kv_heads": 2, "norm_place": "post", "qk_norm": "projection", "biases": "attention",
+    "sliding_window": 7, "rope_theta": 50.0,
+    "rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_tokens=8, attention_factor=1.1),
+}  # fmt: skip
+QWEN3 = {"num_kv_heads": 2, "qk_norm": "head", "biases": "qkv"}
 FAMILIES = pytest.mark.parametrize("family", [LLAMA, GPT2], ids=["llama", "gpt2"])
+ALL_FAMILIES = pytest.mark.parametrize(
+    "family", [LLAMA, GPT2, OLMO, QWEN3], ids=["llama", "gpt2", "olmo", "qwen3"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +108,14 @@ def test_causal_by_gradient(family):
 
 @pytest.mark.parametrize(
     ("family", "attention"),
-    [(LLAMA, "blocked"), (GPT2, "blocked"), (LLAMA, "xla"), (LLAMA | NGRAMS, "blocked")],
+    [
+        (LLAMA, "blocked"),
+        (GPT2, "blocked"),
+        (LLAMA, "xla"),
+        (LLAMA | NGRAMS, "blocked"),
+        (OLMO, "blocked"),
+        (OLMO, "xla"),
+    ],
 )
 def test_segments_are_isolated(family, attention):
     """Changing one document changes no state of another; its own start is as if alone."""
@@ -110,7 +129,10 @@ def test_segments_are_isolated(family, attention):
     assert float(jnp.abs(final[0, :8] - other[0, :8]).max()) > 1e-3
     across, _ = run(decoder, tokens_BL)
     np.testing.assert_allclose(final[0, :8], across[0, :8], atol=1e-5)
-    if family is LLAMA:  # rotary positions are relative: a document does not notice its place
+    if family in (
+        LLAMA,
+        OLMO,
+    ):  # rotary positions are relative: no document notices its place
         alone, _ = run(decoder, tokens_BL[:, 8:])
         np.testing.assert_allclose(final[0, 8:], alone[0], atol=2e-5)
 
@@ -209,30 +231,52 @@ def plain_reference(decoder: Decoder, tokens_BL: jax.Array):
         x = x + decoder.position[...][:length]
     half = decoder.head_width // 2
     frequency = config.rope_theta ** (-jnp.arange(half) / half)
+    frequency *= jnp.array(config.rope_scaling.factors(half, config.rope_theta))
     angle = (jnp.arange(length)[:, None] * frequency)[:, None]
 
     def rope(y):
         if config.positions == "learned":
             return y
         a, b = y[..., :half], y[..., half:]
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        cos, sin = (f(angle) * config.rope_scaling.attention_factor for f in (jnp.cos, jnp.sin))
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
     states = {}
     for i in range(config.num_layers):
         p = {name: array[i] for name, array in arrays.items()}
-        y = norm(x, p["attention_norm_scale"], p.get("attention_norm_bias"))
+        before, after = (
+            {
+                name: functools.partial(
+                    norm, scale=p[f"{name}_norm_scale"], bias=p.get(f"{name}_norm_bias")
+                )
+                if config.norm_place == place
+                else lambda x: x
+                for name in ("attention", "ffn")
+            }
+            for place in ("pre", "post")
+        )
+        y = before["attention"](x)
         q, k, v = (
             jnp.einsum("bld,dha->blha", y, p[n]) + p.get(f"{n}_bias", 0.0)
             for n in ("query", "key", "value")
         )
+        if config.qk_norm == "head":
+            q, k = norm(q, p["query_norm_scale"], None), norm(k, p["key_norm_scale"], None)
+        if config.qk_norm == "projection":
+            q, k = (
+                norm(x.reshape(*x.shape[:2], -1), scale.ravel(), None).reshape(x.shape)
+                for x, scale in ((q, p["query_norm_scale"]), (k, p["key_norm_scale"]))
+            )
         repeats = config.num_heads // decoder.num_kv_heads
         q, k, v = rope(q), jnp.repeat(rope(k), repeats, axis=2), jnp.repeat(v, repeats, axis=2)
         score = jnp.einsum("blha,bmha->bhlm", q, k) / jnp.sqrt(decoder.head_width)
-        score = jnp.where(jnp.tril(jnp.ones((length, length), bool)), score, -jnp.inf)
+        seen = jnp.tril(jnp.ones((length, length), bool))
+        seen &= ~jnp.tril(seen, -(config.sliding_window or length))
+        score = jnp.where(seen, score, -jnp.inf)
         mixed = jnp.einsum("bhlm,bmha->blha", jax.nn.softmax(score, -1), v)
-        x = x + jnp.einsum("blha,had->bld", mixed, p["out"]) + p.get("out_bias", 0.0)
-        y = norm(x, p["ffn_norm_scale"], p.get("ffn_norm_bias"))
+        mixed = jnp.einsum("blha,had->bld", mixed, p["out"]) + p.get("out_bias", 0.0)
+        x = x + after["attention"](mixed)
+        y = before["ffn"](x)
         states[Site("ffn_input", i + 1)] = y
         up = y @ p["up"] + p.get("up_bias", 0.0)
         if config.activation == "swiglu":
@@ -240,13 +284,13 @@ def plain_reference(decoder: Decoder, tokens_BL: jax.Array):
         else:
             inner = jnp.sqrt(2 / jnp.pi) * (up + 0.044715 * up**3)
             up = 0.5 * up * (1 + jnp.tanh(inner))
-        x = x + up @ p["down"] + p.get("down_bias", 0.0)
+        x = x + after["ffn"](up @ p["down"] + p.get("down_bias", 0.0))
         states[Site("residual", i + 1)] = x
     final = decoder.final.arrays()
     return norm(x, final["final_scale"], final.get("final_bias")), states
 
 
-@FAMILIES
+@ALL_FAMILIES
 @pytest.mark.parametrize("loop", ["scan", "unroll"])
 def test_equals_plain_reference(family, loop):
     decoder, tokens_BL = make_decoder(layer_loop=loop, **family), make_tokens()
@@ -288,7 +332,7 @@ def test_site_of_a_share_of_the_depth():
     assert Site.of(StateSite(site="residual", layer=2), 6) == Site("residual", 2)
 
 
-@pytest.mark.parametrize(("family", "loop"), [(LLAMA, "unroll"), (GPT2, "scan")])
+@pytest.mark.parametrize(("family", "loop"), [(LLAMA, "unroll"), (GPT2, "scan"), (OLMO, "scan")])
 def test_cache_equals_full_forward(family, loop):
     """Ragged prompts, then token by token, give what reading the whole text gives."""
     decoder, tokens_BL = make_decoder(layer_loop=loop, **family), make_tokens(3)
@@ -312,8 +356,11 @@ def test_cache_equals_full_forward(family, loop):
     np.testing.assert_array_equal(cache.length_B, length_B + LENGTH - 9)
 
 
-@pytest.mark.parametrize(("heads", "length"), [(4, 20), (2, 150), (1, 70)])
-def test_blocked_attention_equals_dense(heads, length):
+@pytest.mark.parametrize(
+    ("heads", "length", "window"),
+    [(4, 20, None), (2, 150, None), (1, 70, None), (2, 150, 17), (1, 150, 100), (4, 20, 20)],
+)
+def test_blocked_attention_equals_dense(heads, length, window):
     """Value and gradients, several blocks, grouped queries, with and without segments."""
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = [(2, length, 4, 8), (2, length, heads, 8), (2, length, heads, 8)]
@@ -321,7 +368,7 @@ def test_blocked_attention_equals_dense(heads, length):
     for segment_BL in (None, jnp.cumsum(jnp.arange(2 * length).reshape(2, length) % 13 == 0, 1)):
 
         def loss(qkv, implementation, segment_BL=segment_BL):
-            return jnp.sum(jnp.sin(causal_attention(*qkv, segment_BL, implementation)))
+            return jnp.sum(jnp.sin(causal_attention(*qkv, segment_BL, implementation, window)))
 
         both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
         value, grads = both(qkv, "blocked")

@@ -22,10 +22,15 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("heads", "groups", "length", "within"),
-    [(4, 4, 128, True), (4, 2, 256, False), (2, 1, 384, True)],
+    ("heads", "groups", "length", "within", "window"),
+    [
+        (4, 4, 128, True, None),
+        (4, 2, 256, False, None),
+        (2, 1, 384, True, None),
+        (2, 1, 256, True, 100),
+    ],
 )
-def test_value_and_gradients_equal_dense(interpreted, heads, groups, length, within):
+def test_value_and_gradients_equal_dense(interpreted, heads, groups, length, within, window):
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(2, length, heads, 16), (2, length, groups, 16), (2, length, groups, 16)]
     qkv = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=False)]
@@ -35,7 +40,7 @@ def test_value_and_gradients_equal_dense(interpreted, heads, groups, length, wit
         segment_BL = segment_BL.astype(jnp.int32)
 
     def loss(qkv, implementation):
-        return jnp.sum(jnp.sin(causal_attention(*qkv, segment_BL, implementation)))
+        return jnp.sum(jnp.sin(causal_attention(*qkv, segment_BL, implementation, window)))
 
     both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     (value, grads), (expected, expected_grads) = both(qkv, "flash"), both(qkv, "xla")

@@ -152,6 +152,10 @@ def test_parts_of_the_decoder():
     assert count(attention="full") - count() == mixing * (LENGTH - 1) / 2
     assert count() - count(head=False) == 2 * 256 * 1024
     assert count(num_layers=1, head=False) == count(head=False) / 2
+    # Queries see 1 … L keys; with a sliding window of 50 never more than 50.
+    windowed = LLAMA.model_copy(update={"sliding_window": 50})
+    fewer = sum(max(0, query + 1 - 50) for query in range(LENGTH)) / LENGTH
+    assert count() - flops.decoder_flops_per_token(windowed, VOCAB, LENGTH) == mixing * fewer
     hidden = 3 * 256 * 704
     assert count() - count(last_ffn=False) == 2 * hidden
 

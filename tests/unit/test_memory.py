@@ -145,7 +145,7 @@ def test_embeddings_of_recent_tokens_stand_behind_the_state():
 def test_a_table_of_its_own_learns_from_the_tokens_read_and_has_no_weight_decay():
     memory = make_memory(recent_tokens=3, recent_table="own", recent_width=6)
     assert memory.recent[...].shape == (128, 6)
-    assert memory.recent.get_metadata()["role"] == "table"
+    assert memory.recent.get_metadata()["role"] == "embedding"
 
     def total(memory):
         return jnp.sum(memory.hidden(memory.inputs(make_input()[0, :2], RECENT)) ** 2)

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.networks import DecoderConfig
-from mlpmem_jax.config.pretrained import pretrained_keys
+from mlpmem_jax.config.pretrained import pretrained_decoder, pretrained_keys
 from mlpmem_jax.errors import ConfigError, UserError
 from mlpmem_jax.interop.huggingface import load_decoder, save_decoder
 from mlpmem_jax.interop.settings import huggingface_settings
@@ -24,6 +24,17 @@ from mlpmem_jax.parallel.mesh import single_device_mesh
 
 MODELS = Path(__file__).with_name("golden") / "pretrained"
 VOCAB = 40
+NEWER = [
+    "llama-biases",
+    "mistral-window",
+    "olmo2",
+    "qwen3",
+    "rope-linear",
+    "rope-llama3",
+    "rope-yarn",
+]
+# Beyond its window, where by default the context ends.
+LONGER = {"mistral-window": {"context_tokens": 32}}
 GPT2 = {"norm": "layer", "positions": "learned", "activation": "gelu", "biases": "all"}
 
 
@@ -38,8 +49,7 @@ def _edit(file: Path, **settings: object) -> None:
 
 
 def _config(folder: Path, **changed: object) -> DecoderConfig:
-    keys = {key.removeprefix("decoder."): v for key, v in pretrained_keys(str(folder)).items()}
-    return DecoderConfig(**keys | changed)
+    return pretrained_decoder(str(folder), **changed)
 
 
 def _logits(folder: Path, tokens: np.ndarray, **changed: object) -> np.ndarray:
@@ -54,10 +64,10 @@ def _logits(folder: Path, tokens: np.ndarray, **changed: object) -> np.ndarray:
     return np.asarray(run(state, tokens.astype(np.int32)))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "llama-tied", "mistral", "qwen2"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama-tied", "mistral", "qwen2", *NEWER])
 def test_logits_are_those_of_transformers(name: str):
     stored = np.load(MODELS / name / "logits.npz")
-    found = _logits(MODELS / name, stored["tokens"])
+    found = _logits(MODELS / name, stored["tokens"], **LONGER.get(name, {}))
     np.testing.assert_allclose(found[..., :VOCAB], stored["logits"], atol=1e-4)
     assert np.isneginf(found[..., VOCAB:]).all()
 
@@ -90,15 +100,16 @@ def test_shards_bfloat16_prefixes_and_spare_rows(llama: Path):
     np.testing.assert_array_equal(half, _logits(llama, stored["tokens"]))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "llama-tied", "qwen2"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama-tied", "qwen2", *NEWER])
 @pytest.mark.parametrize("file_bytes", [1 << 30, 5000], ids=["one-file", "many-files"])
 def test_what_is_written_is_what_was_read(name: str, file_bytes: int, tmp_path: Path):
     """Every tensor bit for bit, and the same shape by its configuration."""
-    config = _config(MODELS / name)
+    changed = LONGER.get(name, {})
+    config = _config(MODELS / name, **changed)
     decoder = load_decoder(str(MODELS / name), config, VOCAB, single_device_mesh())
     settings = huggingface_settings(config, VOCAB, separator_id=0)
     save_decoder(decoder, tmp_path, settings, file_bytes)
-    assert _config(tmp_path) == config
+    assert _config(tmp_path, **changed) == config
     before, after = TensorFiles(str(MODELS / name)), TensorFiles(str(tmp_path))
     assert (len(after.files()) > 1) == (file_bytes == 5000)
     assert after.shapes == before.shapes
@@ -106,11 +117,11 @@ def test_what_is_written_is_what_was_read(name: str, file_bytes: int, tmp_path: 
         np.testing.assert_array_equal(after.read(tensor), before.read(tensor), err_msg=tensor)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "llama-tied", "qwen2"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama-tied", "qwen2", *NEWER])
 def test_transformers_loads_what_is_written(name: str, tmp_path: Path):
     torch = pytest.importorskip("torch", reason="needs torch and transformers (optional)")
     transformers = pytest.importorskip("transformers", reason="needs transformers (optional)")
-    config = _config(MODELS / name)
+    config = _config(MODELS / name, **LONGER.get(name, {}))
     decoder = load_decoder(str(MODELS / name), config, VOCAB, single_device_mesh())
     save_decoder(decoder, tmp_path, huggingface_settings(config, VOCAB, separator_id=0))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -131,6 +142,28 @@ def test_transformers_loads_what_is_written(name: str, tmp_path: Path):
 def test_decoders_of_no_family_are_not_written(keys, expected: str):
     with pytest.raises(ConfigError, match=expected):
         huggingface_settings(DecoderConfig(**keys), VOCAB, 0)
+
+
+def test_a_sliding_window_counts_beyond_it_alone():
+    """The artifact of a decoder whose context fits its window does not depend on the window."""
+    shorter, longer = (
+        _config(MODELS / "mistral-window", context_tokens=tokens) for tokens in (7, 8)
+    )
+    assert shorter.attention_window is None and "sliding_window" not in shorter.recipe()
+    assert longer.attention_window == 7 and longer.recipe()["sliding_window"] == 7
+    assert _config(MODELS / "mistral-window").context_tokens == 4  # by default it fits
+
+
+def test_older_spelling_of_scaled_positions(tmp_path: Path):
+    """What transformers 4 calls rope_scaling and rope_theta."""
+    folder = Path(shutil.copytree(MODELS / "rope-llama3", tmp_path / "older"))
+    expected = _config(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    rope = settings.pop("rope_parameters")
+    settings |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert _config(folder) == expected
+    assert expected.rope_scaling.kind == "llama3" and expected.rope_scaling.original_tokens == 16
 
 
 def test_a_shorter_context_takes_the_first_positions():
@@ -211,12 +244,31 @@ def test_other_weights_have_another_digest(llama: Path):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"model_type": "bert"}, "model_type='bert'; supported are gpt2, llama, mistral, qwen2"),
+        (
+            {"model_type": "bert"},
+            "model_type='bert'; supported are gpt2, llama, mistral, olmo2, qwen2, qwen3",
+        ),
         ({"hidden_act": "gelu", "mlp_bias": True}, "hidden_act=gelu: supported is silu"),
         ({"hidden_act": "gelu", "mlp_bias": True}, "mlp_bias=True is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rotary positions of type yarn"),
-        ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "of type linear"),
-        ({"rope_scaling": {"type": "linear"}}, "of type linear"),
+        (
+            {"rope_parameters": {"rope_type": "longrope"}},
+            "rotary positions of type longrope: supported are default, linear, llama3, yarn",
+        ),
+        ({"rope_scaling": {"type": "dynamic"}, "rope_parameters": None}, "of type dynamic"),
+        (
+            {"rope_scaling": {"type": "linear"}},
+            "rope_parameters and rope_scaling disagree: default and linear",
+        ),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor=None must be a positive number"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": False}},
+            "truncate=False is not supported",
+        ),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True},
+            "use_sliding_window=True is not supported",
+        ),
+        ({"layer_types": ["sliding_attention"]}, "supported is full_attention alone"),
         ({"rope_parameters": [1]}, "rope_parameters=[1] must be a mapping"),
         ({"model_type": []}, "model_type=[]; supported are"),
         ({"max_position_embeddings": "64"}, "max_position_embeddings='64' must be a whole"),
@@ -274,6 +326,8 @@ def test_a_configuration_takes_the_shape_from_it(yaml: Path, llama: Path):
     [
         ("decoder.width=32", "decoder.width=32: the decoder in decoder.pretrained="),
         ("decoder.context_tokens=65", "reads at most 64"),
+        ("decoder.qk_norm=head", "decoder.qk_norm=head: the decoder in"),
+        ("decoder.rope_scaling.kind=linear", "decoder.rope_scaling.kind=linear: the decoder in"),
         ("decoder.ngram_orders=[2]", "decoder.ngram_orders: the decoder in"),
         ("decoder.pretrained=/nowhere", "decoder.pretrained=/nowhere: config.json cannot be read"),
     ],
