@@ -67,6 +67,19 @@ def check_trained_apart(config: Config, command: str, instead: str) -> None:
         )
 
 
+def check_trains_memory(config: Config, command: str) -> None:
+    """Refuses an imported memory where a command trains memories of its own.
+
+    Raises:
+        ConfigError: It is set.
+    """
+    if config.memory.pretrained is not None:
+        raise ConfigError(
+            f"memory.pretrained={config.memory.pretrained}: {command} trains memories, and an "
+            "imported one is not trained; `evaluate` compares it with decoder and kNN-LM"
+        )
+
+
 def check_keys(config: Config) -> None:
     """Refuses to search, or to evaluate the kNN-LM, where no keys are stored.
 

@@ -9,7 +9,7 @@ from mlpmem_jax.console import say
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline import embed, index, pretrain, retrieve, tokenize, train
-from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
+from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart, check_trains_memory
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts, Report
@@ -121,4 +121,5 @@ def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
     check_trained_apart(run.config, NAME, "joint models are compared by compare")
+    check_trains_memory(run.config, NAME)
     return execute(stages, run, options, Rebuild.STALE, print_report)
