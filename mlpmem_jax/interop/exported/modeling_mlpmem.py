@@ -309,6 +309,7 @@ class MlpMemForCausalLM(PreTrainedModel, GenerationMixin):
             others: What the decoder takes besides: a cache, `use_cache`, …
         """
         decoder = getattr(self, self._decoder)
+        recent_BLM = self._recent(input_ids, attention_mask, context_ids, others)
         with self._state_of(decoder) as seen:
             outputs = decoder(
                 input_ids=input_ids,
@@ -316,7 +317,6 @@ class MlpMemForCausalLM(PreTrainedModel, GenerationMixin):
                 position_ids=position_ids,
                 **{**others, "return_dict": True},
             )
-        recent_BLM = self._recent(input_ids, attention_mask, context_ids, others)
         if isinstance(logits_to_keep, int):
             kept: Any = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         else:
