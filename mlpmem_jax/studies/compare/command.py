@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.suite import RowName
 from mlpmem_jax.console import is_speaker, say
-from mlpmem_jax.pipeline.checks import check_trained_apart
+from mlpmem_jax.pipeline.checks import check_trained_apart, check_trains_memory
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Stage
@@ -126,6 +126,7 @@ def main(run: Artifacts, options: Options) -> int:
     check_trained_apart(
         config, "compare", "joint training is a row of it: joint, joint_gate, compare.recipes"
     )
+    check_trains_memory(config, "compare")
     check_recipes(run)
     _say_what_is_missing(run)
     made = run_suite("compare", run, options, works(run), functools.partial(table_stage, run))

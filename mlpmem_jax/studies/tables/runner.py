@@ -13,7 +13,6 @@ from mlpmem_jax.console import say
 from mlpmem_jax.evaluation.draws import Family, Settings
 from mlpmem_jax.parallel.hardware import this_machine
 from mlpmem_jax.pipeline import tokenize
-from mlpmem_jax.pipeline.checks import check_trains_memory
 from mlpmem_jax.pipeline.execute import check_config_file, record, write_run
 from mlpmem_jax.pipeline.fitting import check_fit, doubts
 from mlpmem_jax.pipeline.forecast import Expected, Forecast, Forecaster, duration
@@ -158,7 +157,6 @@ def run_suite(
     rebuild = Rebuild.STALE if options.rebuild else Rebuild.REFUSE
     config = run.config
     check_config_file(config)
-    check_trains_memory(config, command)
     tokens = tokenize.stages(run)
     # Planned once before anything is made, so that a mistake costs a second, not an hour.
     planned = [work.stages() for work in works]
