@@ -258,12 +258,11 @@ class MlpMemForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MlpMemConfig) -> None:
         super().__init__(config)
         decoder = AutoModel.from_config(config.text_config)
-        # "model" or "transformer".
-        self._decoder = decoder.base_model_prefix
+        self._decoder = decoder.base_model_prefix  # "model" or "transformer"
         setattr(self, self._decoder, decoder)
-        about = config.text_config
-        self.lm_head = nn.Linear(about.hidden_size, about.vocab_size, bias=False)
-        self.memory = Memory(config.mlp_memory, about.vocab_size)
+        width, vocab_size = config.text_config.hidden_size, config.text_config.vocab_size
+        self.lm_head = nn.Linear(width, vocab_size, bias=False)
+        self.memory = Memory(config.mlp_memory, vocab_size)
         embeddings = next(name for name in ("embed_tokens", "wte") if hasattr(decoder, name))
         tied = {"lm_head.weight": f"{self._decoder}.{embeddings}.weight"}
         self._tied_weights_keys = tied if config.tie_word_embeddings else {}
@@ -317,10 +316,9 @@ class MlpMemForCausalLM(PreTrainedModel, GenerationMixin):
                 position_ids=position_ids,
                 **{**others, "return_dict": True},
             )
+        kept: Any = logits_to_keep
         if isinstance(logits_to_keep, int):
-            kept: Any = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
-        else:
-            kept = logits_to_keep
+            kept = slice(-logits_to_keep or None, None)
         logprob_BLV = F.log_softmax(self.lm_head(outputs.last_hidden_state[:, kept]).float(), -1)
         input_BLX = self.memory.inputs(
             seen[0][:, kept],
