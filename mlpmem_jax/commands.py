@@ -125,7 +125,7 @@ COMMANDS: dict[str, Command] = {
         "pipeline.export",
         "write decoder and memory as a directory that transformers loads",
         (
-            "generate.interpolation", *_RUN, "decoder", "memory", "mesh", "datastore.input",
+            *_RUN, "decoder", "memory", "mesh", "datastore.input", "generate.interpolation",
             *_MODEL, "train.joint_weight",
         ),
         alone=True,
