@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from mlpmem_jax import __version__
 from mlpmem_jax.commands import COMMANDS, run_command
@@ -25,7 +25,7 @@ from mlpmem_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, PREEMPTED, User
 from mlpmem_jax.failures import explain, user_error_in
 from mlpmem_jax.parallel import multihost
 from mlpmem_jax.parallel.preemption import Preempted
-from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.options import Exported, Options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,6 +119,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, Options]:
         remove_unused=getattr(flags, "remove_unused", False),
         api_key_file=_path(flags, "api_key_file"),
         output=_path(flags, "output"),
+        what=getattr(flags, "what", None),
     )
     return command, config, options
 
@@ -263,6 +264,15 @@ def _add_own_flags(parser: _Parser, command: str) -> None:
         return
     if command == "export":
         parser.add_value(own, "--output", metavar="DIR", help="new directory to write")
+        parser.add_value(
+            own,
+            "--what",
+            metavar="WHAT",
+            choices=get_args(Exported),
+            help="decoder: alone, as a model of its family; model: decoder and memory, with a "
+            "modelling file; memory: alone, in the official layout; default: model, or decoder "
+            "where no memory is trained",
+        )
         return
     parser.add_value(
         own,

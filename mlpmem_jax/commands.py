@@ -123,8 +123,11 @@ COMMANDS: dict[str, Command] = {
     ),
     "export": Command(
         "pipeline.export",
-        "write the decoder as a directory that transformers loads",
-        (*_RUN, "decoder", "memory", "mesh", "datastore.input", *_MODEL, "train.joint_weight"),
+        "write decoder and memory as a directory that transformers loads",
+        (
+            *_RUN, "decoder", "memory", "mesh", "datastore.input", "generate.interpolation",
+            *_MODEL, "train.joint_weight",
+        ),
         alone=True,
     ),
     "artifacts": Command(

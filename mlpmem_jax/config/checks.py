@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from mlpmem_jax.config.pretrained import longest_context, missing_tokenizer, pretrained_keys
+from mlpmem_jax.config.pretrained_memory import memory_keys, state_width
 from mlpmem_jax.config.table_checks import table_mistakes
 from mlpmem_jax.config.training_checks import training_mistakes
 from mlpmem_jax.errors import ConfigError
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 def cross_section_mistakes(config: Config) -> list[str]:
     """Returns one line for each broken rule."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
-        _sources, _separator, _heads, _rope_scaling, _pretrained, _recent, _layers, _windows,
-        _storage, _batches, _arrays, _mesh, _candidates, training_mistakes, table_mistakes,
+        _sources, _separator, _heads, _rope_scaling, _pretrained, _memory, _recent, _layers,
+        _windows, _storage, _batches, _arrays, _mesh, _candidates, training_mistakes,
+        table_mistakes,
     )  # fmt: skip
     return [mistake for rule in rules for mistake in rule(config)]
 
@@ -140,6 +142,32 @@ def _pretrained(config: Config) -> Iterator[str]:
         yield (
             f"decoder.context_tokens={config.decoder.context_tokens}: the decoder in "
             f"decoder.pretrained={path} reads at most {most}"
+        )
+
+
+def _memory(config: Config) -> Iterator[str]:
+    """A pretrained memory has the shape that it has, and reads the states of its decoder."""
+    path, train = config.memory.pretrained, config.train
+    if path is None:
+        return
+    try:
+        wanted, width = memory_keys(path), state_width(path)
+    except ConfigError as error:
+        yield from error.messages
+        return
+    for dotted, value in wanted.items():
+        given = getattr(config.memory, dotted.removeprefix("memory."))
+        if given != value:
+            yield f"{dotted}={given}: the memory in memory.pretrained={path} has {value}"
+    if width != config.decoder.width:
+        yield (
+            f"memory.pretrained={path}: reads states of width {width}, and "
+            f"decoder.width={config.decoder.width}"
+        )
+    if train.mode == "joint" and train.memory_start != "checkpoint":
+        yield (
+            f"memory.pretrained={path} has no effect with train.mode=joint and "
+            f"train.memory_start={train.memory_start}: set train.memory_start=checkpoint"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from mlpmem_jax.config.draft import Draft
 from mlpmem_jax.config.keys import key_path
 from mlpmem_jax.config.pretrained import pretrained_keys
+from mlpmem_jax.config.pretrained_memory import SITE_KEYS, memory_keys
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.types import checked_path
 from mlpmem_jax.config.yaml_text import YamlError, parse_yaml, short, write_yaml
@@ -48,9 +49,13 @@ def load_config(
         draft.merge(values)
         return _changed(draft, overrides, assigned or {})
 
-    # What a pretrained decoder decides stands below what the file and the command line set.
-    folder = _path_of(draft({}).value("decoder", "pretrained"))
-    return draft(pretrained_keys(folder) if folder else {}).finish()
+    # What pretrained networks decide stands below what the file and the command line set.
+    known: dict[str, Any] = {}
+    if folder := _path_of(draft({}).value("decoder", "pretrained")):
+        known |= pretrained_keys(folder)
+    if folder := _path_of(draft({}).value("memory", "pretrained")):
+        known |= memory_keys(folder) | SITE_KEYS
+    return draft(known).finish()
 
 
 def _path_of(value: Any) -> str | None:

@@ -119,11 +119,25 @@ class DecoderConfig(Section):
 class MemoryConfig(Section):
     """The MLP Memory (paper, section 3.1): no token mixing."""
 
+    pretrained: PathText | None = runtime(
+        None,
+        "directory (config.json, *.safetensors) of a memory of the official release; `train` "
+        "imports it, and it sets the keys of the memory's shape and datastore.input; null: the "
+        "memory is trained",
+    )
     width: Width = setting(128, "width of the residual stream, E")
     num_layers: Blocks = setting(4, "number of feed-forward blocks")
     ffn_width: Width | Auto = setting("auto", "feed-forward width, F; auto: as decoder.ffn_width")
     block: Literal["swiglu", "gelu"] = setting(
         "swiglu", "swiglu: with RMSNorm (Llama); gelu: with LayerNorm and biases (GPT-2)"
+    )
+    biases: Literal["auto", "none", "ffn", "all"] = setting(
+        "auto",
+        "biases of the blocks; ffn: of feed-forward layers; all: of norms too; auto: none (swiglu) "
+        "or all (gelu)",
+    )
+    projection_bias: Literal["none", "learned"] = setting(
+        "none", "bias of the projection from the inputs to memory.width, if there is one"
     )
     input_norm: Literal["none", "rms", "standardize"] = setting(
         "standardize", "scaling of the decoder's state before the first block"
@@ -151,11 +165,19 @@ class MemoryConfig(Section):
     head: Literal["untied", "tied"] = setting("untied", "output head; tied: the decoder's")
     gate: Literal["none", "learned"] = setting("none", "learned: λ per token, from the input")
     gate_floor: float = setting(0.0, "smallest distance of the gate from 0 and 1", ge=0, le=0.49)
+    temperature: float = setting(1.0, "divides the memory's logits", ge=1e-3, le=1e3)
     norm_epsilon: Epsilon = setting(1e-5, "constant added to the variance in norms")
     init_scale: Scale = setting(0.02, "standard deviation of initial weights")
     compute_dtype: ComputeDtype = setting("auto", "auto: float32 on CPU, bfloat16 elsewhere")
     remat: Literal["none", "full", "dots"] = runtime("none", "as decoder.remat")
     layer_loop: Literal["auto", "scan", "unroll"] = runtime("auto", "as decoder.layer_loop")
+
+    @property
+    def resolved_biases(self) -> Literal["none", "ffn", "all"]:
+        """Biases of the blocks."""
+        if self.biases == "auto":
+            return "all" if self.block == "gelu" else "none"
+        return self.biases
 
     @property
     def num_read_tokens(self) -> int:

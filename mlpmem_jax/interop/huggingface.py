@@ -6,9 +6,9 @@ them. They are written in files of a bounded size, which the host holds one at a
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,11 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from mlpmem_jax.config.networks import DecoderConfig
+from mlpmem_jax.config.weight_files import INDEX, ONE_FILE
 from mlpmem_jax.errors import UserError
-from mlpmem_jax.interop.families import HEAD, Entry, Family, family_of
+from mlpmem_jax.interop.families import HEAD, Entry, family_of
 from mlpmem_jax.interop.gguf import GgufTensors, tensor_files
-from mlpmem_jax.interop.tensors import INDEX, ONE_FILE, TensorFiles, check_names
+from mlpmem_jax.interop.tensors import TensorFiles, check_names
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.parallel.sharding import create_sharded
 from mlpmem_jax.parallel.sharing import whole
@@ -29,6 +30,7 @@ from mlpmem_jax.training.state import flatten, split_module, unflatten
 # Masks and frequencies: no parameters.
 _IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 _FILE_BYTES = 2 << 30
+Network = TypeVar("Network", bound=nnx.Module)
 
 
 def load_decoder(
@@ -51,11 +53,32 @@ def load_decoder(
             shape, all of them named.
     """
     files, tensors, entries = checked_tensors(path, config, vocab_size)
-    graphdef, params, fixed = _empty(config, vocab_size, mesh)
+
+    def build() -> Decoder:
+        return Decoder(config, vocab_size, rngs=nnx.Rngs(0))
+
+    return load_network(build, entries, lambda name: files.read(tensors[name]), mesh)
+
+
+def load_network(
+    build: Callable[[], Network],
+    entries: Iterable[Entry],
+    read: Callable[[str], np.ndarray],
+    mesh: jax.sharding.Mesh,
+) -> Network:
+    """Makes a network of tensors, which are read one at a time.
+
+    Args:
+        build: Makes it with any parameters.
+        entries: Where each parameter stands.
+        read: Reads a tensor by its name.
+        mesh: Where the parameters go.
+    """
+    graphdef, params, fixed = _empty(build, mesh)
     flat = flatten(params)
     with jax.set_mesh(mesh):
         for entry in entries:
-            part = entry.tensor.turn(files.read(tensors[entry.tensor.name]))
+            part = entry.tensor.turn(read(entry.tensor.name))
             start = [0] * part.ndim
             if entry.layer is not None:
                 part, start = part[None], [entry.layer, *start]
@@ -97,7 +120,8 @@ def checked_tensors(
             "use the tokenizer.json of this directory"
         )
     entries = list(family.entries())
-    check_names(shapes, {entry.tensor.name: entry.tensor.shape for entry in entries}, path)
+    wanted = {entry.tensor.name: entry.tensor.shape for entry in entries}
+    check_names(shapes, wanted, f"decoder.pretrained={path}")
     return files, tensors, entries
 
 
@@ -107,12 +131,8 @@ def _writer(sharding: jax.sharding.Sharding) -> Any:
     return jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0, out_shardings=sharding)
 
 
-def _empty(config: DecoderConfig, vocab_size: int, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
-    """Returns the structure of a decoder, and its parameters, all zero."""
-
-    def build() -> Decoder:
-        return Decoder(config, vocab_size, rngs=nnx.Rngs(0))
-
+def _empty(build: Callable[[], nnx.Module], mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+    """Returns the structure of a network, and its parameters, all zero."""
     graphdef, _, fixed = split_module(nnx.eval_shape(build))
 
     def create() -> nnx.State:
@@ -132,7 +152,27 @@ def save_decoder(
         settings: Its `config.json` (`huggingface_settings`).
         file_bytes: A file is closed once it holds so much.
     """
+    save_tensors(decoder_tensors(decoder), folder, file_bytes)
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def decoder_tensors(decoder: Decoder) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of a decoder by name, as `transformers` stores them."""
     family = family_of(decoder.config)(decoder.config, decoder.vocab_size)
+    for name, tensor in network_tensors(decoder, family.entries()):
+        yield name if name == HEAD else f"{family.prefix}{name}", tensor
+
+
+def save_tensors(
+    tensors: Iterable[tuple[str, np.ndarray]], folder: Path, file_bytes: int = _FILE_BYTES
+) -> None:
+    """Writes tensors into safetensors files, which the host holds one at a time.
+
+    Args:
+        tensors: By name.
+        folder: The directory.
+        file_bytes: A file is closed once it holds so much.
+    """
     parts: list[dict[str, np.ndarray]] = [{}]
     names: list[list[str]] = []
 
@@ -143,9 +183,8 @@ def save_decoder(
         names.append(list(parts[0]))
         parts[0] = {}
 
-    for name, tensor in _tensors(decoder, family):
-        full = name if name == HEAD else f"{family.prefix}{name}"
-        parts[0][full] = np.ascontiguousarray(tensor)
+    for name, tensor in tensors:
+        parts[0][name] = np.ascontiguousarray(tensor)
         if sum(each.nbytes for each in parts[0].values()) >= file_bytes:
             close()
     if parts[0]:
@@ -159,15 +198,16 @@ def save_decoder(
             for name in each
         }
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=2))
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _tensors(decoder: Decoder, family: Family) -> Iterator[tuple[str, np.ndarray]]:
+def network_tensors(
+    network: nnx.Module, entries: Iterable[Entry]
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yields tensors by name; those that several parameters share are put together."""
-    _, params, _ = split_module(decoder)
-    flat = flatten(params)
+    _, params, fixed = split_module(network)
+    flat = flatten(params) | flatten(fixed)
     shared: dict[str, list[np.ndarray]] = {}
-    for entry in family.entries():
+    for entry in entries:
         array = flat[f"{entry.parameter}/value"]
         part = whole(array if entry.layer is None else array[entry.layer])
         parts = shared.setdefault(entry.tensor.name, [])

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from mlpmem_jax.config.weight_files import weight_files
 from mlpmem_jax.errors import UserError
 
-ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F16", "BF16", "F32", "F64")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -59,27 +58,7 @@ class TensorFiles:
         Raises:
             UserError: There are none.
         """
-        index = self._folder / INDEX
-        if index.is_file():
-            try:
-                named = set(json.loads(index.read_bytes())["weight_map"].values())
-                # Names of files in this directory.
-                inside = all(isinstance(one, str) and Path(one).name == one for one in named)
-            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-                inside = False
-            if not inside:
-                raise UserError(f"{index}: damaged, it has no weight_map from tensors to files")
-            missing = sorted(name for name in named if not (self._folder / name).is_file())
-            if missing:
-                raise UserError(f"{self._folder}: {', '.join(missing)} missing ({INDEX})")
-            return sorted(named)
-        if (self._folder / ONE_FILE).is_file():
-            return [ONE_FILE]
-        pickled = [p.name for p in self._folder.glob("*.bin")] if self._folder.is_dir() else []
-        raise UserError(
-            f"{self._folder}: has neither {ONE_FILE} nor {INDEX}"
-            + (f"; {pickled[0]} is a pickle, which is never read" if pickled else "")
-        )
+        return weight_files(self._folder)
 
     def read(self, name: str) -> np.ndarray:
         """Returns a tensor in float32.
@@ -120,9 +99,18 @@ def check_finite(tensor: np.ndarray, name: str) -> None:
 
 
 def check_names(
-    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], path: str
+    found: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    source: str,
+    asker: str = "config.json",
 ) -> None:
     """Refuses tensors that are missing, unexpected, or of another shape.
+
+    Args:
+        found: Shapes by name.
+        wanted: The same of the network.
+        source: The key that names the directory, and its value.
+        asker: What decides the wanted shapes.
 
     Raises:
         UserError: Names all of them.
@@ -133,9 +121,9 @@ def check_names(
     if unexpected := sorted(found.keys() - wanted.keys()):
         lines.append("unexpected: " + ", ".join(unexpected))
     lines += [
-        f"{name} has the shape {list(found[name])}, config.json asks for {list(wanted[name])}"
+        f"{name} has the shape {list(found[name])}, {asker} asks for {list(wanted[name])}"
         for name in sorted(wanted.keys() & found.keys())
         if tuple(found[name]) != tuple(wanted[name])
     ]
     if lines:
-        raise UserError(f"decoder.pretrained={path}: " + "; ".join(lines))
+        raise UserError(f"{source}: " + "; ".join(lines))

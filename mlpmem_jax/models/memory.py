@@ -52,7 +52,7 @@ class Memory(nnx.Module):
         self.padded_vocab = layers.padded_vocab_size(vocab_size)
         self.dtype = layers.resolve_dtype(config.compute_dtype)
         self.norm = "rms" if config.block == "swiglu" else "layer"
-        bias, scale, width = config.block == "gelu", config.init_scale, config.width
+        scale, width, biases = config.init_scale, config.width, config.resolved_biases
         if config.input_norm == "standardize":
             zeros_X, ones_X = (layers.filled((input_width,), value, rngs) for value in (0.0, 1.0))
             self.input_mean = InputStatistics(zeros_X, logical_axes=("state",))
@@ -64,6 +64,8 @@ class Memory(nnx.Module):
             # Keeps the scale of the (normalised) input, unlike the small init of the blocks.
             shape, deviation = (input_width, width), 1 / math.sqrt(input_width)
             shapes = {"projection": layers.Spec(shape, ("embed", None), deviation, "matrix")}
+            if config.projection_bias == "learned":
+                shapes["projection_bias"] = layers.Spec((width,), ("state",), 0.0, "bias")
             self.projection = layers.Parameters(shapes, rngs)
         if config.recent_tokens and config.recent_table == "own":
             table = (self.padded_vocab, config.table_width(decoder_width))
@@ -73,12 +75,14 @@ class Memory(nnx.Module):
         hidden = layers.ffn_width(config.ffn_width, width, config.block)
         self.blocks = layers.Parameters(
             {
-                **norm_shapes("ffn_norm", width, config.num_layers, bias),
-                **layers.ffn_shapes(width, hidden, config.num_layers, config.block, bias, scale),
+                **norm_shapes("ffn_norm", width, config.num_layers, biases == "all"),
+                **layers.ffn_shapes(
+                    width, hidden, config.num_layers, config.block, biases != "none", scale
+                ),
             },
             rngs,
         )
-        self.final = layers.Parameters(norm_shapes("final", width, None, bias), rngs)
+        self.final = layers.Parameters(norm_shapes("final", width, None, biases == "all"), rngs)
         if config.head == "untied":
             table = (self.padded_vocab, width)
             self.head = parameter(table, ("vocab", "embed"), scale, "head", rngs)
@@ -166,7 +170,7 @@ class Memory(nnx.Module):
             input_BLX: [..., X] what `inputs` returned.
 
         Returns:
-            [..., E] states after the final norm, compute dtype.
+            [..., E] states after the final norm, divided by the temperature; compute dtype.
         """
         config, axes = self.config, self.blocks.axes()
         if input_BLX.shape[-1] != self.input_width:
@@ -186,6 +190,8 @@ class Memory(nnx.Module):
         stacked = self.blocks.arrays()
         x_TE = layers.loop_layers(block, x_TE, stacked, config.num_layers, unroll)
         x_TE = normalize(x_TE, self.final.arrays(), "final", self.norm, config.norm_epsilon)
+        if config.temperature != 1:
+            x_TE = (x_TE / config.temperature).astype(x_TE.dtype)
         return x_TE.reshape(*input_BLX.shape[:-1], config.width)
 
     def interpolation(self, input_BLX: jax.Array) -> jax.Array:

@@ -61,6 +61,20 @@ def check_trained_apart(run: Artifacts, command: str, instead: str) -> None:
         )
 
 
+def check_trains_memory(run: Artifacts, command: str) -> None:
+    """Refuses an imported memory where a command trains memories of its own.
+
+    Raises:
+        ConfigError: It is set.
+    """
+    path = run.config.memory.pretrained
+    if path is not None:
+        raise ConfigError(
+            f"memory.pretrained={path}: {command} trains memories, and an "
+            "imported one is not trained; `evaluate` compares it with decoder and kNN-LM"
+        )
+
+
 def check_keys(run: Artifacts) -> None:
     """Refuses to search, or to evaluate the kNN-LM, where no keys are stored.
 

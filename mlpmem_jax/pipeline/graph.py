@@ -223,11 +223,18 @@ class Artifacts:
         if self.config.train.mode == "joint" and "memory" not in self.given:
             asked = "train.memory_start=checkpoint"
             self.given["memory"] = self._of_run("memory", self.config.workdir, asked)
-        return self._role(
-            "memory", "memory", lambda: recipes.trained(self.config), self._memory_inputs
-        )
+        path = self.config.memory.pretrained
+
+        def recipe() -> Recipe:
+            if path is None:
+                return recipes.trained(self.config)
+            return recipes.imported_memory(self.config, self.sources.weights(path))
+
+        return self._role("memory", "memory", recipe, self._memory_inputs)
 
     def _memory_inputs(self) -> list[Artifact]:
+        if self.config.memory.pretrained is not None:
+            return [self.tokens, self.decoder]
         inputs = [self.tokens, self.targets("train"), self.targets("valid"), self.decoder]
         if not self.config.decoder_runs:
             inputs += [self.datastore("train"), self.datastore("valid")]

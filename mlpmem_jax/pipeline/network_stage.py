@@ -1,10 +1,12 @@
 """What `pretrain` and `train` share: a task, the loop, the manifest."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 from etils import epath
+from flax import nnx
 
 from mlpmem_jax.config.stages import WARMUP_STEPS, TrainingConfig
 from mlpmem_jax.console import say
@@ -12,6 +14,7 @@ from mlpmem_jax.parallel.mesh import make_mesh
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.training.loop import fit
+from mlpmem_jax.training.networks import save_network
 from mlpmem_jax.training.optimizer import parameter_groups
 
 
@@ -63,6 +66,25 @@ def train_task(
         measured=result.measured,
         content=result.content,
     )
+
+
+def save_imported(
+    network: nnx.Module, artifact: Artifact, mesh: jax.sharding.Mesh, vocab_size: int, path: str
+) -> Completion:
+    """Saves a network that was read from files of other software.
+
+    Args:
+        network: The network, on the mesh.
+        artifact: Where its checkpoint goes.
+        mesh: Devices.
+        vocab_size: V of the tokenizer.
+        path: Where it was read, for the message.
+    """
+    saved = save_network(network, artifact, 0, mesh)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
+    say(f"{artifact.title}: {parameters:,} parameters read from {path}")
+    counts = {**saved.counts, "parameters": parameters, "vocab_size": vocab_size}
+    return dataclasses.replace(saved, counts=counts)
 
 
 def _log_short_warmup(section: TrainingConfig, section_name: str) -> None:

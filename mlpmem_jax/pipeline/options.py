@@ -1,6 +1,9 @@
 """What the command line says beside the configuration."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Exported = Literal["decoder", "model", "memory"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,7 @@ class Options:
         remove_unused: `artifacts` only: remove what no work directory uses.
         api_key_file: `serve` only: the file with the key that requests must bring.
         output: Where the report of `compile` goes as JSON, or what `export` writes.
+        what: `export` only: which networks; None: both, the decoder alone without a memory.
     """
 
     workdir: str
@@ -26,6 +30,7 @@ class Options:
     remove_unused: bool = False
     api_key_file: str | None = None
     output: str | None = None
+    what: Exported | None = None
 
     def flags(self) -> dict[str, bool]:
         """Returns what all processes of a run must have been given alike."""

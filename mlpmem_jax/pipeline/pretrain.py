@@ -1,9 +1,7 @@
 """The decoder: trained on the corpus, read from files of a pretrained one, or both."""
 
-import dataclasses
 import functools
 
-from mlpmem_jax.console import say
 from mlpmem_jax.pipeline import estimates, needs
 from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.graph import Artifacts
@@ -54,22 +52,15 @@ def _check_import(run: Artifacts, path: str) -> None:
 
 
 def _import(run: Artifacts, path: str) -> Completion:
-    import jax
-    from flax import nnx
-
     from mlpmem_jax.interop.huggingface import load_decoder
     from mlpmem_jax.parallel.mesh import make_mesh
+    from mlpmem_jax.pipeline.network_stage import save_imported
     from mlpmem_jax.pipeline.networks import vocab_size
-    from mlpmem_jax.training.networks import save_network
 
-    config, artifact = run.config, run.decoder
+    config = run.config
     mesh, size = make_mesh(config.mesh), vocab_size(run)
     decoder = load_decoder(path, config.decoder, size, mesh)
-    saved = save_network(decoder, artifact, 0, mesh)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(decoder, nnx.Param)))
-    say(f"{artifact.title}: {parameters:,} parameters read from {path}")
-    counts = {**saved.counts, "parameters": parameters, "vocab_size": size}
-    return dataclasses.replace(saved, counts=counts)
+    return save_imported(decoder, run.decoder, mesh, size, path)
 
 
 def _build(run: Artifacts) -> Completion:

@@ -60,6 +60,12 @@ def network(config: Config, name: str) -> Recipe:
             "num_kv_heads": config.decoder.resolved_kv_heads,
             "head_width": config.decoder.resolved_head_width,
         }
+    else:  # What was no key before leaves the ids as they were.
+        recipe["biases"] = config.memory.resolved_biases
+        usual = {"gelu": "all", "swiglu": "none"}[config.memory.block]
+        for key, value in {"biases": usual, "projection_bias": "none", "temperature": 1.0}.items():
+            if recipe[key] == value:
+                del recipe[key]
     return recipe
 
 
@@ -121,6 +127,15 @@ def results(config: Config) -> Recipe:
         "seed": config.seed,
         "evaluate": config.evaluate.recipe() | {"intervals": INTERVALS},
         **compute_dtypes(config, "memory"),
+    }
+
+
+def imported_memory(config: Config, weights: str) -> Recipe:
+    """Returns the recipe of a memory that is not trained here, by a digest of its weights."""
+    return {
+        "memory": network(config, "memory"),
+        "weights": weights,
+        "datastore": {"input": config.datastore.input.recipe()},
     }
 
 

@@ -82,7 +82,7 @@ class Sources:
         return self._given[key]
 
     def weights(self, path: str, *, again: bool = False) -> str:
-        """Returns a digest of the tensors of a pretrained decoder.
+        """Returns a digest of the tensors of a pretrained decoder or memory.
 
         Args:
             path: Their directory, GGUF file or Hub id.

@@ -1,4 +1,4 @@
-"""The MLP Memory, trained to imitate the retriever, alone or together with the decoder."""
+"""The MLP Memory: trained to imitate the retriever, alone or with the decoder, or imported."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +8,7 @@ from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.checks import check_devices, check_teacher
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.memory_import import import_stage
 from mlpmem_jax.pipeline.refresh import Phases, phase_build, refresh_stages
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.manifest import Artifact, Completion
@@ -16,6 +17,9 @@ from mlpmem_jax.store.manifest import Artifact, Completion
 def stages(run: Artifacts) -> list[Stage]:
     """Returns the stage of this command; in joint mode its phases and what lies between."""
     run.sources.trains = True
+    path = run.config.memory.pretrained
+    if run.config.train.mode == "memory" and path is not None:
+        return [import_stage(run, path)]
     if run.config.train.mode == "memory":
         steps = range(run.config.train.num_steps)
         return [_stage(run, run.memory, functools.partial(_build, run), steps)]

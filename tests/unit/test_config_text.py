@@ -162,10 +162,10 @@ def test_the_schema_knows_its_paths():
     assert set(PATH_KEYS) == {
         "workdir", "store", "tokenizer.path", "targets.workdir", "corpus.paths",
         "corpus.more.N.paths", "corpus.train.paths", "corpus.valid.paths", "corpus.test.paths",
-        "decoder.pretrained",
+        "decoder.pretrained", "memory.pretrained",
     }  # fmt: skip
     named = {path for path in all_keys() if re.search("dir$|path|file", path.rsplit(".", 1)[-1])}
-    assert named == set(PATH_KEYS) - {"decoder.pretrained", "store"}
+    assert named == set(PATH_KEYS) - {"decoder.pretrained", "memory.pretrained", "store"}
     assert holds_path("corpus.more.3.paths") and not holds_path("corpus.field")
 
 
@@ -188,6 +188,8 @@ def test_the_home_directory_is_found_in_every_path(load, refused, path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for module in ("load", "checks"):  # No such directories are there to be read.
         monkeypatch.setattr(f"mlpmem_jax.config.{module}.pretrained_keys", lambda path: {})
+        monkeypatch.setattr(f"mlpmem_jax.config.{module}.memory_keys", lambda path: {})
+    monkeypatch.setattr("mlpmem_jax.config.checks.state_width", lambda path: 128)
     monkeypatch.setattr("mlpmem_jax.config.checks.longest_context", lambda path: 10**6)
     for typed, meant in (
         ("~/a b/*.txt", f"{tmp_path}/home/a b/*.txt"),

@@ -43,12 +43,12 @@ def networks(family: str, vocab: int = VOCAB, context: int = CONTEXT) -> tuple[D
     memory = MemoryConfig(width=16, num_layers=1, **MEMORIES.get(family, {}))
 
     return (
-        _drawn(lambda: Decoder(config, vocab, rngs=nnx.Rngs(0)), seed=0),
-        _drawn(lambda: Memory(memory, 32, vocab, rngs=nnx.Rngs(0)), seed=1),
+        drawn(lambda: Decoder(config, vocab, rngs=nnx.Rngs(0)), seed=0),
+        drawn(lambda: Memory(memory, 32, vocab, rngs=nnx.Rngs(0)), seed=1),
     )
 
 
-def _drawn(build: Callable[[], Any], seed: int) -> Any:
+def drawn(build: Callable[[], Any], seed: int, scale: float = 0.4) -> Any:
     """Makes a network with parameters from NumPy: nothing to compile.
 
     They are large, since small ones make every distribution nearly flat.
@@ -56,7 +56,7 @@ def _drawn(build: Callable[[], Any], seed: int) -> Any:
     graphdef, abstract = nnx.split(nnx.eval_shape(build))
     rng = np.random.default_rng(seed)
     state = jax.tree.map(
-        lambda leaf: jnp.asarray(0.4 * rng.standard_normal(leaf.shape), leaf.dtype), abstract
+        lambda leaf: jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype), abstract
     )
     return nnx.merge(graphdef, state)
 

@@ -7,6 +7,7 @@ from typing import Any
 from mlpmem_jax.config.suite import SweepConfig
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.pipeline.checks import check_trains_memory
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Stage
@@ -189,6 +190,7 @@ def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed])
 
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
+    check_trains_memory(run, "ablate")
     check_sweeps(run)
     made = run_suite("ablate", run, options, works(run), functools.partial(table_stage, run))
     if made is not None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from mlpmem_jax.config.suite import CompareConfig, RowName
 from mlpmem_jax.console import is_speaker, say
-from mlpmem_jax.pipeline.checks import check_trained_apart
+from mlpmem_jax.pipeline.checks import check_trained_apart, check_trains_memory
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Stage
@@ -127,6 +127,7 @@ def main(run: Artifacts, options: Options) -> int:
     check_trained_apart(
         run, "compare", "joint training is a row of it: joint, joint_gate, compare.recipes"
     )
+    check_trains_memory(run, "compare")
     check_recipes(run)
     _say_what_is_missing(run)
     made = run_suite("compare", run, options, works(run), functools.partial(table_stage, run))

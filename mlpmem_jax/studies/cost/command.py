@@ -7,7 +7,7 @@ from typing import Any
 
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline import index, recipes, retrieve, train
-from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
+from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart, check_trains_memory
 from mlpmem_jax.pipeline.evaluate import RESULTS as EVALUATED
 from mlpmem_jax.pipeline.evaluate import check_current
 from mlpmem_jax.pipeline.execute import execute
@@ -163,4 +163,6 @@ def print_report(run: Artifacts) -> None:
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
     check_trained_apart(run, NAME, "the time that a joint model takes is in evaluate")
+    if run.config.cost.quality == "train":
+        check_trains_memory(run, "cost.quality=train")
     return execute(stages, run, options, report=print_report)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.pipeline.checks import check_trained_apart
+from mlpmem_jax.pipeline.checks import check_trained_apart, check_trains_memory
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.stage import Stage
@@ -152,6 +152,7 @@ def main(run: Artifacts, options: Options) -> int:
             f"decoder.pretrained={config.decoder.pretrained}: overfitting trains a decoder, and an "
             "imported one is not trained further"
         )
+    check_trains_memory(run, "overfitting")
     table = functools.partial(table_stage, run)
     made = run_suite("overfitting", run, options, works(run), table)
     if made is not None:

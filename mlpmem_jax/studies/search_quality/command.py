@@ -6,7 +6,7 @@ from typing import Any
 
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline import embed, index, needs, pretrain, retrieve, tokenize, train
-from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
+from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart, check_trains_memory
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.graph import Artifacts, Report
 from mlpmem_jax.pipeline.options import Options
@@ -105,4 +105,5 @@ def print_report(run: Artifacts) -> None:
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
     check_trained_apart(run, NAME, "joint models are compared by compare")
+    check_trains_memory(run, NAME)
     return execute(stages, run, options, Rebuild.STALE, print_report)
