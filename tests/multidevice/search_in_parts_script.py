@@ -51,6 +51,7 @@ def main():
     from mlpmem_jax.retrieval.exact import ExactEngine
     from mlpmem_jax.retrieval.key_major import search_by_shards
     from mlpmem_jax.retrieval.key_shards import KeyShards
+    from mlpmem_jax.retrieval.queries import Queries
     from mlpmem_jax.store.shards import ShardWriter
 
     directory, name = epath.Path(sys.argv[1]), sys.argv[2]
@@ -78,7 +79,7 @@ def main():
         lambda row, found: {"row": found.row_QK, "distance": found.distance_QK},
         num_neighbors=K,
         query_batch=100,
-        exclude_own_row=True,
+        queries=Queries(are_keys=True),
         description=f"search on processes ({name})",
     )
     Path(directory / f"done-{name}-{jax.process_index()}").touch()

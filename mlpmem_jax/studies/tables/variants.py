@@ -73,8 +73,13 @@ class Variant:
 
     def memory_stages(self) -> list[Stage]:
         """Returns the stages up to the memory; neighbours of test rows serve none."""
-        test = self.teacher.neighbors("test").relative
-        stages = [one for one in self.retrieval_stages() if one.artifact.relative != test]
+        stages = self.retrieval_stages()
+        if self.teacher.config.targets.teacher == "ngram":  # Nothing is searched for.
+            searched = ("index", "neighbors")
+            stages = [one for one in stages if one.artifact.kind not in searched]
+        else:
+            test = self.teacher.neighbors("test").relative
+            stages = [one for one in stages if one.artifact.relative != test]
         start = [] if self.start is None else train.stages(self.start)
         return [*stages, *start, *train.stages(self.run)]
 
