@@ -9,6 +9,7 @@ import numpy as np
 from mlpmem_jax.config.data import DatastoreConfig, TargetsConfig
 from mlpmem_jax.console import progress, say
 from mlpmem_jax.corpus.tokens import TokenSplit
+from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel.preemption import (
     Preempted,
     preempted,
@@ -24,6 +25,7 @@ from mlpmem_jax.store.array_specs import Split
 from mlpmem_jax.store.manifest import Artifact, Completion
 
 _HALF = np.uint64(32)
+_MOST_TOKENS = 2**31 - 1
 _COUNTED_AT_ONCE = 1 << 22  # Occurrences.
 _KEPT_SIZE = 1 << 12  # What follows so many occurrences is kept: other rows ask for it again.
 
@@ -54,21 +56,24 @@ def make_ngram_targets(
     missing = sink.writer.missing_shards()
     done = sink.writer.num_rows - sink.writer.count_rows(missing)
     name = f"n-gram targets of {split}"
+    mine = [sink.writer.rows_of(shard) for shard in share_of(missing)]
     with progress(sink.writer.num_rows, "row", name, initial=done) as bar, stopping_where_asked():
-        mine = [sink.writer.rows_of(shard) for shard in share_of(missing)]
-        for turn in range(most_shared(missing)):  # So often all processes ask whether to stop.
-            for part in mine[turn : turn + 1]:
-                assert teacher is not None
-                row_N = np.arange(part.start, part.stop, dtype=np.int64)
-                is_wanted_N = np.ones(len(row_N), bool) if share is None else share.holds(row_N)
-                made = teacher.distributions(row_N, is_wanted_N)
-                sink.writer.put(part.start, sink.arrays(row_N, made))
-                bar.update(len(row_N))
-                stop_if_alone(f"{name}: finished shards are kept")
-            if preempted():
-                sink.writer.flush()
-                raise Preempted(f"{name}: finished shards are kept")
-        sink.writer.close()
+        try:
+            for turn in range(most_shared(missing)):  # So often all processes ask whether to stop.
+                for part in mine[turn : turn + 1]:
+                    assert teacher is not None
+                    row_N = np.arange(part.start, part.stop, dtype=np.int64)
+                    is_wanted_N = np.ones(len(row_N), bool) if share is None else share.holds(row_N)
+                    made = teacher.distributions(row_N, is_wanted_N)
+                    sink.writer.put(part.start, sink.arrays(row_N, made))
+                    bar.update(len(row_N))
+                    stop_if_alone(f"{name}: finished shards are kept")
+                if preempted():
+                    raise Preempted(f"{name}: finished shards are kept")
+        except Preempted:
+            sink.writer.flush()
+            raise
+    sink.writer.close()
     return sink.finish({}, {})
 
 
@@ -79,6 +84,9 @@ class NgramTeacher:
         tokens: The token stream.
         split: Whose rows are asked about.
         config: The section.
+
+    Raises:
+        ConfigError: There are too many tokens.
     """
 
     def __init__(self, tokens: Artifact, split: Split, config: TargetsConfig):
@@ -92,6 +100,11 @@ class NgramTeacher:
             token_T = np.concatenate([token_T, other.read(0, other.num_tokens)])
             moved = other.document_offset + train.num_tokens
             document_offset = np.concatenate([document_offset[:-1], moved])
+        if len(token_T) > _MOST_TOKENS:
+            raise ConfigError(
+                f"targets.teacher=ngram sorts at most {_MOST_TOKENS:,} tokens, and there are "
+                f"{len(token_T):,}: lower corpus.max_bytes, or use targets.teacher=knn"
+            )
         say(f"targets: sorting the contexts of {len(token_T):,} tokens")
         self._contexts = Contexts(token_T, document_offset, len(label_E))
         self._following = Following(label_E[self._contexts.order_E], config.num_tokens)

@@ -11,6 +11,8 @@ from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline.refresh import Phases
 from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Stage
+from mlpmem_jax.studies.cost import command as cost
+from mlpmem_jax.studies.search_quality import command as search_quality
 from mlpmem_jax.studies.tables.rows import SeedPlan, planned_row
 from mlpmem_jax.studies.tables.variants import (
     Variant,
@@ -106,6 +108,14 @@ def test_a_table_has_a_row_of_an_ngram_teacher(make_config: Callable[..., Config
     }
     own = {name.split("/")[0] for name in made_for["ngrams"] - made_for["memory"]}
     assert own == {"targets", "memory", "scores"}
+
+
+def test_studies_of_search_refuse_targets_that_need_none(make_config: Callable[..., Config]):
+    config = make_config("targets.teacher=ngram", "cost.quality=train", "cost.engines=[exact]")
+    with pytest.raises(ConfigError, match="targets.teacher=ngram: search-quality is about"):
+        search_quality._check(config)
+    with pytest.raises(ConfigError, match="cost.quality=train makes the targets of each part"):
+        cost._check(base_of(config).run)
 
 
 @pytest.mark.parametrize(
