@@ -3,6 +3,8 @@
 Real tokens of small texts; decoder and datastore are made up.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -204,7 +206,7 @@ def test_a_single_document_has_no_neighbours(make_run, monkeypatch):
     run = make_run(retrieval={"exclude": "document"})
     manifest = run.tokens.load()
     counts = {**manifest.counts, "train_documents": 1}
-    changed = manifest.__class__(**{**vars(manifest), "counts": counts})
+    changed = dataclasses.replace(manifest, counts=counts)
     monkeypatch.setattr(type(run.tokens), "load", lambda self: changed)
     with pytest.raises(ConfigError, match="retrieval.exclude=document leaves no row a neighbour"):
         retrieve.check_retrieval(run)

@@ -111,7 +111,12 @@ def test_a_table_has_a_row_of_an_ngram_teacher(make_config: Callable[..., Config
 
 
 def test_studies_of_search_refuse_targets_that_need_none(make_config: Callable[..., Config]):
-    config = make_config("targets.teacher=ngram", "cost.quality=train", "cost.engines=[exact]")
+    config = make_config(
+        "targets.teacher=ngram",
+        "cost.quality=train",
+        "cost.engines=[exact]",
+        "cost.prompt_tokens=8",
+    )
     with pytest.raises(ConfigError, match="targets.teacher=ngram: search-quality is about"):
         search_quality._check(config)
     with pytest.raises(ConfigError, match="cost.quality=train makes the targets of each part"):
