@@ -19,7 +19,7 @@ class Contexts:
     """Contexts of a stream of tokens, of which the first are occurrences that count.
 
     Memory: 4 bytes a token for each doubling up to the length of the longest passage that occurs
-    twice, 36 besides, and while it is built 40 instead of these.
+    twice, 36 besides, and while it is built about 60 instead of these.
 
     Args:
         token_T: Tokens of whole documents, one after the other.

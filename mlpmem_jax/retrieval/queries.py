@@ -54,9 +54,8 @@ class Exclusion:
     def _repeats(self, row_Q: np.ndarray, row_QK: np.ndarray) -> np.ndarray:
         """Compares labels backwards: token n is the label of row n − 1.
 
-        Most pairs differ in the first or second token, so that this costs little more than one
-        lookup a neighbour, and unlike a hash of each row no memory. A query's tokens hold no
-        separator, so that equal ones lie within one document too.
+        Pairs are compared as long as they are equal: exact, and without memory for a hash of each
+        row. A query's tokens hold no separator, so that equal ones lie within one document too.
         """
         label_N = self.label_N
         assert label_N is not None
