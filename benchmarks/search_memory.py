@@ -112,7 +112,7 @@ class Datastore:
         train, valid = self.artifacts["train"], self.artifacts["valid"]
         exact = ExactCache(train, self.retrieval, MeshConfig())
         index = None if engine == "exact" else self.artifacts["index"]
-        search = Search(train, index, exact, self.retrieval, 0)
+        search = Search(train, index, exact, self.retrieval, 0, self.artifacts["tokens"])
         out = epath.Path(self.flags.out)
         found = Artifact(out, "neighbors", "neighbors")
         found.begin({})

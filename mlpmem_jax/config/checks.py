@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mlpmem_jax.config.pretrained import longest_context, missing_tokenizer, pretrained_keys
 from mlpmem_jax.config.pretrained_memory import memory_keys, state_width
 from mlpmem_jax.config.table_checks import table_mistakes
+from mlpmem_jax.config.target_checks import target_mistakes
 from mlpmem_jax.config.training_checks import training_mistakes
 from mlpmem_jax.errors import ConfigError
 
@@ -20,8 +21,8 @@ def cross_section_mistakes(config: Config) -> list[str]:
     """Returns one line for each broken rule."""
     rules: tuple[Callable[[Config], Iterator[str]], ...] = (
         _sources, _separator, _heads, _rope_scaling, _pretrained, _memory, _recent, _layers,
-        _windows, _storage, _batches, _arrays, _mesh, _candidates, training_mistakes,
-        table_mistakes,
+        _windows, _storage, _batches, _arrays, _mesh, _candidates, target_mistakes,
+        training_mistakes, table_mistakes,
     )  # fmt: skip
     return [mistake for rule in rules for mistake in rule(config)]
 

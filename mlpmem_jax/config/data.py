@@ -16,6 +16,7 @@ from mlpmem_jax.config.types import (
     Layer,
     ListOf,
     PathText,
+    PositiveFraction,
     PositiveInt,
     Rows,
     Text,
@@ -158,14 +159,42 @@ class RetrievalConfig(Section):
     )
     key_chunk_rows: PositiveInt = runtime(65536, "keys scored at once per device (exact engine)")
     keep_train: Literal["none", "all"] = setting("none", "neighbours of training rows to keep")
+    exclude: Literal["row", "document"] = setting(
+        "row", "never neighbours of a training row: itself, or all rows of its document"
+    )
+    exclude_repeats_tokens: Annotated[int, Field(ge=0, le=1000), WHOLE] = setting(
+        0,
+        "never neighbours of a training row: those with its label after its last n tokens; 0: off",
+    )
+
+    @property
+    def excludes_more(self) -> bool:
+        """Whether more than the own row is excluded from the neighbours of training rows."""
+        return self.exclude != "row" or self.exclude_repeats_tokens > 0
 
 
 class TargetsConfig(Section):
-    """kNN next-token distributions (paper, Eq. 3)."""
+    """Next-token distributions that the memory learns, of the kNN-LM (paper, Eq. 3) or others."""
 
     workdir: PathText | None = setting(None, "run directory of the teacher; not set: this run")
+    teacher: Literal["knn", "ngram"] = setting(
+        "knn",
+        "knn: neighbours of each row; ngram: what follows the longest context seen elsewhere",
+    )
+    ngram_min_count: Annotated[int, Field(ge=1, le=1000), WHOLE] = setting(
+        1, "teacher=ngram: least number of other occurrences of a context"
+    )
     temperature: Annotated[float, Field(ge=1e-6, le=1e9)] | Auto = setting(
         "auto", "τ of the softmax over distances; auto: tuned on validation for the kNN-LM"
     )
     num_tokens: Width = setting(32, "most probable tokens kept per distribution, S")
+    min_mass: PositiveFraction | None = setting(
+        None, "keep the fewest tokens with this mass, at most num_tokens; not set: num_tokens"
+    )
+    share: PositiveFraction = setting(
+        1.0, "share of training rows with targets; the others are not searched for and learn labels"
+    )
+    share_by: Literal["document", "row"] = setting(
+        "document", "how the share is drawn: whole documents, or single rows"
+    )
     dtype: Literal["float16", "bfloat16"] = setting("float16", "storage dtype of probabilities")

@@ -61,6 +61,7 @@ Rows = Annotated[int, Field(ge=1, le=10**12), WHOLE]
 Bytes = Annotated[int, Field(ge=1, le=10**15), WHOLE]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(ge=1e-6, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 # Below 1 in float32 too.

@@ -109,6 +109,8 @@ def check_retrieval(run: Artifacts) -> None:
         name = str(run.datastore("train").path)
         with mistakes.gather():
             check_enough_rows(config.retrieval.num_neighbors, num_rows, name)
+        with mistakes.gather():
+            check_documents(run)
     with mistakes.gather():
         mesh = make_mesh(config.mesh)
         engine = choose_engine(config.retrieval, num_rows, mesh.devices.flat[0].platform).engine
@@ -118,6 +120,21 @@ def check_retrieval(run: Artifacts) -> None:
         if engine == "scann":
             index_plan(keys_of, width, config.retrieval, process_count(), None).check()
     mistakes.refuse()
+
+
+def check_documents(run: Artifacts) -> None:
+    """Refuses to exclude a row's document where there is no other.
+
+    Raises:
+        ConfigError: Names the key and what to change.
+    """
+    if run.config.retrieval.exclude != "document":
+        return
+    if int(run.tokens.load().counts["train_documents"]) < 2:
+        raise ConfigError(
+            "retrieval.exclude=document leaves no row a neighbour: the training split is a single "
+            "document; use retrieval.exclude=row, or cut it by corpus.document_regex"
+        )
 
 
 def check_teacher(run: Artifacts) -> None:

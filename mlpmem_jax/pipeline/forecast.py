@@ -131,7 +131,8 @@ class Forecaster:
         recipe = artifact.recipe or {}
         split = recipe["split"]
         if artifact.kind == "targets":
-            return train / _SEARCHED_ROWS if split == "train" else 1.0
+            share = float(recipe["targets"].get("share", 1.0))
+            return share * train / _SEARCHED_ROWS if split == "train" else 1.0
         if recipe.get("by_index"):
             return num_rows[split] / _SEARCHED_ROWS
         return 2.0 * num_rows[split] * train * self._width / (_EXACT_SHARE * self._peak)

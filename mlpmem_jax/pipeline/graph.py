@@ -187,9 +187,18 @@ class Artifacts:
         return self._role(
             role,
             "neighbors",
-            lambda: {"split": split, "by_index": True, **recipes.found_neighbors(self.config)},
-            lambda: (self.datastore("train"), self.index, self.datastore(split)),
+            lambda: {
+                "split": split,
+                "by_index": True,
+                **recipes.found_neighbors(self.config, split),
+            },
+            lambda: self._found_inputs(split),
         )
+
+    def _found_inputs(self, split: Split) -> list[Artifact]:
+        inputs = [self.datastore("train"), self.index, self.datastore(split)]
+        excludes = split == "train" and self.config.retrieval.excludes_more
+        return [*inputs, self.tokens] if excludes else inputs
 
     @property
     def makes_targets(self) -> bool:
@@ -197,7 +206,7 @@ class Artifacts:
         return self.config.targets.workdir is None
 
     def targets(self, split: Split) -> Artifact:
-        """Sparse kNN distributions, of this run or of its teacher's."""
+        """Sparse next-token distributions, of this run or of its teacher's."""
         role = f"targets/{split}"
         teacher = self.config.targets.workdir
         if teacher is not None and role not in self.given:
@@ -205,11 +214,13 @@ class Artifacts:
         return self._role(
             role,
             "targets",
-            lambda: {"split": split, **recipes.targets(self.config)},
+            lambda: {"split": split, **recipes.targets(self.config, split)},
             lambda: self._targets_inputs(split),
         )
 
     def _targets_inputs(self, split: Split) -> list[Artifact]:
+        if self.config.targets.teacher == "ngram":
+            return [self.tokens]
         kept = self.config.retrieval.keep_train == "all"
         train, valid = self.datastore("train"), self.datastore("valid")
         if split == "train":

@@ -26,6 +26,7 @@ from mlpmem_jax.pipeline.search_needs import (
     search_need,
 )
 from mlpmem_jax.retrieval import approximate
+from mlpmem_jax.retrieval.contexts import LEAST_TOKEN_BYTES
 from mlpmem_jax.store.array_specs import (
     ArraySpec,
     Split,
@@ -146,13 +147,25 @@ def targets_need(run: Artifacts, split: Split, machine: Machine, count: RowCount
     disk = rows[split] * _row_bytes(
         targets_arrays(config.datastore, config.targets, config.tokenizer.vocab_size)
     )
+    if config.targets.teacher == "ngram":
+        return Need(disk, (_suffixes(rows, split),))
     if split != "train":
         return Need(disk)
     moments = (_evidence(run, rows, TUNING_ROWS, "lower retrieval.num_neighbors"),)
     if config.retrieval.keep_train == "all":
         return Need(disk, moments)
-    need = measured_search(run, machine, rows, split, disk)
+    need = measured_search(run, machine, rows, split, disk, config.targets.share)
     return dataclasses.replace(need, moments=(*moments, *need.moments))
+
+
+def _suffixes(rows: Rows, split: Split) -> Moment:
+    """Returns the contexts in order, which each process holds."""
+    num_rows = rows["train"] + (rows["valid"] if split == "valid" else 0)
+    return Moment(
+        "the contexts of all tokens in order",
+        "set targets.teacher=knn or lower corpus.max_bytes",
+        host_bytes=num_rows * LEAST_TOKEN_BYTES,
+    )
 
 
 def evaluation_need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:

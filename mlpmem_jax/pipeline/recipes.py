@@ -6,8 +6,11 @@ value spelled out are one recipe.
 
 from typing import Any
 
+from mlpmem_jax.config.base import Section
+from mlpmem_jax.config.data import RetrievalConfig, TargetsConfig
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.stats.bootstrap import INTERVALS
+from mlpmem_jax.store.array_specs import Split
 
 Recipe = dict[str, Any]
 
@@ -24,6 +27,8 @@ _INDEX = (
     "dims_per_block",
     "training_rows",
 )
+# Of these, what is about training rows alone.
+_EXCLUSION = ("exclude", "exclude_repeats_tokens")
 _SEARCH = ("num_neighbors", "min_recall", "recall_queries")
 
 
@@ -104,21 +109,42 @@ def exact_neighbors(config: Config) -> Recipe:
     return {"retrieval": neighbors, "datastore": chunking(config)}
 
 
-def found_neighbors(config: Config) -> Recipe:
+def found_neighbors(config: Config, split: Split) -> Recipe:
     """Returns the recipe of the neighbours that the engine of the index finds."""
     retrieval = config.retrieval.recipe()
+    names = (*_SEARCH, *(_EXCLUSION if split == "train" else ()))
     return {
         "seed": config.seed,
-        "retrieval": {name: retrieval[name] for name in _SEARCH},
+        "retrieval": _less_defaults({name: retrieval[name] for name in names}, RetrievalConfig()),
         "datastore": chunking(config),
     }
 
 
-def targets(config: Config) -> Recipe:
-    """Returns the recipe of kNN distributions."""
+def targets(config: Config, split: Split) -> Recipe:
+    """Returns the recipe of next-token distributions.
+
+    Keys that have no effect are left out, and later ones where they are as before.
+    """
     own = config.targets.recipe()
-    own.pop("workdir")
-    return {**found_neighbors(config), "targets": own}
+    del own["workdir"]
+    if config.targets.share == 1 or split != "train":
+        del own["share"], own["share_by"]
+    if config.targets.teacher == "ngram":
+        del own["temperature"]
+        seed = {"seed": config.seed} if "share" in own else {}  # Nothing else is drawn.
+        return {**seed, "targets": own, "datastore": chunking(config)}
+    del own["teacher"], own["ngram_min_count"]
+    return {**found_neighbors(config, split), "targets": _less_defaults(own, TargetsConfig())}
+
+
+def _less_defaults(recipe: Recipe, defaults: Section) -> Recipe:
+    """Leaves out later keys that have their default: artifacts from before are the same."""
+    later = (*_EXCLUSION, "min_mass")
+    return {
+        name: value
+        for name, value in recipe.items()
+        if name not in later or value != getattr(defaults, name)
+    }
 
 
 def results(config: Config) -> Recipe:

@@ -22,7 +22,8 @@ def stages(run: Artifacts) -> list[Stage]:
     """Returns the stages: neighbours of valid and test, then targets of train and valid.
 
     Valid and test are searched exactly, whatever the engine: they tune and score the
-    explicit kNN-LM that the memory is held against. Train is searched by the engine.
+    explicit kNN-LM that the memory is held against. Train is searched by the engine, where its
+    targets are those of the kNN-LM.
     """
     exact = _exact_cache(run)
     splits: tuple[Split, ...] = ("valid", "test")
@@ -31,15 +32,18 @@ def stages(run: Artifacts) -> list[Stage]:
     found = [_neighbors_stage(run, split, exact) for split in splits]
     if not run.makes_targets:
         return found  # The teacher's targets are read, never made here.
+    is_knn = run.config.targets.teacher == "knn"
     builds: dict[Split, Callable[[], Completion]] = {
         "train": functools.partial(_build_train_targets, run, exact),
         "valid": functools.partial(_build_valid_targets, run),
     }
+    if not is_knn:
+        builds = {split: functools.partial(_build_ngram_targets, run, split) for split in builds}
     targets = [
         Stage(
             artifact=run.targets(split),
             build=build,
-            check=functools.partial(check_retrieval, run),
+            check=functools.partial(check_retrieval, run) if is_knn else lambda: None,
             estimate=functools.partial(_estimate_targets, run, split),
             need=functools.partial(_targets_need, run, split),
         )
@@ -124,6 +128,14 @@ def _build_valid_targets(run: Artifacts) -> Completion:
     return make_valid_targets(run.targets("valid"), _target_inputs(run), *train)
 
 
+def _build_ngram_targets(run: Artifacts, split: Split) -> Completion:
+    from mlpmem_jax.retrieval.ngram_targets import make_ngram_targets
+
+    config = run.config
+    given = run.tokens, config.targets, config.datastore, config.seed
+    return make_ngram_targets(run.targets(split), split, *given)
+
+
 def _exact_cache(run: Artifacts) -> "ExactCache":
     from mlpmem_jax.retrieval.index_builder import ExactCache
 
@@ -134,7 +146,8 @@ def _exact_cache(run: Artifacts) -> "ExactCache":
 def _search(run: Artifacts, index: Artifact | None, exact: "ExactCache") -> "Search":
     from mlpmem_jax.retrieval.search import Search
 
-    return Search(run.datastore("train"), index, exact, run.config.retrieval, run.config.seed)
+    retrieval, seed = run.config.retrieval, run.config.seed
+    return Search(run.datastore("train"), index, exact, retrieval, seed, run.tokens)
 
 
 def _target_inputs(run: Artifacts) -> "TargetInputs":

@@ -52,15 +52,29 @@ def index_moment(run: Artifacts, machine: Machine, rows: Rows) -> Moment:
 
 
 def measured_search(
-    run: Artifacts, machine: Machine, rows: Rows, split: Split, disk_bytes: int
+    run: Artifacts,
+    machine: Machine,
+    rows: Rows,
+    split: Split,
+    disk_bytes: int,
+    share: float = 1.0,
 ) -> Need:
-    """Returns a search by the engine of the index, with its recall against the exact one."""
+    """Returns a search by the engine of the index, with its recall against the exact one.
+
+    Args:
+        run: The artifacts of the configuration.
+        machine: Where it runs.
+        rows: Rows of each split.
+        split: Whose rows are searched for.
+        disk_bytes: What is kept of it.
+        share: Of these rows, about.
+    """
     exact = exact_moment(run, machine, rows)
     if chosen_engine(run, machine, rows["train"]) == "exact":
         plan = exact_search_plan(run, machine, rows)
-        return search_need(run, rows, split, disk_bytes, (exact,), plan)
-    index = index_moment(run, machine, rows), exact
-    return search_need(run, rows, split, disk_bytes, index, _index_plan(run, machine, rows))
+        return search_need(run, rows, split, disk_bytes, (exact,), plan, share)
+    index, plan = (index_moment(run, machine, rows), exact), _index_plan(run, machine, rows)
+    return search_need(run, rows, split, disk_bytes, index, plan, share)
 
 
 def search_need(
@@ -70,11 +84,14 @@ def search_need(
     disk_bytes: int,
     moments: tuple[Moment, ...],
     plan: KeyShardPlan,
+    share: float = 1.0,
 ) -> Need:
-    """Returns a search for every row of a split; running lists need disk where keys do not fit."""
-    wanted = num_neighbors(run, rows) + (split == "train")
-    lists = spilled_bytes(rows[split], wanted, plan)
-    waves = -(-rows[split] // spilled_rows(wanted)) if lists else 1
+    """Returns a search for rows of a split; running lists need disk where keys do not fit."""
+    wanted, num_queries = num_neighbors(run, rows), rows[split]
+    if share < 1:  # Whole documents may be drawn: it can be fewer, never refused for more.
+        num_queries = int(num_queries * share / 2)
+    lists = spilled_bytes(num_queries, wanted, plan)
+    waves = -(-num_queries // spilled_rows(wanted)) if lists else 1
     shown = {
         "key shards": plan.num_shards,
         "key shards in memory at a time": plan.at_once,

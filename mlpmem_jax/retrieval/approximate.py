@@ -28,6 +28,7 @@ from mlpmem_jax.retrieval.merge import (
     MISSING_ROW,
     Neighbors,
     merge,
+    no_neighbors,
     of_processes,
     sortable,
     unpack,
@@ -246,7 +247,7 @@ class ApproximateEngine:
     def search_later(self, query_QD: np.ndarray, num_neighbors: int) -> Callable[[], Neighbors]:
         """Searches now, and merges what the processes have found when it is called for."""
         if not len(query_QD):
-            return lambda: _nothing(0, num_neighbors)
+            return lambda: no_neighbors(0, num_neighbors)
         found = self._search_held(query_QD, num_neighbors)
         if not self.spans_processes:
             return lambda: found
@@ -267,16 +268,11 @@ class ApproximateEngine:
                 batch_size=per_task,
             )
             parts.append(_in_order(distance_QK, row_QK, first_row))
-        return merge(parts or [_nothing(len(queries), num_neighbors)], num_neighbors)
+        return merge(parts or [no_neighbors(len(queries), num_neighbors)], num_neighbors)
 
     def visiting_order(self, rows: slice) -> np.ndarray | None:
         """Returns an order of rows of the datastore in which neighbours share leaves."""
         return np.argsort(self._leaf_N[rows], kind="stable")
-
-
-def _nothing(num_queries: int, num_neighbors: int) -> Neighbors:
-    shape = (num_queries, num_neighbors)
-    return Neighbors(np.full(shape, np.inf, np.float32), np.full(shape, MISSING_ROW, np.int64))
 
 
 def _in_order(distance_QK: np.ndarray, id_QK: np.ndarray, first_row: int) -> Neighbors:

@@ -121,6 +121,19 @@ def without_targets(found: SparseDistributions, is_scored_Q: np.ndarray) -> Spar
     )
 
 
+def with_mass(found: SparseDistributions, min_mass: float) -> SparseDistributions:
+    """Keeps of each distribution the fewest tokens that have this mass together, or all.
+
+    Args:
+        found: The most probable tokens first.
+        min_mass: Up to 1, to the rounding of float32.
+    """
+    before_QS = np.cumsum(found.prob_QS, axis=1, dtype=np.float64) - found.prob_QS
+    prob_QS = np.where(before_QS < min_mass, found.prob_QS, np.float32(0))
+    id_QS = np.where(prob_QS > 0, found.id_QS, 0)
+    return SparseDistributions(id_QS, prob_QS, prob_QS.sum(axis=1, dtype=np.float32))
+
+
 class LabelEvidence:
     """What the K neighbours say of each row's own label, for any temperature.
 

@@ -144,7 +144,7 @@ def spilled_bytes(num_queries: int, num_neighbors: int, plan: KeyShardPlan) -> i
 
     Args:
         num_queries: Rows to search for.
-        num_neighbors: K, and one more where the own row is dropped.
+        num_neighbors: K.
         plan: How keys are searched.
     """
     if plan.num_loads == 1:

@@ -7,7 +7,7 @@ on disk in between (running lists). It stops and goes on at (key shard, block of
 import concurrent.futures
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,9 @@ from mlpmem_jax.parallel.sharing import is_mine
 from mlpmem_jax.retrieval.engine import Engine, Keys, row_ranges
 from mlpmem_jax.retrieval.estimates import LIST_BYTES, spilled_rows
 from mlpmem_jax.retrieval.key_shards import KeyShards
-from mlpmem_jax.retrieval.merge import Neighbors, drop_own_row, merge
+from mlpmem_jax.retrieval.merge import Neighbors, merge, no_neighbors
 from mlpmem_jax.retrieval.neighbors import Consume, drain
+from mlpmem_jax.retrieval.queries import Queries
 from mlpmem_jax.retrieval.running_lists import RunningLists
 from mlpmem_jax.store.contents import RUNNING
 from mlpmem_jax.store.files import check_free_space
@@ -46,7 +47,7 @@ def search_by_shards(
     *,
     num_neighbors: int,
     query_batch: int,
-    exclude_own_row: bool,
+    queries: Queries,
     description: str,
 ) -> dict[str, float]:
     """Searches every row of a split that is not written yet, as `neighbors.search_split` does.
@@ -58,20 +59,22 @@ def search_by_shards(
         Preempted: The machine is about to go; what is on disk stays.
         UserError: Running lists and results do not fit on the disk.
     """
-    wanted = num_neighbors + exclude_own_row
-    lists = RunningLists(writer.path, wanted)
+    lists = RunningLists(writer.path, num_neighbors)
     missing = writer.missing_shards()
-    num_queries = writer.count_rows(missing)
-    waves = _waves(writer, missing, wanted)
-    spilled = max((writer.count_rows(wave) for wave in waves), default=0) * wanted * LIST_BYTES
+    counts = {shard: queries.count(writer.rows_of(shard)) for shard in missing}
+    num_queries = sum(counts.values())
+    waves = _waves(counts, spilled_rows(num_neighbors))
+    most = max((sum(counts[shard] for shard in wave) for wave in waves), default=0)
+    spilled = most * num_neighbors * LIST_BYTES
     held = bytes_under(writer.path / RUNNING)  # By an interrupted start.
     needed = max(0, spilled - held) + writer.missing_bytes()
     check_free_space(writer.path, needed, f"search in parts ({description})")
-    bar = progress(writer.num_rows, "row", description, initial=writer.num_rows - num_queries)
+    done = writer.num_rows - writer.count_rows(missing)
+    bar = progress(writer.num_rows, "row", description, initial=done)
     started = time.monotonic()
     with bar, stopping_where_asked(), concurrent.futures.ThreadPoolExecutor(1) as pool:
         search = functools.partial(
-            _Wave, engine, keys, writer, lists, consume, wanted, exclude_own_row, description
+            _Wave, engine, keys, writer, lists, consume, num_neighbors, queries, description
         )
         for wave in [*waves, []]:  # Last none: what earlier waves left is removed.
             blocks = [
@@ -96,10 +99,22 @@ def search_by_shards(
     }
 
 
-def _waves(writer: ShardWriter, missing: Sequence[int], num_neighbors: int) -> list[list[int]]:
-    """Cuts output shards into groups whose running lists lie on disk at the same time."""
-    most = max(1, spilled_rows(num_neighbors) // writer.shard_rows)
-    return [list(missing[start : start + most]) for start in range(0, len(missing), most)]
+def _waves(counts: Mapping[int, int], most: int) -> list[list[int]]:
+    """Cuts output shards into groups whose running lists lie on disk at the same time.
+
+    Args:
+        counts: Queries of each missing shard.
+        most: Queries of a group, unless one shard has more.
+    """
+    waves: list[list[int]] = []
+    held = 0
+    for shard, count in counts.items():
+        if not waves or held + count > most:
+            waves.append([])
+            held = 0
+        waves[-1].append(shard)
+        held += count
+    return waves
 
 
 class _Wave:
@@ -111,8 +126,8 @@ class _Wave:
         writer: Where results go.
         lists: Where running lists go.
         consume: Turns rows and their neighbours into the arrays to write.
-        wanted: Neighbours of a running list.
-        exclude_own_row: Whether queries are rows of the datastore that is searched.
+        num_neighbors: Neighbours of a running list.
+        queries: Which rows are searched for, and what is no neighbour of theirs.
         description: What the progress bar says.
         blocks: The queries, in order.
         covered: How many key shards each block has been searched in.
@@ -127,8 +142,8 @@ class _Wave:
         writer: ShardWriter,
         lists: RunningLists,
         consume: Consume,
-        wanted: int,
-        exclude_own_row: bool,
+        num_neighbors: int,
+        queries: Queries,
         description: str,
         blocks: Sequence[Block],
         covered: Sequence[int],
@@ -136,8 +151,8 @@ class _Wave:
         bar: Progress,
     ):
         self._engine, self._keys, self._writer, self._lists = engine, keys, writer, lists
-        self._consume, self._wanted = consume, wanted
-        self._excludes_own, self._description = exclude_own_row, description
+        self._consume, self._num_neighbors = consume, num_neighbors
+        self._queries, self._description = queries, description
         self._blocks, self._covered = list(blocks), list(covered)
         self._pool, self._bar = pool, bar
         self._tasks: list[concurrent.futures.Future[Any]] = []
@@ -194,11 +209,16 @@ class _Wave:
         self._tasks = drain(self._tasks, 0)
 
     def _found(self, loaded: Engine, rows: slice) -> Callable[[], Neighbors]:
+        queries, num_neighbors = self._queries, self._num_neighbors
+        row_Q = queries.rows(rows)
+        if not len(row_Q):
+            return functools.partial(no_neighbors, 0, num_neighbors)
         query_QD = self._keys.read(rows.start, rows.stop)
-        order = self._engine.visiting_order(rows) if self._excludes_own else None
+        order = queries.visiting_order(self._engine, rows)
         if order is None:
-            return loaded.search_later(query_QD, self._wanted)
-        finish = loaded.search_later(query_QD[order], self._wanted)
+            return queries.search_later(loaded, query_QD, row_Q, num_neighbors)
+        visited_Q = order + rows.start
+        finish = queries.search_later(loaded, query_QD[order], visited_Q, num_neighbors)
         place = np.argsort(order)
 
         def in_row_order() -> Neighbors:
@@ -211,11 +231,9 @@ class _Wave:
         """Merges what was found with the running lists; the last time they become results."""
         found = finish()
         if shards.start:
-            found = merge([self._lists.read(rows), found], self._wanted)
+            found = merge([self._lists.read(rows, len(found)), found], self._num_neighbors)
         if shards.stop < self._engine.plan.num_shards:
             self._lists.write(rows, shards.stop, found)
             return
-        row_Q = np.arange(rows.start, rows.stop, dtype=np.int64)
-        if self._excludes_own:
-            found = drop_own_row(found, row_Q)
-        self._writer.put(rows.start, self._consume(row_Q, found))
+        row_N = np.arange(rows.start, rows.stop, dtype=np.int64)
+        self._writer.put(rows.start, self._consume(row_N, self._queries.in_all_rows(rows, found)))

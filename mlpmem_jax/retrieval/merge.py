@@ -171,3 +171,27 @@ def drop_own_row(neighbors: Neighbors, own_row_Q: np.ndarray) -> Neighbors:
         np.take_along_axis(neighbors.distance_QK, kept, axis=1),
         np.take_along_axis(neighbors.row_QK, kept, axis=1),
     )
+
+
+def drop(neighbors: Neighbors, is_dropped_QK: np.ndarray, num_neighbors: int) -> Neighbors:
+    """Removes marked entries; the others move up.
+
+    Args:
+        neighbors: Neighbours of each query.
+        is_dropped_QK: bool; which of them to remove.
+        num_neighbors: Entries of each list that is returned, missing where fewer are left.
+    """
+    order = np.argsort(is_dropped_QK, axis=1, kind="stable")[:, :num_neighbors]
+    is_gone = np.take_along_axis(is_dropped_QK, order, axis=1)
+    distance = np.take_along_axis(neighbors.distance_QK, order, axis=1)
+    row = np.take_along_axis(neighbors.row_QK, order, axis=1)
+    kept = Neighbors(
+        np.where(is_gone, np.float32(np.inf), distance), np.where(is_gone, MISSING_ROW, row)
+    )
+    return fit(kept, num_neighbors)
+
+
+def no_neighbors(num_queries: int, num_neighbors: int) -> Neighbors:
+    """Returns lists in which all neighbours are missing."""
+    shape = (num_queries, num_neighbors)
+    return Neighbors(np.full(shape, np.inf, np.float32), np.full(shape, MISSING_ROW, np.int64))

@@ -5,6 +5,7 @@ and writes finished shards; ScaNN, XLA and NumPy release the interpreter's lock.
 """
 
 import concurrent.futures
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +22,8 @@ from mlpmem_jax.parallel.preemption import (
 )
 from mlpmem_jax.parallel.sharing import is_mine, most_shared, share_of
 from mlpmem_jax.retrieval.engine import READ_ROWS, Engine, Keys, row_ranges
-from mlpmem_jax.retrieval.merge import Neighbors, drop_own_row
+from mlpmem_jax.retrieval.merge import Neighbors, no_neighbors
+from mlpmem_jax.retrieval.queries import Queries
 from mlpmem_jax.retrieval.recall import recall
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.shards import ShardWriter
@@ -55,7 +57,7 @@ def search_split(
     *,
     num_neighbors: int,
     query_batch: int,
-    exclude_own_row: bool,
+    queries: Queries,
     description: str,
 ) -> dict[str, float]:
     """Searches every row of a split that is not written yet.
@@ -70,7 +72,7 @@ def search_split(
         consume: Turns rows and their neighbours into the arrays to write, in another thread.
         num_neighbors: K.
         query_batch: Queries searched at once.
-        exclude_own_row: Whether queries are rows of the datastore that is searched.
+        queries: Which rows are searched for; the others have no neighbours.
         description: What the progress bar says.
 
     Returns:
@@ -81,16 +83,16 @@ def search_split(
     """
     missing = writer.missing_shards()
     searched = missing if engine.spans_processes else share_of(missing)
-    num_queries = writer.count_rows(missing)
+    num_queries = sum(queries.count(writer.rows_of(shard)) for shard in missing)
     # So often all processes ask whether to stop, however many shards are theirs.
     turns = len(missing) if engine.spans_processes else most_shared(missing)
-    bar = progress(writer.num_rows, "row", description, initial=writer.num_rows - num_queries)
+    done = writer.num_rows - writer.count_rows(missing)
+    bar = progress(writer.num_rows, "row", description, initial=done)
     started = time.monotonic()
     block_rows = max(query_batch, _READ_BYTES // (4 * keys.width))
 
     def take(row_Q: np.ndarray, finish: Callable[[], Neighbors]) -> Mapping[str, np.ndarray]:
-        found = finish()
-        return consume(row_Q, drop_own_row(found, row_Q) if exclude_own_row else found)
+        return consume(row_Q, finish())
 
     with bar, stopping_where_asked(), concurrent.futures.ThreadPoolExecutor(1) as pool:
         tasks: list[concurrent.futures.Future[Any]] = []
@@ -99,13 +101,21 @@ def search_split(
                 parts: list[Part] = []
                 shard = writer.rows_of(searched[turn]) if turn < len(searched) else slice(0, 0)
                 for block in row_ranges(shard.stop, block_rows, first=shard.start):
-                    row_N = np.arange(block.start, block.stop, dtype=np.int64)
+                    row_N, rest_N = queries.split(block)
+                    if len(rest_N) and is_mine(searched[turn]):
+                        none = functools.partial(no_neighbors, len(rest_N), num_neighbors)
+                        parts.append((rest_N, pool.submit(take, rest_N, none)))
+                    bar.update(len(rest_N))
+                    if not len(row_N):
+                        continue
                     key_ND = keys.read(block.start, block.stop)
-                    order = engine.visiting_order(block) if exclude_own_row else None
+                    order = queries.visiting_order(engine, block)
                     if order is not None:
-                        row_N, key_ND = row_N[order], key_ND[order]
+                        row_N, key_ND = order + block.start, key_ND[order]
                     for part in row_ranges(len(row_N), query_batch):
-                        found = engine.search_later(key_ND[part], num_neighbors + exclude_own_row)
+                        found = queries.search_later(
+                            engine, key_ND[part], row_N[part], num_neighbors
+                        )
                         bar.update(part.stop - part.start)
                         if is_mine(searched[turn]):
                             parts.append((row_N[part], pool.submit(take, row_N[part], found)))

@@ -55,15 +55,19 @@ class RunningLists:
         self._path.mkdir(parents=True, exist_ok=True)
         return [self._covered(block) if self._file(block).name in names else 0 for block in blocks]
 
-    def read(self, block: slice) -> Neighbors:
+    def read(self, block: slice, num_queries: int) -> Neighbors:
         """Returns the lists of a block.
+
+        Args:
+            block: Its rows.
+            num_queries: How many of them are searched for.
 
         Raises:
             ArtifactError: The file is damaged; it is named.
         """
         file = self._file(block)
         data = file.read_bytes()
-        shape = (block.stop - block.start, self._num_neighbors)
+        shape = (num_queries, self._num_neighbors)
         size = shape[0] * shape[1]
         rest = memoryview(data)[_HEAD.size :]
         if len(rest) != 12 * size or self._head(file, data)[1:] != (*shape, zlib.crc32(rest)):

@@ -16,6 +16,8 @@ from mlpmem_jax.retrieval.key_major import search_by_shards
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.merge import Neighbors
 from mlpmem_jax.retrieval.neighbors import Consume, check_enough_rows, search_split
+from mlpmem_jax.retrieval.queries import Queries, exclusion_of
+from mlpmem_jax.retrieval.shares import Share
 from mlpmem_jax.store.array_specs import Split, neighbors_arrays
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.store.shards import ShardWriter
@@ -30,7 +32,8 @@ class Search:
         index: Their index; None: they are searched exactly.
         exact: The exact engine over them.
         retrieval: The section.
-        seed: Seed of the sample on which recall is measured.
+        seed: Seed of the sample on which recall is measured, and of the rows to search for.
+        tokens: The token stream; not read unless rows of a document are excluded.
     """
 
     train: Artifact
@@ -38,6 +41,13 @@ class Search:
     exact: ExactCache
     retrieval: RetrievalConfig
     seed: int
+    tokens: Artifact
+
+    def queries(self, split: Split, share: Share | None = None) -> Queries:
+        """Returns which rows of a split are searched for, and what is no neighbour of theirs."""
+        if split != "train":
+            return Queries(are_keys=False)
+        return Queries(True, exclusion_of(self.retrieval, self.tokens, self.train), share)
 
     def check_rows(self) -> None:
         """Refuses more neighbours than there are.
@@ -84,12 +94,16 @@ class Search:
         split: Split,
         writer: ShardWriter,
         consume: Consume,
+        share: Share | None = None,
     ) -> dict[str, Any]:
-        """Searches for every row of a split; see `neighbors.search_split`."""
+        """Searches for the rows of a split, of the training split for a share where one is given.
+
+        See `neighbors.search_split`.
+        """
         about: dict[str, Any] = {
             "num_neighbors": self.retrieval.num_neighbors,
             "query_batch": self.retrieval.query_batch,
-            "exclude_own_row": split == "train",
+            "queries": self.queries(split, share),
             "description": f"retrieve {split}",
         }
         if isinstance(engine, KeyShards):

@@ -9,22 +9,17 @@ import numpy as np
 from mlpmem_jax.config.data import DatastoreConfig, TargetsConfig
 from mlpmem_jax.config.stages import TUNING_ROWS
 from mlpmem_jax.console import say
-from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.parallel.agreement import of_all
 from mlpmem_jax.parallel.multihost import first_alone, is_writer
-from mlpmem_jax.parallel.sharing import share_of
-from mlpmem_jax.retrieval.distributions import sparse_distributions, without_targets
+from mlpmem_jax.retrieval.distributions import sparse_distributions
 from mlpmem_jax.retrieval.engine import StoredKeys
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.retrieval.merge import Neighbors
-from mlpmem_jax.retrieval.neighbors import StoredNeighbors
+from mlpmem_jax.retrieval.neighbors import Consume, StoredNeighbors
 from mlpmem_jax.retrieval.search import Search
+from mlpmem_jax.retrieval.target_sink import TargetSink, share_of_rows
 from mlpmem_jax.retrieval.temperature import Tuned
-from mlpmem_jax.store.array_specs import Split, targets_arrays
-from mlpmem_jax.store.arrays import open_array, read_rows
 from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
 from mlpmem_jax.store.manifest import Artifact, Completion
-from mlpmem_jax.store.shards import ShardWriter
 from mlpmem_jax.store.stored_array import StoredArray
 
 TEMPERATURE = "temperature.json"
@@ -61,20 +56,24 @@ def make_train_targets(
         kept: Neighbours of the training rows; None: they are searched for.
     """
     label_N = read_labels(search.train)
+    share = share_of_rows(inputs.targets, inputs.tokens, label_N, search.seed)
     tuned = _temperature(artifact, inputs, label_N, search.seed)
     search.check_rows()
-    sink = _TargetSink(artifact, "train", inputs, label_N, label_N, tuned.temperature)
+    sink = TargetSink(
+        artifact, "train", inputs.tokens, inputs.targets, inputs.chunking, label_N, share
+    )
+    consume = _consume(sink, label_N, tuned.temperature)
     measured: dict[str, Any] = _about(tuned)
     if kept is not None:
         measured |= _search_numbers(kept.load().measured)
-        sink.take_stored(StoredNeighbors(kept))
+        _take_stored(sink, consume, StoredNeighbors(kept))
     else:
         engine, about = search.measured_engine()
         measured |= about
         keys = StoredKeys(search.train)
-        measured |= search.search_split(engine, keys, "train", sink.writer, sink.consume)
+        measured |= search.search_split(engine, keys, "train", sink.writer, consume, share)
     search.exact.release()
-    return sink.finish(measured)
+    return sink.finish(measured, {"temperature": tuned.temperature})
 
 
 def make_valid_targets(
@@ -89,79 +88,34 @@ def make_valid_targets(
         train_targets: Targets of these.
     """
     temperature = float(train_targets.load().counts["temperature"])
-    labels = read_labels(inputs.valid), read_labels(train)
-    sink = _TargetSink(artifact, "valid", inputs, *labels, temperature)
-    sink.take_stored(StoredNeighbors(inputs.valid_neighbors))
-    return sink.finish({})
+    label_N, train_label_N = read_labels(inputs.valid), read_labels(train)
+    sink = TargetSink(artifact, "valid", inputs.tokens, inputs.targets, inputs.chunking, label_N)
+    consume = _consume(sink, train_label_N, temperature)
+    _take_stored(sink, consume, StoredNeighbors(inputs.valid_neighbors))
+    return sink.finish({}, {"temperature": temperature})
 
 
-class _TargetSink:
-    """Turns neighbours into targets and writes them."""
+def _consume(sink: TargetSink, train_label_N: np.ndarray, temperature: float) -> Consume:
+    """Returns what turns neighbours into the arrays of targets."""
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        split: Split,
-        inputs: TargetInputs,
-        label_N: np.ndarray,
-        train_label_N: np.ndarray,
-        temperature: float,
-    ):
-        tokens = inputs.tokens.load().counts
-        self._artifact, self._split, self._temperature = artifact, split, temperature
-        self._num_tokens = inputs.targets.num_tokens
-        self._separator_id = int(tokens["separator_id"])
-        self._label_N, self._train_label_N = label_N, train_label_N
-        specs = targets_arrays(inputs.chunking, inputs.targets, int(tokens["vocab_size"]))
-        self.writer = ShardWriter(artifact.path, specs, len(label_N))
-
-    def consume(self, row_Q: np.ndarray, found: Neighbors) -> Mapping[str, np.ndarray]:
-        """Returns the targets of rows; those that are never scored have none."""
-        label_Q = self._label_N[row_Q]
+    def consume(row_Q: np.ndarray, found: Neighbors) -> Mapping[str, np.ndarray]:
         made = sparse_distributions(
             found.distance_QK,
-            self._train_label_N[np.maximum(found.row_QK, 0)],
-            self._temperature,
-            self._num_tokens,
+            train_label_N[np.maximum(found.row_QK, 0)],
+            temperature,
+            sink.num_tokens,
         )
-        made = without_targets(made, label_Q != self._separator_id)
-        return {"id": made.id_QS, "prob": made.prob_QS, "mass": made.mass_Q, "label": label_Q}
+        return sink.arrays(row_Q, made)
 
-    def take_stored(self, stored: StoredNeighbors) -> None:
-        """Makes targets of neighbours that lie on disk."""
-        for rows in self.writer.own_rows():
-            found = stored.read(rows.start, rows.stop)
-            self.writer.put(rows.start, self.consume(np.arange(rows.start, rows.stop), found))
-        self.writer.close()
+    return consume
 
-    def finish(self, measured: Mapping[str, Any]) -> Completion:
-        """Returns what the manifest says; targets are counted in what was written.
 
-        Raises:
-            ArtifactError: No scored row has a target: there is nothing to train on.
-        """
-        arrays = self.writer.describe()
-        scored = int((self._label_N != self._separator_id).sum())
-        mass = open_array(self._artifact.path / "mass")
-        own = map(self.writer.rows_of, share_of(range(self.writer.num_shards)))
-        counted = (np.count_nonzero(read_rows(mass, part.start, part.stop) > 0) for part in own)
-        with_target = sum(of_all(sum(map(int, counted))))
-        if scored and not with_target:
-            raise ArtifactError(
-                f"{self._artifact.path}: none of {scored:,} rows has a neighbour at a finite "
-                "distance, so there is no target; are the keys too large for float32?"
-            )
-        if with_target < scored:
-            say(
-                f"warning: {scored - with_target:,} of {scored:,} rows of {self._split} have no "
-                "neighbour and so no target; the memory learns their labels alone"
-            )
-        counts = {
-            "rows": len(self._label_N),
-            "rows_with_target": with_target,
-            "temperature": self._temperature,
-        }
-        return Completion(counts, arrays, measured=measured)
+def _take_stored(sink: TargetSink, consume: Consume, stored: StoredNeighbors) -> None:
+    """Makes targets of neighbours that lie on disk."""
+    for rows in sink.writer.own_rows():
+        found = stored.read(rows.start, rows.stop)
+        sink.writer.put(rows.start, consume(np.arange(rows.start, rows.stop), found))
+    sink.writer.close()
 
 
 def _temperature(

@@ -1,6 +1,7 @@
 """One of several processes that search keys in parts and write what they find. Not a test itself.
 
-python search_in_parts_script.py DIRECTORY exact|scann, with the variables of a launcher.
+python search_in_parts_script.py DIRECTORY exact|scann row|document, with the variables of a
+launcher. With `document`, rows of a document are excluded, and some rows are not searched for.
 """
 
 import sys
@@ -18,6 +19,20 @@ def made_up_keys():
     key = np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)
     key[ROWS // 2 : ROWS // 2 + 3] = key[0]
     return key
+
+
+def queries(rule):
+    """Returns what is searched for: all rows, or a share without the rows of their documents."""
+    import numpy as np
+
+    from mlpmem_jax.retrieval.queries import Exclusion, Queries
+    from mlpmem_jax.retrieval.shares import Share
+
+    if rule == "row":
+        return Queries(are_keys=True)
+    # Of the 700 rows of the second document, many are nearer than the K-th other row.
+    offset = np.array([0, 300, 1000, 1001, ROWS])
+    return Queries(True, Exclusion(offset, by_document=True), Share(0.6, 3))
 
 
 def specs():
@@ -53,7 +68,7 @@ def main():
     from mlpmem_jax.retrieval.key_shards import KeyShards
     from mlpmem_jax.store.shards import ShardWriter
 
-    directory, name = epath.Path(sys.argv[1]), sys.argv[2]
+    directory, name, rule = epath.Path(sys.argv[1]), *sys.argv[2:]
     keys, mesh = ArrayKeys(made_up_keys()), make_mesh(MeshConfig(data=4))
 
     def load_exact(shards):
@@ -78,7 +93,7 @@ def main():
         lambda row, found: {"row": found.row_QK, "distance": found.distance_QK},
         num_neighbors=K,
         query_batch=100,
-        exclude_own_row=True,
+        queries=queries(rule),
         description=f"search on processes ({name})",
     )
     Path(directory / f"done-{name}-{jax.process_index()}").touch()

@@ -15,7 +15,7 @@ from mlpmem_jax.retrieval import approximate
 from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
 from mlpmem_jax.retrieval.engine import ArrayKeys
 from mlpmem_jax.retrieval.exact import ExactEngine
-from mlpmem_jax.retrieval.merge import drop_own_row
+from mlpmem_jax.retrieval.merge import drop, drop_own_row
 from mlpmem_jax.store.arrays import open_array, read_rows
 from mlpmem_jax.store.contents import RUNNING
 from mlpmem_jax.store.shard_records import recorded_shards
@@ -26,8 +26,10 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.multidevice
 
 
-@pytest.mark.parametrize("engine", ["exact", "scann"])
-def test_two_processes_find_what_one_does(tmp_path, engine):
+@pytest.mark.parametrize(
+    ("engine", "rule"), [("exact", "row"), ("scann", "row"), ("exact", "document")]
+)
+def test_two_processes_find_what_one_does(tmp_path, engine, rule):
     key = script.made_up_keys()
     keys, index = ArrayKeys(key), epath.Path(tmp_path / "index")
     if engine == "scann":
@@ -36,8 +38,15 @@ def test_two_processes_find_what_one_does(tmp_path, engine):
         whole = ApproximateEngine(index, SearchSettings(17, 300))
     else:
         whole = ExactEngine(keys, single_device_mesh(), 64)
-    expected = drop_own_row(whole.search(key, script.K + 1), np.arange(script.ROWS))
-    command = [sys.executable, str(Path(script.__file__)), str(tmp_path), engine]
+    row_N, queries = np.arange(script.ROWS), script.queries(rule)
+    if rule == "row":
+        expected = drop_own_row(whole.search(key, script.K + 1), row_N)
+    else:
+        every = whole.search(key, script.ROWS)
+        excluded = queries.exclusion.excluded(row_N, every.row_QK)
+        excluded |= ~queries.share.holds(row_N)[:, None]
+        expected = drop(every, excluded, script.K)
+    command = [sys.executable, str(Path(script.__file__)), str(tmp_path), engine, rule]
     started = [
         subprocess.Popen(
             command,

@@ -252,12 +252,13 @@ class _Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("engine", ["exact", "scann"])
-def test_a_killed_search_continues_bit_for_bit(make_run, monkeypatch, tmp_path, engine):
+@pytest.mark.parametrize(("engine", "share"), [("exact", 1), ("scann", 1), ("exact", 0.4)])
+def test_a_killed_search_continues_bit_for_bit(make_run, monkeypatch, tmp_path, engine, share):
     if engine == "scann":
         pytest.importorskip("scann")
     overrides = (
         f"retrieval.engine={engine}", "retrieval.query_batch=500", "retrieval.shard_rows=1600",
+        f"targets.share={share}", "targets.share_by=row",
     )  # fmt: skip
     whole = _run(make_run(*overrides, workdir=tmp_path / "whole"))
     run = make_run(*overrides)

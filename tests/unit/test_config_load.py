@@ -175,6 +175,27 @@ def test_what_is_no_override(mistakes, override):
     ("overrides", "expected"),
     [
         (["decoder.num_heads=3"], "decoder.num_heads=3 must divide decoder.width=128"),
+        (["retrieval.exclude=all"], "retrieval.exclude=all: must be row or document"),
+        (
+            ["targets.workdir=a", "targets.share=0.5", "targets.min_mass=0.9"],
+            "targets.share=0.5 has no effect with targets.workdir=a: set it in the run that makes",
+        ),
+        (
+            ["targets.share=0.5", "retrieval.keep_train=all"],
+            "targets.share=0.5 saves the search for the other rows, and retrieval.keep_train=all",
+        ),
+        (
+            ["targets.teacher=ngram", "retrieval.exclude=document"],
+            "retrieval.exclude=document has no effect with targets.teacher=ngram",
+        ),
+        (
+            ["targets.teacher=ngram", "retrieval.exclude_repeats_tokens=5"],
+            "retrieval.exclude_repeats_tokens=5 has no effect with targets.teacher=ngram",
+        ),
+        (
+            ["targets.teacher=ngram", "train.mode=joint", "train.refresh_interval_steps=100"],
+            "train.refresh_interval_steps=100 rebuilds targets from the current decoder, and",
+        ),
         (["decoder.num_kv_heads=3"], "decoder.num_kv_heads=3 must divide decoder.num_heads=4"),
         (["decoder.head_width=33"], "decoder.head_width=33 must be even"),
         (

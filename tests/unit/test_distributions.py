@@ -6,6 +6,7 @@ import pytest
 from mlpmem_jax.retrieval.distributions import (
     LabelEvidence,
     sparse_distributions,
+    with_mass,
     without_targets,
 )
 from mlpmem_jax.retrieval.temperature import fixed, tune
@@ -227,3 +228,28 @@ def test_duplicates_do_not_hide_the_spread_of_other_rows():
     evidence = _hits(distance, np.tile([0, 1, 0], (10, 1)))
     assert evidence.typical_spread == pytest.approx(2.0)
     assert _hits(np.ones((3, 3)), np.ones((3, 3))).typical_spread == 0
+
+
+@pytest.mark.parametrize("mass", [1e-6, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("kept", [3, 45])
+def test_the_fewest_tokens_with_a_mass(mass, kept):
+    whole = sparse_distributions(*_neighbors(), 5.0, kept)
+    cut = with_mass(whole, mass)
+    assert cut.prob_QS.dtype == np.float32 and cut.id_QS.dtype == np.int32
+    used = (cut.prob_QS > 0).sum(axis=1)
+    for n, count in enumerate(used):
+        np.testing.assert_array_equal(cut.prob_QS[n, :count], whole.prob_QS[n, :count])
+        np.testing.assert_array_equal(cut.id_QS[n, :count], whole.id_QS[n, :count])
+        assert not cut.prob_QS[n, count:].any() and not cut.id_QS[n, count:].any()
+        sums = np.cumsum(whole.prob_QS[n], dtype=np.float64)
+        assert count == min(
+            np.searchsorted(sums, mass, side="left") + 1, (whole.prob_QS[n] > 0).sum()
+        )
+    np.testing.assert_allclose(cut.mass_Q, cut.prob_QS.sum(axis=1), rtol=1e-6)
+    assert used.min() >= 1 and (mass < 1e-5 or used.max() > 1)
+
+
+def test_mass_of_rows_without_neighbours():
+    found = sparse_distributions(np.full((2, 3), np.inf, np.float32), np.zeros((2, 3), int), 1.0, 4)
+    cut = with_mass(found, 0.5)
+    assert not cut.prob_QS.any() and not cut.mass_Q.any()

@@ -17,6 +17,7 @@ from mlpmem_jax.retrieval.key_major import search_by_shards
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.merge import Neighbors
 from mlpmem_jax.retrieval.neighbors import search_split
+from mlpmem_jax.retrieval.queries import Queries
 from mlpmem_jax.retrieval.running_lists import RunningLists
 from mlpmem_jax.store.array_specs import ArraySpec
 from mlpmem_jax.store.arrays import open_array, read_rows
@@ -63,7 +64,7 @@ def _search(search, engine, key, path, *, own=True, num_neighbors=30, batch=300)
         lambda row, found: {"row": found.row_QK, "distance": found.distance_QK},
         num_neighbors=num_neighbors,
         query_batch=batch,
-        exclude_own_row=own,
+        queries=Queries(are_keys=own),
         description="test",
     )
     return numbers, _stored(path)
@@ -223,7 +224,7 @@ def test_damaged_lists_are_named(tmp_path):
     )
     lists.write(block, 5, found)
     assert lists.prepare([block]) == [5]
-    again = lists.read(block)
+    again = lists.read(block, 2)
     _assert_equal((again.row_QK, again.distance_QK), (found.row_QK, found.distance_QK))
     file = tmp_path / RUNNING / "7-9.lists"
     whole = file.read_bytes()
@@ -232,17 +233,17 @@ def test_damaged_lists_are_named(tmp_path):
         data[place] ^= 1
         file.write_bytes(data)
         with pytest.raises(ArtifactError, match=r"7-9.lists: damaged running lists"):
-            lists.read(block)
+            lists.read(block, 2)
         if place < 36:
             with pytest.raises(ArtifactError, match=r"7-9.lists: damaged running lists"):
                 lists.prepare([block])
     for length in (0, 35, 36, len(whole) - 1):
         file.write_bytes(whole[:length])
         with pytest.raises(ArtifactError, match=r"7-9.lists: damaged running lists"):
-            lists.read(block)
+            lists.read(block, 2)
     file.write_bytes(whole)
     with pytest.raises(ArtifactError, match="damaged running lists"):
-        RunningLists(epath.Path(tmp_path), 4).read(block)
+        RunningLists(epath.Path(tmp_path), 4).read(block, 2)
     (tmp_path / RUNNING / "own.txt").write_text("a note")  # Not ours: it stays.
     assert lists.prepare([]) == []
     assert [one.name for one in (tmp_path / RUNNING).iterdir()] == ["own.txt"]
@@ -253,8 +254,8 @@ def test_no_room_for_the_lists_is_said_before_anything_is_loaded(tmp_path, monke
 
     def no_space(path, needed, what):
         if "in parts" in what:
-            # Lists of K + 1 neighbours, and the results.
-            assert needed == ROWS * 31 * 12 + ROWS * 30 * 12
+            # Lists of K neighbours, and the results.
+            assert needed == 2 * ROWS * 30 * 12
             raise UserError(f"{what} needs {needed}")
 
     monkeypatch.setattr(key_major, "check_free_space", no_space)

@@ -13,6 +13,8 @@ from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.refresh import Phases
 from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Stage
+from mlpmem_jax.studies.cost import command as cost
+from mlpmem_jax.studies.search_quality import command as search_quality
 from mlpmem_jax.studies.tables.rows import SeedPlan, planned_row
 from mlpmem_jax.studies.tables.variants import (
     Variant,
@@ -77,6 +79,75 @@ def test_only_what_depends_on_a_key_is_made_anew(
         assert [one.relative for one in stages[name].artifact.inputs] == [
             one.relative for one in shared[name].artifact.inputs
         ]
+
+
+@pytest.mark.parametrize("overrides", [{}, {"targets.share": 0.5}])
+def test_an_ngram_teacher_needs_no_search(tiny_config: Config, overrides: dict[str, object]):
+    base = base_of(tiny_config)
+    variant = changed_variant(base, {"targets.teacher": "ngram", **overrides}, "x")
+    assert own_kinds(variant, base) == MEMORY_OF_TARGETS
+    kinds = {stage.artifact.kind for stage in made(variant).values()}
+    assert kinds == {"tokenizer", "tokens", "decoder", "datastore", "targets", "memory"}
+    for split in ("train", "valid"):
+        assert variant.run.targets(split).inputs == (variant.run.tokens,)
+    # It says nothing about neighbours, and draws nothing unless a share does.
+    changed = {"retrieval.num_neighbors": 8, "targets.temperature": 3.0, "seed": 8}
+    other = changed_config(variant.config, changed)
+    same = [variant.run.of(other).targets(s).relative for s in ("train", "valid")]
+    drawn = [variant.run.targets(s).relative for s in ("train", "valid")]
+    assert same[1] == drawn[1] and (same[0] == drawn[0]) == (not overrides)
+
+
+def test_a_table_has_a_row_of_an_ngram_teacher(make_config: Callable[..., Config]):
+    recipe = "{name: ngrams, overrides: [targets.teacher=ngram]}"
+    config = make_config("compare.rows=[memory]", f"compare.recipes=[{recipe}]")
+    plan = SeedPlan(config, 7)
+    rows = {name: planned_row(plan, name) for name in ("memory", "ngrams")}
+    made_for = {
+        name: {stage.artifact.relative for stage in made_by(row.stages())}
+        for name, row in rows.items()
+        if row is not None
+    }
+    own = {name.split("/")[0] for name in made_for["ngrams"] - made_for["memory"]}
+    assert own == {"targets", "memory", "scores"}
+
+
+def test_studies_of_search_refuse_targets_that_need_none(make_config: Callable[..., Config]):
+    config = make_config(
+        "targets.teacher=ngram",
+        "cost.quality=train",
+        "cost.engines=[exact]",
+        "cost.prompt_tokens=8",
+    )
+    with pytest.raises(ConfigError, match="targets.teacher=ngram: search-quality is about"):
+        search_quality._check(config)
+    with pytest.raises(ConfigError, match="cost.quality=train makes the targets of each part"):
+        cost._check(base_of(config).run)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "own"),
+    [
+        ("retrieval.exclude", "document", MEMORY_OF_TARGETS),
+        ("retrieval.exclude_repeats_tokens", 8, MEMORY_OF_TARGETS),
+        ("targets.share", 0.5, MEMORY_OF_TARGETS),
+        ("targets.min_mass", 0.9, MEMORY_OF_TARGETS),
+        ("targets.share_by", "row", set()),  # Without effect.
+        ("targets.ngram_min_count", 3, set()),
+    ],
+)
+def test_index_and_exact_neighbours_do_not_depend_on_how_targets_are_made(
+    tiny_config: Config, key: str, value: object, own: set[str]
+):
+    base = base_of(tiny_config)
+    assert own_kinds(changed_variant(base, {key: value}, "x"), base) == own
+    kept = changed_config(base.config, {"retrieval.keep_train": "all"})
+    plain = base.run.of(kept).neighbors("train")
+    assert base.run.tokens.relative not in {one.relative for one in plain.inputs}
+    if key.startswith("retrieval"):
+        found = base.run.of(changed_config(kept, {key: value})).neighbors("train")
+        assert found.relative != plain.relative
+        assert base.run.tokens.relative in {one.relative for one in found.inputs}
 
 
 def test_other_inputs_keep_the_targets(tiny_config: Config):

@@ -114,6 +114,12 @@ def _check(run: Artifacts) -> None:
             f"cost.prompt_tokens={cost.prompt_tokens} is longer than "
             f"decoder.context_tokens={context}"
         )
+    if cost.quality == "train" and config.targets.teacher != "knn":
+        raise ConfigError(
+            f"cost.quality=train makes the targets of each part from its own rows, and "
+            f"targets.teacher={config.targets.teacher} makes them from all tokens: use "
+            "cost.quality=none"
+        )
     _sizes(run)
     for one in (run.memory, run.results):  # Before parts of the datastore are copied.
         one.load()

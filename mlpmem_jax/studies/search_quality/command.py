@@ -62,14 +62,20 @@ def stages(run: Artifacts) -> list[Stage]:
 
 
 def _check(run: Artifacts) -> None:
-    """Refuses settings whose engine is not installed.
+    """Refuses settings whose engine is not installed, and targets that no search makes.
 
     Raises:
         ConfigError: Names the setting and the way out.
     """
     from mlpmem_jax.retrieval.engine import is_approximate_installed
 
-    asked = [one.name for one in run.config.search_quality.settings if one.engine == "scann"]
+    config = run.config
+    if config.targets.teacher != "knn":
+        raise ConfigError(
+            f"targets.teacher={config.targets.teacher}: {NAME} is about targets that are searched "
+            "for (targets.teacher=knn)"
+        )
+    asked = [one.name for one in config.search_quality.settings if one.engine == "scann"]
     if asked and not is_approximate_installed():
         raise ConfigError(
             f"search_quality.settings: {', '.join(asked)} need the package scann, which is not "

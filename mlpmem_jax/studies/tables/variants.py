@@ -75,8 +75,12 @@ class Variant:
 
     def targets_stages(self) -> list[Stage]:
         """Returns the stages up to the targets; neighbours of test rows serve none."""
+        stages = self.retrieval_stages()
+        if self.teacher.config.targets.teacher == "ngram":  # Nothing is searched for.
+            searched = ("index", "neighbors")
+            return [one for one in stages if one.artifact.kind not in searched]
         test = self.teacher.neighbors("test").relative
-        return [one for one in self.retrieval_stages() if one.artifact.relative != test]
+        return [one for one in stages if one.artifact.relative != test]
 
     def memory_stages(self) -> list[Stage]:
         """Returns the stages up to the memory."""
