@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlpmem_jax.parallel.hardware import Machine
+from mlpmem_jax.pipeline.changed_stages import exact_cache, neighbor_stages
 from mlpmem_jax.pipeline.checks import check_retrieval
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
@@ -24,11 +25,13 @@ def stages(run: Artifacts) -> list[Stage]:
     Valid and test are searched exactly, whatever the engine: they tune and score the
     explicit kNN-LM that the memory is held against. Train is searched by the engine.
     """
-    exact = _exact_cache(run)
+    exact = exact_cache(run)
     splits: tuple[Split, ...] = ("valid", "test")
     if run.config.retrieval.keep_train == "all":
         splits = (*splits, "train")
-    found = [_neighbors_stage(run, split, exact) for split in splits]
+    found = [
+        stage for split in splits for stage in neighbor_stages(run, split, exact, _neighbors_stage)
+    ]
     if not run.makes_targets:
         return found  # The teacher's targets are read, never made here.
     builds: dict[Split, Callable[[], Completion]] = {
@@ -60,7 +63,7 @@ def _neighbors_stage(run: Artifacts, split: Split, exact: "ExactCache") -> Stage
 
 def by_index_stages(run: Artifacts) -> list[Stage]:
     """Returns the neighbours of valid and test as the engine of the index finds them."""
-    exact = _exact_cache(run)
+    exact = exact_cache(run)
     splits: tuple[Split, ...] = ("valid", "test")
     return [
         Stage(
@@ -122,13 +125,6 @@ def _build_valid_targets(run: Artifacts) -> Completion:
 
     train = run.datastore("train"), run.targets("train")
     return make_valid_targets(run.targets("valid"), _target_inputs(run), *train)
-
-
-def _exact_cache(run: Artifacts) -> "ExactCache":
-    from mlpmem_jax.retrieval.index_builder import ExactCache
-
-    config = run.config
-    return ExactCache(run.datastore("train"), config.retrieval, config.mesh)
 
 
 def _search(run: Artifacts, index: Artifact | None, exact: "ExactCache") -> "Search":
