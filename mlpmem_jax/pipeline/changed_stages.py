@@ -121,13 +121,22 @@ def _check_neighbors(run: Artifacts) -> None:
 
 def _segment_stages(run: Artifacts) -> list[Stage]:
     return [
-        Stage(artifact=run.segment_tokens, build=functools.partial(_build_tokens, run)),
+        Stage(
+            artifact=run.segment_tokens,
+            build=functools.partial(_build_tokens, run),
+            estimate=functools.partial(_text_estimate, run),
+        ),
         Stage(
             artifact=run.segment,
             build=functools.partial(_embed, run),
             check=functools.partial(check_devices, run.config, "datastore"),
         ),
     ]
+
+
+def _text_estimate(run: Artifacts) -> dict[str, int]:
+    listing = run.corpus.changes[-1].text["listing"]
+    return {"text_bytes": listing["bytes"], "files": listing["files"]}
 
 
 def _build_tokens(run: Artifacts) -> Completion:

@@ -141,7 +141,7 @@ def keep_neighbors(
 
 def _check_same_origin(train: Artifact, rows: Artifact) -> None:
     """Refuses splits that different decoders or tokenizers made."""
-    first, other = first_part(train).load().made_from, rows.load().made_from
+    first, other = (first_part(one).load().made_from for one in (train, rows))
     for name in first:
         if first[name] != other.get(name):
             raise ArtifactError(
