@@ -57,7 +57,8 @@ _EVERY_STAGE = (
 
 # Read by commands that change the training text and bring up to date what follows from it.
 _CHANGING = (
-    *_RUN, "corpus.attention", "decoder", "mesh", "datastore", "retrieval", "targets",
+    "retrieval", "targets", *_RUN, "corpus.document_regex", "corpus.field", "corpus.on_error",
+    "corpus.attention", "decoder", "mesh", "datastore",
 )  # fmt: skip
 
 COMMANDS: dict[str, Command] = {

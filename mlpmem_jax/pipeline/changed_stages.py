@@ -56,31 +56,19 @@ def row_stages(run: Artifacts, base: Callable[[Artifacts], list[Stage]]) -> list
     return [*stages, joined]
 
 
-def neighbor_stages(
-    run: Artifacts,
-    split: Split,
-    exact: "ExactCache",
-    base: Callable[[Artifacts, Split, "ExactCache"], Stage],
-) -> list[Stage]:
-    """Returns the stages of the neighbours of a split; those that led to finished ones are done.
+def neighbors_stage(run: Artifacts, split: Split, exact: "ExactCache") -> Stage:
+    """Returns the stage of the neighbours of a split after the last change.
 
     Args:
         run: The artifacts of the configuration.
         split: Which it is.
         exact: Exact search among the training rows.
-        base: Returns that of the text as it was first read.
     """
-    if not run.corpus.changes:
-        return [] if f"neighbors/{split}" in run.given else [base(run, split, exact)]
-    stage = Stage(
+    return Stage(
         artifact=run.neighbors(split),
         build=functools.partial(_build_neighbors, run, split, exact),
         check=functools.partial(_check_neighbors, run),
     )
-    if stage.artifact.is_complete():
-        return [stage]
-    before = neighbor_stages(run.before, split, exact_cache(run.before), base)
-    return [*before, stage]
 
 
 def exact_cache(run: Artifacts) -> "ExactCache":
@@ -208,9 +196,13 @@ def _build_rows(run: Artifacts) -> Completion:
 
 def _build_neighbors(run: Artifacts, split: Split, exact: "ExactCache") -> Completion:
     from mlpmem_jax.retrieval.index_builder import ExactCache
+    from mlpmem_jax.retrieval.search import Search, keep_neighbors
     from mlpmem_jax.retrieval.update import UpdateInputs, update_neighbors
 
-    config, before = run.config, run.before
+    config, before, artifact = run.config, run.before, run.neighbors(split)
+    if not before.neighbors(split).is_complete():  # Removed, or of another K: all is searched.
+        search = Search(run.datastore("train"), None, exact, config.retrieval, config.seed)
+        return keep_neighbors(artifact, run.datastore(split), split, config.datastore, search)
     appended = run.corpus.changes[-1].kind == "append"
     inputs = UpdateInputs(
         before=before.datastore("train"),
@@ -221,4 +213,4 @@ def _build_neighbors(run: Artifacts, split: Split, exact: "ExactCache") -> Compl
         retrieval=config.retrieval,
         chunking=config.datastore,
     )
-    return update_neighbors(run.neighbors(split), run.datastore(split), split, inputs)
+    return update_neighbors(artifact, run.datastore(split), split, inputs)

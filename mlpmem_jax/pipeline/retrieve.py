@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlpmem_jax.parallel.hardware import Machine
-from mlpmem_jax.pipeline.changed_stages import exact_cache, neighbor_stages
+from mlpmem_jax.pipeline import changed_stages
+from mlpmem_jax.pipeline.changed_stages import exact_cache
 from mlpmem_jax.pipeline.checks import check_retrieval
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
@@ -30,7 +31,9 @@ def stages(run: Artifacts) -> list[Stage]:
     if run.config.retrieval.keep_train == "all":
         splits = (*splits, "train")
     found = [
-        stage for split in splits for stage in neighbor_stages(run, split, exact, _neighbors_stage)
+        _neighbors_stage(run, split, exact)
+        for split in splits
+        if f"neighbors/{split}" not in run.given  # What `compact` made is made once.
     ]
     if not run.makes_targets:
         return found  # The teacher's targets are read, never made here.
@@ -52,6 +55,8 @@ def stages(run: Artifacts) -> list[Stage]:
 
 
 def _neighbors_stage(run: Artifacts, split: Split, exact: "ExactCache") -> Stage:
+    if run.corpus.changes:
+        return changed_stages.neighbors_stage(run, split, exact)
     return Stage(
         artifact=run.neighbors(split),
         build=functools.partial(_build_neighbors, run, split, exact),

@@ -23,6 +23,10 @@ from mlpmem_jax.store.joined import Rows
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.store.shards import ShardWriter
 
+# New rows that are asked for at first, beside so many times those expected in a list.
+_LEAST_WANTED = 8
+_SURPLUS = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class UpdateInputs:
@@ -110,7 +114,8 @@ class _Update:
             self._put(found, place_Q, self._among_all(query_QD[place_Q], place_Q + rows.start))
         if self._inputs.new is not None and is_whole_Q.any():
             place_Q = np.flatnonzero(is_whole_Q)
-            both = [_taken(found, place_Q), self._among_new(query_QD[place_Q])]
+            kept = _taken(found, place_Q)
+            both = [kept, self._among_new(query_QD[place_Q], kept.distance_QK[:, -1])]
             self._put(found, place_Q, merge(both, self._num_neighbors))
         return found
 
@@ -135,10 +140,24 @@ class _Update:
         found = self._inputs.all().search(query_QD, wanted)
         return drop_own_row(found, row_Q) if self._excludes_own else found
 
-    def _among_new(self, query_QD: np.ndarray) -> Neighbors:
-        assert self._inputs.new is not None
+    def _among_new(self, query_QD: np.ndarray, farthest_Q: np.ndarray) -> Neighbors:
+        """Returns the nearest new rows, all that are as near as the farthest kept neighbour.
+
+        Few of a list are new: few are asked for, and more where the last of them is still near.
+        """
         self.among_new += len(query_QD)
-        found = self._inputs.new().search(query_QD, self._num_neighbors)
+        expected = self._num_neighbors * self.num_new // self.num_rows
+        wanted = min(self._num_neighbors, _LEAST_WANTED + _SURPLUS * expected)
+        found = fit(self._new(query_QD, wanted), self._num_neighbors)
+        last_Q = found.distance_QK[:, wanted - 1]
+        place_Q = np.flatnonzero(np.isfinite(last_Q) & (last_Q <= farthest_Q))
+        if wanted < self._num_neighbors and len(place_Q):
+            self._put(found, place_Q, self._new(query_QD[place_Q], self._num_neighbors))
+        return found
+
+    def _new(self, query_QD: np.ndarray, wanted: int) -> Neighbors:
+        assert self._inputs.new is not None
+        found = self._inputs.new().search(query_QD, wanted)
         first = self.num_rows - self.num_new
         row_QK = np.where(found.row_QK < 0, MISSING_ROW, found.row_QK + first)
         return Neighbors(found.distance_QK, row_QK)

@@ -129,6 +129,13 @@ def test_appending_equals_a_rebuild_and_touches_nothing(
     assert counts["copied_documents"] > 0
     assert after.items() <= _files(config.parent / "run").items()
     _same_as_rebuilt(second, config.parent / "rebuilt-2")
+    # Where the lists of before are gone, everything is searched, and the same is found.
+    lists = arrays(second.neighbors("train"))
+    assert call("artifacts", config, "--remove-unused") == 0
+    assert not second.before.neighbors("train").path.exists()
+    assert call("retrieve", config, "--rebuild") == 0
+    for name, values in arrays(second.neighbors("train")).items():
+        np.testing.assert_array_equal(values, lists[name])
     # And the commands that follow take what there is now.
     capsys.readouterr()
     for command in ("embed", "index", "retrieve"):
@@ -270,6 +277,18 @@ def test_a_killed_append_changes_nothing_and_continues(config: Path, tmp_path: P
     run = artifacts(config)
     assert len(run.corpus.changes) == 1
     _same_as_rebuilt(run, tmp_path / "rebuilt")
+    # So it is with the other changes.
+    for number, words in enumerate(
+        (("remove", "--documents", f"{folder}/new/101.txt"), ("compact",)), start=1
+    ):
+        record = CorpusRecord.read(folder / "run")
+        process = _process(config, *words, kill=("mlpmem_jax.store.shards.write_rows", 9))
+        process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL
+        assert CorpusRecord.read(folder / "run") == record
+        assert call(words[0], config, *words[1:]) == 0
+        assert CorpusRecord.read(folder / "run") != record
+        _same_as_rebuilt(artifacts(config), tmp_path / f"rebuilt-{number}")
 
 
 @pytest.mark.slow
