@@ -113,10 +113,7 @@ class _Update:
             place_Q = np.flatnonzero(~is_whole_Q)
             self._put(found, place_Q, self._among_all(query_QD[place_Q], place_Q + rows.start))
         if self._inputs.new is not None and is_whole_Q.any():
-            place_Q = np.flatnonzero(is_whole_Q)
-            kept = _taken(found, place_Q)
-            both = [kept, self._among_new(query_QD[place_Q], kept.distance_QK[:, -1])]
-            self._put(found, place_Q, merge(both, self._num_neighbors))
+            self._merge_new(found, query_QD, np.flatnonzero(is_whole_Q))
         return found
 
     def _kept_lists(self, before_Q: np.ndarray) -> tuple[Neighbors, np.ndarray]:
@@ -140,20 +137,27 @@ class _Update:
         found = self._inputs.all().search(query_QD, wanted)
         return drop_own_row(found, row_Q) if self._excludes_own else found
 
-    def _among_new(self, query_QD: np.ndarray, farthest_Q: np.ndarray) -> Neighbors:
-        """Returns the nearest new rows, all that are as near as the farthest kept neighbour.
+    def _merge_new(self, lists: Neighbors, query_QD: np.ndarray, place_Q: np.ndarray) -> None:
+        """Puts the new rows that are near enough into lists.
 
         Few of a list are new: few are asked for, and more where the last of them is still near.
         """
-        self.among_new += len(query_QD)
+        self.among_new += len(place_Q)
         expected = self._num_neighbors * self.num_new // self.num_rows
         wanted = min(self._num_neighbors, _LEAST_WANTED + _SURPLUS * expected)
-        found = fit(self._new(query_QD, wanted), self._num_neighbors)
-        last_Q = found.distance_QK[:, wanted - 1]
-        place_Q = np.flatnonzero(np.isfinite(last_Q) & (last_Q <= farthest_Q))
-        if wanted < self._num_neighbors and len(place_Q):
-            self._put(found, place_Q, self._new(query_QD[place_Q], self._num_neighbors))
-        return found
+        farthest_Q = lists.distance_QK[place_Q, -1]
+        some = self._new(query_QD[place_Q], wanted)
+        is_near_QK = np.isfinite(some.distance_QK) & (some.distance_QK <= farthest_Q[:, None])
+        has_more_Q = is_near_QK[:, -1] & (wanted < self._num_neighbors)
+        chosen_Q = np.flatnonzero(is_near_QK[:, 0] & ~has_more_Q)
+        self._merge_into(lists, place_Q[chosen_Q], _taken(some, chosen_Q))
+        more_Q = place_Q[has_more_Q]
+        if len(more_Q):
+            self._merge_into(lists, more_Q, self._new(query_QD[more_Q], self._num_neighbors))
+
+    def _merge_into(self, lists: Neighbors, place_Q: np.ndarray, found: Neighbors) -> None:
+        kept = _taken(lists, place_Q)
+        self._put(lists, place_Q, merge([kept, found], self._num_neighbors))
 
     def _new(self, query_QD: np.ndarray, wanted: int) -> Neighbors:
         assert self._inputs.new is not None
