@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from mlpmem_jax.console import say
 from mlpmem_jax.errors import ConfigError, UserError
 from mlpmem_jax.pipeline import embed, index, retrieve
-from mlpmem_jax.pipeline.changed import check_made_with, made_with
+from mlpmem_jax.pipeline.changed import made_with
 from mlpmem_jax.pipeline.changed_stages import check_alone
 from mlpmem_jax.pipeline.corpus_record import CorpusRecord, changing
 from mlpmem_jax.pipeline.execute import check_config_file, record, write_config
@@ -53,7 +53,6 @@ def _check(run: Artifacts) -> None:
         UserError: One line.
     """
     check_alone(run)
-    check_made_with_known(run)
     kept = run.config.retrieval.keep_train
     if kept != "all":
         raise ConfigError(
@@ -64,12 +63,6 @@ def _check(run: Artifacts) -> None:
     run.datastore("train").load()
     for split in SPLITS:
         run.neighbors(split).load()
-
-
-def check_made_with_known(run: Artifacts) -> None:
-    """Refuses other settings than those of earlier changes."""
-    if run.corpus.made_with:
-        check_made_with(run)
 
 
 def begun(run: Artifacts) -> CorpusRecord:

@@ -342,6 +342,7 @@ def test_what_cannot_be_changed_is_refused_in_one_line(
         (("append", *new, "retrieval.keep_train=none"), "set retrieval.keep_train=all"),
         (("append", *new, "decoder.num_layers=3"), "datastore/train does not exist"),
         (("append", *new, "--rebuild"), "made once"),
+        (("append", *new, "--text", f"{folder}/some.jsonl"), "append them one by one"),
         (("remove",), "remove: which documents?"),
         (("remove", "--documents", "0" * 16), f"not in the training text: {'0' * 16}; nothing"),
         (("remove", "--documents", f"{folder}/base/*.txt"), "some are in valid and test"),
