@@ -120,6 +120,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, Options]:
         api_key_file=_path(flags, "api_key_file"),
         output=_path(flags, "output"),
         what=getattr(flags, "what", None),
+        text=_paths(flags, "text"),
+        documents=_paths(flags, "documents"),
     )
     return command, config, options
 
@@ -130,6 +132,12 @@ def _path(flags: argparse.Namespace, name: str) -> str | None:
         return None if path is None else checked_path(path)
     except ValueError as error:
         raise UserError(f"--{name.replace('_', '-')} {short(path)}: {error}") from None
+
+
+def _paths(flags: argparse.Namespace, name: str) -> tuple[str, ...]:
+    given = getattr(flags, name, None) or ()
+    found = (_path(argparse.Namespace(**{name: one}), name) for one in given)
+    return tuple(path for path in found if path is not None)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -228,10 +236,30 @@ def _parser(command: str) -> _Parser:
     return parser
 
 
+# Of the commands that change the training text.
+_CHANGES = {
+    "append": (
+        "--text",
+        "FILE",
+        "text to append (or JSONL records): a file or a pattern of files; may be repeated",
+    ),
+    "remove": (
+        "--documents",
+        "ID|FILE",
+        "a document to remove: its id (16 hexadecimal digits), or a file that holds the text of "
+        "documents; may be repeated",
+    ),
+}
+
+
 def _add_own_flags(parser: _Parser, command: str) -> None:
-    if command not in ("generate", "serve", "compile", "export", "artifacts"):
+    if command not in ("generate", "serve", "compile", "export", "artifacts", *_CHANGES):
         return
     own = parser.add_argument_group(f"flags of {command}")
+    if command in _CHANGES:
+        flag, value, text = _CHANGES[command]
+        parser.add_value(own, flag, metavar=value, action="append", help=text)
+        return
     if command == "generate":
         parser.add_value(
             own,

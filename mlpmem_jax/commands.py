@@ -55,6 +55,12 @@ _EVERY_STAGE = (
     "pretrain", "train", "evaluate",
 )  # fmt: skip
 
+# Read by commands that change the training text and bring up to date what follows from it.
+_CHANGING = (
+    "retrieval", "targets", *_RUN, "corpus.document_regex", "corpus.field", "corpus.on_error",
+    "corpus.attention", "decoder", "mesh", "datastore",
+)  # fmt: skip
+
 COMMANDS: dict[str, Command] = {
     "run": Command(
         "pipeline.run",
@@ -128,6 +134,24 @@ COMMANDS: dict[str, Command] = {
             *_RUN, "decoder", "memory", "mesh", "datastore.input", "generate.interpolation",
             *_MODEL, "train.joint_weight",
         ),
+        alone=True,
+    ),
+    "append": Command(
+        "pipeline.append",
+        "add training text to a run: its rows, and the neighbours and targets of all",
+        _CHANGING,
+        alone=True,
+    ),
+    "remove": Command(
+        "pipeline.remove",
+        "take documents out of the training rows, neighbours and targets of a run",
+        _CHANGING,
+        alone=True,
+    ),
+    "compact": Command(
+        "pipeline.compact",
+        "copy what appending and removing have left into one datastore",
+        _CHANGING,
         alone=True,
     ),
     "artifacts": Command(

@@ -168,6 +168,11 @@ class TokenSplit:
         """
         return self._document_array("document_file", self.num_documents)
 
+    @property
+    def document_digest(self) -> np.ndarray:
+        """64-bit hash of the text of each document: uint64 [D]."""
+        return self._document_array("document_digest", self.num_documents)
+
     def has_documents_of(self, other: "TokenSplit") -> bool:
         """Returns whether another split holds the same documents, whatever its tokenizer."""
         return all(

@@ -179,9 +179,22 @@ def _num_gaps(text: str) -> int:
 class TokenWriter:
     """All splits, and how far the corpus has been read."""
 
-    def __init__(self, path: epath.Path, tokenizer: TextTokenizer):
-        """Starts, or continues where a killed start left its progress file."""
+    def __init__(
+        self,
+        path: epath.Path,
+        tokenizer: TextTokenizer,
+        known: Mapping[Split, np.ndarray] | None = None,
+    ):
+        """Starts, or continues where a killed start left its progress file.
+
+        Args:
+            path: The artifact.
+            tokenizer: The tokenizer.
+            known: Digests (uint64) of documents that are elsewhere already, by split: they are
+                left out.
+        """
         self._path = path
+        self._known = dict(known or {})
         self._tokenizer = tokenizer
         saved = _read_progress(path / PROGRESS_FILE)
         self.position, self.seconds, states = Position(), 0.0, dict[str, Any]()
@@ -203,7 +216,10 @@ class TokenWriter:
 
     def seen(self) -> Seen:
         """Returns what has been written, on all processes the same."""
-        return seen_by_first({split: writer.digests() for split, writer in self.splits.items()})
+        found = {split: writer.digests() for split, writer in self.splits.items()}
+        for split, digests in self._known.items():
+            found[split] = np.concatenate([digests, found[split]])
+        return seen_by_first(found)
 
     def write(self, corpus: Corpus, on_progress: Callable[[int], object]) -> None:
         """Encodes and writes what the corpus still holds.

@@ -8,6 +8,7 @@ import numpy as np
 from mlpmem_jax.corpus.recent import after_start, recent_tokens
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.store.array_specs import input_array
+from mlpmem_jax.store.joined import stream_starts
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.stored_array import PendingRead, StoredArray
 
@@ -136,6 +137,8 @@ class RecentReader:
             separator_id: The token that starts each document.
         """
         self._labels = RowReader(artifact, {"label": "label"}) if num_recent else None
+        # Where another stream begins, the label of the row before is not its first token.
+        self._streams = np.asarray(stream_starts(artifact) if num_recent else (0,), np.int64)
         self._num_recent = num_recent
         self._separator_id = separator_id
 
@@ -145,7 +148,8 @@ class RecentReader:
         pending = None
         if self._labels is not None:
             pending = self._labels.start(np.maximum(first, 0), length + self._num_recent - 1)
-        return PendingRecent(pending, first, self._num_recent, self._separator_id)
+        streams = self._streams
+        return PendingRecent(pending, first, streams, self._num_recent, self._separator_id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +158,7 @@ class PendingRecent:
 
     pending: PendingRows | None
     first: np.ndarray
+    streams: np.ndarray
     num_recent: int
     separator_id: int
 
@@ -168,6 +173,8 @@ class PendingRecent:
         token_BT = self.pending.result()["label"]
         # Before row 0 stands the separator of the first document.
         token_BT = after_start(token_BT, self.first, self.separator_id)
+        row_BT = self.first[:, None] + 1 + np.arange(token_BT.shape[1])
+        token_BT = np.where(np.isin(row_BT, self.streams), self.separator_id, token_BT)
         return {"recent": recent_tokens(token_BT, self.num_recent, self.separator_id)}
 
 

@@ -75,6 +75,22 @@ def check_trains_memory(run: Artifacts, command: str) -> None:
         )
 
 
+def check_stored_rows(run: Artifacts) -> None:
+    """Refuses to train by windows of tokens where the training text has changed.
+
+    Raises:
+        ConfigError: Names the key and what is allowed.
+    """
+    if not (run.corpus.made_with and run.config.decoder_runs):
+        return
+    joint = run.config.train.mode == "joint"
+    asked = "train.mode=joint" if joint else f"train.inputs={run.config.train.inputs}"
+    raise ConfigError(
+        f"{asked}: the training text was changed (append, remove), and its rows are read as they "
+        "are stored: use train.mode=memory with train.inputs=stored"
+    )
+
+
 def check_keys(run: Artifacts) -> None:
     """Refuses to search, or to evaluate the kNN-LM, where no keys are stored.
 

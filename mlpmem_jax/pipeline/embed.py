@@ -1,20 +1,26 @@
 """The decoder over the corpus: keys, memory inputs, labels and log-probabilities."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlpmem_jax.parallel.hardware import Machine
+from mlpmem_jax.pipeline.changed_stages import row_stages
 from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.stage import Stage
-from mlpmem_jax.store.array_specs import SPLITS, Split, datastore_arrays
-from mlpmem_jax.store.manifest import Completion
+from mlpmem_jax.store.array_specs import Split, datastore_arrays
+from mlpmem_jax.store.manifest import Artifact, Completion
 
 
 def stages(run: Artifacts) -> list[Stage]:
-    """Returns one stage a split."""
+    """Returns one stage a split, and those of text that was appended later."""
+    base = functools.partial(_stages, splits=("train",))
+    return [*row_stages(run, base), *_stages(run, ("valid", "test"))]
+
+
+def _stages(run: Artifacts, splits: Sequence[Split]) -> list[Stage]:
     return [
         Stage(
             artifact=run.datastore(split),
@@ -23,7 +29,7 @@ def stages(run: Artifacts) -> list[Stage]:
             estimate=functools.partial(_estimate, run, split),
             need=functools.partial(_need, run, split),
         )
-        for split in SPLITS
+        for split in splits
     ]
 
 
@@ -34,27 +40,39 @@ def _estimate(run: Artifacts, split: Split) -> Mapping[str, Any]:
 
 
 def _build(run: Artifacts, split: Split) -> Completion:
+    return embedded(run, run.tokens, split, run.datastore(split))
+
+
+def embedded(run: Artifacts, stream: Artifact, split: Split, rows: Artifact) -> Completion:
+    """Makes the rows of a token stream.
+
+    Args:
+        run: The artifacts of the configuration.
+        stream: The tokens.
+        split: Which of its splits.
+        rows: Where the rows go.
+    """
     from mlpmem_jax.corpus.tokens import TokenSplit
     from mlpmem_jax.embedding.embed import embed_split
     from mlpmem_jax.parallel.mesh import make_mesh
-    from mlpmem_jax.pipeline.estimates import embedding_estimate
+    from mlpmem_jax.pipeline.estimates import embedding_flops
     from mlpmem_jax.pipeline.networks import finished_decoder
     from mlpmem_jax.pipeline.settings import embedding_settings
 
     config = run.config
     mesh = make_mesh(config.mesh)
-    tokens = TokenSplit.open(run.tokens, split)
+    tokens = TokenSplit.open(stream, split)
     specs = datastore_arrays(config.datastore, config.decoder.width)
     arrays = embed_split(
         finished_decoder(run, mesh),
         tokens,
-        run.datastore(split),
+        rows,
         specs,
         embedding_settings(config, specs),
         mesh,
         f"embed {split}",
     )
-    flops = embedding_estimate(run, split)["model flops"]
+    flops = embedding_flops(run, tokens.num_rows)
     return Completion(
         counts={"rows": tokens.num_rows}, arrays=arrays, measured={"model_flops": flops}
     )

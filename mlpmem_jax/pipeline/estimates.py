@@ -108,17 +108,22 @@ def embedding_estimate(run: Artifacts, split: Split) -> dict[str, Any]:
     rows = counted[0]
     specs = datastore_arrays(config.datastore, config.decoder.width)
     row_bytes = sum(spec.row_bytes for spec in specs.values())
-    window, stride = config.embedding_window_tokens, config.embedding_stride_tokens
-    vocab = _vocab_size(run)
-    # Every token of a window goes through the blocks, only scored rows through the head.
-    blocks = decoder_flops_per_token(config.decoder, vocab, window, head=False)
-    head = decoder_flops_per_token(config.decoder, vocab, window) - blocks
     return {
         **rows_entry(*counted),
         "disk bytes": rows * row_bytes,
         "host bytes of shards under way": 4 * config.datastore.shard_rows * row_bytes,
-        "model flops": rows * (blocks * window / stride + head),
+        "model flops": embedding_flops(run, rows),
     }
+
+
+def embedding_flops(run: Artifacts, rows: int) -> float:
+    """Returns the flops of embedding so many rows."""
+    config, vocab = run.config, _vocab_size(run)
+    window, stride = config.embedding_window_tokens, config.embedding_stride_tokens
+    # Every token of a window goes through the blocks, only scored rows through the head.
+    blocks = decoder_flops_per_token(config.decoder, vocab, window, head=False)
+    head = decoder_flops_per_token(config.decoder, vocab, window) - blocks
+    return rows * (blocks * window / stride + head)
 
 
 def index_estimate(run: Artifacts) -> dict[str, Any]:

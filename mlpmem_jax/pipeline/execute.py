@@ -8,7 +8,7 @@ from mlpmem_jax.config.load import dump_config
 from mlpmem_jax.config.yaml_text import YamlError, parse_yaml, write_yaml
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel.multihost import is_writer
-from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.graph import BEFORE, Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.plan import print_plan
 from mlpmem_jax.pipeline.stage import Rebuild, Stage, run_stages
@@ -67,7 +67,7 @@ def record(run: Artifacts, stages: Sequence[Stage]) -> None:
         one.label: one.relative
         for stage in stages
         for one in (*stage.artifact.inputs, stage.artifact)
-        if one.root == run.store
+        if one.root == run.store and BEFORE not in one.label
     }
     # Not as given: other commands may read it from another current directory.
     store = None if run.config.store is None else str(run.store)

@@ -120,6 +120,8 @@ class Forecaster:
         kind, needed = one.artifact.kind, one.estimate.get("model flops")
         if kind in _NETWORKS and needed is not None:
             return _START_SECONDS + float(needed) / rates.get(kind, _SHARE_OF_PEAK * self._peak)
+        if {"updates", "compacted"} & set(one.artifact.recipe or {}):
+            return None  # Little is searched, and how much is not known yet.
         if kind in _SEARCHES and self._num_rows is not None:
             return _START_SECONDS + self._search_seconds(one.artifact, self._num_rows)
         return None

@@ -3,6 +3,7 @@
 The one place that knows the graph of artifacts. Nothing is read but what `Sources` reads.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeVar
 
@@ -10,7 +11,8 @@ from etils import epath
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.pipeline import recipes
+from mlpmem_jax.pipeline import changed, recipes
+from mlpmem_jax.pipeline.corpus_record import CorpusRecord
 from mlpmem_jax.pipeline.recipes import Recipe
 from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.store.array_specs import SPLITS, Split
@@ -22,6 +24,7 @@ Report = Literal[
     "evaluate", "analyze", "cost", "search-quality", "compare", "overfitting", "ablate"
 ]
 _Value = TypeVar("_Value")
+BEFORE = "before change "  # Of the titles of artifacts that a changed corpus has left behind.
 _KINDS: dict[Report, str] = {"evaluate": "results", "analyze": "analysis"}
 
 
@@ -32,6 +35,7 @@ class Artifacts:
         config: The configuration, with the compute dtypes of the devices.
         sources: What is read besides artifacts.
         given: Artifacts by role that take the place of the configuration's own.
+        corpus: How the training text has changed.
         title: Which of several configurations it is, for people.
         workdir: The run directory.
         store: Where artifacts lie; reports lie in the run directory.
@@ -43,6 +47,7 @@ class Artifacts:
         sources: Sources | None = None,
         given: Mapping[str, Artifact] | None = None,
         title: str = "",
+        corpus: CorpusRecord | None = None,
     ):
         """Prepares.
 
@@ -52,13 +57,20 @@ class Artifacts:
             given: Artifacts by role that take the place of the configuration's own: another
                 teacher's targets, the memory that joint training begins with.
             title: Which of several configurations it is, for people; shown beside each role.
+            corpus: How the training text has changed; None: as the run directory records it.
         """
         self.config = config
         self.sources = sources or Sources(config.workdir, reads=False)
         self.title = title
         self.workdir: epath.Path = absolute(config.workdir)
         self.store = store_of(config.workdir, config.store)
-        self.given = dict(given or {})
+        self.corpus = CorpusRecord.read(config.workdir) if corpus is None else corpus
+        compacted = {
+            role: Artifact(self.store, relative, relative.split("/")[0], label=self._label(role))
+            for role, relative in self.corpus.start.items()
+            if not self.corpus.changes
+        }
+        self.given = {**compacted, **(given or {})}
         self._known: dict[str, Artifact] = {}
 
     def of(
@@ -66,7 +78,17 @@ class Artifacts:
     ) -> "Artifacts":
         """Returns those of another configuration, with the same sources and given artifacts."""
         kept = self.given if given is None else given
-        return Artifacts(config, self.sources, kept, title or self.title)
+        corpus = self.corpus if config.workdir == self.config.workdir else None
+        return Artifacts(config, self.sources, kept, title or self.title, corpus)
+
+    def with_corpus(self, corpus: CorpusRecord, title: str = "") -> "Artifacts":
+        """Returns the artifacts of the same configuration where the text changed in another way."""
+        return Artifacts(self.config, self.sources, None, title or self.title, corpus)
+
+    @functools.cached_property
+    def before(self) -> "Artifacts":
+        """The artifacts before the last change of the training text."""
+        return self.with_corpus(self.corpus.before, f"{BEFORE}{len(self.corpus.changes)}")
 
     def with_given(self, given: Mapping[str, Artifact]) -> "Artifacts":
         """Returns the same artifacts but for some that are given, and what is made from them."""
@@ -151,12 +173,46 @@ class Artifacts:
 
     def datastore(self, split: Split) -> Artifact:
         """Keys, inputs, labels and decoder log-probabilities of a split."""
+        if split == "train" and self.corpus.made_with:
+            changed.check_made_with(self)
+        if split == "train" and self.corpus.changes:
+            recipe = functools.partial(changed.rows_recipe, self)
+            return self._role("datastore/train", "datastore", recipe, self._changed_inputs)
         return self._role(
             f"datastore/{split}",
             "datastore",
             lambda: {"split": split, **recipes.datastore(self.config)},
             lambda: (self.tokens, self.decoder),
         )
+
+    def _changed_inputs(self) -> Sequence[Artifact]:
+        rows = self.before.datastore("train")
+        return (rows, self.segment) if self.corpus.changes[-1].kind == "append" else (rows,)
+
+    @property
+    def segment_tokens(self) -> Artifact:
+        """The tokens of the text that the last change appended."""
+        return self._role(
+            f"tokens/{self.segment_name}",
+            "tokens",
+            lambda: {**self.corpus.changes[-1].text, "segment": True},
+            lambda: (self.tokenizer, self.tokens, self.before.datastore("train")),
+        )
+
+    @property
+    def segment(self) -> Artifact:
+        """Their rows: keys, inputs, labels and decoder log-probabilities."""
+        return self._role(
+            f"datastore/{self.segment_name}",
+            "datastore",
+            lambda: {"split": "train", **recipes.datastore(self.config)},
+            lambda: (self.segment_tokens, self.decoder),
+        )
+
+    @property
+    def segment_name(self) -> str:
+        """How people know what the last change appended."""
+        return f"segment-{len(self.corpus.changes)}"
 
     @property
     def index(self) -> Artifact:
@@ -170,6 +226,8 @@ class Artifacts:
 
     def neighbors(self, split: Split) -> Artifact:
         """The K nearest training rows of each row; those of valid and test are exact."""
+        if self.corpus.changes:
+            return self._updated(split)
         if split == "train":
             return self._found("neighbors/train", "train")
         return self._role(
@@ -177,6 +235,21 @@ class Artifacts:
             "neighbors",
             lambda: {"split": split, **recipes.exact_neighbors(self.config)},
             lambda: (self.datastore("train"), self.datastore(split)),
+        )
+
+    def _updated(self, split: Split) -> Artifact:
+        """Neighbours that follow from those before the last change of the training text.
+
+        These are named by the recipe and are no input, so that they can be removed once the new
+        ones are there: lists are as large as the keys.
+        """
+        before = self.before
+        queries = () if split == "train" else (self.datastore(split),)
+        return self._role(
+            f"neighbors/{split}",
+            "neighbors",
+            lambda: changed.neighbors_recipe(self, split),
+            lambda: (before.datastore("train"), self.datastore("train"), *queries),
         )
 
     def neighbors_by_index(self, split: Split) -> Artifact:

@@ -18,6 +18,8 @@ class Options:
         without_memory: `generate` and `serve`: the decoder alone.
         remove_unused: `artifacts` only: remove what no work directory uses.
         api_key_file: `serve` only: the file with the key that requests must bring.
+        text: `append` only: files of the text.
+        documents: `remove` only: ids of documents, or files that hold their text.
         output: Where the report of `compile` goes as JSON, or what `export` writes.
         what: `export` only: which networks; None: both, the decoder alone without a memory.
     """
@@ -31,6 +33,8 @@ class Options:
     api_key_file: str | None = None
     output: str | None = None
     what: Exported | None = None
+    text: tuple[str, ...] = ()
+    documents: tuple[str, ...] = ()
 
     def flags(self) -> dict[str, bool]:
         """Returns what all processes of a run must have been given alike."""

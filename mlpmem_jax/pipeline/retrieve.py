@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlpmem_jax.parallel.hardware import Machine
+from mlpmem_jax.pipeline import changed_stages
+from mlpmem_jax.pipeline.changed_stages import exact_cache
 from mlpmem_jax.pipeline.checks import check_retrieval
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
@@ -25,11 +27,15 @@ def stages(run: Artifacts) -> list[Stage]:
     explicit kNN-LM that the memory is held against. Train is searched by the engine, where its
     targets are those of the kNN-LM.
     """
-    exact = _exact_cache(run)
+    exact = exact_cache(run)
     splits: tuple[Split, ...] = ("valid", "test")
     if run.config.retrieval.keep_train == "all":
         splits = (*splits, "train")
-    found = [_neighbors_stage(run, split, exact) for split in splits]
+    found = [
+        _neighbors_stage(run, split, exact)
+        for split in splits
+        if f"neighbors/{split}" not in run.given  # What `compact` made is made once.
+    ]
     if not run.makes_targets:
         return found  # The teacher's targets are read, never made here.
     is_knn = run.config.targets.teacher == "knn"
@@ -43,7 +49,7 @@ def stages(run: Artifacts) -> list[Stage]:
         Stage(
             artifact=run.targets(split),
             build=build,
-            check=functools.partial(check_retrieval, run) if is_knn else lambda: None,
+            check=functools.partial(_check_targets, run),
             estimate=functools.partial(_estimate_targets, run, split),
             need=functools.partial(_targets_need, run, split),
         )
@@ -52,7 +58,16 @@ def stages(run: Artifacts) -> list[Stage]:
     return [*found, *targets]
 
 
+def _check_targets(run: Artifacts) -> None:
+    if run.corpus.made_with:
+        changed_stages.check_reads_rows(run)
+    if run.config.targets.teacher == "knn":
+        check_retrieval(run)
+
+
 def _neighbors_stage(run: Artifacts, split: Split, exact: "ExactCache") -> Stage:
+    if run.corpus.changes:
+        return changed_stages.neighbors_stage(run, split, exact)
     return Stage(
         artifact=run.neighbors(split),
         build=functools.partial(_build_neighbors, run, split, exact),
@@ -64,7 +79,7 @@ def _neighbors_stage(run: Artifacts, split: Split, exact: "ExactCache") -> Stage
 
 def by_index_stages(run: Artifacts) -> list[Stage]:
     """Returns the neighbours of valid and test as the engine of the index finds them."""
-    exact = _exact_cache(run)
+    exact = exact_cache(run)
     splits: tuple[Split, ...] = ("valid", "test")
     return [
         Stage(
@@ -134,13 +149,6 @@ def _build_ngram_targets(run: Artifacts, split: Split) -> Completion:
     config = run.config
     given = run.tokens, config.targets, config.datastore, config.seed
     return make_ngram_targets(run.targets(split), split, *given)
-
-
-def _exact_cache(run: Artifacts) -> "ExactCache":
-    from mlpmem_jax.retrieval.index_builder import ExactCache
-
-    config = run.config
-    return ExactCache(run.datastore("train"), config.retrieval, config.mesh)
 
 
 def _search(run: Artifacts, index: Artifact | None, exact: "ExactCache") -> "Search":

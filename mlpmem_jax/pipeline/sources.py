@@ -21,7 +21,10 @@ class Sources:
     Attributes:
         found: What was found, by the settings that name it; for `run.json`.
         trains: Whether training begins, with what work directories use now.
+        is_blind: Whether it stands for what cannot be read, so that ids mean nothing.
     """
+
+    is_blind = False
 
     def __init__(self, workdir: str, *, reads: bool):
         """Prepares.
@@ -123,6 +126,8 @@ class Sources:
 
 class Unread(Sources):
     """Stands for text and files that cannot be read: with it, roles can be asked for, not ids."""
+
+    is_blind = True
 
     def __init__(self, workdir: str):
         super().__init__(workdir, reads=False)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlpmem_jax.parallel.hardware import Machine
-from mlpmem_jax.pipeline.checks import check_devices, check_teacher
+from mlpmem_jax.pipeline.checks import check_devices, check_stored_rows, check_teacher
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.memory_import import import_stage
@@ -53,6 +53,7 @@ def _stage(
 
 def _check(run: Artifacts) -> None:
     check_devices(run, "train")
+    check_stored_rows(run)
     check_teacher(run)
 
 

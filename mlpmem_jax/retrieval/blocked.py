@@ -23,6 +23,7 @@ from mlpmem_jax.retrieval.merge import Neighbors, concatenate, fit, sortable, un
 # queries, a tenth faster than for 512. Fewer queries meet as many more keys at once.
 _QUERIES = 1024
 _KEYS = 8192
+_LEAST_KEYS = 64
 _SAMPLE_ROWS = 4 * 8192
 # Minima of groups stand for the sample in its threshold, as long as few of the wanted share one.
 _GROUPS_PER_RANK = 8
@@ -56,7 +57,7 @@ class BlockedSearch:
         self._width = width
         self._num_sampled = min(num_rows, _SAMPLE_ROWS)
         self._row_N, place_N = _sample_first(num_rows, self._num_sampled)
-        self._key_NA = _aligned_zeros(max(1, -(-num_rows // _KEYS)) * _KEYS, width + 1)
+        self._key_NA = _aligned_zeros(_padded_rows(num_rows), width + 1)
         sum_D = np.zeros(width)
         for part in _parts(num_rows):
             key_CD = read(part.start, part.stop)
@@ -173,6 +174,13 @@ class BlockedSearch:
                 for start in range(0, len(self._key_NA), rows)
             ]
         return self._blocks[rows]
+
+
+def _padded_rows(num_rows: int) -> int:
+    """Returns whole blocks; less than one is a power of two, of which few are compiled."""
+    if num_rows < _KEYS:
+        return max(_LEAST_KEYS, 1 << (num_rows - 1).bit_length())
+    return -(-num_rows // _KEYS) * _KEYS
 
 
 class _Survivors:

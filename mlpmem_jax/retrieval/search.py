@@ -19,6 +19,7 @@ from mlpmem_jax.retrieval.neighbors import Consume, check_enough_rows, search_sp
 from mlpmem_jax.retrieval.queries import Queries, exclusion_of
 from mlpmem_jax.retrieval.shares import Share
 from mlpmem_jax.store.array_specs import Split, neighbors_arrays
+from mlpmem_jax.store.joined import first_part
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.store.shards import ShardWriter
 
@@ -154,7 +155,7 @@ def keep_neighbors(
 
 def _check_same_origin(train: Artifact, rows: Artifact) -> None:
     """Refuses splits that different decoders or tokenizers made."""
-    first, other = train.load().made_from, rows.load().made_from
+    first, other = (first_part(one).load().made_from for one in (train, rows))
     for name in first:
         if first[name] != other.get(name):
             raise ArtifactError(

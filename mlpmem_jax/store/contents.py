@@ -35,7 +35,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "decoder": _NETWORK,
     "memory": _NETWORK,
     "joint": _NETWORK,
-    "datastore": (_ARRAY, _WRITTEN),
+    "datastore": (_ARRAY, _WRITTEN, r"documents\.npz"),
     "neighbors": (_ARRAY, _WRITTEN, _RUNNING),
     "scores": (_ARRAY, _WRITTEN),
     "targets": (_ARRAY, _WRITTEN, _RUNNING, r"temperature\.json"),

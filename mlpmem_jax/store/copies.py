@@ -1,4 +1,4 @@
-"""The first rows of a datastore as a datastore of their own."""
+"""The first rows of an artifact as an artifact of their own."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ def copy_rows(
     """Copies the first rows of every array, shard by shard; finished shards are skipped.
 
     Args:
-        source: A finished split of a datastore.
+        source: A finished artifact of rows, joined or not.
         target: Where the copy goes.
         specs: Its arrays.
         num_rows: Rows to copy.
@@ -27,7 +27,8 @@ def copy_rows(
         ArtifactError: A shard of the source is missing or damaged.
     """
     stored = {name: StoredArray(source, name) for name in specs}
-    writer = ShardWriter(target.path, specs, num_rows)
+    # What was refused when the source was written is not in it.
+    writer = ShardWriter(target.path, specs, num_rows, refuse_non_finite=False)
     for part in writer.own_rows():
         rows = {name: one.read(part.start, part.stop) for name, one in stored.items()}
         writer.put(part.start, rows)

@@ -1,7 +1,7 @@
 """`run.json`: which artifacts a work directory uses, by role, and where they lie."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
@@ -81,11 +81,19 @@ class RunRecord:
         store: str | None,
         roles: Mapping[str, str],
         sources: Mapping[str, Any],
+        drop: Callable[[str], bool] = lambda role: False,
     ) -> None:
         """Adds roles and sources to a record; drops roles of another store than this.
 
         Registers the work directory with its store. Of several commands at once, none loses what
         another has written.
+
+        Args:
+            workdir: The work directory.
+            store: The key `store`.
+            roles: Roles to add.
+            sources: Digests to add.
+            drop: Tells which known roles are dropped.
 
         Raises:
             ArtifactError: The record is damaged.
@@ -94,6 +102,7 @@ class RunRecord:
         def updated() -> "RunRecord":
             known = cls.read(workdir)
             kept = known.roles if store == known.store else {}
+            kept = {role: relative for role, relative in kept.items() if not drop(role)}
             return cls(known.workdir, store, {**kept, **roles}, {**known.sources, **sources})
 
         # A finished run may lie where nothing can be written, not even a lock.

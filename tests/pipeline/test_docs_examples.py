@@ -11,6 +11,7 @@ from mlpmem_jax.__main__ import main
 from mlpmem_jax.config.schema import Config
 from tests.conftest import ROOT
 from tests.doc_pages import arguments_of, command_lines, fenced
+from tests.pipeline import changing
 
 DOCS = ROOT / "docs"
 QUICKSTART = 'load_config("configs/quickstart.yaml")'
@@ -59,6 +60,25 @@ def test_arrays_are_read_in_two_ways(
     assert len(shown) == 2
     assert all(shapes)
     assert shown[0] == shown[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_corpus_grows_and_shrinks_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every command of the page in its order, on texts at the places that the page names."""
+    [configuration] = fenced(DOCS / "growing.md", "yaml")
+    (tmp_path / "growing.yaml").write_text(configuration, encoding="utf-8")
+    changing.write_documents(tmp_path / "base", range(40))
+    for number, file in enumerate(changing.write_documents(tmp_path / "new", range(100, 104))):
+        file.rename(file.with_name(f"text-{number}.txt"))
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for words in command_lines(DOCS / "growing.md"):
+        arguments = arguments_of(words)
+        assert arguments is not None
+        assert main(arguments) == 0, words
+        ran.append(arguments[0])
+    assert ran.count("append") == 2 and {"remove", "compact", "evaluate"} <= set(ran)
 
 
 @pytest.mark.slow

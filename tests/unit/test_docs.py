@@ -42,13 +42,14 @@ def at_root(monkeypatch):
 def own_files(at_root, tmp_path):
     """Finds the YAML files that pages ask the reader to write, by their names."""
     [tutorial] = fenced(ROOT / "docs" / "tutorial.md", "yaml")
+    [growing] = fenced(ROOT / "docs" / "growing.md", "yaml")
     [pretrained] = fenced(ROOT / "docs" / "pretrained.md", "yaml")
     # A tiny decoder in place of the reader's.
     golden = ROOT / "tests" / "unit" / "golden" / "pretrained" / "llama-tied"
     model = shutil.copytree(golden, tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text("{}", encoding="utf-8")
     pretrained = pretrained.replace("models/SmolLM2-135M", str(model)).replace("512", "64")
-    files = {"first.yaml": tutorial, "own-decoder.yaml": pretrained}
+    files = {"first.yaml": tutorial, "growing.yaml": growing, "own-decoder.yaml": pretrained}
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     return {name: str(tmp_path / name) for name in files}

@@ -84,5 +84,10 @@ def print_report(run: Artifacts) -> None:
 
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
+    if run.corpus.made_with:
+        raise ConfigError(
+            "analyze: the training text was changed (append, remove), and n-grams are counted in "
+            "the text as it was first read"
+        )
     check_trained_apart(run, NAME, "tables of joint models are made by evaluate and compare")
     return execute(stages, run, options, report=print_report)

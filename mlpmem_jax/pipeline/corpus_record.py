@@ -1,0 +1,85 @@
+"""`corpus.json`: how the training text of a work directory has changed since it was first read."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from etils import epath
+
+from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
+from mlpmem_jax.store.files import absolute
+from mlpmem_jax.store.lock import only_maker
+from mlpmem_jax.store.manifest import Artifact
+
+FILE = "corpus.json"
+_WAY_OUT = "it says which text was appended and removed; restore it, or use another workdir"
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One change of the training text.
+
+    Attributes:
+        kind: What happened.
+        paths: append: the files.
+        text: append: settings and digest of the text, the recipe of its tokens.
+        documents: remove: ids of the documents.
+    """
+
+    kind: Literal["append", "remove"]
+    paths: tuple[str, ...] = ()
+    text: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    documents: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusRecord:
+    """The changes of the training text of a work directory.
+
+    Attributes:
+        made_with: What all of it was made with, by name; empty: nothing has changed.
+        start: Artifacts, by role, that `compact` made: the changes come behind them.
+        changes: In their order.
+    """
+
+    made_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    start: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    changes: tuple[Change, ...] = ()
+
+    @classmethod
+    def read(cls, workdir: str | epath.Path) -> "CorpusRecord":
+        """Reads the record of a work directory; an empty one where there is none.
+
+        Raises:
+            ArtifactError: It is damaged.
+        """
+        file = absolute(workdir) / FILE
+        if not file.exists():
+            return cls()
+        content = read_checked_json(file, _WAY_OUT)
+        changes = tuple(
+            Change(one["kind"], tuple(one["paths"]), one["text"], tuple(one["documents"]))
+            for one in content["changes"]
+        )
+        return cls(content["made_with"], content["start"], changes)
+
+    def write(self, workdir: str | epath.Path) -> None:
+        """Writes the record, atomically."""
+        write_checked_json(absolute(workdir) / FILE, dataclasses.asdict(self))
+
+    def and_then(self, change: Change) -> "CorpusRecord":
+        """Returns the record with one more change."""
+        return dataclasses.replace(self, changes=(*self.changes, change))
+
+    @property
+    def before(self) -> "CorpusRecord":
+        """The record without its last change."""
+        return dataclasses.replace(self, changes=self.changes[:-1])
+
+
+@contextlib.contextmanager
+def changing(workdir: str | epath.Path) -> Iterator[None]:
+    """Holds the corpus of a work directory while it is changed; a second one waits."""
+    with only_maker(Artifact(workdir, "corpus", "tokens", label="the corpus")):
+        yield
