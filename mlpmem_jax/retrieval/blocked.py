@@ -27,7 +27,7 @@ _SAMPLE_ROWS = 4 * 8192
 # Minima of groups stand for the sample in its threshold, as long as few of the wanted share one.
 _GROUPS_PER_RANK = 8
 _LARGEST_GROUP = 32
-_ROUNDING = 8 * 2.0**-24  # Eight standard deviations of the rounding of a float32 product.
+ROUNDING = 8 * 2.0**-24  # Eight standard deviations of the rounding of a float32 product.
 _RANK_GROWTH = 8
 _ALIGNED_BYTES = 64  # XLA adopts memory with this alignment instead of copying it.
 
@@ -132,7 +132,7 @@ class BlockedSearch:
         query_QA[:, : self._width] *= -2
         query_QA[:num_queries, self._width] = 1  # Rows of padding stay zero: 0 · inf is NaN.
         margin_Q = (self._largest_score + 2 * norm_Q * self._largest_norm) * (
-            2 * _ROUNDING * np.sqrt(self._width)
+            2 * ROUNDING * np.sqrt(self._width)
         )
         return query_QA, margin_Q
 
@@ -148,7 +148,7 @@ class BlockedSearch:
         block_rows = len(blocks[0])
         num_first = -(-self._num_sampled // block_rows)
         first = [_scores(queries, keys) for keys in blocks[:num_first]]
-        sample_Q = _sample_threshold(
+        sample_Q = sample_threshold(
             [
                 np.asarray(scores)[:num_queries, : self._num_sampled - number * block_rows]
                 for number, scores in enumerate(first)
@@ -156,7 +156,7 @@ class BlockedSearch:
             rank,
         )
         first_Q = sample_Q + margin_Q
-        survivors = _Survivors(first_Q.astype(np.float32), margin_Q, wanted)
+        survivors = Survivors(first_Q.astype(np.float32), margin_Q, wanted)
         for number, keys in enumerate(blocks):
             scores = first.pop(0) if first else _scores(queries, keys)
             start = number * block_rows
@@ -175,7 +175,7 @@ class BlockedSearch:
         return self._blocks[rows]
 
 
-class _Survivors:
+class Survivors:
     """Places whose score is within each query's threshold, which only drops."""
 
     def __init__(self, threshold_Q: np.ndarray, margin_Q: np.ndarray, wanted: int):
@@ -235,7 +235,7 @@ class _Survivors:
         self._append(query_M, score_M, place_M)
 
 
-def _sample_threshold(sample: list[np.ndarray], rank: int) -> np.ndarray:
+def sample_threshold(sample: list[np.ndarray], rank: int) -> np.ndarray:
     """Returns a score for each query that about `rank` of the sampled keys are within."""
     num_sampled = sum(part.shape[1] for part in sample)
     group = _LARGEST_GROUP
