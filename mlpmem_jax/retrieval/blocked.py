@@ -33,7 +33,7 @@ _ALIGNED_BYTES = 64  # XLA adopts memory with this alignment instead of copying 
 
 
 @jax.jit
-def _scores(query_QA: jax.Array, key_CA: jax.Array) -> jax.Array:
+def block_scores(query_QA: jax.Array, key_CA: jax.Array) -> jax.Array:
     """Returns scores [Q, C].
 
     The last of the A = D + 1 columns is 1 in queries and ‖key − mean‖² in keys, so that the
@@ -56,7 +56,7 @@ class BlockedSearch:
         self._width = width
         self._num_sampled = min(num_rows, _SAMPLE_ROWS)
         self._row_N, place_N = _sample_first(num_rows, self._num_sampled)
-        self._key_NA = _aligned_zeros(max(1, -(-num_rows // _KEYS)) * _KEYS, width + 1)
+        self._key_NA = aligned_zeros(max(1, -(-num_rows // _KEYS)) * _KEYS, width + 1)
         sum_D = np.zeros(width)
         for part in _parts(num_rows):
             key_CD = read(part.start, part.stop)
@@ -124,7 +124,7 @@ class BlockedSearch:
         return unpack(packed)
 
     def _augmented(self, query_QD: np.ndarray, num_padded: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns queries as `_scores` takes them [num_padded, A], and their margins [Q]."""
+        """Returns queries as `block_scores` takes them [num_padded, A], and their margins [Q]."""
         num_queries = len(query_QD)
         query_QA = np.zeros((num_padded, self._width + 1), np.float32)
         query_QA[:num_queries, : self._width] = query_QD - self._mean_D
@@ -147,7 +147,7 @@ class BlockedSearch:
         queries = jnp.asarray(query_QA)
         block_rows = len(blocks[0])
         num_first = -(-self._num_sampled // block_rows)
-        first = [_scores(queries, keys) for keys in blocks[:num_first]]
+        first = [block_scores(queries, keys) for keys in blocks[:num_first]]
         sample_Q = sample_threshold(
             [
                 np.asarray(scores)[:num_queries, : self._num_sampled - number * block_rows]
@@ -158,7 +158,7 @@ class BlockedSearch:
         first_Q = sample_Q + margin_Q
         survivors = Survivors(first_Q.astype(np.float32), margin_Q, wanted)
         for number, keys in enumerate(blocks):
-            scores = first.pop(0) if first else _scores(queries, keys)
+            scores = first.pop(0) if first else block_scores(queries, keys)
             start = number * block_rows
             survivors.add(np.asarray(scores)[:num_queries, : self.num_rows - start], start)
         needed_Q = survivors.tighten()
@@ -270,7 +270,7 @@ def _parts(num_rows: int) -> Iterator[slice]:
     return (slice(start, min(start + _KEYS, num_rows)) for start in range(0, num_rows, _KEYS))
 
 
-def _aligned_zeros(num_rows: int, num_columns: int) -> np.ndarray:
+def aligned_zeros(num_rows: int, num_columns: int) -> np.ndarray:
     size = num_rows * num_columns * 4
     memory = np.zeros(size + _ALIGNED_BYTES, np.uint8)
     start = -memory.ctypes.data % _ALIGNED_BYTES

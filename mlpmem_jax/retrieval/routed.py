@@ -6,13 +6,23 @@ in memory, W their scores side by side, K neighbours.
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from mlpmem_jax.retrieval.blocked import ROUNDING, Survivors, sample_threshold
+from mlpmem_jax.retrieval.blocked import (
+    ROUNDING,
+    Survivors,
+    aligned_zeros,
+    block_scores,
+    sample_threshold,
+)
 from mlpmem_jax.retrieval.distances import squared_distances
 from mlpmem_jax.retrieval.engine import READ_ROWS, EngineName, row_ranges
 from mlpmem_jax.retrieval.merge import MISSING_ROW, Neighbors, nearest
@@ -20,6 +30,9 @@ from mlpmem_jax.retrieval.merge import MISSING_ROW, Neighbors, nearest
 _PIECE_BYTES = 64 << 20  # Scores of the queries that a thread works on.
 _SPARE_CELLS = 8  # Compared again by differences, so that rounding decides nothing.
 _GROWTH = 1.5
+_TILE_QUERIES = 16  # Queries that are multiplied with one cell at once.
+_CALL_TILES = 16  # Of one call of XLA.
+_LEAST_QUERIES = 1024  # Queries are padded to so many, or a power of two.
 _FINITE = np.finfo(np.float32).max
 
 
@@ -68,10 +81,16 @@ class Cells:
     def shard(self, shards: range, num_shards: int) -> range:
         """Returns the cells of consecutive key shards: whole cells, about as many rows in each."""
         bounds = [
-            int(np.searchsorted(self.start_C, self.num_rows * number // num_shards))
+            int(
+                np.searchsorted(self.start_C, self.num_rows * min(number, num_shards) // num_shards)
+            )
             for number in (shards.start, shards.stop)
         ]
         return range(*bounds)
+
+    def num_rows_of(self, cells: range) -> int:
+        """Returns the rows of consecutive cells."""
+        return int(self.start_C[cells.stop] - self.start_C[cells.start])
 
     def visited(self, query_QD: np.ndarray, count: int, wanted: int) -> np.ndarray:
         """Returns the cells that each query visits, nearest first: int64 [Q, V], -1 for none.
@@ -97,11 +116,15 @@ class Cells:
 
     def _nearest(self, query_QD: np.ndarray, count: int) -> np.ndarray:
         """Returns the nearest cells by (distance, cell), int64 [Q, count]."""
+        cells, width = self.centroid_CD.shape
         mean_D = self.centroid_CD.mean(axis=0)
-        centred_CD = self.centroid_CD - mean_D
-        norm_C = np.einsum("cd,cd->c", centred_CD, centred_CD)
-        score_QC = norm_C - 2 * ((query_QD - mean_D) @ centred_CD.T)
-        kept = min(count + _SPARE_CELLS, len(norm_C))
+        centred_CA = np.empty((cells, width + 1), np.float32)
+        centred_CA[:, :width] = self.centroid_CD - mean_D
+        centred_CA[:, width] = np.square(centred_CA[:, :width]).sum(axis=1)
+        score_QC = np.asarray(block_scores(_augmented(query_QD - mean_D), centred_CA))[
+            : len(query_QD)
+        ]
+        kept = min(count + _SPARE_CELLS, cells)
         cell_QV = np.argpartition(score_QC, kept - 1, axis=1)[:, :kept]
         distance_QV = squared_distances(query_QD, self.centroid_CD, cell_QV)
         return nearest(distance_QV, cell_QV, count).row_QK
@@ -114,21 +137,32 @@ class RoutedEngine:
         cells: The index.
         settings: How thoroughly; can be replaced between searches.
         held: Consecutive cells to hold; None: all. A query's visits to others find nothing.
+        capacity: Rows to have room for: engines of one capacity share compiled programs.
     """
 
     name: EngineName = "routed"
     spans_processes = False
 
-    def __init__(self, cells: Cells, settings: CellSettings, held: range | None = None):
+    def __init__(
+        self,
+        cells: Cells,
+        settings: CellSettings,
+        held: range | None = None,
+        capacity: int = 0,
+    ):
         self.settings = settings
         self._cells = cells
         self._held = range(len(cells.centroid_CD)) if held is None else held
         first, stop = (int(cells.start_C[cell]) for cell in (self._held.start, self._held.stop))
         self.num_rows = stop - first
         self._start_C = cells.start_C - first
+        self._length_C = _padded_lengths(np.diff(cells.start_C))
+        width = cells.centroid_CD.shape[1]
         self._row_N = np.empty(self.num_rows, np.int64)
-        self._key_ND = np.empty((self.num_rows, cells.centroid_CD.shape[1]), np.float32)
-        self._norm_N = np.empty(self.num_rows, np.float32)
+        # Last column: ‖k − m‖², see `blocked.block_scores`. A padded cell may end behind the rows.
+        rows = max(self.num_rows, capacity) + int(self._length_C.max())
+        key_NA = aligned_zeros(rows, width + 1)
+        self._key_ND, self._norm_N = key_NA[: self.num_rows, :width], key_NA[:, width]
         # Scores ‖k − m‖² − 2 k·(q − m), as in `blocked`.
         self._mean_D = cells.centroid_CD.mean(axis=0)
         self._largest_norm = self._largest_score = 0.0
@@ -136,6 +170,7 @@ class RoutedEngine:
             self._row_N[part] = cells.read_rows(first + part.start, first + part.stop)
             self._key_ND[part] = cells.read_keys(first + part.start, first + part.stop)
             self._fill_norms(part)
+        self._keys = jax.device_put(key_NA, jax.local_devices()[0], may_alias=True)
 
     def _fill_norms(self, part: slice) -> None:
         key_BD = self._key_ND[part]
@@ -188,7 +223,7 @@ class RoutedEngine:
         return order_Q[is_held_QV.any(axis=1)[order_Q]]
 
     def _sizes(self, cell_QV: np.ndarray) -> np.ndarray:
-        return np.where(cell_QV < 0, 0, np.diff(self._start_C)[cell_QV])
+        return np.where(cell_QV < 0, 0, self._length_C[cell_QV])
 
     def _pieces(
         self, cell_QV: np.ndarray, order_Q: np.ndarray, threads: int
@@ -210,7 +245,7 @@ class RoutedEngine:
         offset_QV = np.cumsum(size_QV, axis=1) - size_QV
         query_QD = np.ascontiguousarray(query_QD)
         centred_QD = query_QD - self._mean_D
-        score_QW = self._scores(-2 * centred_QD, cell_QV, offset_QV, int(size_QV.sum(1).max()))
+        score_QW = self._scores(centred_QD, cell_QV, offset_QV, int(size_QV.sum(1).max()))
         norm_Q = np.linalg.norm(centred_QD.astype(np.float64), axis=1)
         margin_Q = (self._largest_score + 2 * norm_Q * self._largest_norm) * (
             2 * ROUNDING * np.sqrt(query_QD.shape[1])
@@ -241,22 +276,88 @@ class RoutedEngine:
         score_QW = np.full((len(query_QD), width), np.inf, np.float32)
         query_M, visit_M = np.nonzero(cell_QV >= 0)
         cell_M, offset_M = cell_QV[query_M, visit_M], offset_QV[query_M, visit_M]
-        order_M = np.argsort(cell_M, kind="stable")
-        query_M, cell_M, offset_M = query_M[order_M], cell_M[order_M], offset_M[order_M]
-        for visitors in np.split(np.arange(len(cell_M)), np.flatnonzero(np.diff(cell_M)) + 1):
-            cell, who_R = cell_M[visitors[0]], query_M[visitors]
-            start, stop = self._start_C[cell], self._start_C[cell + 1]
-            score_RL = query_QD[who_R] @ self._key_ND[start:stop].T
-            score_RL += self._norm_N[start:stop]
+        length_M = self._length_C[cell_M]
+        queries = jnp.asarray(_augmented(query_QD))
+        for length in np.unique(length_M):
+            some_M = np.flatnonzero(length_M == length)
+            some_M = some_M[np.argsort(cell_M[some_M], kind="stable")]
             # All windows of so many columns: assigning to some of them copies whole lines.
             windows = np.ndarray(
-                (len(score_QW), width - len(score_RL[0]) + 1, len(score_RL[0])),
+                (len(score_QW), width - length + 1, length),
                 np.float32,
                 score_QW.data,
                 strides=(*score_QW.strides, 4),
             )
-            windows[who_R, offset_M[visitors]] = score_RL
+            for pair_GR in _tiles(some_M, cell_M):
+                is_pair_GR = pair_GR >= 0
+                cell_G = cell_M[pair_GR[:, 0]]
+                found = _tile_scores(
+                    queries,
+                    self._keys,
+                    np.where(is_pair_GR, query_M[pair_GR], 0).astype(np.int32),
+                    self._start_C[cell_G].astype(np.int32),
+                    np.diff(self._start_C)[cell_G].astype(np.int32),
+                    length=int(length),
+                )
+                pair_P = pair_GR[is_pair_GR]
+                windows[query_M[pair_P], offset_M[pair_P]] = np.asarray(found)[is_pair_GR]
         return score_QW
+
+
+@functools.partial(jax.jit, static_argnames="length")
+def _tile_scores(
+    query_QA: jax.Array,
+    key_NA: jax.Array,
+    query_GR: jax.Array,
+    start_G: jax.Array,
+    size_G: jax.Array,
+    *,
+    length: int,
+) -> jax.Array:
+    """Returns scores [G, R, length] of some queries of each of G cells; inf beyond the cell."""
+
+    def tile(one: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        query_R, start, size = one
+        key_LA = lax.dynamic_slice(key_NA, (start, 0), (length, key_NA.shape[1]))
+        return jnp.where(
+            jnp.arange(length) < size, block_scores(query_QA[query_R], key_LA), jnp.inf
+        )
+
+    return lax.map(tile, (query_GR, start_G, size_G))
+
+
+def _tiles(pair_M: np.ndarray, cell_M: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields pairs of a query and a cell in tiles of one cell each: numbers [G, R], -1 for none.
+
+    Args:
+        pair_M: Pairs, in the order of their cells.
+        cell_M: The cell of every pair.
+    """
+    own_M = cell_M[pair_M]
+    is_first = np.append(True, own_M[1:] != own_M[:-1])
+    first_M = np.maximum.accumulate(np.where(is_first, np.arange(len(own_M)), 0))
+    number_M = np.arange(len(own_M)) - first_M
+    tile_M = np.cumsum(number_M % _TILE_QUERIES == 0) - 1
+    pair_TR = np.full((int(tile_M[-1]) + 1, _TILE_QUERIES), -1, np.int64)
+    pair_TR[tile_M, number_M % _TILE_QUERIES] = pair_M
+    for part in row_ranges(len(pair_TR), _CALL_TILES):
+        one = pair_TR[part]  # Padded to one size: XLA compiles a program for each.
+        yield np.pad(one, ((0, _CALL_TILES - len(one)), (0, 0)), constant_values=-1)
+
+
+def _augmented(query_QD: np.ndarray) -> np.ndarray:
+    """Returns −2 · queries and a column of ones, of as many rows as a power of two."""
+    num_queries, width = query_QD.shape
+    padded = max(_LEAST_QUERIES, 1 << max(0, num_queries - 1).bit_length())
+    query_QA = np.zeros((padded, width + 1), np.float32)
+    query_QA[:num_queries, :width] = -2 * query_QD
+    query_QA[:num_queries, width] = 1
+    return query_QA
+
+
+def _padded_lengths(size_C: np.ndarray) -> np.ndarray:
+    """Returns rows of cells, rounded up to a power of two, at least 64."""
+    return np.int64(1) << np.ceil(np.log2(np.maximum(size_C, 64))).astype(np.int64)
 
 
 def _stacked(parts: list[np.ndarray]) -> np.ndarray:

@@ -114,8 +114,12 @@ def _open(
     if plan.num_loads == 1:
         return RoutedEngine(cells, settings)
 
+    starts = range(0, plan.num_shards, plan.at_once)
+    held = [cells.shard(range(n, n + plan.at_once), plan.num_shards) for n in starts]
+    capacity = max(cells.num_rows_of(some) for some in held)
+
     def load(shards: range) -> RoutedEngine:
-        return RoutedEngine(cells, settings, cells.shard(shards, plan.num_shards))
+        return RoutedEngine(cells, settings, cells.shard(shards, plan.num_shards), capacity)
 
     # Each process searches for its own rows in all cells.
     return KeyShards("routed", cells.num_rows, plan, load, spans_processes=False)

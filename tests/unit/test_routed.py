@@ -32,7 +32,7 @@ def _clustered(num_rows=ROWS, seed=0):
     centre = np.random.default_rng(7).normal(size=(60, WIDTH))
     generator = np.random.default_rng(seed)
     noise = generator.normal(size=(num_rows, WIDTH))
-    key = (centre[generator.integers(0, 60, num_rows)] + 0.4 * noise).astype(np.float32)
+    key = (centre[generator.integers(0, 60, num_rows)] + 0.8 * noise).astype(np.float32)
     key[50 : 50 + num_rows // 20] = key[50]  # More equal rows than neighbours.
     return key
 
@@ -111,12 +111,12 @@ def test_recall_grows_with_the_cells_that_are_visited(tmp_path):
         engine.settings = CellSettings(count)
         found.append(recall.measure(engine, sample))
     assert found == sorted(found)
-    assert found[0] < 0.9 and found[3] > 0.95 and found[-1] == 1.0
+    assert found[0] < 0.9 < found[3] and found[-1] == 1.0
 
 
 def test_a_query_finds_the_nearest_of_its_cells(tmp_path):
     """By the definition: the nearest centroids, all rows of these cells, no others."""
-    key, query = _clustered(), _clustered(50, seed=2)
+    key, query = _clustered(), _clustered(60, seed=2)
     cells = _built(tmp_path, key)
     found = RoutedEngine(cells, CellSettings(3)).search(query, 30)
     row = cells.read_rows(0, ROWS)
@@ -187,7 +187,7 @@ def test_some_key_shards_at_a_time_find_what_all_in_memory_do(tmp_path, name, at
 
     def load(shards):
         held.append(cells.shard(shards, plan.num_shards))
-        engine = RoutedEngine(cells, settings, held[-1])
+        engine = RoutedEngine(cells, settings, held[-1], at_once * 400)
         assert estimates.exact_bytes(engine.num_rows, WIDTH, 1) < plan.held_bytes
         return engine
 
