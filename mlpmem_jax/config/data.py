@@ -162,7 +162,7 @@ class RetrievalConfig(Section):
     memory_bytes: Bytes | Auto = runtime(
         "auto",
         "memory for the keys that are searched at a time, of each device (exact) or each process "
-        "(ScaNN); auto: half of what there is",
+        "(ScaNN, routed); auto: half of what there is",
     )
     key_chunk_rows: PositiveInt = runtime(65536, "keys scored at once per device (exact engine)")
     keep_train: Literal["none", "all"] = setting("none", "neighbours of training rows to keep")

@@ -6,15 +6,12 @@ in memory, W their scores side by side, K neighbours.
 
 import concurrent.futures
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from mlpmem_jax.retrieval.blocked import (
     ROUNDING,
@@ -26,13 +23,12 @@ from mlpmem_jax.retrieval.blocked import (
 from mlpmem_jax.retrieval.distances import squared_distances
 from mlpmem_jax.retrieval.engine import READ_ROWS, EngineName, row_ranges
 from mlpmem_jax.retrieval.merge import MISSING_ROW, Neighbors, nearest
+from mlpmem_jax.retrieval.tiles import augmented, padded_lengths, pair_scores
 
 _PIECE_BYTES = 64 << 20  # Scores of the queries that a thread works on.
+_SURVIVORS = 9  # Scores of one neighbour that take as much: room for three, and their places.
 _SPARE_CELLS = 8  # Compared again by differences, so that rounding decides nothing.
 _GROWTH = 1.5
-_TILE_QUERIES = 16  # Queries that are multiplied with one cell at once.
-_CALL_TILES = 16  # Of one call of XLA.
-_LEAST_QUERIES = 1024  # Queries are padded to so many, or a power of two.
 _FINITE = np.finfo(np.float32).max
 
 
@@ -121,7 +117,7 @@ class Cells:
         centred_CA = np.empty((cells, width + 1), np.float32)
         centred_CA[:, :width] = self.centroid_CD - mean_D
         centred_CA[:, width] = np.square(centred_CA[:, :width]).sum(axis=1)
-        score_QC = np.asarray(block_scores(_augmented(query_QD - mean_D), centred_CA))[
+        score_QC = np.asarray(block_scores(augmented(query_QD - mean_D), centred_CA))[
             : len(query_QD)
         ]
         kept = min(count + _SPARE_CELLS, cells)
@@ -156,7 +152,7 @@ class RoutedEngine:
         first, stop = (int(cells.start_C[cell]) for cell in (self._held.start, self._held.stop))
         self.num_rows = stop - first
         self._start_C = cells.start_C - first
-        self._length_C = _padded_lengths(np.diff(cells.start_C))
+        self._length_C = padded_lengths(np.diff(cells.start_C))
         width = cells.centroid_CD.shape[1]
         self._row_N = np.empty(self.num_rows, np.int64)
         # Last column: ‖k − m‖², see `blocked.block_scores`. A padded cell may end behind the rows.
@@ -190,7 +186,7 @@ class RoutedEngine:
             visits = pool.map(lambda part: self._visited(query_QD[part], num_neighbors), parts)
             cell_QV = _stacked(list(visits))
             order_Q = self._by_cell(cell_QV)
-            pieces = list(self._pieces(cell_QV, order_Q, threads))
+            pieces = list(self._pieces(cell_QV, order_Q, num_neighbors, threads))
             lists = pool.map(
                 lambda piece: self._search(query_QD[piece], cell_QV[piece], num_neighbors), pieces
             )
@@ -226,10 +222,10 @@ class RoutedEngine:
         return np.where(cell_QV < 0, 0, self._length_C[cell_QV])
 
     def _pieces(
-        self, cell_QV: np.ndarray, order_Q: np.ndarray, threads: int
+        self, cell_QV: np.ndarray, order_Q: np.ndarray, num_neighbors: int, threads: int
     ) -> Iterator[np.ndarray]:
-        """Cuts queries so that the scores of a piece take a bounded buffer."""
-        rows_Q = self._sizes(cell_QV).sum(axis=1)
+        """Cuts queries so that scores and survivors of a piece take bounded buffers."""
+        rows_Q = self._sizes(cell_QV).sum(axis=1) + _SURVIVORS * num_neighbors
         most = max(1, -(-len(order_Q) // threads))
         start = 0
         while start < len(order_Q):
@@ -245,7 +241,9 @@ class RoutedEngine:
         offset_QV = np.cumsum(size_QV, axis=1) - size_QV
         query_QD = np.ascontiguousarray(query_QD)
         centred_QD = query_QD - self._mean_D
-        score_QW = self._scores(centred_QD, cell_QV, offset_QV, int(size_QV.sum(1).max()))
+        score_QW = pair_scores(
+            augmented(centred_QD), self._keys, self._start_C, self._length_C, cell_QV
+        )
         norm_Q = np.linalg.norm(centred_QD.astype(np.float64), axis=1)
         margin_Q = (self._largest_score + 2 * norm_Q * self._largest_norm) * (
             2 * ROUNDING * np.sqrt(query_QD.shape[1])
@@ -268,96 +266,6 @@ class RoutedEngine:
         distance_QS = squared_distances(query_QD, self._key_ND, place_QS)
         distance_QS[~is_used] = np.inf
         return nearest(distance_QS, self._row_N[place_QS], num_neighbors)
-
-    def _scores(
-        self, query_QD: np.ndarray, cell_QV: np.ndarray, offset_QV: np.ndarray, width: int
-    ) -> np.ndarray:
-        """Returns scores [Q, W]: of each query those of its cells side by side, then inf."""
-        score_QW = np.full((len(query_QD), width), np.inf, np.float32)
-        query_M, visit_M = np.nonzero(cell_QV >= 0)
-        cell_M, offset_M = cell_QV[query_M, visit_M], offset_QV[query_M, visit_M]
-        length_M = self._length_C[cell_M]
-        queries = jnp.asarray(_augmented(query_QD))
-        for length in np.unique(length_M):
-            some_M = np.flatnonzero(length_M == length)
-            some_M = some_M[np.argsort(cell_M[some_M], kind="stable")]
-            # All windows of so many columns: assigning to some of them copies whole lines.
-            windows = np.ndarray(
-                (len(score_QW), width - length + 1, length),
-                np.float32,
-                score_QW.data,
-                strides=(*score_QW.strides, 4),
-            )
-            for pair_GR in _tiles(some_M, cell_M):
-                is_pair_GR = pair_GR >= 0
-                cell_G = cell_M[pair_GR[:, 0]]
-                found = _tile_scores(
-                    queries,
-                    self._keys,
-                    np.where(is_pair_GR, query_M[pair_GR], 0).astype(np.int32),
-                    self._start_C[cell_G].astype(np.int32),
-                    np.diff(self._start_C)[cell_G].astype(np.int32),
-                    length=int(length),
-                )
-                pair_P = pair_GR[is_pair_GR]
-                windows[query_M[pair_P], offset_M[pair_P]] = np.asarray(found)[is_pair_GR]
-        return score_QW
-
-
-@functools.partial(jax.jit, static_argnames="length")
-def _tile_scores(
-    query_QA: jax.Array,
-    key_NA: jax.Array,
-    query_GR: jax.Array,
-    start_G: jax.Array,
-    size_G: jax.Array,
-    *,
-    length: int,
-) -> jax.Array:
-    """Returns scores [G, R, length] of some queries of each of G cells; inf beyond the cell."""
-
-    def tile(one: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        query_R, start, size = one
-        key_LA = lax.dynamic_slice(key_NA, (start, 0), (length, key_NA.shape[1]))
-        return jnp.where(
-            jnp.arange(length) < size, block_scores(query_QA[query_R], key_LA), jnp.inf
-        )
-
-    return lax.map(tile, (query_GR, start_G, size_G))
-
-
-def _tiles(pair_M: np.ndarray, cell_M: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields pairs of a query and a cell in tiles of one cell each: numbers [G, R], -1 for none.
-
-    Args:
-        pair_M: Pairs, in the order of their cells.
-        cell_M: The cell of every pair.
-    """
-    own_M = cell_M[pair_M]
-    is_first = np.append(True, own_M[1:] != own_M[:-1])
-    first_M = np.maximum.accumulate(np.where(is_first, np.arange(len(own_M)), 0))
-    number_M = np.arange(len(own_M)) - first_M
-    tile_M = np.cumsum(number_M % _TILE_QUERIES == 0) - 1
-    pair_TR = np.full((int(tile_M[-1]) + 1, _TILE_QUERIES), -1, np.int64)
-    pair_TR[tile_M, number_M % _TILE_QUERIES] = pair_M
-    for part in row_ranges(len(pair_TR), _CALL_TILES):
-        one = pair_TR[part]  # Padded to one size: XLA compiles a program for each.
-        yield np.pad(one, ((0, _CALL_TILES - len(one)), (0, 0)), constant_values=-1)
-
-
-def _augmented(query_QD: np.ndarray) -> np.ndarray:
-    """Returns −2 · queries and a column of ones, of as many rows as a power of two."""
-    num_queries, width = query_QD.shape
-    padded = max(_LEAST_QUERIES, 1 << max(0, num_queries - 1).bit_length())
-    query_QA = np.zeros((padded, width + 1), np.float32)
-    query_QA[:num_queries, :width] = -2 * query_QD
-    query_QA[:num_queries, width] = 1
-    return query_QA
-
-
-def _padded_lengths(size_C: np.ndarray) -> np.ndarray:
-    """Returns rows of cells, rounded up to a power of two, at least 64."""
-    return np.int64(1) << np.ceil(np.log2(np.maximum(size_C, 64))).astype(np.int64)
 
 
 def _stacked(parts: list[np.ndarray]) -> np.ndarray:
