@@ -183,7 +183,7 @@ def targets_estimate(run: Artifacts, split: Split) -> dict[str, Any]:
         return {"rows": UNKNOWN_ROWS}
     num_rows = counted[0]
     specs = targets_arrays(config.datastore, config.targets, config.tokenizer.vocab_size)
-    found = {
+    found: dict[str, Any] = {
         **rows_entry(*counted),
         "bytes on disk": num_rows * sum(spec.row_bytes for spec in specs.values()),
     }

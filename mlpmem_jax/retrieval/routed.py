@@ -213,10 +213,10 @@ class RoutedEngine:
     @staticmethod
     def _by_cell(cell_QV: np.ndarray) -> np.ndarray:
         """Returns the queries that visit cells in memory, in the order of the nearest of these."""
-        is_held_QV = np.asarray(cell_QV >= 0)
-        nearest_Q1 = np.argmax(is_held_QV, axis=1)[:, None]
-        order_Q = np.argsort(np.take_along_axis(cell_QV, nearest_Q1, axis=1)[:, 0], kind="stable")
-        return order_Q[is_held_QV.any(axis=1)[order_Q]]
+        first_Q1 = np.argmax(cell_QV >= 0, axis=1)[:, None]
+        cell_Q = np.take_along_axis(cell_QV, first_Q1, axis=1)[:, 0]
+        order_Q = np.argsort(cell_Q, kind="stable")
+        return order_Q[cell_Q[order_Q] >= 0]
 
     def _sizes(self, cell_QV: np.ndarray) -> np.ndarray:
         return np.where(cell_QV < 0, 0, self._length_C[cell_QV])
