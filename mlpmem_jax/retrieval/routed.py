@@ -27,6 +27,7 @@ from mlpmem_jax.retrieval.tiles import augmented, padded_lengths, pair_scores
 
 _PIECE_BYTES = 64 << 20  # Scores of the queries that a thread works on.
 _SURVIVORS = 9  # Scores of one neighbour that take as much: room for three, and their places.
+_ROUTED_SCORES = 1 << 23  # Of queries and all centroids at once.
 _SPARE_CELLS = 8  # Compared again by differences, so that rounding decides nothing.
 _GROWTH = 1.5
 _FINITE = np.finfo(np.float32).max
@@ -117,11 +118,12 @@ class Cells:
         centred_CA = np.empty((cells, width + 1), np.float32)
         centred_CA[:, :width] = self.centroid_CD - mean_D
         centred_CA[:, width] = np.square(centred_CA[:, :width]).sum(axis=1)
-        score_QC = np.asarray(block_scores(augmented(query_QD - mean_D), centred_CA))[
-            : len(query_QD)
-        ]
         kept = min(count + _SPARE_CELLS, cells)
-        cell_QV = np.argpartition(score_QC, kept - 1, axis=1)[:, :kept]
+        cell_QV = np.empty((len(query_QD), kept), np.int64)
+        for part in row_ranges(len(query_QD), max(1024, _ROUTED_SCORES // cells)):
+            score_RC = np.asarray(block_scores(augmented(query_QD[part] - mean_D), centred_CA))
+            score_RC = score_RC[: part.stop - part.start]
+            cell_QV[part] = np.argpartition(score_RC, kept - 1, axis=1)[:, :kept]
         distance_QV = squared_distances(query_QD, self.centroid_CD, cell_QV)
         return nearest(distance_QV, cell_QV, count).row_QK
 
