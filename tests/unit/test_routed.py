@@ -17,10 +17,11 @@ from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.merge import drop_own_row
 from mlpmem_jax.retrieval.neighbors import search_split
 from mlpmem_jax.retrieval.routed import Cells, CellSettings, RoutedEngine
-from mlpmem_jax.retrieval.routed_index import build_cells, unfinished_cells
+from mlpmem_jax.retrieval.routed_index import build_cells, described, stored_cells, unfinished_cells
 from mlpmem_jax.store.array_specs import ArraySpec
 from mlpmem_jax.store.arrays import open_array, read_rows
 from mlpmem_jax.store.contents import foreign_file
+from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.shards import ShardWriter
 
 ROWS, WIDTH, CELLS = 3000, 16, 40
@@ -339,3 +340,23 @@ def test_a_cell_without_a_row_of_its_own_is_no_cell(tmp_path):
     found = drop_own_row(engine.search(np.zeros((4, 3), np.float32), 3), own)
     # Both cells are as near; the first has two rows, so the second is visited too.
     np.testing.assert_array_equal(found.row_QK, [[1, 2], [0, 2], [0, 1], [0, 1]])
+
+
+def test_a_damaged_index_is_named(tmp_path):
+    artifact = Artifact(epath.Path(tmp_path), "index/cells", "index")
+    artifact.begin({})
+    about = ArrayKeys(_clustered()), 32, CONFIG, 0, single_device_mesh()
+    arrays = build_cells(artifact.path, *about)
+    artifact.finish(arrays=arrays, files=described(artifact.path))
+    for name in ("key/c/0/0", "row/c/0", "cells/centroid.npy"):
+        file = artifact.path / name
+        whole = file.read_bytes()
+        data = bytearray(whole)
+        data[len(data) // 2] ^= 1
+        for damaged in (bytes(data), whole[: len(whole) // 2]):
+            file.write_bytes(damaged)
+            with pytest.raises(ArtifactError, match=name.split("/")[0]):
+                RoutedEngine(stored_cells(artifact), ALL)
+        file.write_bytes(whole)
+    found = RoutedEngine(stored_cells(artifact), ALL).search(_clustered()[:50], 30)
+    _assert_same(found, _exact(_clustered()).search(_clustered()[:50], 30))
