@@ -23,8 +23,9 @@ from mlpmem_jax.retrieval.blocked import (
 from mlpmem_jax.retrieval.distances import squared_distances
 from mlpmem_jax.retrieval.engine import READ_ROWS, EngineName, row_ranges
 from mlpmem_jax.retrieval.merge import MISSING_ROW, Neighbors, nearest
-from mlpmem_jax.retrieval.tiles import augmented, padded_lengths, pair_scores
+from mlpmem_jax.retrieval.tiles import augmented, host_device, padded_lengths, pair_scores
 
+_MOST_THREADS = 8  # More would share a batch in pieces of too few queries a cell.
 _PIECE_BYTES = 64 << 20  # Scores of the queries that a thread works on.
 _SURVIVORS = 9  # Scores of one neighbour that take as much: room for three, and their places.
 _ROUTED_SCORES = 1 << 23  # Of queries and all centroids at once.
@@ -121,7 +122,8 @@ class Cells:
         kept = min(count + _SPARE_CELLS, cells)
         cell_QV = np.empty((len(query_QD), kept), np.int64)
         for part in row_ranges(len(query_QD), max(1024, _ROUTED_SCORES // cells)):
-            score_RC = np.asarray(block_scores(augmented(query_QD[part] - mean_D), centred_CA))
+            query_RA = jax.device_put(augmented(query_QD[part] - mean_D), host_device())
+            score_RC = np.asarray(block_scores(query_RA, centred_CA))
             score_RC = score_RC[: part.stop - part.start]
             cell_QV[part] = np.argpartition(score_RC, kept - 1, axis=1)[:, :kept]
         distance_QV = squared_distances(query_QD, self.centroid_CD, cell_QV)
@@ -168,7 +170,7 @@ class RoutedEngine:
             self._row_N[part] = cells.read_rows(first + part.start, first + part.stop)
             self._key_ND[part] = cells.read_keys(first + part.start, first + part.stop)
             self._fill_norms(part)
-        self._keys = jax.device_put(key_NA, jax.local_devices()[0], may_alias=True)
+        self._keys = jax.device_put(key_NA, host_device(), may_alias=True)
 
     def _fill_norms(self, part: slice) -> None:
         key_BD = self._key_ND[part]
@@ -182,7 +184,7 @@ class RoutedEngine:
     def search(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
         """Returns the nearest rows of the visited cells, as the protocol says."""
         found = _nothing(len(query_QD), num_neighbors)
-        threads = max(2, (os.cpu_count() or 2) // 2)
+        threads = min(_MOST_THREADS, max(2, (os.cpu_count() or 2) // 2))
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             parts = list(row_ranges(len(query_QD), max(1, -(-len(query_QD) // threads))))
             visits = pool.map(lambda part: self._visited(query_QD[part], num_neighbors), parts)

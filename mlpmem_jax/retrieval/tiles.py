@@ -45,7 +45,7 @@ def pair_scores(
     cell_M = cell_QV[query_M, visit_M]
     offset_M = (np.cumsum(length_QV, axis=1) - length_QV)[query_M, visit_M]
     length_M, size_C = length_C[cell_M], np.diff(start_C)
-    queries = jnp.asarray(query_QA)
+    queries = jax.device_put(query_QA, host_device())
     for length in np.unique(length_M).tolist():
         some_M = np.flatnonzero(length_M == length)
         some_M = some_M[np.argsort(cell_M[some_M], kind="stable")]
@@ -106,6 +106,14 @@ def _tiles(pair_M: np.ndarray, cell_M: np.ndarray) -> Iterator[np.ndarray]:
     for part in row_ranges(len(pair_TR), _CALL_TILES):
         one = pair_TR[part]  # Padded to one size: XLA compiles a program for each.
         yield np.pad(one, ((0, _CALL_TILES - len(one)), (0, 0)), constant_values=-1)
+
+
+def host_device() -> jax.Device:
+    """Returns a CPU device of this process: selection is NumPy's, and keys are in host memory."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out.
+        return jax.local_devices()[0]
 
 
 def augmented(query_QD: np.ndarray) -> np.ndarray:
