@@ -130,9 +130,10 @@ class DatastoreConfig(Section):
 class RetrievalConfig(Section):
     """Search for neighbours (paper, section 2)."""
 
-    engine: Literal["auto", "scann", "exact"] = setting(
+    engine: Literal["auto", "scann", "exact", "routed"] = setting(
         "auto",
-        "scann: approximate, re-ranked exactly; exact: brute force; auto: by the number of rows",
+        "scann: approximate, re-ranked exactly; exact: brute force; routed: exact inside the "
+        "k-means cells nearest to a query; auto: scann or exact, by the number of rows",
     )
     num_neighbors: Width = setting(256, "neighbours per row, K, without the row itself")
     min_recall: Fraction = setting(
@@ -151,11 +152,18 @@ class RetrievalConfig(Section):
     )
     dims_per_block: Width = setting(2, "dimensions quantised together")
     training_rows: Rows = setting(100_000, "rows for training the index, at most")
+    cells: Annotated[int, Field(ge=1, le=10**6), WHOLE] | Auto = setting(
+        "auto",
+        "cells of the routed engine; auto: about √(8 · rows), on average at least K rows each",
+    )
+    cells_to_search: PositiveInt | Auto = setting(
+        "auto", "cells visited per query (routed engine); auto: raised until the recall suffices"
+    )
     query_batch: PositiveInt = runtime(8192, "queries searched at once")
     memory_bytes: Bytes | Auto = runtime(
         "auto",
         "memory for the keys that are searched at a time, of each device (exact) or each process "
-        "(ScaNN); auto: half of what there is",
+        "(ScaNN, routed); auto: half of what there is",
     )
     key_chunk_rows: PositiveInt = runtime(65536, "keys scored at once per device (exact engine)")
     keep_train: Literal["none", "all"] = setting("none", "neighbours of training rows to keep")

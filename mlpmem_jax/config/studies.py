@@ -1,6 +1,6 @@
 """Sections of the studies of a finished run: analyze, cost, search_quality."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -68,10 +68,11 @@ class SearchSetting(Section):
     """One search setting."""
 
     name: Name = setting("setting", "name in tables and figures")
-    engine: Literal["scann", "exact"] = setting("scann", "as retrieval.engine")
+    engine: Literal["scann", "exact", "routed"] = setting("scann", "as retrieval.engine")
     num_leaves_to_search: PositiveInt | Auto = setting("auto", "as in retrieval")
     num_reorder: PositiveInt | Auto = setting("auto", "as in retrieval")
     dims_per_block: Width = setting(2, "as in retrieval")
+    cells_to_search: PositiveInt | Auto = setting("auto", "as in retrieval")
     min_recall: Fraction = setting(0.0, "raise auto values until this recall; 0: do not raise")
 
 
@@ -89,3 +90,11 @@ class SearchQualityConfig(Section):
         "settings to compare; the last exact one is the reference",
     )
     sample_rows: Rows = setting(2048, "training rows for recall and KL to the exact distribution")
+
+    def recipe(self) -> dict[str, Any]:
+        """Returns the keys that decide what is computed, without those that an engine ignores."""
+        recipe = super().recipe()
+        for each in recipe["settings"]:
+            if each["engine"] != "routed":
+                each.pop("cells_to_search")
+        return recipe

@@ -28,6 +28,7 @@ def datastore_bytes(datastore: Artifact, index: Artifact) -> int:
     """
     arrays, manifest = datastore.load().arrays, index.load()
     held = sum(int(file["bytes"]) for file in manifest.files.values())
+    held += sum(_array_bytes(array) for array in manifest.arrays.values())
     exact = manifest.counts.get("engine") == "exact"
     return _array_bytes(arrays["label"]) + (_array_bytes(arrays["key"]) if exact else held)
 

@@ -52,6 +52,11 @@ def of_all(value: Any) -> list[Any]:
     return _gathered(value) if is_active() else [value]
 
 
+def smallest_of_all(value: int | None) -> int | None:
+    """Returns the smallest of the values that processes know; None: no process knows one."""
+    return min((one for one in of_all(value) if one is not None), default=None)
+
+
 def refuse_different(settings: Mapping[str, Any], how: str = _HOW) -> None:
     """Compares what the processes of a run were started with; does nothing in one that is alone.
 

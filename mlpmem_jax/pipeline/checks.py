@@ -114,7 +114,7 @@ def check_retrieval(run: Artifacts) -> None:
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.parallel.sharing import process_count
     from mlpmem_jax.retrieval.engine import choose_engine
-    from mlpmem_jax.retrieval.estimates import exact_plan, index_plan
+    from mlpmem_jax.retrieval.estimates import exact_plan, index_plan, routed_plan
     from mlpmem_jax.retrieval.neighbors import check_enough_rows
 
     config, mistakes, num_rows = run.config, Mistakes(), 0
@@ -135,6 +135,8 @@ def check_retrieval(run: Artifacts) -> None:
         exact_plan(keys_of, width, shard_rows, config.retrieval, mesh.size, None).check()
         if engine == "scann":
             index_plan(keys_of, width, config.retrieval, process_count(), None).check()
+        if engine == "routed":
+            routed_plan(keys_of, width, config.retrieval, None).check()
     mistakes.refuse()
 
 

@@ -1,13 +1,23 @@
 """What stages will need, beforehand: rows, bytes, parameters, flops. For `--dry-run`."""
 
+import contextlib
 from typing import Any
+
+import numpy as np
 
 from mlpmem_jax.corpus.row_estimates import UNKNOWN_ROWS, count_rows, rows_entry
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.retrieval import approximate
-from mlpmem_jax.retrieval.estimates import exact_bytes
+from mlpmem_jax.retrieval.cells import num_cells
+from mlpmem_jax.retrieval.estimates import (
+    exact_bytes,
+    first_cells_to_search,
+    routed_index_bytes,
+    run_memory_bytes,
+)
 from mlpmem_jax.store.array_specs import Split, datastore_arrays, neighbors_arrays, targets_arrays
+from mlpmem_jax.store.arrays import DTYPES
 from mlpmem_jax.training.flops import (
     TRAINING_FACTOR,
     decoder_flops_per_token,
@@ -22,6 +32,7 @@ from mlpmem_jax.training.flops import (
 
 # float32 master weights, gradients and two moments.
 _TRAINING_BYTES_PER_PARAMETER = 16
+ROUTED_FLOPS = "flops of the routed search"
 
 
 def _vocab_size(run: Artifacts) -> int:
@@ -133,6 +144,15 @@ def index_estimate(run: Artifacts) -> dict[str, Any]:
     if counted is None:
         return {"rows": UNKNOWN_ROWS}
     num_rows = counted[0]
+    if config.retrieval.engine == "routed":
+        itemsize = np.dtype(DTYPES[config.datastore.dtype]).itemsize
+        cells = num_cells(config.retrieval, num_rows)
+        return {
+            "cells": cells,
+            "index bytes on disk, at most": routed_index_bytes(num_rows, width, itemsize),
+            "index bytes of memory, at most": run_memory_bytes(width, itemsize),
+            "flops": 2.0 * num_rows * cells * width,
+        }
     largest = min(num_rows, config.retrieval.shard_rows)
     return {
         "index bytes on disk, at most": approximate.index_bytes(
@@ -168,10 +188,24 @@ def targets_estimate(run: Artifacts, split: Split) -> dict[str, Any]:
         return {"rows": UNKNOWN_ROWS}
     num_rows = counted[0]
     specs = targets_arrays(config.datastore, config.targets, config.tokenizer.vocab_size)
-    return {
+    found: dict[str, Any] = {
         **rows_entry(*counted),
         "bytes on disk": num_rows * sum(spec.row_bytes for spec in specs.values()),
     }
+    if split == "train" and config.retrieval.engine == "routed":
+        found[ROUTED_FLOPS] = num_rows * _routed_flops(run, num_rows)
+    return found
+
+
+def _routed_flops(run: Artifacts, num_keys: int) -> float:
+    """Returns the flops of a query: products with all centroids, and with the rows it visits."""
+    config = run.config
+    cells = num_cells(config.retrieval, num_keys)
+    visited = first_cells_to_search(config.retrieval, num_keys, cells)
+    with contextlib.suppress(ArtifactError):  # What was chosen once there is an index.
+        counts = run.index.load().counts
+        cells, visited = int(counts["cells"]), int(counts["cells_to_search"])
+    return 2.0 * config.decoder.width * (cells + visited * num_keys / cells)
 
 
 def _count(run: Artifacts, split: Split) -> tuple[int, bool] | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from mlpmem_jax.pipeline.estimates import ROUTED_FLOPS
 from mlpmem_jax.store.manifest import Artifact
 
 # Share of the peak that small networks reach on CPU.
@@ -20,6 +21,9 @@ _SEARCHED_ROWS = 4000.0
 _INDEXED_ROWS = 20_000.0
 # Share of the peak that exact search reaches.
 _EXACT_SHARE = 0.3
+# The same of a routed search, most of which is selection (benchmarks.routing: an eighth of the
+# flop/s of exact search, width 64).
+_ROUTED_SHARE = 0.04
 # To load libraries' code, compile and save, whatever the size.
 _START_SECONDS = 4.0
 _NETWORKS = ("decoder", "datastore", "memory", "joint")
@@ -123,6 +127,9 @@ class Forecaster:
         if {"updates", "compacted"} & set(one.artifact.recipe or {}):
             return None  # Little is searched, and how much is not known yet.
         if kind in _SEARCHES and self._num_rows is not None:
+            if ROUTED_FLOPS in one.estimate:
+                flops = float(one.estimate[ROUTED_FLOPS])
+                return _START_SECONDS + flops / (_ROUTED_SHARE * self._peak)
             return _START_SECONDS + self._search_seconds(one.artifact, self._num_rows)
         return None
 

@@ -9,6 +9,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from mlpmem_jax.config.stages import TUNING_ROWS
 from mlpmem_jax.corpus.row_estimates import Rows
 from mlpmem_jax.errors import ArtifactError, ConfigError
@@ -27,6 +29,7 @@ from mlpmem_jax.pipeline.search_needs import (
 )
 from mlpmem_jax.retrieval import approximate
 from mlpmem_jax.retrieval.contexts import LEAST_TOKEN_BYTES
+from mlpmem_jax.retrieval.estimates import routed_index_bytes, run_memory_bytes
 from mlpmem_jax.store.array_specs import (
     ArraySpec,
     Split,
@@ -35,6 +38,7 @@ from mlpmem_jax.store.array_specs import (
     targets_arrays,
     token_dtype,
 )
+from mlpmem_jax.store.arrays import DTYPES
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
 
 _STATE_BYTES = 12  # of a parameter that is trained: itself and two moments, float32
@@ -113,8 +117,11 @@ def index_need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     config = run.config
     rows, retrieval = count(run), config.retrieval
     num_rows, width = rows["train"], config.decoder.width
-    if not num_rows or chosen_engine(run, machine, num_rows) == "exact":
+    engine = chosen_engine(run, machine, num_rows)
+    if not num_rows or engine == "exact":
         return Need()
+    if engine == "routed":
+        return _cells_need(run, machine, rows)
     shard_rows = min(num_rows, retrieval.shard_rows)
     building = Moment(
         "a shard under construction",
@@ -126,6 +133,23 @@ def index_need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
         moments += [index_moment(run, machine, rows), exact_moment(run, machine, rows)]
     disk = approximate.index_bytes(num_rows, width, retrieval.dims_per_block)
     return Need(disk, tuple(moments))
+
+
+def _cells_need(run: Artifacts, machine: Machine, rows: Rows) -> Need:
+    """Returns what putting keys in the order of cells takes, and choosing how many are visited."""
+    config = run.config
+    itemsize = np.dtype(DTYPES[config.datastore.dtype]).itemsize
+    shape = config.decoder.width, itemsize
+    run_of_keys = Moment(
+        "a run of keys that are put in the order of cells",
+        "use hosts with more memory",
+        host_bytes=run_memory_bytes(*shape),
+    )
+    moments = [run_of_keys]
+    if config.retrieval.cells_to_search == "auto":
+        moments += [index_moment(run, machine, rows), exact_moment(run, machine, rows)]
+    disk = routed_index_bytes(rows["train"], *shape)
+    return Need(disk, tuple(moments), temporary_bytes=disk)  # Runs beside what becomes of them.
 
 
 def neighbors_need(

@@ -29,6 +29,8 @@ _INDEX = (
 )
 # Of these, what is about training rows alone.
 _EXCLUSION = ("exclude", "exclude_repeats_tokens")
+# Keys that the routed engine alone reads.
+_CELLS = ("cells", "cells_to_search")
 _SEARCH = ("num_neighbors", "min_recall", "recall_queries")
 
 
@@ -100,7 +102,8 @@ def chunking(config: Config) -> dict[str, int]:
 def index(config: Config) -> Recipe:
     """Returns the recipe of the search index."""
     retrieval = config.retrieval.recipe()
-    return {"seed": config.seed, "retrieval": {name: retrieval[name] for name in _INDEX}}
+    names = _INDEX + (_CELLS if config.retrieval.engine == "routed" else ())
+    return {"seed": config.seed, "retrieval": {name: retrieval[name] for name in names}}
 
 
 def exact_neighbors(config: Config) -> Recipe:

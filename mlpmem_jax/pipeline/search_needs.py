@@ -10,6 +10,7 @@ from mlpmem_jax.retrieval.estimates import (
     KeyShardPlan,
     exact_plan,
     index_plan,
+    routed_plan,
     spilled_bytes,
     spilled_rows,
 )
@@ -28,6 +29,8 @@ def exact_search_plan(run: Artifacts, machine: Machine, rows: Rows) -> KeyShardP
 def _index_plan(run: Artifacts, machine: Machine, rows: Rows) -> KeyShardPlan:
     config = run.config
     shape = max(1, rows["train"]), config.decoder.width
+    if chosen_engine(run, machine, rows["train"]) == "routed":
+        return routed_plan(*shape, config.retrieval, machine.host_bytes)
     return index_plan(*shape, config.retrieval, machine.num_processes, machine.host_bytes)
 
 
@@ -44,8 +47,9 @@ def exact_moment(run: Artifacts, machine: Machine, rows: Rows) -> Moment:
 def index_moment(run: Artifacts, machine: Machine, rows: Rows) -> Moment:
     """Returns the shards of the index that each process holds at a time."""
     plan = _index_plan(run, machine, rows)
+    engine = {"routed": "routed search"}.get(chosen_engine(run, machine, rows["train"]), "ScaNN")
     return Moment(
-        f"{plan.at_once} of {plan.num_shards} shards of the index for ScaNN",
+        f"{plan.at_once} of {plan.num_shards} shards of the index for {engine}",
         plan.way_out,
         host_bytes=plan.held_bytes,
     )

@@ -38,6 +38,7 @@ from mlpmem_jax.store.files import describe_file, is_foreign, is_local
 
 SEARCH = "search.json"
 _MIN_LEAVES_TO_SEARCH = 8
+_GROWTH = 1.5  # Of a setting, until the recall suffices.
 AH_MIN_ROWS = 1024  # Fewer rows than this are scored exactly inside the shard.
 _TREE_ROWS_PER_LEAF = 50  # More make the tree no better, and its start quadratically slower.
 _CODE_ROWS = 50_000  # The same for the 16 centres of each block of dimensions.
@@ -56,6 +57,23 @@ class SearchSettings:
 
     num_leaves_to_search: int
     num_reorder: int
+
+    def raised(self, last: "SearchSettings") -> list["SearchSettings"]:
+        """Returns settings with more leaves and with more candidates, at most those of `last`."""
+        leaves = min(last.num_leaves_to_search, math.ceil(self.num_leaves_to_search * _GROWTH))
+        candidates = min(last.num_reorder, math.ceil(self.num_reorder * _GROWTH))
+        return [
+            dataclasses.replace(self, num_leaves_to_search=leaves),
+            dataclasses.replace(self, num_reorder=candidates),
+        ]
+
+    @property
+    def way_out(self) -> str:
+        """The keys that bring more recall, with their values."""
+        return (
+            f"retrieval.num_leaves_to_search (now {self.num_leaves_to_search}) or "
+            f"retrieval.num_reorder (now {self.num_reorder})"
+        )
 
 
 def shard_ranges(num_rows: int, shard_rows: int) -> list[range]:

@@ -28,13 +28,13 @@ _SAMPLE_ROWS = 4 * 8192
 # Minima of groups stand for the sample in its threshold, as long as few of the wanted share one.
 _GROUPS_PER_RANK = 8
 _LARGEST_GROUP = 32
-_ROUNDING = 8 * 2.0**-24  # Eight standard deviations of the rounding of a float32 product.
+ROUNDING = 8 * 2.0**-24  # Eight standard deviations of the rounding of a float32 product.
 _RANK_GROWTH = 8
 _ALIGNED_BYTES = 64  # XLA adopts memory with this alignment instead of copying it.
 
 
 @jax.jit
-def _scores(query_QA: jax.Array, key_CA: jax.Array) -> jax.Array:
+def block_scores(query_QA: jax.Array, key_CA: jax.Array) -> jax.Array:
     """Returns scores [Q, C].
 
     The last of the A = D + 1 columns is 1 in queries and ‖key − mean‖² in keys, so that the
@@ -57,7 +57,7 @@ class BlockedSearch:
         self._width = width
         self._num_sampled = min(num_rows, _SAMPLE_ROWS)
         self._row_N, place_N = _sample_first(num_rows, self._num_sampled)
-        self._key_NA = _aligned_zeros(_padded_rows(num_rows), width + 1)
+        self._key_NA = aligned_zeros(_padded_rows(num_rows), width + 1)
         sum_D = np.zeros(width)
         for part in _parts(num_rows):
             key_CD = read(part.start, part.stop)
@@ -125,7 +125,7 @@ class BlockedSearch:
         return unpack(packed)
 
     def _augmented(self, query_QD: np.ndarray, num_padded: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns queries as `_scores` takes them [num_padded, A], and their margins [Q]."""
+        """Returns queries as `block_scores` takes them [num_padded, A], and their margins [Q]."""
         num_queries = len(query_QD)
         query_QA = np.zeros((num_padded, self._width + 1), np.float32)
         query_QA[:num_queries, : self._width] = query_QD - self._mean_D
@@ -133,7 +133,7 @@ class BlockedSearch:
         query_QA[:, : self._width] *= -2
         query_QA[:num_queries, self._width] = 1  # Rows of padding stay zero: 0 · inf is NaN.
         margin_Q = (self._largest_score + 2 * norm_Q * self._largest_norm) * (
-            2 * _ROUNDING * np.sqrt(self._width)
+            2 * ROUNDING * np.sqrt(self._width)
         )
         return query_QA, margin_Q
 
@@ -148,8 +148,8 @@ class BlockedSearch:
         queries = jnp.asarray(query_QA)
         block_rows = len(blocks[0])
         num_first = -(-self._num_sampled // block_rows)
-        first = [_scores(queries, keys) for keys in blocks[:num_first]]
-        sample_Q = _sample_threshold(
+        first = [block_scores(queries, keys) for keys in blocks[:num_first]]
+        sample_Q = sample_threshold(
             [
                 np.asarray(scores)[:num_queries, : self._num_sampled - number * block_rows]
                 for number, scores in enumerate(first)
@@ -157,9 +157,9 @@ class BlockedSearch:
             rank,
         )
         first_Q = sample_Q + margin_Q
-        survivors = _Survivors(first_Q.astype(np.float32), margin_Q, wanted)
+        survivors = Survivors(first_Q.astype(np.float32), margin_Q, wanted)
         for number, keys in enumerate(blocks):
-            scores = first.pop(0) if first else _scores(queries, keys)
+            scores = first.pop(0) if first else block_scores(queries, keys)
             start = number * block_rows
             survivors.add(np.asarray(scores)[:num_queries, : self.num_rows - start], start)
         needed_Q = survivors.tighten()
@@ -183,7 +183,7 @@ def _padded_rows(num_rows: int) -> int:
     return -(-num_rows // _KEYS) * _KEYS
 
 
-class _Survivors:
+class Survivors:
     """Places whose score is within each query's threshold, which only drops."""
 
     def __init__(self, threshold_Q: np.ndarray, margin_Q: np.ndarray, wanted: int):
@@ -243,7 +243,7 @@ class _Survivors:
         self._append(query_M, score_M, place_M)
 
 
-def _sample_threshold(sample: list[np.ndarray], rank: int) -> np.ndarray:
+def sample_threshold(sample: list[np.ndarray], rank: int) -> np.ndarray:
     """Returns a score for each query that about `rank` of the sampled keys are within."""
     num_sampled = sum(part.shape[1] for part in sample)
     group = _LARGEST_GROUP
@@ -278,7 +278,7 @@ def _parts(num_rows: int) -> Iterator[slice]:
     return (slice(start, min(start + _KEYS, num_rows)) for start in range(0, num_rows, _KEYS))
 
 
-def _aligned_zeros(num_rows: int, num_columns: int) -> np.ndarray:
+def aligned_zeros(num_rows: int, num_columns: int) -> np.ndarray:
     size = num_rows * num_columns * 4
     memory = np.zeros(size + _ALIGNED_BYTES, np.uint8)
     start = -memory.ctypes.data % _ALIGNED_BYTES

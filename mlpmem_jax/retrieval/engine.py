@@ -13,7 +13,7 @@ from mlpmem_jax.retrieval.merge import Neighbors
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.stored_array import StoredArray
 
-EngineName = Literal["scann", "exact"]
+EngineName = Literal["scann", "exact", "routed"]
 
 # Rows from which building an index and searching it approximately costs less than scoring
 # every pair, where every row is a query. Exact work grows with the square of the rows; on
@@ -228,8 +228,8 @@ def choose_engine(config: RetrievalConfig, num_rows: int, platform: str) -> Choi
     Raises:
         ConfigError: ScaNN is asked for and not installed.
     """
-    if config.engine == "exact":
-        return Choice("exact", "retrieval.engine=exact")
+    if config.engine in ("exact", "routed"):
+        return Choice(config.engine, f"retrieval.engine={config.engine}")
     installed = is_approximate_installed()
     if config.engine == "scann":
         if not installed:

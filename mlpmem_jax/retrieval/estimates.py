@@ -4,12 +4,17 @@ import dataclasses
 
 from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.retrieval import approximate
+from mlpmem_jax.retrieval import approximate, cells
 from mlpmem_jax.units import human_bytes
 
 LIST_BYTES = 12  # of a neighbour in a running list: row and distance
 # Running lists that lie on disk at a time; more queries are searched in several waves.
 _SPILLED_BYTES = 64 << 30
+# Keys that are put in the order of cells at a time, with 12 bytes a row of row and cell.
+_RUN_BYTES = 256 << 20
+_RUN_COPIES = 6
+_CELL_ROW_BYTES = 12
+_LEAST_CELLS_TO_SEARCH = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +137,57 @@ def index_shard_bytes(num_rows: int, width: int, config: RetrievalConfig) -> int
     Measured: 1.11 of the float32 keys at width 256, what the files hold; and the leaves of rows.
     """
     return approximate.index_bytes(num_rows, width, config.dims_per_block) + 4 * num_rows
+
+
+def first_cells_to_search(config: RetrievalConfig, num_rows: int, num_cells: int) -> int:
+    """Returns the cells that a query visits; auto: before any calibration."""
+    if config.cells_to_search != "auto":
+        return min(config.cells_to_search, num_cells)
+    fill = -(-2 * (config.num_neighbors + 1) * num_cells // max(1, num_rows))
+    return min(num_cells, max(_LEAST_CELLS_TO_SEARCH, fill))
+
+
+def run_rows(width: int, itemsize: int) -> int:
+    """Returns the rows that are put in the order of cells at a time, while cells are made."""
+    return max(1, _RUN_BYTES // (width * itemsize + _CELL_ROW_BYTES))
+
+
+def run_memory_bytes(width: int, itemsize: int) -> int:
+    """Returns what making cells holds: keys as read and in order, and runs that are written."""
+    return _RUN_COPIES * run_rows(width, itemsize) * (width * itemsize + _CELL_ROW_BYTES)
+
+
+def routed_index_bytes(num_rows: int, width: int, itemsize: int) -> int:
+    """Returns the size of an index of cells on disk; while it is made it takes as much again."""
+    return num_rows * (width * itemsize + _CELL_ROW_BYTES) + (1 << 20)
+
+
+def routed_plan(
+    num_rows: int, width: int, config: RetrievalConfig, memory_bytes: int | None
+) -> KeyShardPlan:
+    """Returns how each process goes through cells: a key shard is some whole ones.
+
+    Args:
+        num_rows: N.
+        width: D.
+        config: The section.
+        memory_bytes: Memory of each process; None: not known.
+    """
+    budget_bytes = _budget(config, memory_bytes)
+    num_shards = max(1, -(-num_rows // config.shard_rows))
+    # They end where a cell does.
+    more = cells.largest_cell(num_rows, cells.num_cells(config, num_rows))
+
+    def held(shards: int) -> int:
+        rows = min(num_rows, -(-num_rows * shards // num_shards) + more)
+        return exact_bytes(rows, width, 1) + 8 * rows
+
+    at_once = num_shards
+    if budget_bytes is not None and held(num_shards) > budget_bytes:
+        one = held(1)
+        at_once = min(num_shards, max(1, budget_bytes // one))
+    key = f"retrieval.shard_rows={config.shard_rows} (another index)"
+    return _plan(config, num_shards, at_once, held(at_once), key)
 
 
 def spilled_rows(num_neighbors: int) -> int:

@@ -12,7 +12,7 @@ from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.config.networks import MeshConfig
 from mlpmem_jax.console import say
 from mlpmem_jax.errors import ArtifactError, UserError
-from mlpmem_jax.parallel.agreement import of_all
+from mlpmem_jax.parallel.agreement import smallest_of_all
 from mlpmem_jax.parallel.hardware import check_host_memory, device_memory, host_memory
 from mlpmem_jax.parallel.multihost import barrier, first_alone, is_writer
 from mlpmem_jax.parallel.sharing import process_count
@@ -23,6 +23,8 @@ from mlpmem_jax.retrieval.estimates import exact_plan, index_plan
 from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.neighbors import check_enough_rows
+from mlpmem_jax.retrieval.routed import CellSettings
+from mlpmem_jax.retrieval.routed_builder import build_routed, open_routed
 from mlpmem_jax.store.files import check_free_space, describe_file, read_json, write_json
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.store.verification import verify_together
@@ -30,7 +32,7 @@ from mlpmem_jax.units import human_bytes
 
 # Calibration and measurement draw different rows: the measurement stays unbiased.
 CALIBRATION_SEED = 1
-SHARD_BY = "rows"  # How keys are dealt to shards: by ranges of rows; cells of centroids may follow.
+SHARD_BY = "rows"  # How ScaNN's shards are cut: by ranges of rows.
 MEASUREMENT_SEED = 2
 _MAX_REORDER_GROWTH = 8
 
@@ -50,7 +52,7 @@ def exact_engine(
     if device.platform == "cpu":
         host = host_memory()
         memory = None if host is None else host // jax.local_device_count()
-    memory = _of_all(memory)
+    memory = smallest_of_all(memory)
     plan = exact_plan(keys.num_rows, keys.width, shard_rows, retrieval, mesh.size, memory)
     plan.check()
     if memory is not None and plan.held_bytes > memory:
@@ -99,6 +101,14 @@ def build_index(
     if choice.engine == "exact":  # Nothing to build: it reads the datastore's keys.
         return Completion(counts, measured=measured)
     path = artifact.path
+    exact = functools.partial(exact_engine, train, mesh, retrieval)
+    if choice.engine == "routed":
+        draw = functools.partial(_calibration_sample, keys, exact, retrieval, seed)
+        chunk_rows = int(train.load().arrays["key"]["chunk_rows"])
+        made = build_routed(path, keys, chunk_rows, retrieval, seed, mesh, draw)
+        return dataclasses.replace(
+            made, counts={**counts, **made.counts}, measured={**measured, **made.measured}
+        )
     with first_alone("index: directory"):
         if is_writer():
             index_files.remove_unfinished(path)
@@ -118,7 +128,6 @@ def build_index(
     barrier("index: shards")
     num_shards = len(approximate.shard_ranges(keys.num_rows, retrieval.shard_rows))
     files = index_files.shard_files(path, num_shards)
-    exact = functools.partial(exact_engine, train, mesh, retrieval)
     settings, calibrated = choose_settings(path, keys, exact, retrieval, seed)
     if calibrated is not None:
         measured["calibration_recall"] = calibrated
@@ -177,13 +186,7 @@ def choose_settings(
     if first == last:
         return first, None
     # Before the index is loaded: keys and index need not fit in memory together.
-    sample = recall.draw_sample(
-        keys,
-        exact().search,
-        retrieval.recall_queries,
-        retrieval.num_neighbors,
-        (seed, CALIBRATION_SEED),
-    )
+    sample = _calibration_sample(keys, exact, retrieval, seed)
     engine = _approximate(path, first, keys.num_rows, keys.width, retrieval)
 
     def measure_with(settings: SearchSettings) -> float:
@@ -196,9 +199,21 @@ def choose_settings(
     return recall.calibrate(measure_with, first, last, retrieval.min_recall)
 
 
+def _calibration_sample(
+    keys: Keys, exact: Callable[[], Engine], retrieval: RetrievalConfig, seed: int
+) -> recall.Sample:
+    return recall.draw_sample(
+        keys,
+        exact().search,
+        retrieval.recall_queries,
+        retrieval.num_neighbors,
+        (seed, CALIBRATION_SEED),
+    )
+
+
 def open_index(
     artifact: Artifact, retrieval: RetrievalConfig, width: int, exact: Callable[[], Engine]
-) -> tuple[Engine, SearchSettings | None]:
+) -> tuple[Engine, SearchSettings | CellSettings | None]:
     """Opens the engine that an index names; its files are verified first.
 
     Args:
@@ -217,6 +232,8 @@ def open_index(
     verify_together(artifact.path, manifest.files)
     if manifest.counts["engine"] == "exact":
         return exact(), None
+    if manifest.counts["engine"] == "routed":
+        return open_routed(artifact, retrieval)
     shard_by = manifest.counts.get("shard_by", SHARD_BY)
     if shard_by != SHARD_BY:
         raise ArtifactError(
@@ -236,7 +253,7 @@ def _approximate(
     retrieval: RetrievalConfig,
 ) -> ApproximateEngine | KeyShards:
     """Opens ScaNN over finished shards: all of them, or some at a time."""
-    memory = _of_all(host_memory())
+    memory = smallest_of_all(host_memory())
     plan = index_plan(num_rows, width, retrieval, process_count(), memory)
     plan.check()
     check_host_memory(
@@ -254,11 +271,6 @@ def _approximate(
         spans_processes=process_count() > 1,
         order=index_files.leaf_order(path),
     )
-
-
-def _of_all(memory_bytes: int | None) -> int | None:
-    """Returns the smallest memory of all processes, which must load the same shards."""
-    return min((one for one in of_all(memory_bytes) if one is not None), default=None)
 
 
 class ExactCache:

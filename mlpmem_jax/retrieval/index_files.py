@@ -1,8 +1,9 @@
 """Files of an index: a directory a shard, with `shard.json`, which lists the others."""
 
+import io
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,38 @@ from etils import epath
 
 from mlpmem_jax.console import warn
 from mlpmem_jax.errors import ArtifactError
-from mlpmem_jax.store.checked_json import read_checked_json
-from mlpmem_jax.store.files import describe_file, is_local, verify_file
+from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
+from mlpmem_jax.store.files import describe_file, is_local, verify_file, write_bytes
 
 SHARD = "shard.json"
 LEAF_OF_ROW = "datapoint_to_token.npy"
+
+
+def write_whole(folder: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as files of a directory, and last the list of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in arrays.items():
+        data = io.BytesIO()
+        np.save(data, values, allow_pickle=False)
+        write_bytes(folder / f"{name}.npy", data.getvalue())
+    files = {f"{name}.npy": describe_file(folder / f"{name}.npy") for name in arrays}
+    write_checked_json(folder / SHARD, {"files": files})
+
+
+def read_whole(folder: epath.Path) -> dict[str, np.ndarray]:
+    """Returns the arrays that `write_whole` wrote.
+
+    Raises:
+        ArtifactError: A file is missing or damaged; it is named.
+    """
+    _verify_shard(folder)
+    names = read_checked_json(folder / SHARD)["files"]
+    return {
+        name.removesuffix(".npy"): np.load(
+            io.BytesIO((folder / name).read_bytes()), allow_pickle=False
+        )
+        for name in names
+    }
 
 
 def is_whole(shard: epath.Path) -> bool:

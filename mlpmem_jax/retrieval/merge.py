@@ -82,9 +82,20 @@ def merge(parts: Sequence[Neighbors], num_neighbors: int) -> Neighbors:
     row = np.concatenate([part.row_QK for part in parts], axis=1)
     if len(parts) == 1:
         return fit(parts[0], num_neighbors)
-    if row.size and row.max() >= _NO_PLACE:
-        return fit(sort_neighbors(distance, row), num_neighbors)
-    return fit(_nearest(distance, row, num_neighbors), num_neighbors)
+    return nearest(distance, row, num_neighbors)
+
+
+def nearest(distance_QK: np.ndarray, row_QK: np.ndarray, num_neighbors: int) -> Neighbors:
+    """Returns the first of each list by (distance, row), in order, filled up with missing ones.
+
+    Args:
+        distance_QK: float32, any order; inf where there is no neighbour.
+        row_QK: int64 rows, -1 or any where there is none.
+        num_neighbors: K.
+    """
+    if row_QK.size and row_QK.max() >= _NO_PLACE:
+        return fit(sort_neighbors(distance_QK, row_QK), num_neighbors)
+    return fit(_nearest(distance_QK, row_QK, num_neighbors), num_neighbors)
 
 
 def _nearest(distance_QK: np.ndarray, row_QK: np.ndarray, num_neighbors: int) -> Neighbors:

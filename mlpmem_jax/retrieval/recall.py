@@ -1,15 +1,14 @@
 """How many of the true neighbours an engine finds; always measured, never assumed."""
 
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 
 from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.console import warn
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.retrieval.approximate import SearchSettings
 from mlpmem_jax.retrieval.distances import squared_distances
 from mlpmem_jax.retrieval.engine import READ_ROWS, Engine, Keys, row_ranges
 from mlpmem_jax.retrieval.merge import Neighbors, drop_own_row, merge, sort_neighbors
@@ -18,7 +17,22 @@ from mlpmem_jax.retrieval.merge import Neighbors, drop_own_row, merge, sort_neig
 _ROUNDING = 1e-5
 # Calibration aims above the floor, so that the independent measurement passes too.
 _MARGIN = 0.01
-_GROWTH = 1.5
+
+
+class Thoroughness(Protocol):
+    """How thoroughly an approximate engine searches."""
+
+    def raised(self, last: Self) -> Sequence[Self]:
+        """Returns the next larger settings, none of them above `last`."""
+        ...
+
+    @property
+    def way_out(self) -> str:
+        """The keys that bring more recall, with their values."""
+        ...
+
+
+_Settings = TypeVar("_Settings", bound=Thoroughness)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +120,8 @@ def plain_search(keys: Keys) -> Callable[[np.ndarray, int], Neighbors]:
 
 
 def calibrate(
-    measure_with: Callable[[SearchSettings], float],
-    first: SearchSettings,
-    last: SearchSettings,
-    floor: float,
-) -> tuple[SearchSettings, float]:
+    measure_with: Callable[[_Settings], float], first: _Settings, last: _Settings, floor: float
+) -> tuple[_Settings, float]:
     """Finds how thoroughly to search for a recall above the floor.
 
     Each step raises the setting that brings more, leaves or candidates.
@@ -127,7 +138,7 @@ def calibrate(
     goal = min(floor + _MARGIN, (floor + 1) / 2)
     settings, found = first, measure_with(first)
     while found < goal:
-        raised = [one for one in _raised(settings, last) if one != settings]
+        raised = [one for one in settings.raised(last) if one != settings]
         if not raised:
             break
         recalls = [measure_with(one) for one in raised]
@@ -136,17 +147,8 @@ def calibrate(
     return settings, found
 
 
-def _raised(settings: SearchSettings, last: SearchSettings) -> list[SearchSettings]:
-    leaves = min(last.num_leaves_to_search, math.ceil(settings.num_leaves_to_search * _GROWTH))
-    candidates = min(last.num_reorder, math.ceil(settings.num_reorder * _GROWTH))
-    return [
-        dataclasses.replace(settings, num_leaves_to_search=leaves),
-        dataclasses.replace(settings, num_reorder=candidates),
-    ]
-
-
 def check(
-    measured: float, config: RetrievalConfig, settings: SearchSettings | None, num_queries: int
+    measured: float, config: RetrievalConfig, settings: Thoroughness | None, num_queries: int
 ) -> None:
     """Warns of a recall below `retrieval.min_recall`: targets serve with less than the best.
 
@@ -163,12 +165,11 @@ def check(
         )
 
 
-def warn_of(measured: float, config: RetrievalConfig, settings: SearchSettings) -> None:
+def warn_of(measured: float, config: RetrievalConfig, settings: Thoroughness) -> None:
     """Warns of a recall below `retrieval.min_recall`; names the keys to raise, and their values."""
     if measured < config.min_recall:
         warn(
             f"recall@{config.num_neighbors} is {measured:.4f}, below "
-            f"retrieval.min_recall={config.min_recall}: raise retrieval.num_leaves_to_search (now "
-            f"{settings.num_leaves_to_search}) or retrieval.num_reorder (now "
-            f"{settings.num_reorder}), or set retrieval.engine=exact"
+            f"retrieval.min_recall={config.min_recall}: raise {settings.way_out}, or set "
+            "retrieval.engine=exact"
         )

@@ -23,6 +23,8 @@ _RUNNING = rf"{RUNNING}/\d+-\d+\.lists"
 _NETWORK = (r"checkpoints/\d+(\.orbax-checkpoint-tmp[^/]*)?/.+", r"checksums/\d+\.json")
 _SHARD = r"(shard-\d{5}|building-[^/]+)/.+"
 
+_CELLS = (r"(centroids|cells)/(shard\.json|\w+\.npy)", rf"(runs/)?({_ARRAY}|{_WRITTEN})")
+
 
 def _report(*names: str) -> tuple[str, ...]:
     return tuple(rf"{name}\.(json|csv|png)" for name in names)
@@ -39,7 +41,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "neighbors": (_ARRAY, _WRITTEN, _RUNNING),
     "scores": (_ARRAY, _WRITTEN),
     "targets": (_ARRAY, _WRITTEN, _RUNNING, r"temperature\.json"),
-    "index": (_SHARD, r"search\.json"),
+    "index": (_SHARD, r"search\.json", *_CELLS),
     "results": _report("evaluate", "measured"),
     "analysis": _report("analyze"),
     "cost": (*_report("cost"), r"(prepared|round-\d+)-\d+\.json", rf"index-\d+/{_SHARD}"),

@@ -1,6 +1,6 @@
 """One of several processes that search keys in parts and write what they find. Not a test itself.
 
-python search_in_parts_script.py DIRECTORY exact|scann row|document, with the variables of a
+python search_in_parts_script.py DIRECTORY exact|scann|routed row|document, with the variables of a
 launcher. With `document`, rows of a document are excluded, and some rows are not searched for.
 """
 
@@ -54,6 +54,21 @@ def index_config():
     return RetrievalConfig(num_neighbors=K, shard_rows=300, memory_bytes=1_100_000)
 
 
+def routed(path, keys, mesh):
+    """Makes an index of cells, five runs by all processes; returns what opens parts of it."""
+    from mlpmem_jax.config.data import RetrievalConfig
+    from mlpmem_jax.retrieval import estimates
+    from mlpmem_jax.retrieval.routed import CellSettings, RoutedEngine
+    from mlpmem_jax.retrieval.routed_index import build_cells, unfinished_cells
+
+    estimates._RUN_BYTES = 320 * (4 * WIDTH + 12)
+    config = RetrievalConfig(engine="routed", cells=20)
+    build_cells(path, keys, 64, config, 0, mesh)
+    cells = unfinished_cells(path)
+    everything = CellSettings(10**6)
+    return lambda shards: RoutedEngine(cells, everything, cells.shard(shards, 5))
+
+
 def main():
     import jax
     from etils import epath
@@ -80,11 +95,13 @@ def main():
 
     if name == "exact":
         plan, load = KeyShardPlan(6, 2, 0, None, "", ""), load_exact
+    elif name == "routed":
+        plan, load = KeyShardPlan(5, 2, 0, None, "", ""), routed(directory / "cells", keys, mesh)
     else:
         plan = index_plan(ROWS, WIDTH, index_config(), jax.process_count(), None)
         assert (plan.num_shards, plan.at_once, plan.num_loads) == (5, 2, 3)
         load = load_index
-    engine = KeyShards(name, ROWS, plan, load, spans_processes=True)
+    engine = KeyShards(name, ROWS, plan, load, spans_processes=name != "routed")
     writer = ShardWriter(directory / name, specs(), ROWS, refuse_non_finite=False)
     search_by_shards(
         engine,

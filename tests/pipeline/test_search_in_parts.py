@@ -24,10 +24,11 @@ HERE = Path(__file__).resolve().parent
 WIDTH, SEPARATOR = 32, 0
 ROWS = {"train": 3000, "valid": 700, "test": 500}
 # One of three key shards of 1,024 rows; one of four shards of the index, and all keys.
-MEMORY = {"exact": 140_000, "scann": 1_300_000}
+MEMORY = {"exact": 140_000, "scann": 1_300_000, "routed": 140_000}
 SETTINGS = {
     "exact": ("retrieval.engine=exact", "retrieval.keep_train=all"),
     "scann": ("retrieval.engine=scann", "retrieval.shard_rows=800", "retrieval.num_leaves=30"),
+    "routed": ("retrieval.engine=routed", "retrieval.shard_rows=800", "retrieval.cells=40"),
 }
 SHARED = (
     "datastore.shard_rows=1024", f"decoder.width={WIDTH}", "retrieval.num_neighbors=12",
@@ -103,7 +104,7 @@ def _assert_equal(run, whole):
     assert prints == others
 
 
-@pytest.mark.parametrize("engine", ["exact", "scann"])
+@pytest.mark.parametrize("engine", ["exact", "scann", "routed"])
 def test_everything_is_as_with_all_keys_in_memory(make_run, tmp_path, capsys, engine):
     """Neighbours, calibration, recall, τ and targets."""
     if engine == "scann":
@@ -114,25 +115,27 @@ def test_everything_is_as_with_all_keys_in_memory(make_run, tmp_path, capsys, en
     run = _made(make_run(*SETTINGS[engine], memory, workdir=tmp_path / "parts"))
     said = capsys.readouterr().out
     _assert_equal(run, whole)
-    shards = {"exact": 3, "scann": 4}[engine]
+    shards = {"exact": 3, "scann": 4, "routed": 4}[engine]
     assert f"retrieve train: key shards 2 to 2 of {shards} loaded in" in said
-    searched = [run.targets("train") if engine == "scann" else run.neighbors("train")]
-    other = [whole.targets("train") if engine == "scann" else whole.neighbors("train")]
+    searched, other = (
+        [one.neighbors("train") if engine == "exact" else one.targets("train")]
+        for one in (run, whole)
+    )
     about, before = (one[0].load().measured for one in (searched, other))
     assert about["recall"] == before["recall"]
     assert (about["key_shards"], about["key_shards_at_once"]) == (shards, 1)
     assert "key_shards" not in before
     calibrated = [one.index.load().measured.get("calibration_recall") for one in (run, whole)]
     assert calibrated[0] == calibrated[1]
-    assert (calibrated[0] is not None) == (engine == "scann")
+    assert (calibrated[0] is not None) == (engine != "exact")
 
 
-def _retrieve(workdir, engine, *killed):
+def _retrieve(workdir, engine, *killed, command="retrieve"):
     arguments = ["--config", str(ROOT / "configs" / "tiny.yaml"), "--workdir", str(workdir)]
     settings = [*SHARED, *SETTINGS[engine], f"retrieval.memory_bytes={MEMORY[engine]}"]
     at = killed or ("mlpmem_jax.retrieval.running_lists.RunningLists.write", "0", "after")
     return subprocess.run(
-        [sys.executable, str(HERE / "killed.py"), *at, "retrieve", *arguments, *settings],
+        [sys.executable, str(HERE / "killed.py"), *at, command, *arguments, *settings],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -206,6 +209,29 @@ def test_the_plan_shows_key_shards_and_what_lies_on_disk_for_a_time(make_run, tm
     assert ["key", "shards", "3"] in shown
     assert ["key", "shards", "in", "memory", "at", "a", "time", "1"] in shown
     assert ["bytes", "on", "disk", "for", "a", "time", "98.4", "KiB"] in shown  # 700 · 12 · 12
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_routed_search_killed_anywhere_continues_bit_for_bit(make_run, tmp_path):
+    """In the index: k-means, the second run, the cells; in the search: a spilled list."""
+    whole = _made(make_run(*SETTINGS["routed"], workdir=tmp_path / "whole"))
+    run = make_run(*SETTINGS["routed"], workdir=tmp_path / "killed")
+    made = "mlpmem_jax.retrieval.routed_index"
+    kills = (
+        ("index", "mlpmem_jax.retrieval.index_files.write_whole", "1", "before"),
+        ("index", f"{made}._write_runs", "1", "after"),
+        ("index", "mlpmem_jax.store.shards.ShardWriter.put", "1", "before"),
+        ("index", f"{made}._remove_intermediate", "1", "before"),
+        ("index", f"{made}._remove_intermediate", "0", "after"),  # It lives.
+        ("retrieve", "mlpmem_jax.retrieval.running_lists.RunningLists.write", "13", "after"),
+        ("retrieve", "mlpmem_jax.retrieval.running_lists.RunningLists.write", "0", "after"),
+    )
+    for command, *kill in kills:
+        done = _retrieve(tmp_path / "killed", "routed", *kill, command=command)
+        expected = 0 if "0" in kill else -signal.SIGKILL
+        assert done.returncode == expected, (kill, done.stderr[-2000:])
+    _assert_equal(run, whole)
 
 
 @pytest.mark.slow

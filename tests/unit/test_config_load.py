@@ -123,7 +123,7 @@ def test_issue_example_reports_both(mistakes):
         ("decoder.num_kv_heads=-1", "must be a whole number from 1 to 1e6, or auto"),
         ("decoder.num_kv_heads=some", "must be a whole number from 1 to 1e6, or auto"),
         ("decoder.norm=batch", "must be rms or layer"),
-        ("retrieval.engine=faiss", "must be auto, scann or exact"),
+        ("retrieval.engine=faiss", "must be auto, scann, exact or routed"),
         ("train.alpha=1.5", "must be a number from 0 to 1"),
         ("train.alpha=.nan", "must be a number from 0 to 1"),
         ("train.optimizer.beta1=1", "must be a number from 0 to 0.999999"),

@@ -244,8 +244,10 @@ def test_few_queries_are_not_padded_to_a_block_and_find_the_same(monkeypatch, nu
     searcher = ExactEngine(ArrayKeys(key), single_device_mesh(), 1024)
     every = searcher.search(query, 20)
     sizes = []
-    original = blocked._scores
-    monkeypatch.setattr(blocked, "_scores", lambda q, k: sizes.append(len(q)) or original(q, k))
+    original = blocked.block_scores
+    monkeypatch.setattr(
+        blocked, "block_scores", lambda q, k: sizes.append(len(q)) or original(q, k)
+    )
     few = searcher.search(query[:num_queries], 20)
     np.testing.assert_array_equal(few.row_QK, every.row_QK[:num_queries])
     np.testing.assert_array_equal(few.distance_QK, every.distance_QK[:num_queries])

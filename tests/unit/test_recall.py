@@ -12,6 +12,7 @@ from mlpmem_jax.retrieval.engine import ArrayKeys, choose_engine
 from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.merge import Neighbors
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors
+from mlpmem_jax.retrieval.routed import CellSettings
 from mlpmem_jax.store.files import read_json, write_json
 
 
@@ -160,6 +161,8 @@ def test_a_low_recall_is_a_warning_that_names_the_keys(capsys):
     said = capsys.readouterr().err
     assert said.startswith("warning: recall@256 is 0.9400, below retrieval.min_recall=0.95")
     assert "num_leaves_to_search (now 20) or retrieval.num_reorder (now 1028)" in said
+    recall.check(0.94, config, CellSettings(7), 1024)
+    assert "raise retrieval.cells_to_search (now 7), or set" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="of the exact engine is 0.9400 on 1024 rows"):
         recall.check(0.94, config, None, 1024)
 
@@ -170,3 +173,5 @@ def test_the_choice_of_engine_is_explained():
     assert choose_engine(config, 3_000_000, "cpu").engine == "scann"
     assert choose_engine(config, 3_000_000, "tpu").engine == "exact"
     assert "3,000,000 rows" in choose_engine(config, 3_000_000, "cpu").why
+    routed = choose_engine(RetrievalConfig(engine="routed"), 1000, "cpu")
+    assert (routed.engine, routed.why) == ("routed", "retrieval.engine=routed")

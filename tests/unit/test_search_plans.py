@@ -6,6 +6,7 @@ import re
 import pytest
 
 from mlpmem_jax.config.load import load_config
+from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline import embed, evaluate, index, needs, pretrain, retrieve, train
 from mlpmem_jax.pipeline.fitting import Need, shortages
@@ -13,7 +14,7 @@ from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.retrieval import engine
-from mlpmem_jax.retrieval.estimates import exact_bytes
+from mlpmem_jax.retrieval.estimates import exact_bytes, routed_plan
 from mlpmem_jax.store.manifest import Artifact, Completion
 from tests.conftest import ROOT
 
@@ -48,8 +49,8 @@ def _without_texts_but_with_scann(monkeypatch):
     monkeypatch.setattr(Sources, "text", lambda self, corpus: {"corpus": "made up"})
 
 
-def _planned(name):
-    run = Artifacts(load_config(ROOT / "configs" / f"{name}.yaml"))
+def _planned(name, *overrides):
+    run = Artifacts(load_config(ROOT / "configs" / f"{name}.yaml", overrides))
     corpus, tokens = run.config.corpus, ACCELERATED[name][1]
     shares = {"valid": corpus.valid_fraction, "test": corpus.test_fraction}
     shares["train"] = 1 - sum(shares.values())
@@ -93,6 +94,28 @@ def test_what_an_h200_holds_an_h100_searches_in_more_parts():
         for found in ([s.need(one, lambda _: rows) for s in stages] for one in (machine, H100))
     ]
     assert 0 < at_once[1] < at_once[0]
+
+
+def test_a_routed_search_is_planned_before_it_begins():
+    """Cells lie on the hosts, in parts; their index needs its disk twice while it is made."""
+    machine = ACCELERATED["gpt2_small"][0]
+    run, rows, stages = _planned("gpt2_small", "retrieval.engine=routed")
+    assert shortages(stages, machine, lambda *_: rows) == []
+    needed = {stage.artifact.relative: stage.need(machine, lambda _: rows) for stage in stages}
+    made, searched = needed[run.index.relative], needed[run.targets("train").relative]
+    count, width = rows["train"], run.config.decoder.width
+    assert made.disk_bytes == made.temporary_bytes == count * (2 * width + 12) + (1 << 20)
+    shards = -(-count // run.config.retrieval.shard_rows)
+    at_once = searched.plan["key shards in memory at a time"]
+    assert searched.plan["key shards"] == shards and 1 < at_once < shards
+    keys = exact_bytes(count, width, 1) * at_once / shards
+    held = max(moment.host_bytes for moment in searched.moments)
+    assert keys < held < 1.01 * keys + 10**9 and held <= machine.host_bytes // 2
+    assert searched.temporary_bytes > 0  # Running lists.
+    # A budget that holds no key shard is refused where the configuration is checked.
+    small = run.config.retrieval.model_copy(update={"memory_bytes": 10**9})
+    with pytest.raises(ConfigError, match=r"holds no key shard.* or lower retrieval.shard_rows"):
+        routed_plan(count, width, small, None).check()
 
 
 def test_disk_for_a_time_is_needed_once_and_what_lies_there_counts(tmp_path):

@@ -89,9 +89,26 @@ def test_a_setting_like_the_configuration_shares_its_index_and_memory():
     assert same.memory.relative == run.memory.relative
 
 
+def test_what_the_routed_engine_reads_enters_its_recipes_alone():
+    """Those of other engines stay what they were before there was one."""
+    names = {"cells", "cells_to_search"}
+    settings = "search_quality.settings=[{name: a, engine: routed, cells_to_search: 3}, {name: b}]"
+    config = _config(settings)
+    routed, scann = (
+        with_setting(Artifacts(config, Unread("run")), one)
+        for one in config.search_quality.settings
+    )
+    assert names <= routed.index.recipe["retrieval"].keys()
+    assert not names & scann.index.recipe["retrieval"].keys()
+    assert routed.config.retrieval.cells_to_search == 3
+    first, second = config.search_quality.recipe()["settings"]
+    assert first["cells_to_search"] == 3 and "cells_to_search" not in second
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
+        ("retrieval={engine: routed, cells: 2000, training_rows: 1000}", "cells=2000 exceeds"),
         ("search_quality.settings=[]", "must have at least one entry"),
         ("search_quality.settings=[{name: a}, {name: a}]", "the name a is given twice"),
         ("search_quality.settings=[{name: a, num_reorder: 16}]", "num_reorder=16 must be more"),

@@ -6,7 +6,10 @@ from mlpmem_jax.pipeline.graph import Artifacts
 
 def with_setting(run: Artifacts, setting: SearchSetting) -> Artifacts:
     """Returns the artifacts of one setting."""
-    names = ("engine", "num_leaves_to_search", "num_reorder", "dims_per_block", "min_recall")
+    names = (
+        *("engine", "num_leaves_to_search", "num_reorder", "dims_per_block", "cells_to_search"),
+        "min_recall",
+    )
     changed = {name: getattr(setting, name) for name in names}
     retrieval = run.config.retrieval.model_copy(update=changed)
     config = run.config.model_copy(update={"retrieval": retrieval})

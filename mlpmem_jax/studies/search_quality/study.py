@@ -85,15 +85,17 @@ class _Study:
         engine, settings = open_index(run.index, config.retrieval, width, self.exact)
         targets = run.targets("train").load()
         temperature = float(targets.counts["temperature"])
-        index = run.index.load()
+        index, searched = run.index.load(), dataclasses.asdict(settings) if settings else {}
         # Of the last start, which need not have searched all rows.
         rate = targets.measured.get("queries_per_sec") or None
         return {
             "name": setting.name,
             "engine": engine.name,
             "num_leaves": index.counts.get("num_leaves"),
-            "num_leaves_to_search": settings.num_leaves_to_search if settings else None,
-            "num_reorder": settings.num_reorder if settings else None,
+            "num_leaves_to_search": searched.get("num_leaves_to_search"),
+            "num_reorder": searched.get("num_reorder"),
+            "cells": index.counts.get("cells"),
+            "cells_to_search": searched.get("cells_to_search"),
             "index_secs": index.measured.get("seconds"),
             "search_secs": rate and int(targets.counts["rows"]) / rate,
             "queries_per_sec": rate,

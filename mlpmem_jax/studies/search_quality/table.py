@@ -15,8 +15,9 @@ from mlpmem_jax.evaluation.table import (
 Results = Mapping[str, Any]
 
 PLAIN = (
-    "name", "engine", "num_leaves", "num_leaves_to_search", "num_reorder", "index_secs",
-    "search_secs", "queries_per_sec", "recall", "skew_kl", "missed_mass", "top1",
+    "name", "engine", "num_leaves", "num_leaves_to_search", "num_reorder", "cells",
+    "cells_to_search", "index_secs", "search_secs", "queries_per_sec", "recall", "skew_kl",
+    "missed_mass", "top1",
 )  # fmt: skip
 OF_SYSTEM = ("interpolation", "valid_nats", "test_nats")
 AGAINST = ("against_decoder", "against_exact")
@@ -31,7 +32,7 @@ def as_csv(results: Results) -> str:
 
 def _rows(results: Results) -> Iterator[dict[str, Any]]:
     for setting in results["settings"]:
-        row = {name: setting[name] for name in PLAIN}
+        row = {name: setting.get(name) for name in PLAIN}
         for system in LABELS:
             one = setting[system]
             row |= {f"{system}_{name}": one[name] for name in OF_SYSTEM}
@@ -61,16 +62,18 @@ def as_text(results: Results) -> str:
 
 def _search_table(results: Results) -> str:
     header = [
-        "", "leaves\nvisited", "candi-\ndates", "recall", "KL from\nexact", "missed\nmass",
+        "", "visited\n(leaves, cells)", "candi-\ndates", "recall", "KL from\nexact", "missed\nmass",
         "same\ntop-1", "queries\nper s", "index\ns", "search\ns",
     ]  # fmt: skip
     rows = []
     for one in results["settings"]:
-        visited = one["num_leaves_to_search"]
+        of_cells = one["engine"] == "routed"
+        kinds = ("cells_to_search", "cells") if of_cells else ("num_leaves_to_search", "num_leaves")
+        visited, parts = (one.get(kind) for kind in kinds)
         rows.append(
             [
                 one["name"],
-                number(None, 0) if visited is None else f"{visited} of {one['num_leaves']}",
+                number(None, 0) if visited is None else f"{visited} of {parts}",
                 number(one["num_reorder"], 0),
                 number(one["recall"], 4),
                 number(one["skew_kl"], 4),
