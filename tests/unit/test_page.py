@@ -146,6 +146,7 @@ def test_tokens_are_chosen_and_taken_back(opened: Any, address: str) -> None:
     buttons.nth(place).click()
     _wait_until(page, "history.length == 1")
     assert _text(page) == "def" + shown
+    assert page.locator("#text mark").text_content() == shown
     length = page.evaluate("state.tokens.length")
     page.get_by_role("button", name="Ten tokens").click()
     _wait_until(page, f"state.tokens.length == {length + 10}")
