@@ -63,6 +63,12 @@ class CorpusConfig(Source):
     max_bytes: Bytes | None = setting(
         None, "stop before the first document that would exceed this; not set: all"
     )
+    near_duplicates: float | None = setting(
+        None,
+        "leave out documents that share this much of their word 5-grams (MinHash); not set: none",
+        ge=0.1,
+        le=1,
+    )
     on_error: Literal["error", "skip"] = setting(
         "error", "on a file that is not UTF-8 or a record without usable text: exit, or skip it"
     )

@@ -3,13 +3,14 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from mlpmem_jax.config.data import CorpusConfig
 from mlpmem_jax.corpus.documents import Document, documents_of
 from mlpmem_jax.corpus.duplicates import SeenDocuments
 from mlpmem_jax.corpus.files import NotTextError, read_text
+from mlpmem_jax.corpus.near_duplicates import NearDuplicate, Sketches, import_datasketch
 from mlpmem_jax.corpus.sources import Part, find_parts
 from mlpmem_jax.corpus.splits import hash_fraction, split_of
 from mlpmem_jax.errors import UserError
@@ -22,6 +23,11 @@ LEFT_OUT = (
     "duplicate_documents",
     "duplicate_bytes",
     "copied_documents",
+)
+# Further ones with corpus.near_duplicates; copies resemble a document of another split.
+NEAR_LEFT_OUT = (
+    *(f"{split}_near_duplicate_{what}" for split in SPLITS for what in ("documents", "bytes")),
+    "near_copied_documents",
 )
 _DRAWN = "drawn"
 Seen = Mapping[Split, SeenDocuments]
@@ -37,6 +43,7 @@ class Position:
         taken_bytes: Bytes so far, of each explicit split or of all that are drawn.
         left_out: What was left out so far, by the names of `LEFT_OUT`.
         cut: Documents so far that begin where corpus.document_regex matches, by key of the source.
+        near_duplicates: Near-duplicates so far, each counted once.
     """
 
     part: int = 0
@@ -47,6 +54,7 @@ class Position:
     taken_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
     cut: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    near_duplicates: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Returns JSON-ready values, the arguments of the constructor."""
@@ -79,6 +87,7 @@ class Corpus:
     Attributes:
         parts: Its sources and their files.
         position: Where the last iteration over `pieces` is.
+        near_duplicates: Documents to leave out, by digest; `find_near_duplicates` finds them.
         first_skipped: What was wrong with the first file or record that it left out.
         stopped_at: Bytes of the document before which corpus.max_bytes stopped it, of each explicit
             split or of all that are drawn.
@@ -88,19 +97,40 @@ class Corpus:
         """Lists the files.
 
         Raises:
-            UserError: Patterns that match nothing and the like, one line each.
+            UserError: Patterns that match nothing and the like, one line each; a missing package.
         """
+        if config.near_duplicates is not None:
+            import_datasketch(config.near_duplicates)
         self.config = config
         self.parts = find_parts(config)
         self.position = Position()
         self._taken_bytes: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()
         self._cut: Counter[str] = Counter()
+        self._num_near = 0
+        self.near_duplicates: Mapping[int, NearDuplicate] | None = None
         self.first_skipped: str | None = None
         self.stopped_at: dict[str, int] = {}
         regex = config.document_regex
         # MULTILINE, for `^` to match at the line that is looked at.
         self._pattern = None if regex is None else re.compile(regex, re.MULTILINE)
+
+    def find_near_duplicates(self, on_progress: Callable[[int], object]) -> None:
+        """Reads all documents once for `near_duplicates`, if these are to be left out.
+
+        Args:
+            on_progress: Called with the number of bytes of each piece.
+        """
+        threshold = self.config.near_duplicates
+        if threshold is None or self.near_duplicates is not None:
+            return
+        sketches = Sketches(threshold)
+        for piece in self.pieces():
+            if piece.begins:
+                sketches.begin(piece.split, piece.digest)
+            sketches.add(piece.text)
+            on_progress(piece.num_bytes)
+        self.near_duplicates = sketches.near_duplicates()
 
     def pieces(self, position: Position | None = None, seen: Seen | None = None) -> Iterator[Piece]:
         """Yields the pieces of all documents in order; of equal documents the first alone.
@@ -116,6 +146,7 @@ class Corpus:
         self.position = at = position or Position()
         self._taken_bytes = Counter(at.taken_bytes)
         self._left_out, self._cut = Counter(at.left_out), Counter(at.cut)
+        self._num_near = at.near_duplicates
         seen = nothing_seen() if seen is None else seen
         full: set[str] = set()
         for number in range(at.part, len(self.parts)):
@@ -150,8 +181,8 @@ class Corpus:
     def _at(
         self, part: int, file: int = 0, item: int = 0, piece: int = 0, split: Split | None = None
     ) -> Position:
-        numbers = (self._taken_bytes, self._left_out, self._cut)
-        return Position(part, file, item, piece, split, *(dict(one) for one in numbers))
+        taken, left_out, cut = map(dict, (self._taken_bytes, self._left_out, self._cut))
+        return Position(part, file, item, piece, split, taken, left_out, cut, self._num_near)
 
     def _file(
         self, number: int, file: int, resumed: Position | None, seen: Seen
@@ -204,6 +235,12 @@ class Corpus:
             content, self.config.valid_fraction, self.config.test_fraction
         )
         owner = next((one for one in SPLITS if document.digest in seen[one]), None)
+        near = (self.near_duplicates or {}).get(document.digest)
+        if owner is None and near is not None:
+            if near.number >= self._num_near:
+                self._leave_out(part, document, near)
+                return None
+            owner = near.split  # It is a copy of one that was left out before.
         if owner is None:
             return split
         self._left_out["duplicate_documents"] += 1
@@ -211,6 +248,17 @@ class Corpus:
         if owner != split:
             self._left_out["copied_documents"] += 1
         return None
+
+    def _leave_out(self, part: Part, document: Document, near: NearDuplicate) -> None:
+        """Counts a near-duplicate; corpus.max_bytes counts it as well.
+
+        That limit must fall on the same document with near-duplicates known and unknown.
+        """
+        self._num_near = near.number + 1
+        self._taken_bytes[part.split or _DRAWN] += document.num_bytes
+        self._left_out[f"{near.split}_near_duplicate_documents"] += 1
+        self._left_out[f"{near.split}_near_duplicate_bytes"] += document.num_bytes
+        self._left_out["near_copied_documents"] += near.split != near.kept_split
 
     def notes(self) -> list[str]:
         """Returns what a user should know of the text that `pieces` has gone through."""

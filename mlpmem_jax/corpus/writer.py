@@ -13,7 +13,7 @@ from etils import epath
 
 from mlpmem_jax.corpus.duplicates import SeenDocuments
 from mlpmem_jax.corpus.encoding import encoded
-from mlpmem_jax.corpus.stream import LEFT_OUT, Corpus, Piece, Position, Seen
+from mlpmem_jax.corpus.stream import LEFT_OUT, NEAR_LEFT_OUT, Corpus, Piece, Position, Seen
 from mlpmem_jax.corpus.tokenizer import TextTokenizer
 from mlpmem_jax.corpus.tokens import tokens_arrays
 from mlpmem_jax.errors import ArtifactError, UserError
@@ -261,15 +261,20 @@ class TokenWriter:
         content = buffer.getvalue()
         write_bytes(self._path / PROGRESS_FILE, content + _checksum(content))
 
-    def close(self) -> tuple[dict[str, int], dict[str, Any]]:
-        """Ends all splits; returns counts and arrays for the manifest."""
+    def close(self, *, near_duplicates: bool) -> tuple[dict[str, int], dict[str, Any]]:
+        """Ends all splits; returns counts and arrays for the manifest.
+
+        Args:
+            near_duplicates: Whether counts of near-duplicates are part of them.
+        """
         counts: dict[str, int] = {}
         arrays: dict[str, Any] = {}
         for split, writer in self.splits.items():
             split_counts, split_arrays = writer.close()
             counts |= {f"{split}_{name}": number for name, number in split_counts.items()}
             arrays |= {f"{split}/{name}": spec for name, spec in split_arrays.items()}
-        left_out = {name: self.position.left_out.get(name, 0) for name in LEFT_OUT}
+        names = (*LEFT_OUT, *(NEAR_LEFT_OUT if near_duplicates else ()))
+        left_out = {name: self.position.left_out.get(name, 0) for name in names}
         return {**counts, **left_out}, arrays
 
 

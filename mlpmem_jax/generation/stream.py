@@ -5,6 +5,7 @@ character is complete.
 """
 
 import codecs
+import functools
 import re
 from collections.abc import Iterable
 from typing import TextIO
@@ -16,11 +17,12 @@ _METASPACE = "\u2581"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
+@functools.cache
 def _byte_of_character() -> dict[str, int]:
     """Returns GPT-2's map between the 256 bytes and printable characters."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     mapping = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if byte not in set(printable))
+    others = sorted(set(range(256)) - set(printable))
     return mapping | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 

@@ -54,7 +54,7 @@ class Sources:
         Raises:
             UserError: Files are missing or cannot be read.
         """
-        read = corpus.model_dump(mode="json", exclude={"attention"})
+        read = corpus.model_dump(mode="json", exclude={"attention", *_not_set(corpus)})
         return self._content(
             ["text", read],
             lambda: {
@@ -141,7 +141,12 @@ def _settings(corpus: CorpusConfig) -> dict[str, Any]:
 
     Attention decides what the decoder sees, not what the tokens are.
     """
-    ours = {"attention", "paths", "train", "valid", "test"}
+    ours = {"attention", "paths", "train", "valid", "test", *_not_set(corpus)}
     settings = {key: value for key, value in corpus.recipe().items() if key not in ours}
     more = [{k: v for k, v in source.items() if k != "paths"} for source in settings["more"]]
     return {**settings, "more": more}
+
+
+def _not_set(corpus: CorpusConfig) -> set[str]:
+    """Returns keys without effect: with them, text had another id than before they were there."""
+    return {"near_duplicates"} if corpus.near_duplicates is None else set()

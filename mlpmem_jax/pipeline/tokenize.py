@@ -58,12 +58,12 @@ def stages(run: Artifacts) -> list[Stage]:
     return [
         Stage(
             artifact=run.tokenizer,
-            build=functools.partial(_make_tokenizer, run, given),
+            build=functools.partial(_make_tokenizer, run, corpus, given),
             builders=Builders.FIRST,
         ),
         Stage(
             artifact=run.tokens,
-            build=functools.partial(_make_tokens, run, text_bytes, scan),
+            build=functools.partial(_make_tokens, run, corpus, text_bytes, scan),
             estimate=estimate,
             need=functools.partial(_need, run),
         ),
@@ -90,13 +90,14 @@ def _is_current(artifact: Artifact) -> bool:
         return False
 
 
-def _make_tokenizer(run: Artifacts, given: TextTokenizer | None) -> Completion:
+def _make_tokenizer(run: Artifacts, corpus: Corpus, given: TextTokenizer | None) -> Completion:
     config = run.config
     run.sources.digests.save()
     tokenizer = given
     if tokenizer is None:
+        _find_near_duplicates(corpus)
         with progress(None, "B", "tokenizer: reading") as bar:
-            tokenizer = tokenizer_for(Corpus(config.corpus), config.tokenizer, bar.update)
+            tokenizer = tokenizer_for(corpus, config.tokenizer, bar.update)
     write_bytes(run.tokenizer.path / TOKENIZER_FILE, tokenizer.to_json())
     say(
         f"tokenizer: {tokenizer.vocab_size} entries (models hold {tokenizer.padded_vocab}), "
@@ -105,7 +106,16 @@ def _make_tokenizer(run: Artifacts, given: TextTokenizer | None) -> Completion:
     return Completion(counts=tokenizer.counts(), files=[TOKENIZER_FILE])
 
 
-def _make_tokens(run: Artifacts, text_bytes: int | None, scan: Scan | None) -> Completion:
+def _find_near_duplicates(corpus: Corpus) -> None:
+    """Finds the documents to leave out; on several processes each finds the same."""
+    if corpus.config.near_duplicates is not None:
+        with progress(None, "B", "near-duplicates") as bar:
+            corpus.find_near_duplicates(bar.update)
+
+
+def _make_tokens(
+    run: Artifacts, corpus: Corpus, text_bytes: int | None, scan: Scan | None
+) -> Completion:
     """Makes the tokens: all processes encode, process 0 writes."""
     config, artifact = run.config, run.tokens
     tokenizer = load_tokenizer(run.tokenizer)
@@ -115,36 +125,38 @@ def _make_tokens(run: Artifacts, text_bytes: int | None, scan: Scan | None) -> C
         check_free_space(artifact.path, needed, "the token stream")
         run.sources.digests.save()
         writer = TokenWriter(artifact.path, tokenizer)
+    _find_near_duplicates(corpus)
     begun = of_first(None if writer is None else writer.position.to_json())
     if writer is None:
-        source = batches(Corpus(config.corpus), Position(**begun), seen_by_first(None))
+        source = batches(corpus, Position(**begun), seen_by_first(None))
         for _ in encoded(tokenizer, source):
             pass  # Process 0 has got them.
         return Completion()
-    return _written(config, artifact, tokenizer, writer, text_bytes, scan)
+    return _written(run, tokenizer, corpus, writer, text_bytes, scan)
 
 
 def _written(
-    config: Config,
-    artifact: Artifact,
+    run: Artifacts,
     tokenizer: TextTokenizer,
+    corpus: Corpus,
     writer: TokenWriter,
     text_bytes: int | None,
     scan: Scan | None,
 ) -> Completion:
-    corpus = Corpus(config.corpus)
+    config, artifact = run.config, run.tokens
     started = time.monotonic()
     done = writer.num_bytes
     with progress(text_bytes, "B", "tokenize", initial=done) as bar:
         writer.write(corpus, bar.update)
     rate = (writer.num_bytes - done) / 1e6 / max(time.monotonic() - started, 1e-9)
-    counts, arrays = writer.close()
+    counts, arrays = writer.close(near_duplicates=config.corpus.near_duplicates is not None)
     if scan is None or not scan.complete:  # Else the scan has said them.
         for note in corpus.notes():
             warn(note)
     try:
         documents = {str(split): counts[f"{split}_documents"] for split in SPLITS}
-        check_splits(documents, config.corpus, counts["duplicate_documents"])
+        num_near = sum(counts.get(f"{split}_near_duplicate_documents", 0) for split in SPLITS)
+        check_splits(documents, config.corpus, counts["duplicate_documents"] + num_near)
         check_window(counts["train_tokens"], _window(config))
     except UserError:
         artifact.remove()  # Nothing in it can be used, whatever the user changes.
@@ -183,7 +195,21 @@ def _report(counts: Mapping[str, int], bytes_per_token: Mapping[str, float], rat
             + f"; copies of another split: {copied:,} (test comes before valid, valid before train)"
             * bool(copied)
         )
+    if "near_copied_documents" in counts:
+        _report_near_duplicates(counts)
     say(f"tokens: {rate:.1f} MB/s")
+
+
+def _report_near_duplicates(counts: Mapping[str, int]) -> None:
+    found = ", ".join(
+        f"{split} {counts[f'{split}_near_duplicate_documents']:,} "
+        f"({counts[f'{split}_near_duplicate_bytes']:,} bytes)"
+        for split in SPLITS
+    )
+    say(
+        f"tokens: near-duplicate documents left out: {found}; they resemble one of another split: "
+        f"{counts['near_copied_documents']:,} (test comes before valid, valid before train)"
+    )
 
 
 def _report_limit(

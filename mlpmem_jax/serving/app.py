@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -86,6 +86,8 @@ class App:
                 response = await handler(request)
             except RequestError as error:
                 response = _failed(error)
+            except ClientDisconnect:
+                response = Response(status_code=_GONE)
             except Exception:
                 note(traceback.format_exc().rstrip())
                 response = _failed(RequestError(500, "an error of the server; see its log"))

@@ -100,6 +100,12 @@ def test_the_tutorial_runs(
         ran.append(arguments[0])
     assert ran[:2] == ["run", "tokenize"]
     assert {"pretrain", "embed", "index", "retrieve", "train", "evaluate", "generate"} <= set(ran)
+    # The walk-through of own text has the same configuration: what is there is reused.
+    steps = [words for words in command_lines(DOCS / "own-text.md") if "first.yaml" in words]
+    for words in steps:
+        given = [str(file) if word == "first.yaml" else word for word in arguments_of(words) or ()]
+        assert main([*given, "--workdir", str(workdir)]) == 0, words
+    assert len(steps) == 4
     # Of the run, and of the memory that the last page of it changes.
     assert len(list((workdir / "results").glob("evaluate-*/evaluate.json"))) == 2
     assert "\nThe memory" in capsys.readouterr().out

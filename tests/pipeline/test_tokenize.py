@@ -21,8 +21,11 @@ from mlpmem_jax.corpus.tokenizer import load_tokenizer
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.windows import TokenWindows
 from mlpmem_jax.errors import PREEMPTED, ArtifactError, UserError
+from mlpmem_jax.pipeline import sources
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.store.array_specs import SPLITS
+from mlpmem_jax.store.checked_json import fingerprint_of
 from mlpmem_jax.store.run_record import RunRecord
 from tests.pipeline.tokenizing import (
     WORDS,
@@ -402,3 +405,66 @@ def test_binary_files_stop_or_are_counted(text: Path, capsys: pytest.CaptureFixt
     layout = make(settings(text, corpus={"on_error": "skip"}))
     assert layout.tokens.load().counts["skipped_files"] == 1
     assert "files left out, not UTF-8 text: 1;" in capsys.readouterr().out
+
+
+def test_near_duplicates_are_left_out_and_counted(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Variants of the first files come last; a start after a kill makes the same tokens."""
+    plain = make(settings(text, "plain"))
+    assert not any("near" in name for name in plain.tokens.load().counts)
+    for number in range(0, 60, 2):
+        content = (text / "text" / f"{number:02}.txt").read_text()
+        (text / "text" / f"z{number}.txt").write_text(f"{content}\n".upper())
+        (text / "text" / f"zz{number}.txt").write_text(f"{content}\n".upper())
+    capsys.readouterr()
+    changes = {"corpus": {"near_duplicates": 0.9}}
+    layout = make(settings(text, "straight", **changes))
+    counts = layout.tokens.load().counts
+    expected = contents(text / "straight")
+    found = {
+        split: (
+            counts[f"{split}_near_duplicate_documents"],
+            counts[f"{split}_near_duplicate_bytes"],
+        )
+        for split in ("train", "valid", "test")
+    }
+    assert sum(documents for documents, _ in found.values()) == 30
+    assert counts["duplicate_documents"] == 30
+    whole, _ = (counts[f"train_{name}"] for name in ("documents", "bytes"))
+    assert whole + counts["valid_documents"] + counts["test_documents"] == 60
+    shown = ", ".join(
+        f"{split} {number} ({size:,} bytes)" for split, (number, size) in found.items()
+    )
+    copied = counts["near_copied_documents"]
+    assert copied > 0
+    assert (
+        f"tokens: near-duplicate documents left out: {shown}; they resemble one of another split: "
+        f"{copied} (test comes before valid, valid before train)"
+    ) in capsys.readouterr().out
+    for failing in (2, 6, 12):
+        values = settings(text, f"failing{failing}", **changes)
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.TokenWriter, "save", failing_at(failing))
+            with pytest.raises(OSError, match="No space"):
+                make(values)
+        assert make(values).tokens.load().counts == counts
+        assert contents(text / f"failing{failing}") == expected
+
+
+def test_a_key_that_is_not_set_leaves_ids_as_they_were(text: Path) -> None:
+    """Work directories from before `corpus.near_duplicates` go on, also where the text is gone."""
+    config = Config(**settings(text))
+    asked = sources._settings(config.corpus)
+    assert sorted(asked) == [
+        "dataset", "dataset_config", "dataset_split", "document_regex", "field", "max_bytes",
+        "more", "on_error", "source", "test_fraction", "valid_fraction", "weight",
+    ]  # fmt: skip
+    other = Config(**settings(text, corpus={"near_duplicates": 0.9}))
+    assert sources._settings(other.corpus) == {**asked, "near_duplicates": 0.9}
+    reading = Sources(str(text / "run"), reads=True)
+    reading.text(config.corpus)
+    keys = config.corpus.model_dump(mode="json", exclude={"attention", "near_duplicates"})
+    assert set(reading.found) == {fingerprint_of(["text", keys])}
+    reading.text(other.corpus)
+    assert len(reading.found) == 2

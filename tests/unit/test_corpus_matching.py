@@ -1,5 +1,6 @@
 """Which files patterns name: each once, brackets as they are written, one split a file."""
 
+import gzip
 import os
 from pathlib import Path
 
@@ -58,6 +59,39 @@ def test_every_name_of_a_file_is_one_file(folder: Path) -> None:
     corpus = Corpus(CorpusConfig(source="text", paths=["d/0/00.txt", "d/a-link.txt"]))
     assert [piece.text for piece in corpus.pieces()] == ["document 0"]
     assert corpus.notes() == ["corpus: 1 further names of files left out: each is read once"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "num_names", "num_copies"),
+    [
+        (["d/0/00.txt", "d/0/00.txt"], 1, 0),
+        (["d/0/00.txt", "./d/0/00.txt", "d//0/../0/00.txt"], 1, 0),
+        (["d/0/00.*", "d/*/00.txt", "d/**/00.txt"], 1, 0),
+        (["d/0/00.txt", "{folder}/d/0/00.txt"], 2, 0),
+        (["link.txt", "./link.txt", "d/0/00.txt", "folder/0/00.txt"], 3, 0),
+        (["hard.txt", "d/0/00.txt", "link.txt"], 3, 0),
+        (["copy.txt", "d/0/00.txt", "./copy.txt"], 1, 1),
+        (["copy.txt.gz", "copy.txt", "mark.txt", "d/0/00.txt"], 1, 3),
+    ],
+)
+def test_a_text_is_read_once_and_that_is_said_once(
+    folder: Path, paths: list[str], num_names: int, num_copies: int
+) -> None:
+    """Other spellings of one name say nothing, other names are a note, copies are counted."""
+    content = (folder / "d/0/00.txt").read_bytes()
+    (folder / "link.txt").symlink_to("d/0/00.txt")
+    (folder / "folder").symlink_to("d")
+    os.link("d/0/00.txt", "hard.txt")
+    (folder / "copy.txt").write_bytes(content)
+    (folder / "copy.txt.gz").write_bytes(gzip.compress(content))
+    (folder / "mark.txt").write_bytes("\ufeff".encode() + content)
+    named = [path.format(folder=folder) for path in paths]
+    corpus = Corpus(CorpusConfig(source="text", paths=named))
+    assert [piece.text for piece in corpus.pieces()] == ["document 0"]
+    others = num_names - 1
+    note = f"corpus: {others} further names of files left out: each is read once"
+    assert corpus.notes() == [note] * bool(others)
+    assert corpus.position.left_out.get("duplicate_documents", 0) == num_copies
 
 
 def test_a_file_of_records_may_be_read_for_two_fields(folder: Path) -> None:

@@ -306,6 +306,32 @@ def test_what_decoder_and_memory_would_write(app):
     assert ask(app, "POST", "/next", {"prompt": ["a"]}).content["error"]["param"] == "prompt"
 
 
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(service, app, capfd):
+    messages = iter(
+        [
+            {"type": "http.request", "body": b'{"prompt"', "more_body": True},
+            {"type": "http.disconnect"},
+        ]
+    )
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def take(message: Any) -> None:
+        pass  # Nobody is there.
+
+    name, value = JSON
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "POST", "path": "/v1/completions",
+        "query_string": b"", "headers": [(name.encode(), value.encode())],
+    }  # fmt: skip
+    counter = 'mlpmem_requests_total{path="/v1/completions",status="499"}'
+    before = service.metrics.text({}).count(counter)
+    asyncio.run(app(scope, receive, take))
+    assert counter in service.metrics.text({}) and before == 0
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
 def test_the_page_is_one_file_that_loads_nothing(app):
     page = ask(app, "GET", "/")
     text = page.body.decode()
