@@ -18,7 +18,8 @@ from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.run_record import RunRecord, store_of
 
 Report = Literal[
-    "evaluate", "analyze", "cost", "search-quality", "compare", "overfitting", "ablate"
+    "evaluate", "analyze", "cost", "search-quality", "evaluate-tasks", "compare", "overfitting",
+    "ablate",
 ]
 _Value = TypeVar("_Value")
 _KINDS: dict[Report, str] = {"evaluate": "results", "analyze": "analysis"}
