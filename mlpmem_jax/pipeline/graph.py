@@ -18,7 +18,13 @@ from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.run_record import RunRecord, store_of
 
 Report = Literal[
-    "evaluate", "analyze", "cost", "search-quality", "evaluate-tasks", "compare", "overfitting",
+    "evaluate",
+    "analyze",
+    "cost",
+    "search-quality",
+    "evaluate-tasks",
+    "compare",
+    "overfitting",
     "ablate",
 ]
 _Value = TypeVar("_Value")

@@ -43,11 +43,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Returns log p(continuation | context) with whether the continuation is greedy."""
-        model = self._model
-        pairs = [
-            (model.extended(context, len(model.encode(continuation))), continuation)
-            for context, continuation in (request.args for request in requests)
-        ]
+        pairs = self._model.extended_pairs([request.args for request in requests])
         found = super().loglikelihood([SimpleNamespace(args=pair) for pair in pairs], True)
         for request, answer in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)

@@ -104,7 +104,7 @@ def _check(run: Artifacts) -> None:
 
     Raises:
         UserError: A package is missing.
-        ConfigError: There is no task, or no such directory or model.
+        ConfigError: A task is unknown, there is none, or no such directory or model.
         ArtifactError: λ was never chosen, or what it was chosen with was rebuilt since.
     """
     config = run.config
@@ -115,6 +115,9 @@ def _check(run: Artifacts) -> None:
         path = getattr(config.tasks, key)
         if path is not None and not Path(path).is_dir():
             raise ConfigError(f"tasks.{key}={path}: is no directory")
+    from mlpmem_jax.studies.tasks.harness import task_manager
+
+    task_manager(config.tasks)
     if config.tasks.model == "knn":
         check_trained_apart(config, f"{NAME} with tasks.model=knn", "use tasks.model=memory")
         run.results.load()
@@ -143,7 +146,7 @@ def _build(run: Artifacts) -> Completion:
     from mlpmem_jax.studies.tasks.models import model_of
 
     config = run.config
-    tasks = load_tasks(config.tasks)  # Before networks are read: names may be wrong.
+    tasks = load_tasks(config.tasks)  # Before networks are read: records may be missing.
     model, about = model_of(run)
     found, samples = evaluate_tasks(tasks, model, config.tasks, config.seed)
     report: dict[str, Any] = {

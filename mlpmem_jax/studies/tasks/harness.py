@@ -1,6 +1,8 @@
 """Finds tasks of lm-evaluation-harness and runs them; importing this module needs lm_eval."""
 
+import contextlib
 import difflib
+import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +14,7 @@ os.environ.setdefault("LMEVAL_DISABLE_MULTIPROC", "1")
 
 import datasets
 from lm_eval import simple_evaluate
+from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
@@ -25,8 +28,8 @@ _BOOTSTRAPS = 1000  # of metrics whose standard error has no formula
 _SUGGESTIONS = 5
 
 
-def load_tasks(config: TasksConfig) -> list[Task]:
-    """Loads tasks with their records, groups and tags as the tasks that they hold.
+def load_tasks(config: TasksConfig) -> list[Task | Group]:
+    """Loads tasks with their records; groups stay together, tags are the tasks that have them.
 
     Args:
         config: The section.
@@ -35,25 +38,39 @@ def load_tasks(config: TasksConfig) -> list[Task]:
         ConfigError: A name is unknown.
         UserError: A task cannot be loaded.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    manager = _manager(config)
-    found: dict[str, Task] = {}
+    manager = task_manager(config)
+    found: dict[str, Task | Group] = {}
     for name in config.names:
-        try:
-            loaded = manager.load([name])["tasks"]
-        except UserError:
-            raise
-        except Exception as error:
-            # Task files are code of others: whatever they raise is about this task.
-            message = f"{type(error).__name__}: {error}"
-            raise UserError(f"tasks.names: {name} cannot be loaded ({message})") from error
-        found |= loaded
+        with _told_of(name):
+            loaded = manager.load([name])
+        groups = loaded.get("groups", {})
+        found |= {name: groups[name]} if name in groups else loaded["tasks"]
+    with _told_of(", ".join(config.names)):
+        manager.load(list(found.values()))  # Refuses a task that is in two groups.
     return list(found.values())
 
 
-def _manager(config: TasksConfig) -> TaskManager:
-    """Returns what knows the tasks: the harness's own take half a minute, so only if asked for."""
+@contextlib.contextmanager
+def _told_of(name: str) -> Iterator[None]:
+    """Names the task in whatever goes wrong: task files are code of others."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        raise UserError(f"tasks.names: {name} cannot be loaded ({message})") from error
+
+
+@functools.lru_cache(maxsize=1)
+def task_manager(config: TasksConfig) -> TaskManager:
+    """Returns what knows the tasks: the harness's own take half a minute, so only if asked for.
+
+    Raises:
+        ConfigError: A name is unknown.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     paths = [str(DEFINITIONS), *([config.include_path] if config.include_path else [])]
     about = {} if config.data_path is None else {"data_path": config.data_path}
     for defaults in (False, True):
@@ -71,19 +88,19 @@ def _unknown(name: str, known: Sequence[str]) -> str:
 
 
 def evaluate_tasks(
-    tasks: Sequence[Task], model: TextModel, config: TasksConfig, seed: int
+    tasks: Sequence[Task | Group], model: TextModel, config: TasksConfig, seed: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Evaluates a model.
 
     Args:
-        tasks: Loaded tasks.
+        tasks: Loaded tasks and groups.
         model: What is evaluated.
         config: The section.
         seed: Of the examples in prompts and of the bootstrap.
 
     Returns:
-        By task: version, number of records, examples in prompts, and metrics with standard error;
-        and what each record gave.
+        By task and group: version, number of records (None of groups), examples in prompts, and
+        metrics with standard error; and what each record gave.
     """
     found = simple_evaluate(
         model=HarnessModel(model),
@@ -118,11 +135,12 @@ def _task(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
                 "higher_is_better": higher.get(metric),
             }
         )
+    counts = found["n-samples"].get(name, {})
     return {
         "version": found["versions"].get(name),
         "num_fewshot": found["n-shot"].get(name),
-        "records": found["n-samples"][name]["effective"],
-        "records_of_task": found["n-samples"][name]["original"],
+        "records": counts.get("effective"),
+        "records_of_task": counts.get("original"),
         "metrics": metrics,
     }
 

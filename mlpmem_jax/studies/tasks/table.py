@@ -36,7 +36,7 @@ def as_text(results: Results) -> str:
         [
             row["task"],
             DASH if row["num_fewshot"] is None else str(row["num_fewshot"]),
-            f"{row['records']:,}",
+            DASH if row["records"] is None else f"{row['records']:,}",
             row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})",
             number(row["value"], 4),
             DASH if row["standard_error"] is None else f"± {number(row['standard_error'], 4)}",
@@ -59,7 +59,9 @@ def _model_line(results: Results) -> str:
 
 def _notes(results: Results) -> Iterator[str]:
     cut = [
-        name for name, task in results["tasks"].items() if task["records"] < task["records_of_task"]
+        name
+        for name, task in results["tasks"].items()
+        if task["records"] is not None and task["records"] < task["records_of_task"]
     ]
     if cut:
         yield f"tasks.limit={results['limit']}: only the first records of {', '.join(cut)}"

@@ -59,6 +59,19 @@ class TextModel:
         room = self.context_tokens - 1 - len(self.encode(context)) - num_new
         return self.passages.before(context, self.tokenizer, room) + context
 
+    def extended_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Returns contexts and continuations with passages before the contexts.
+
+        All continuations of one context see the same passages.
+        """
+        if self.passages is None:
+            return list(pairs)
+        longest: dict[str, int] = {}
+        for context, rest in pairs:
+            longest[context] = max(longest.get(context, 0), len(self.encode(rest)))
+        before = {context: self.extended(context, count) for context, count in longest.items()}
+        return [(before[context], rest) for context, rest in pairs]
+
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
         """Returns log p(continuation | context), and whether all its tokens are the likeliest.
 
