@@ -56,8 +56,8 @@ def _told_of(name: str) -> Iterator[None]:
     """Names the task in whatever goes wrong: task files are code of others."""
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"tasks.names: {name}: {error}") from None
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         raise UserError(f"tasks.names: {name} cannot be loaded ({message})") from error
