@@ -166,3 +166,23 @@ def test_records_that_cannot_be_used(tmp_path: Path, name: str, content: str | N
         (tmp_path / f"{name}.jsonl").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         load_tasks(TasksConfig(names=(f"mlpmem_{name}",), data_path=str(tmp_path)))
+
+
+def test_groups_stay_together(tmp_path: Path, data: str):
+    from mlpmem_jax.studies.tasks.harness import evaluate_tasks, load_tasks
+
+    (tmp_path / "group.yaml").write_text(
+        "group: own_group\ntask: [mlpmem_nq, mlpmem_hotpotqa_published]\n"
+        "aggregate_metric_list: [{metric: f1, aggregation: mean}]\nmetadata: {version: 1.0}\n",
+        encoding="utf-8",
+    )
+    config = TasksConfig(names=("own_group",), data_path=data, include_path=str(tmp_path))
+    found, _ = evaluate_tasks(load_tasks(config), Ruled(), config, seed=0)  # type: ignore[arg-type]
+    assert set(found) == {"own_group", "mlpmem_nq", "mlpmem_hotpotqa_published"}
+    group = found["own_group"]
+    assert group["records"] is None
+    [metric] = [one for one in group["metrics"] if one["metric"] == "f1"]
+    assert metric["value"] == pytest.approx((2 / 3 + 1) / 2)
+    both = TasksConfig(names=("own_group", "mlpmem_nq"), data_path=data, include_path=str(tmp_path))
+    with pytest.raises(UserError, match="Duplicate task 'mlpmem_nq'"):
+        load_tasks(both)
