@@ -206,6 +206,15 @@ COMMANDS: dict[str, Command] = {
         reads_text=True,
         alone=True,
     ),
+    "evaluate-tasks": Command(
+        "studies.tasks.command",
+        "evaluate decoder, memory, kNN-LM or RAG on tasks of lm-evaluation-harness",
+        (
+            "tasks", "generate.interpolation", *_RUN, "corpus.attention", "decoder", "memory",
+            "mesh", "datastore", "retrieval", *_MODEL, "train.joint_weight",
+        ),
+        alone=True,
+    ),
     "compile": Command(
         "pipeline.compile",
         "check ahead of time whether a step fits its devices, and what limits its speed",

@@ -25,6 +25,7 @@ from mlpmem_jax.config.stages import (
 )
 from mlpmem_jax.config.studies import AnalyzeConfig, CostConfig, SearchQualityConfig
 from mlpmem_jax.config.suite import AblateConfig, CompareConfig, OverfittingConfig
+from mlpmem_jax.config.tasks import TasksConfig
 from mlpmem_jax.config.types import PathText, Seed
 
 __all__ = ["Config", "LossWeights"]
@@ -70,6 +71,7 @@ class Config(Section):
     search_quality: SearchQualityConfig = setting(
         SearchQualityConfig(), SearchQualityConfig.__doc__ or ""
     )
+    tasks: TasksConfig = setting(TasksConfig(), TasksConfig.__doc__ or "")
     compare: CompareConfig = setting(CompareConfig(), CompareConfig.__doc__ or "")
     overfitting: OverfittingConfig = setting(OverfittingConfig(), OverfittingConfig.__doc__ or "")
     ablate: AblateConfig = setting(AblateConfig(), AblateConfig.__doc__ or "")

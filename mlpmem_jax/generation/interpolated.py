@@ -181,7 +181,7 @@ class InterpolatedModel:
         last = {site: at_last(state) for site, state in states.items()}
         state_BD = last.get(self._site)
         return (
-            self._predicted(parameters, at_last(final_BLD), state_BD, after.recent_BM),
+            self.predicted(parameters, at_last(final_BLD), state_BD, after.recent_BM),
             last,
             after,
         )
@@ -219,12 +219,12 @@ class InterpolatedModel:
         def at_last(array_BLX: jax.Array) -> jax.Array:
             return jnp.take_along_axis(array_BLX, last_B[:, None, None], axis=1)[:, 0]
 
-        prediction = self._predicted(parameters, *jax.tree.map(at_last, places))
+        prediction = self.predicted(parameters, *jax.tree.map(at_last, places))
         lead = (len(token_BL), token_BL.shape[1] - 1)
 
         def of_chunk(chunk: Any) -> Alternatives:
             at_places, label_C, weight_C = chunk
-            mixture_CV = self._predicted(parameters, *at_places).mixture(weight_C)
+            mixture_CV = self.predicted(parameters, *at_places).mixture(weight_C)
             return alternatives(mixture_CV, label_C, num_top)
 
         def scores() -> Alternatives:
@@ -256,7 +256,39 @@ class InterpolatedModel:
         before_BM = before_BM[:, : max(0, self._num_recent - 1)]
         return last_tokens(token_BL, before_BM)[..., : self._num_recent]
 
-    def _predicted(
+    def at_places(
+        self,
+        parameters: Any,
+        token_BL: jax.Array,
+        place_BC: jax.Array,
+        sites: Sequence[Site] = (),
+    ) -> tuple[Any, dict[Site, jax.Array]]:
+        """Reads windows without a cache, and picks what predictions at some places need.
+
+        Args:
+            parameters: As in `parameters`.
+            token_BL: int32 ids; the first of a window is read as the first of its document.
+            place_BC: int32 places of each window.
+            sites: States to return.
+
+        Returns:
+            Arguments of `predicted` behind the parameters, [B, C, ...]; and states [B, C, D].
+        """
+        decoder: Any = nnx.merge(self._decoder, parameters[0])
+        wanted = tuple(dict.fromkeys([*sites, *([self._site] if self._memory else [])]))
+        final_BLD, states = decoder.hidden(token_BL, sites=wanted)
+        recent_BLM = None
+        if self._num_recent:
+            before_BM = jnp.full((len(token_BL), self._num_recent), self.separator, jnp.int32)
+            recent_BLM = self._recent(token_BL, before_BM)
+
+        def picked(array_BLX: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(array_BLX, place_BC[..., None], axis=1)
+
+        inputs = jax.tree.map(picked, (final_BLD, states.get(self._site), recent_BLM))
+        return inputs, {site: picked(states[site]) for site in sites}
+
+    def predicted(
         self,
         parameters: Any,
         final: jax.Array,

@@ -111,6 +111,12 @@ def check_alone(run: Artifacts) -> None:
     if process_count() > 1:
         raise ConfigError("a changed training text is brought up to date by one process")
     check_reads_rows(run)
+    if config.corpus.near_duplicates is not None:
+        raise ConfigError(
+            f"corpus.near_duplicates={config.corpus.near_duplicates}: appended documents are not "
+            "compared with those before; a training text that changes needs "
+            "corpus.near_duplicates=null"
+        )
     if config.corpus.attention != "within":
         raise ConfigError(
             f"corpus.attention={config.corpus.attention}: states depend on the document before; "
@@ -171,7 +177,7 @@ def _build_tokens(run: Artifacts) -> Completion:
     writer = TokenWriter(artifact.path, tokenizer, known)
     with progress(change.text["listing"]["bytes"], "B", "tokenize") as bar:
         writer.write(corpus, bar.update)
-    counts, arrays = writer.close()
+    counts, arrays = writer.close(near_duplicates=False)
     known_documents = counts["duplicate_documents"]
     if not counts["train_documents"]:
         artifact.remove()

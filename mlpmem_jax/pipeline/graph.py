@@ -21,7 +21,14 @@ from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.run_record import RunRecord, store_of
 
 Report = Literal[
-    "evaluate", "analyze", "cost", "search-quality", "compare", "overfitting", "ablate"
+    "evaluate",
+    "analyze",
+    "cost",
+    "search-quality",
+    "evaluate-tasks",
+    "compare",
+    "overfitting",
+    "ablate",
 ]
 _Value = TypeVar("_Value")
 BEFORE = "before change "  # Of the titles of artifacts that a changed corpus has left behind.

@@ -46,6 +46,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "analysis": _report("analyze"),
     "cost": (*_report("cost"), r"(prepared|round-\d+)-\d+\.json", rf"index-\d+/{_SHARD}"),
     "search-quality": (*_report("search-quality"), r"setting-[^/]+\.json"),
+    "evaluate-tasks": (*_report("evaluate-tasks"), r"samples\.jsonl"),
     "machine": (),
     "compare": _report("compare", "measured", "pairs", "documents"),
     "overfitting": _report("overfitting", "measured", "documents"),

@@ -235,6 +235,7 @@ class Artifact:
             "analysis": "analyze",
             "cost": "cost",
             "search-quality": "search-quality",
+            "evaluate-tasks": "evaluate-tasks",
             "scores": "compare",
             "machine": "compare",
             "compare": "compare",

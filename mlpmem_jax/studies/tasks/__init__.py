@@ -1,0 +1,1 @@
+"""evaluate-tasks: lm-evaluation-harness over a finished run."""
