@@ -119,7 +119,7 @@ def _check(run: Artifacts) -> None:
 
     task_manager(config.tasks)
     if config.tasks.model == "knn":
-        check_trained_apart(config, f"{NAME} with tasks.model=knn", "use tasks.model=memory")
+        check_trained_apart(run, f"{NAME} with tasks.model=knn", "use tasks.model=memory")
         run.results.load()
         check_current(run)
     if config.tasks.model == "memory":
