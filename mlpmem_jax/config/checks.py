@@ -11,6 +11,7 @@ from mlpmem_jax.config.pretrained_memory import memory_keys, state_width
 from mlpmem_jax.config.table_checks import table_mistakes
 from mlpmem_jax.config.target_checks import target_mistakes
 from mlpmem_jax.config.training_checks import training_mistakes
+from mlpmem_jax.config.weight_files import is_gone
 from mlpmem_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ def _pretrained(config: Config) -> Iterator[str]:
         if config.pretrain.fine_tune != "none":
             yield "pretrain.fine_tune=full requires decoder.pretrained, the decoder to train"
         return
+    if is_gone(path):
+        return
     try:
         wanted = pretrained_keys(path)
     except ConfigError as error:
@@ -149,7 +152,7 @@ def _pretrained(config: Config) -> Iterator[str]:
 def _memory(config: Config) -> Iterator[str]:
     """A pretrained memory has the shape that it has, and reads the states of its decoder."""
     path, train = config.memory.pretrained, config.train
-    if path is None:
+    if path is None or is_gone(path):
         return
     try:
         wanted, width = memory_keys(path), state_width(path)

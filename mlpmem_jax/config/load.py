@@ -14,6 +14,7 @@ from mlpmem_jax.config.pretrained import pretrained_keys
 from mlpmem_jax.config.pretrained_memory import SITE_KEYS, memory_keys
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.config.types import checked_path
+from mlpmem_jax.config.weight_files import is_gone
 from mlpmem_jax.config.yaml_text import YamlError, parse_yaml, short, write_yaml
 from mlpmem_jax.errors import ConfigError
 
@@ -51,11 +52,22 @@ def load_config(
 
     # What pretrained networks decide stands below what the file and the command line set.
     known: dict[str, Any] = {}
-    if folder := _path_of(draft({}).value("decoder", "pretrained")):
+    given = draft({})
+    if folder := _imported(given, "decoder"):
         known |= pretrained_keys(folder)
-    if folder := _path_of(draft({}).value("memory", "pretrained")):
+    if folder := _imported(given, "memory"):
         known |= memory_keys(folder) | SITE_KEYS
     return draft(known).finish()
+
+
+def _imported(given: Draft, network: str) -> str | None:
+    """Returns where the keys of a pretrained network are read; None: it is set or has none.
+
+    A finished run needs no file of it any more: `config.yaml` of the work directory has the keys.
+    """
+    folder = _path_of(given.value(network, "pretrained"))
+    is_known = folder and is_gone(folder) and given.value(network, "width") is not None
+    return None if is_known else folder
 
 
 def _path_of(value: Any) -> str | None:

@@ -8,6 +8,12 @@ from mlpmem_jax.errors import UserError
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+def is_gone(path: str) -> bool:
+    """Whether a pretrained network is no longer where it was; a relative path may name the Hub."""
+    where = Path(path).expanduser()
+    return where.is_absolute() and not where.exists()
+
+
 def weight_files(folder: Path) -> list[str]:
     """Returns the names of the files that hold a directory's tensors.
 

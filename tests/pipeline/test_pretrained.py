@@ -114,6 +114,10 @@ def test_its_states_and_its_losses_are_stored(run: Path, capsys: pytest.CaptureF
     # What was made of them is used where they are gone.
     shutil.rmtree(run.parent / "llama")
     assert finished_decoder(Artifacts(config), single_device_mesh())
+    known = str(run.parent / "run" / "config.yaml")
+    assert main(["export", "--config", known, "--output", str(run.parent / "again")]) == 0
+    assert main(["pretrain", "--config", known, "--rebuild"]) == 2
+    assert "llama" in capsys.readouterr().err
 
 
 def test_a_missing_tensor_is_refused_before_all_work(run: Path, capsys: pytest.CaptureFixture[str]):
