@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mlpmem_jax.console import say
+from mlpmem_jax.console import quiet_libraries, say
 from mlpmem_jax.corpus.tokenizer import TextTokenizer
 from mlpmem_jax.evaluation.table import number, render
 from mlpmem_jax.evaluation.timed_decoding import Spent, System, Writer, in_turns
@@ -151,6 +151,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--output", help="also write the numbers to a JSON file")
     arguments = parser.parse_args()
+    quiet_libraries()
     found = measure(arguments)
     say(as_text(found))
     if arguments.output:

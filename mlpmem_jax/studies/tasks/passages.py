@@ -5,6 +5,7 @@ Needs the package bm25s.
 
 import dataclasses
 import itertools
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -38,6 +39,8 @@ class Passages:
     ) -> "Passages":
         """Cuts documents into passages of up to `num_tokens` tokens and indexes them."""
         import bm25s
+
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
 
         texts = [text for text in _cut(split, tokenizer, num_tokens) if _words(text)]
         if not texts:
