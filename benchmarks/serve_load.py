@@ -14,6 +14,7 @@ import argparse
 import collections
 import dataclasses
 import http.client
+import itertools
 import json
 import os
 import random
@@ -147,14 +148,15 @@ class Load:
         self._lock = threading.Lock()
 
     def cases(self, count: int, seed: int) -> list[Case]:
-        """Draws requests."""
+        """Draws requests; bad ones of a kind come in turn."""
         draw = random.Random(seed)
         kinds = draw.choices(list(SHARES), weights=list(SHARES.values()), k=count)
+        names = {kind: itertools.cycle(bad) for kind, bad in self.bad.items()}
         found = []
         for kind in kinds:
             what = draw.randrange(len(self.bodies)) if kind == "good" else None
-            if kind in self.bad:
-                what = draw.choice(list(self.bad[kind]))
+            if kind in names:
+                what = next(names[kind])
             found.append(Case(kind, what, draw.getrandbits(32)))
         return found
 
