@@ -61,13 +61,13 @@ def load_config(
 
 
 def _imported(given: Draft, network: str) -> str | None:
-    """Returns where the keys of a pretrained network are read; None: it is set or has none.
+    """Returns where the keys of a pretrained network are read; None: nowhere.
 
-    A finished run needs no file of it any more: `config.yaml` of the work directory has the keys.
+    A finished run needs no file of it any more: `config.yaml` of the work directory has all keys.
     """
-    folder = _path_of(given.value(network, "pretrained"))
-    is_known = folder and is_gone(folder) and given.value(network, "width") is not None
-    return None if is_known else folder
+    section, folder = given.value(network), _path_of(given.value(network, "pretrained"))
+    is_known = set(section or ()) >= set(type(Config.model_fields[network].default).model_fields)
+    return None if folder and is_gone(folder) and is_known else folder
 
 
 def _path_of(value: Any) -> str | None:

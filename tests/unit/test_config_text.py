@@ -162,7 +162,7 @@ def test_the_schema_knows_its_paths():
     assert set(PATH_KEYS) == {
         "workdir", "store", "tokenizer.path", "targets.workdir", "corpus.paths",
         "corpus.more.N.paths", "corpus.train.paths", "corpus.valid.paths", "corpus.test.paths",
-        "decoder.pretrained", "memory.pretrained",
+        "decoder.pretrained", "memory.pretrained", "tasks.data_path", "tasks.include_path",
     }  # fmt: skip
     named = {path for path in all_keys() if re.search("dir$|path|file", path.rsplit(".", 1)[-1])}
     assert named == set(PATH_KEYS) - {"decoder.pretrained", "memory.pretrained", "store"}
