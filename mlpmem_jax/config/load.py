@@ -53,21 +53,23 @@ def load_config(
     # What pretrained networks decide stands below what the file and the command line set.
     known: dict[str, Any] = {}
     given = draft({})
-    if folder := _imported(given, "decoder"):
+    if folder := _imported(given, values, "decoder"):
         known |= pretrained_keys(folder)
-    if folder := _imported(given, "memory"):
+    if folder := _imported(given, values, "memory"):
         known |= memory_keys(folder) | SITE_KEYS
     return draft(known).finish()
 
 
-def _imported(given: Draft, network: str) -> str | None:
+def _imported(given: Draft, values: Any, network: str) -> str | None:
     """Returns where the keys of a pretrained network are read; None: nowhere.
 
     A finished run needs no file of it any more: `config.yaml` of the work directory has all keys.
     """
-    section, folder = given.value(network), _path_of(given.value(network, "pretrained"))
-    is_known = set(section or ()) >= set(type(Config.model_fields[network].default).model_fields)
-    return None if folder and is_gone(folder) and is_known else folder
+    folder = _path_of(given.value(network, "pretrained"))
+    section = values.get(network) if isinstance(values, Mapping) else None
+    known = set(section) if isinstance(section, Mapping) else set()
+    has_all = known >= set(type(Config.model_fields[network].default).model_fields)
+    return None if folder and is_gone(folder) and has_all else folder
 
 
 def _path_of(value: Any) -> str | None:
