@@ -17,6 +17,7 @@ TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
 LIBRARY = os.path.dirname(os.__file__)
 TEXT = (
     "corpus.max_bytes=400_000",
+    "corpus.near_duplicates=0.15",  # Source code has few that are more alike.
     "corpus.document_regex='(?:class|def) '",
     "corpus.source=text",
     f"corpus.paths=['{LIBRARY}/_pyio.py', '{LIBRARY}/_collections_abc.py']",
@@ -69,6 +70,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
 def test_tokens_do_not_depend_on_the_number_of_processes(alone, on_processes, tmp_path, processes):
     assert alone["counts"]["train_bytes"] > 20 * 4000  # many rounds
     assert alone["counts"]["duplicate_documents"] > 20
+    assert alone["counts"]["train_near_duplicate_documents"] > 1
     workdir = tmp_path / "run"
     command = ["tokenize", "--config", str(TINY), "--workdir", str(workdir), *TEXT]
     killed = on_processes(processes, 1, "-c", START, "6", *command)
