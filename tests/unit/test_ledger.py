@@ -127,7 +127,9 @@ def test_what_is_made_anew_from_the_rows_own_decoder_is_no_teachers(fake_run: Pa
 
 def test_forecasts_use_measured_rates(fake_run: Path):
     def expected(name: str, split: str | None = None, **estimate: float) -> Expected:
-        artifact = Artifact(fake_run, name, name.split("/")[0], recipe={"split": split})
+        artifact = Artifact(
+            fake_run, name, name.split("/")[0], recipe={"split": split, "targets": {}}
+        )
         return Expected(artifact, {k.replace("_", " "): value for k, value in estimate.items()})
 
     forecaster = Forecaster(fake_run, 1e9, {"train": 8000, "valid": 10, "test": 10}, 4)

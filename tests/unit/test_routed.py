@@ -16,6 +16,7 @@ from mlpmem_jax.retrieval.key_major import search_by_shards
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.merge import drop_own_row
 from mlpmem_jax.retrieval.neighbors import search_split
+from mlpmem_jax.retrieval.queries import Queries
 from mlpmem_jax.retrieval.routed import Cells, CellSettings, RoutedEngine
 from mlpmem_jax.retrieval.routed_index import build_cells, described, stored_cells, unfinished_cells
 from mlpmem_jax.store.array_specs import ArraySpec
@@ -163,7 +164,7 @@ def _search(search, engine, key, path):
         lambda row, found: {"row": found.row_QK, "distance": found.distance_QK},
         num_neighbors=30,
         query_batch=300,
-        exclude_own_row=True,
+        queries=Queries(are_keys=True),
         description="test",
     )
     stores = (open_array(epath.Path(path) / name) for name in specs)

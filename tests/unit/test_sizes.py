@@ -64,6 +64,7 @@ def test_shapes_of_a_wanted_size(keys, share):
     config = DecoderConfig(**keys)
     wanted = round(share * decoder_parameters(config, 4096)["total"])
     shape, overrides = decoder_shape(config, 4096, wanted, 0.02)
+    assert overrides.pop("pretrain.fine_tune") == "none"
     update = {name.removeprefix("decoder."): value for name, value in overrides.items()}
     made = DecoderConfig(**{**config.model_dump(), **update})
     assert decoder_parameters(made, 4096)["total"] == shape.parameters

@@ -39,8 +39,8 @@ CONFIG = TrainingConfig(
 
 class Linear(nnx.Module):
     def __init__(self, rngs):
-        self.kernel = parameter((4, 4), ("embed", "ffn"), 0.5, rngs)
-        self.offset_bias = parameter((4,), ("state",), 0.0, rngs)
+        self.kernel = parameter((4, 4), ("embed", "ffn"), 0.5, "matrix", rngs)
+        self.offset_bias = parameter((4,), ("state",), 0.0, "bias", rngs)
 
 
 class Points:

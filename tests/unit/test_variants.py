@@ -120,7 +120,7 @@ def test_studies_of_search_refuse_targets_that_need_none(make_config: Callable[.
         "cost.prompt_tokens=8",
     )
     with pytest.raises(ConfigError, match="targets.teacher=ngram: search-quality is about"):
-        search_quality._check(config)
+        search_quality._check(base_of(config).run)
     with pytest.raises(ConfigError, match="cost.quality=train makes the targets of each part"):
         cost._check(base_of(config).run)
 
