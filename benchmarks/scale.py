@@ -190,7 +190,7 @@ _ROWS = (
     ("retrieve", "every query, every shard", "search_all_secs"),
     ("retrieve", "its network", "search_all_network_secs"),
     ("retrieve", "merging, beside the search", "merge_secs"),
-    ("retrieve", "routed by centroids (not built)", "search_routed_secs"),
+    ("retrieve", "routed by centroids, codes in the cells (not built)", "search_routed_secs"),
     ("retrieve", "exact on the mesh, flops", "exact_flops"),
     ("retrieve", "exact on the mesh", "exact_secs"),
     ("retrieve", "chips that hold all keys", "exact_chips_for_keys"),

@@ -11,7 +11,7 @@ flags of local:
                             terminal, the others write WORKDIR/logs/process-*.log
   --devices-per-process D   D simulated CPU devices in each process
   --logs DIR                another directory for these logs
-  --with gpu|tpu            also installs requirements-gpu.txt or requirements-tpu.txt
+  --with NAME               also installs requirements-NAME.txt (gpu, tpu, serve, …)
   --dry-run                 print the commands, run nothing (after COMMAND it is the command's
                             own, and prints its plan)
 USAGE

@@ -52,6 +52,6 @@ def _downloaded(given: str) -> str:
     except Exception as error:  # Its errors share no class: of HTTP, of files, of names.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"decoder.pretrained={given}: no such path, and not to be had from the Hugging Face "
+            f"decoder.pretrained={given}: no such path, and no download from the Hugging Face "
             f"Hub (offline, or no such model): {reason}"
         ) from None

@@ -23,7 +23,7 @@ ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 
 class DecoderConfig(Section):
-    """A decoder-only Transformer of the GPT-2 or the Llama family."""
+    """A decoder-only Transformer of the GPT-2, Llama, Mistral, OLMo2, Qwen2 or Qwen3 family."""
 
     pretrained: PathText | None = runtime(
         None,

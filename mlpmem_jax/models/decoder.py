@@ -1,4 +1,4 @@
-"""A decoder-only Transformer of the GPT-2 and Llama families, by the keys of its section."""
+"""A decoder-only Transformer of the GPT-2 and Llama families and their relatives, by its keys."""
 
 import math
 from collections.abc import Sequence

@@ -69,10 +69,11 @@ def _server() -> ModuleType:
     try:
         return importlib.import_module("mlpmem_jax.serving.server")
     except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("starlette", "uvicorn"):
             raise
         raise UserError(
-            f"serve: the package {error.name} is not installed; install what serve needs with "
+            f"serve: the package {package} is not installed; install what serve needs with "
             "`pip install -r requirements-serve.txt`"
         ) from None
 

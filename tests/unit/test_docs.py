@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,6 +184,19 @@ def test_every_shipped_configuration_is_listed():
     listed = re.findall(r"^\| `(configs/\w+\.yaml)` \|", page, re.M)
     shipped = [str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml")]
     assert sorted(listed) == sorted(shipped)
+
+
+def test_every_requirements_file_is_listed_and_an_extra():
+    page = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+    table = page.split("## Optional packages")[1].split("\n## ")[0]
+    listed = re.findall(r"`requirements-(\w+)\.txt`", "".join(re.findall(r"^\|.*", table, re.M)))
+    shipped = [path.stem.removeprefix("requirements-") for path in ROOT.glob("requirements-*.txt")]
+    assert sorted(listed) == sorted(shipped)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = project["tool"]["setuptools"]["dynamic"]["optional-dependencies"]
+    assert sorted(extras) == sorted(set(shipped) - {"docs"})
+    for name, source in extras.items():
+        assert source == {"file": [f"requirements-{name}.txt"]}
 
 
 def test_files_that_the_pages_name_exist():

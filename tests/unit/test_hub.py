@@ -58,14 +58,14 @@ def test_paths_are_no_ids(asked, tmp_path: Path):
     assert not asked
 
 
-def test_what_is_not_to_be_had(asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_cannot_be_downloaded(asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "run.yaml"
     file.write_text("decoder: {pretrained: org/other}\n")
     with pytest.raises(ConfigError) as caught:
         load_config(file)
     [line] = caught.value.messages
     assert line == (
-        "decoder.pretrained=org/other: no such path, and not to be had from the Hugging Face Hub "
+        "decoder.pretrained=org/other: no such path, and no download from the Hugging Face Hub "
         "(offline, or no such model): Cannot find an appropriate cached snapshot folder"
     )
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
