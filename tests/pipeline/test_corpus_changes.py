@@ -65,7 +65,7 @@ def _rebuilt(run: Artifacts, folder: Path) -> dict[str, dict[str, np.ndarray]]:
     """Searches every row of every split among all training rows; makes the targets from that."""
     config, train = run.config, run.datastore("train")
     exact = ExactCache(train, config.retrieval, config.mesh)
-    search = Search(train, None, exact, config.retrieval, config.seed)
+    search = Search(train, None, exact, config.retrieval, config.seed, run.tokens)
     found: dict[str, Artifact] = {}
     for split in SPLITS:
         found[split] = Artifact(folder, f"neighbors/{split}", "neighbors")

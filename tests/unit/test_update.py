@@ -52,7 +52,7 @@ def _anew(
     artifact: Artifact, train: Artifact, rows: Artifact, split: Split, retrieval: RetrievalConfig
 ) -> Artifact:
     artifact.begin({})
-    search = Search(train, None, _cache(train, retrieval), retrieval, 0)
+    search = Search(train, None, _cache(train, retrieval), retrieval, 0, train)
     return _finished(artifact, keep_neighbors(artifact, rows, split, STORE, search))
 
 
