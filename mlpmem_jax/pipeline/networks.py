@@ -115,7 +115,7 @@ def _refuse_stale(artifact: Artifact, source: Artifact) -> None:
 
 
 def check_start(run: Artifacts) -> None:
-    """Refuses a memory to begin with of another shape, with other inputs, or not the imported one.
+    """Refuses a memory to begin with of another shape or with other inputs.
 
     Raises:
         ArtifactError: Names the keys, and both values of each.
@@ -134,12 +134,6 @@ def check_start(run: Artifacts) -> None:
         raise ArtifactError(
             f"{artifact.path}: train.memory_start=checkpoint: this memory was trained with other "
             f"settings: {'; '.join(lines)}"
-        )
-    path = config.memory.pretrained
-    if path is not None and manifest.recipe.get("weights") != run.sources.weights(path):
-        raise ArtifactError(
-            f"{artifact.path}: train.memory_start=checkpoint: not the memory of "
-            f"memory.pretrained={path}; import that with `train` and train.mode=memory"
         )
 
 
