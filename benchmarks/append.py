@@ -87,7 +87,7 @@ class Case:
 
     def anew(self, rows: Artifact, artifact: Artifact) -> Completion:
         """Searches every row among all."""
-        search = Search(rows, None, self._cache(rows), self._retrieval, 0)
+        search = Search(rows, None, self._cache(rows), self._retrieval, 0, rows)
         return keep_neighbors(artifact, rows, "train", STORE, search)
 
     def updated(

@@ -122,6 +122,11 @@ def _pretrained(config: Config) -> Iterator[str]:
         if config.pretrain.fine_tune != "none":
             yield "pretrain.fine_tune=full requires decoder.pretrained, the decoder to train"
         return
+    if config.pretrain.alpha and config.pretrain.fine_tune == "none":
+        yield (
+            f"pretrain.alpha={config.pretrain.alpha} has no effect with decoder.pretrained={path}: "
+            "set pretrain.fine_tune=full"
+        )
     if is_gone(path):
         return
     try:

@@ -3,6 +3,7 @@
 import time
 
 from mlpmem_jax.console import say
+from mlpmem_jax.pipeline.corpus_record import CorpusRecord
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.store.listing import Entry, entries, remove_unused
@@ -14,7 +15,7 @@ _DAY = 86_400.0
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
     store = run.store
-    listed = entries(store, run.workdir)
+    listed = entries(store, run.workdir, lambda workdir: CorpusRecord.read(workdir).kept)
     unused = [one for one in listed if not one.users]
     if options.remove_unused and not options.dry_run:
         removed = remove_unused(listed)

@@ -91,6 +91,16 @@ def check_stored_rows(run: Artifacts) -> None:
     )
 
 
+def check_unchanged_text(run: Artifacts, command: str, why: str) -> None:
+    """Refuses a training text that has changed where a command reads it as it was first read.
+
+    Raises:
+        ConfigError: It has changed.
+    """
+    if run.corpus.made_with:
+        raise ConfigError(f"{command}: the training text was changed (append, remove), and {why}")
+
+
 def check_keys(run: Artifacts) -> None:
     """Refuses to search, or to evaluate the kNN-LM, where no keys are stored.
 

@@ -73,6 +73,19 @@ class CorpusRecord:
         return dataclasses.replace(self, changes=(*self.changes, change))
 
     @property
+    def kept(self) -> dict[str, str]:
+        """What `compact` made and nothing can make again, by role: rows, and lists until a change.
+
+        Whatever `run.json` says: it may have been deleted, or a `train` that began before may have
+        written what it read.
+        """
+        return {
+            f"{role} (compacted)": relative
+            for role, relative in self.start.items()
+            if not self.changes or relative.startswith("datastore/")
+        }
+
+    @property
     def before(self) -> "CorpusRecord":
         """The record without its last change."""
         return dataclasses.replace(self, changes=self.changes[:-1])

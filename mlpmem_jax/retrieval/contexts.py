@@ -9,6 +9,8 @@ Suffixes: T tokens, E occurrences, Q queries, M pairs.
 
 import numpy as np
 
+from mlpmem_jax.retrieval.engine import row_ranges
+
 # Of a token, while contexts are sorted: packed ranks, their order, sorted, and numbered.
 LEAST_TOKEN_BYTES = 40
 _CHUNK = 1 << 20
@@ -66,7 +68,10 @@ class Contexts:
         else:
             right_Q = np.searchsorted(self._rank_E, self._ranks[-1][token_Q], side="left")
             left_Q = right_Q - 1
-        length_Q = self._longest_length(token_Q, left_Q, right_Q, min_count)
+        length_Q = np.empty_like(left_Q)
+        for part in row_ranges(len(token_Q), max(1, _CHUNK // min_count)):  # Each holds a list.
+            neighbors = left_Q[part], right_Q[part]
+            length_Q[part] = self._longest_length(token_Q[part], *neighbors, min_count)
         first_Q, stop_Q = np.zeros_like(left_Q), np.where(length_Q < 0, 0, len(self))
         level_Q = np.frexp(length_Q)[1] - 1  # Of the largest power of two within the length.
         level_Q = np.minimum(level_Q, len(self._ranks) - 1)

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from etils import epath
 
@@ -32,19 +32,28 @@ class Entry:
     users: tuple[str, ...]
 
 
-def entries(store: epath.Path, workdir: epath.Path) -> list[Entry]:
+def entries(
+    store: epath.Path,
+    workdir: epath.Path,
+    kept_by: Callable[[epath.Path], Mapping[str, str]] = lambda workdir: {},
+) -> list[Entry]:
     """Returns the artifacts of a store, by kind and age.
 
     Args:
         store: The store.
         workdir: A work directory that may use it unregistered, since it was moved or copied.
+        kept_by: Returns what a work directory cannot do without, by role, whatever its record says.
 
     Raises:
         ArtifactError: The record of a work directory that uses the store is damaged.
     """
     found = {one.relative: (one, _manifest(one)) for one in _artifacts(store)}
     inputs = {name: _inputs(one) for name, (one, _) in found.items()}
-    users = _users(_records(store, workdir), inputs)
+    records = [
+        dataclasses.replace(one, roles={**kept_by(one.workdir), **one.roles})
+        for one in _records(store, workdir)
+    ]
+    users = _users(records, inputs)
     listed = [
         Entry(artifact, manifest, _bytes_of(artifact.path), tuple(users.get(name, ())))
         for name, (artifact, manifest) in found.items()

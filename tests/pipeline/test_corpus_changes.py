@@ -65,7 +65,7 @@ def _rebuilt(run: Artifacts, folder: Path) -> dict[str, dict[str, np.ndarray]]:
     """Searches every row of every split among all training rows; makes the targets from that."""
     config, train = run.config, run.datastore("train")
     exact = ExactCache(train, config.retrieval, config.mesh)
-    search = Search(train, None, exact, config.retrieval, config.seed)
+    search = Search(train, None, exact, config.retrieval, config.seed, run.tokens)
     found: dict[str, Artifact] = {}
     for split in SPLITS:
         found[split] = Artifact(folder, f"neighbors/{split}", "neighbors")
@@ -360,6 +360,11 @@ def test_what_cannot_be_changed_is_refused_in_one_line(
         (("append", *new, "decoder.num_layers=1"), "corpus.json: .*decoder=.*, now"),
         (("train", "train.inputs=online"), "train.inputs=online: the training text was changed"),
         (("analyze",), "analyze: the training text was changed"),
+        (("compare",), "tables of several runs: the training text was changed"),
+        (("search-quality",), "search-quality: the training text was changed"),
+        (("cost", "cost.quality=train"), "cost.quality=train: the training text was changed"),
+        (("evaluate-tasks", "tasks.model=rag"), "tasks.model=rag: the training text was changed"),
+        (("search-quality", "targets.workdir=/a"), "targets.workdir=/a: search-quality makes"),
     ):
         line = _refused(capsys, config, *words)
         assert re.search(expected, line), line

@@ -171,6 +171,9 @@ def test_a_table_trains_it_further_and_teaches_another_decoder(
     assert decoder("longer").load().recipe["weights"] == weights
     capsys.readouterr()
     assert main(["pretrain", "--config", str(run), "pretrain.alpha=0.4"]) == 2
+    assert "pretrain.alpha=0.4 has no effect with decoder.pretrained=" in capsys.readouterr().err
+    further = ("pretrain.alpha=0.4", "pretrain.fine_tune=full")
+    assert main(["pretrain", "--config", str(run), *further]) == 2
     assert "set targets.workdir to the run of another decoder" in capsys.readouterr().err
 
 

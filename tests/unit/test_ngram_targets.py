@@ -1,5 +1,7 @@
 """The n-gram teacher against a loop over all pairs of tokens, on small text."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -105,6 +107,20 @@ def test_long_repeats_and_parts(monkeypatch):
         made = following.distributions(*found.longest(rows[part], 2), token[rows[part] + 1])
         _check(made, expected[part], 3)
     assert following._kept
+
+
+def test_many_occurrences_take_bounded_memory(monkeypatch):
+    token, offset = _stream(num_documents=200)
+    rows, min_count = np.arange(len(token) - 1), 400
+    found = Contexts(token, offset, len(rows))
+    whole = found.longest(rows, min_count)
+    monkeypatch.setattr(contexts, "_CHUNK", 50 * min_count)
+    tracemalloc.start()
+    in_parts = found.longest(rows, min_count)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(in_parts, whole)
+    assert most < 16 * min_count * len(rows) / 4  # Two lists of a row, of all rows at once.
 
 
 def test_too_few_occurrences_give_no_target():

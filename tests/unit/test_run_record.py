@@ -7,6 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
+from mlpmem_jax.config.schema import Config
+from mlpmem_jax.pipeline import artifacts
+from mlpmem_jax.pipeline.corpus_record import Change, CorpusRecord
+from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.store import file_lock, lock, run_record
 from mlpmem_jax.store.checked_json import read_checked_json
 from mlpmem_jax.store.manifest import Artifact
@@ -67,3 +72,24 @@ def test_where_nothing_can_be_locked_one_warning_says_so(tmp_path, monkeypatch, 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {tmp_path}/artifacts: this file system does not lock files")
     assert RunRecord.read(tmp_path).roles == {"memory": "memory/1"}
+
+
+def test_what_compact_made_is_not_removed_whatever_run_json_says(tmp_path):
+    """A `train` that began before `compact` writes the roles that it read when it ends."""
+    run = Artifacts(Config(workdir=str(tmp_path)))
+    start = {role: role.replace("train", "made") for role in ("datastore/train", "neighbors/train")}
+    for relative in (*start.values(), "memory/of-before", "memory/other"):
+        one = Artifact(run.store, relative, relative.split("/")[0])
+        one.begin({})
+        one.finish()
+    RunRecord.update(tmp_path, None, {"memory": "memory/of-before"}, {})
+    CorpusRecord({"decoder": "d"}, start).write(tmp_path)
+
+    def left():
+        artifacts.main(run, Options(str(tmp_path), remove_unused=True))
+        return {f"{one.parent.name}/{one.name}" for one in run.store.glob("[a-z]*/*")}
+
+    assert left() == {*start.values(), "memory/of-before"}
+    # The next change has lists of its own; the rows are still read.
+    CorpusRecord({"decoder": "d"}, start, (Change("remove"),)).write(tmp_path)
+    assert left() == {start["datastore/train"], "memory/of-before"}

@@ -3,7 +3,7 @@
 import functools
 
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart
+from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart, check_unchanged_text
 from mlpmem_jax.pipeline.evaluate import RESULTS as EVALUATED
 from mlpmem_jax.pipeline.evaluate import check_current
 from mlpmem_jax.pipeline.execute import execute
@@ -84,10 +84,6 @@ def print_report(run: Artifacts) -> None:
 
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
-    if run.corpus.made_with:
-        raise ConfigError(
-            "analyze: the training text was changed (append, remove), and n-grams are counted in "
-            "the text as it was first read"
-        )
+    check_unchanged_text(run, NAME, "n-grams are counted in the text as it was first read")
     check_trained_apart(run, NAME, "tables of joint models are made by evaluate and compare")
     return execute(stages, run, options, report=print_report)

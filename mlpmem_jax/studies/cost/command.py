@@ -7,7 +7,12 @@ from typing import Any
 
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.pipeline import index, recipes, retrieve, train
-from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart, check_trains_memory
+from mlpmem_jax.pipeline.checks import (
+    check_devices,
+    check_trained_apart,
+    check_trains_memory,
+    check_unchanged_text,
+)
 from mlpmem_jax.pipeline.evaluate import RESULTS as EVALUATED
 from mlpmem_jax.pipeline.evaluate import check_current
 from mlpmem_jax.pipeline.execute import execute
@@ -171,4 +176,6 @@ def main(run: Artifacts, options: Options) -> int:
     check_trained_apart(run, NAME, "the time that a joint model takes is in evaluate")
     if run.config.cost.quality == "train":
         check_trains_memory(run, "cost.quality=train")
+        why = "its parts are the first rows of the text as it was first read: use cost.quality=none"
+        check_unchanged_text(run, "cost.quality=train", why)
     return execute(stages, run, options, report=print_report)

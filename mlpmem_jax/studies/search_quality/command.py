@@ -6,7 +6,12 @@ from typing import Any
 
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline import embed, index, needs, pretrain, retrieve, tokenize, train
-from mlpmem_jax.pipeline.checks import check_devices, check_trained_apart, check_trains_memory
+from mlpmem_jax.pipeline.checks import (
+    check_devices,
+    check_trained_apart,
+    check_trains_memory,
+    check_unchanged_text,
+)
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.graph import Artifacts, Report
 from mlpmem_jax.pipeline.options import Options
@@ -112,4 +117,13 @@ def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
     check_trained_apart(run, NAME, "joint models are compared by compare")
     check_trains_memory(run, NAME)
+    teacher = run.config.targets.workdir
+    if teacher is not None:
+        raise ConfigError(
+            f"targets.workdir={teacher}: {NAME} makes the targets of each setting itself; drop the "
+            "key"
+        )
+    if run.config.retrieval.keep_train == "all":
+        why = "kept neighbours follow from those before: use retrieval.keep_train=none"
+        check_unchanged_text(run, NAME, why)
     return execute(stages, run, options, Rebuild.STALE, print_report)

@@ -12,6 +12,7 @@ from mlpmem_jax.config.load import changed_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline import embed, index, pretrain, recipes, retrieve, tokenize, train
+from mlpmem_jax.pipeline.checks import check_unchanged_text
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.pipeline.sources import Sources
@@ -107,7 +108,8 @@ def base_variant(config: Config, seed: int, sources: Sources) -> Variant:
 
     Raises:
         ConfigError: The targets are made elsewhere, where their cost is not known, or the
-            memory that joint training begins with is; or joint training has no λ.
+            memory that joint training begins with is; or joint training has no λ; or the
+            training text has changed.
     """
     if config.targets.workdir is not None:
         raise ConfigError(
@@ -123,7 +125,10 @@ def base_variant(config: Config, seed: int, sources: Sources) -> Variant:
         )
     _refuse_without_interpolation(config)
     seeded = resolved(changed_config(config, {"seed": seed}))
-    return Variant.of(Artifacts(seeded, sources, title=f"seed {seed}"))
+    run = Artifacts(seeded, sources, title=f"seed {seed}")
+    why = "they count what all of it cost from the beginning: use another workdir"
+    check_unchanged_text(run, "tables of several runs", why)
+    return Variant.of(run)
 
 
 def without_memory(base: Variant) -> Variant:

@@ -12,7 +12,7 @@ from typing import Any
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.errors import ConfigError, UserError
-from mlpmem_jax.pipeline.checks import check_trained_apart
+from mlpmem_jax.pipeline.checks import check_trained_apart, check_unchanged_text
 from mlpmem_jax.pipeline.evaluate import check_current
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.graph import Artifacts, Report
@@ -183,4 +183,7 @@ def print_report(run: Artifacts) -> None:
 
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
+    if run.config.tasks.model == "rag":
+        why = "passages are cut from the text as it was first read"
+        check_unchanged_text(run, f"{NAME} with tasks.model=rag", why)
     return execute(stages, run, options, report=print_report)
