@@ -311,10 +311,11 @@ class Artifacts:
     @property
     def memory(self) -> Artifact:
         """Checkpoints of the memory; in joint training, of the one that it begins with."""
-        if self.config.train.mode == "joint" and "memory" not in self.given:
+        path = self.config.memory.pretrained
+        is_joint = self.config.train.mode == "joint"
+        if is_joint and path is None and "memory" not in self.given:
             asked = "train.memory_start=checkpoint"
             self.given["memory"] = self._of_run("memory", self.config.workdir, asked)
-        path = self.config.memory.pretrained
 
         def recipe() -> Recipe:
             if path is None:

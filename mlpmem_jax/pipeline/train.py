@@ -23,7 +23,9 @@ def stages(run: Artifacts) -> list[Stage]:
     if run.config.train.mode == "memory":
         steps = range(run.config.train.num_steps)
         return [_stage(run, run.memory, functools.partial(_build, run), steps)]
-    phases, result = Phases(run), []
+    # An imported memory is imported first; any other has been trained before.
+    result = [] if path is None else [import_stage(run, path)]
+    phases = Phases(run)
     for phase in range(len(phases.stops)):
         build = functools.partial(phase_build, phases, phase)
         steps = range(phases.first(phase), phases.stops[phase])

@@ -77,6 +77,30 @@ def test_it_is_evaluated_used_and_written_again(run, tmp_path: Path, capsys):
     assert "compare trains memories, and an imported one is not" in capsys.readouterr().err
 
 
+def test_joint_training_begins_with_it_and_with_no_other(run, tmp_path: Path):
+    file, folder = run
+    vocab, width = load_file(folder / "model.safetensors")["lm_head.weight"].shape
+    write_official(tmp_path / "other", "llama", vocab, width, width)
+    tensors = official_tensors("llama", vocab, width, width, seed=1)
+    save_file(tensors, tmp_path / "other" / "model.safetensors")
+    joint = [
+        "train.mode=joint", "train.memory_start=checkpoint", "train.num_steps=2",
+        "train.optimizer.warmup_steps=1", "train.decoder_optimizer.warmup_steps=1",
+    ]  # fmt: skip
+    other = [*joint, f"memory.pretrained={tmp_path / 'other'}"]
+    config = resolved(load_config(file, joint))
+    for command in ("embed", "index", "retrieve", "train"):  # Official memories read another state.
+        assert main([command, "--config", str(file), *joint]) == 0
+    made = Artifacts(config)
+    weights = made.memory.load().recipe["weights"]
+    assert made.memory.relative in made.joint.load().made_from
+    # Another one is imported, and trained beside it.
+    assert main(["train", "--config", str(file), "--dry-run", *other]) == 0
+    beside = Artifacts(resolved(load_config(file, other)))
+    assert beside.sources.weights(str(tmp_path / "other")) != weights
+    assert beside.joint.relative != made.joint.relative
+
+
 def test_decoder_and_memory_are_written(tiny_run: Config, tmp_path: Path, capsys):
     arguments = ["export", "--config", str(TINY), "--workdir", tiny_run.workdir, "--output"]
     assert main([*arguments, str(tmp_path / "both")]) == 0
