@@ -14,8 +14,8 @@ from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.pipeline.tasks import memory_task
+from mlpmem_jax.store import stored_array
 from mlpmem_jax.store.arrays import open_array, write_rows
-from mlpmem_jax.store.stored_array import StoredArray
 from mlpmem_jax.training.optimizer import make_optimizer
 from mlpmem_jax.training.state import Blueprint
 from mlpmem_jax.training.step import make_train_step
@@ -80,7 +80,7 @@ def test_the_same_loss_stored_and_online(workdir, keys):
 @pytest.mark.parametrize("inputs", ["stored", "online"])
 def test_targets_of_other_tokens_are_refused(workdir, tmp_path, monkeypatch, inputs):
     # Other labels under the same manifest: what compares shards with it is not asked here.
-    monkeypatch.setattr(StoredArray, "_compare", lambda *_: None)
+    monkeypatch.setattr(stored_array._Shards, "_compare", lambda *_: None)
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy)
     config = resolved(load_config(TINY, SAME_WINDOWS, {"workdir": str(copy)}))
