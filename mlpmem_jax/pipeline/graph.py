@@ -5,7 +5,7 @@ The one place that knows the graph of artifacts. Nothing is read but what `Sourc
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 from etils import epath
 
@@ -21,16 +21,9 @@ from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.run_record import RunRecord, store_of
 
 Report = Literal[
-    "evaluate",
-    "analyze",
-    "cost",
-    "search-quality",
-    "evaluate-tasks",
-    "compare",
-    "overfitting",
+    "evaluate", "analyze", "cost", "search-quality", "evaluate-tasks", "compare", "overfitting",
     "ablate",
-]
-_Value = TypeVar("_Value")
+]  # fmt: skip
 BEFORE = "before change "  # Of the titles of artifacts that a changed corpus has left behind.
 _KINDS: dict[Report, str] = {"evaluate": "results", "analyze": "analysis"}
 
@@ -61,8 +54,7 @@ class Artifacts:
         Args:
             config: The configuration, with the compute dtypes of the devices.
             sources: What is read besides artifacts; None: as the run directory remembers it.
-            given: Artifacts by role that take the place of the configuration's own: another
-                teacher's targets, the memory that joint training begins with.
+            given: Artifacts by role in place of the configuration's own: a teacher's targets.
             title: Which of several configurations it is, for people; shown beside each role.
             corpus: How the training text has changed; None: as the run directory records it.
         """
@@ -355,7 +347,8 @@ class Artifacts:
             recipe = recipes.trained(self.config) | ({} if is_last else {"stop": stop})
             inputs = [self.tokens, phases[-1]] if phases else self._joint_inputs()
             role = "joint" if is_last else f"joint/step-{stop}"
-            phases.append(self._role(role, "joint", _always(recipe), _always(inputs)))
+            made_of: Callable[[], list[Artifact]] = functools.partial(list, inputs)
+            phases.append(self._role(role, "joint", functools.partial(dict, recipe), made_of))
         return phases
 
     def _joint_inputs(self) -> list[Artifact]:
@@ -405,7 +398,3 @@ class Artifacts:
             inputs=inputs,
             label=f"results/{command}",
         )
-
-
-def _always(value: _Value) -> Callable[[], _Value]:
-    return lambda: value

@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping
 
 from mlpmem_jax.config.data import CorpusConfig
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import progress, say, warn
 from mlpmem_jax.corpus.checks import (
     Scan,
@@ -48,11 +47,11 @@ def stages(run: Artifacts) -> list[Stage]:
     corpus = Corpus(config.corpus)
     listing = run.sources.text(config.corpus)["listing"]
     current = _is_current(run.tokenizer) and _is_current(run.tokens)
-    scan = None if current else check_before(corpus, config.tokenizer, given, _window(config))
+    scan = None if current else check_before(corpus, config.tokenizer, given, _window(run))
     if current and is_writer():
         digests.save()  # Files that were moved or touched are not read again next time.
-    text_bytes = _text_bytes(config, listing["bytes"], scan)
-    estimate = functools.partial(_estimate, config, text_bytes, scan)
+    text_bytes = _text_bytes(config.corpus.max_bytes, listing["bytes"], scan)
+    estimate = functools.partial(_estimate, run, text_bytes, scan)
     if current:
         estimate = functools.partial(_found, run.tokens)
     return [
@@ -76,7 +75,8 @@ def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     return tokens_need(run, machine, count)
 
 
-def _window(config: Config) -> Window:
+def _window(run: Artifacts) -> Window:
+    config = run.config
     given = config.pretrain.window_tokens != "auto"
     key = "pretrain.window_tokens" if given else "decoder.context_tokens"
     return Window(config.pretrain_window_tokens, key)
@@ -117,11 +117,11 @@ def _make_tokens(
     run: Artifacts, corpus: Corpus, text_bytes: int | None, scan: Scan | None
 ) -> Completion:
     """Makes the tokens: all processes encode, process 0 writes."""
-    config, artifact = run.config, run.tokens
+    artifact = run.tokens
     tokenizer = load_tokenizer(run.tokenizer)
     writer = None
     if is_writer():
-        needed = _estimate(config, text_bytes, scan).get("disk_bytes", 0)
+        needed = _estimate(run, text_bytes, scan).get("disk_bytes", 0)
         check_free_space(artifact.path, needed, "the token stream")
         run.sources.digests.save()
         writer = TokenWriter(artifact.path, tokenizer)
@@ -157,7 +157,7 @@ def _written(
         documents = {str(split): counts[f"{split}_documents"] for split in SPLITS}
         num_near = sum(counts.get(f"{split}_near_duplicate_documents", 0) for split in SPLITS)
         check_splits(documents, config.corpus, counts["duplicate_documents"] + num_near)
-        check_window(counts["train_tokens"], _window(config))
+        check_window(counts["train_tokens"], _window(run))
     except UserError:
         artifact.remove()  # Nothing in it can be used, whatever the user changes.
         raise
@@ -230,11 +230,10 @@ def _report_limit(
     )
 
 
-def _text_bytes(config: Config, listed_bytes: int, scan: Scan | None) -> int | None:
+def _text_bytes(limit: int | None, listed_bytes: int, scan: Scan | None) -> int | None:
     """Returns how much text there is, as far as that is known beforehand."""
     if scan is not None and scan.complete:
         return sum(scan.num_bytes.values())
-    limit = config.corpus.max_bytes
     if limit is not None:
         return min(listed_bytes or limit, limit)
     return listed_bytes or None
@@ -249,7 +248,7 @@ def _found(tokens: Artifact) -> dict[str, int]:
     }
 
 
-def _estimate(config: Config, text_bytes: int | None, scan: Scan | None) -> dict[str, int]:
+def _estimate(run: Artifacts, text_bytes: int | None, scan: Scan | None) -> dict[str, int]:
     """Returns how much text will be taken, and what the token arrays will take."""
     if text_bytes is None:
         return {}
@@ -258,5 +257,5 @@ def _estimate(config: Config, text_bytes: int | None, scan: Scan | None) -> dict
         found["documents"] = sum(scan.documents.values())
         if scan.stopped_at:
             found["next document, beyond max_bytes"] = max(scan.stopped_at.values())
-    itemsize = token_dtype(config.tokenizer.vocab_size)().itemsize
+    itemsize = token_dtype(run.config.tokenizer.vocab_size)().itemsize
     return found | {"disk_bytes": text_bytes // BYTES_PER_TOKEN * itemsize}

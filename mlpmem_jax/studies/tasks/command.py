@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlpmem_jax.config.schema import Config
 from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.errors import ConfigError, UserError
 from mlpmem_jax.pipeline.checks import check_trained_apart, check_unchanged_text
@@ -108,7 +107,7 @@ def _check(run: Artifacts) -> None:
         ArtifactError: λ was never chosen, or what it was chosen with was rebuilt since.
     """
     config = run.config
-    check_packages(config)
+    check_packages(run)
     if not config.tasks.names:
         raise ConfigError("tasks.names=[]: name at least one task, as in tasks.names='[arc_easy]'")
     for key in ("include_path", "data_path"):
@@ -126,13 +125,13 @@ def _check(run: Artifacts) -> None:
         interpolation(run)
 
 
-def check_packages(config: Config) -> None:
+def check_packages(run: Artifacts) -> None:
     """Refuses to run without the packages that are needed.
 
     Raises:
         UserError: One is not installed; it is named.
     """
-    needed = ["lm_eval", *(["bm25s"] if config.tasks.model == "rag" else [])]
+    needed = ["lm_eval", *(["bm25s"] if run.config.tasks.model == "rag" else [])]
     for name in needed:
         if importlib.util.find_spec(name) is None:
             raise UserError(
