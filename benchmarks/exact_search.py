@@ -10,8 +10,10 @@ those of processor time are the steadier ones. Answers of the two trees must be 
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import statistics
 import sys
 import time
@@ -24,7 +26,8 @@ import numpy as np
 
 from mlpmem_jax.parallel.host import keep_freed_memory
 
-PEAK_SIZE, PEAK_TIMES = 2048, 2
+PEAK_SIZE = 2048 if jax.default_backend() == "cpu" else 8192
+PEAK_TIMES = 2
 INNER_WIDTH, NOISE = 24, 0.3  # Keys of networks lie near a space of far fewer dimensions.
 CHUNK_ROWS = 65536
 
@@ -46,10 +49,20 @@ def spend(call: Callable[[], Any]) -> tuple[Spent, Any]:
 
 def make_keys(generator: np.random.Generator, num_rows: int, width: int) -> np.ndarray:
     """Returns float16 keys with a few dominant directions."""
-    directions = np.random.default_rng(0).normal(size=(INNER_WIDTH, width)).astype(np.float32)
-    inner = generator.normal(size=(num_rows, INNER_WIDTH)).astype(np.float32)
-    noise = generator.normal(size=(num_rows, width)).astype(np.float32)
-    return (inner @ directions + NOISE * noise).astype(np.float16)
+    normal = functools.partial(np.random.Generator.standard_normal, dtype=np.float32)
+    directions = normal(np.random.default_rng(0), (INNER_WIDTH, width))
+    key_ND = np.empty((num_rows, width), np.float16)
+
+    def fill(part: tuple[int, np.random.Generator]) -> None:
+        start, own = part
+        rows = min(CHUNK_ROWS, num_rows - start)
+        inner = normal(own, (rows, INNER_WIDTH))
+        key_ND[start : start + rows] = inner @ directions + NOISE * normal(own, (rows, width))
+
+    starts = range(0, num_rows, CHUNK_ROWS)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(fill, zip(starts, generator.spawn(len(starts)), strict=True)))
+    return key_ND
 
 
 def make_search(key_ND: np.ndarray, kernel: str) -> Callable[[np.ndarray, int], Any]:
@@ -84,7 +97,7 @@ def package_of(tree: str) -> Iterator[None]:
 
 def peak(dtype: Any) -> Callable[[], Any]:
     """Returns a call that multiplies square matrices."""
-    one = jnp.ones((PEAK_SIZE, PEAK_SIZE), dtype)
+    one = jax.random.normal(jax.random.key(0), (PEAK_SIZE, PEAK_SIZE)).astype(dtype)
     multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
     return lambda: [multiply(one, one).block_until_ready() for _ in range(PEAK_TIMES)]
 

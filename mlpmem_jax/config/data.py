@@ -171,7 +171,10 @@ class RetrievalConfig(Section):
         "memory for the keys that are searched at a time, of each device (exact) or each process "
         "(ScaNN, routed); auto: half of what there is",
     )
-    key_chunk_rows: PositiveInt = runtime(65536, "keys scored at once per device (exact engine)")
+    key_chunk_rows: PositiveInt | Auto = runtime(
+        "auto",
+        "keys scored at once per device (exact engine); auto: 65,536 on a CPU, else by its memory",
+    )
     keep_train: Literal["none", "all"] = setting("none", "neighbours of training rows to keep")
     exclude: Literal["row", "document"] = setting(
         "row", "never neighbours of a training row: itself, or all rows of its document"

@@ -1,6 +1,7 @@
 """Sections about training and what follows: pretrain, train, evaluate, generate."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -54,7 +55,13 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    """Keys of both training commands."""
+    """Keys of both training commands.
+
+    Attributes:
+        unset: Values of keys that change nothing, and so are no part of the recipe.
+    """
+
+    unset: ClassVar[Mapping[str, object]] = {}
 
     num_steps: PositiveInt = setting(600, "optimiser steps")
     batch_size: Count = setting(16, "windows per step, over all devices")
@@ -78,15 +85,13 @@ class TrainingConfig(Section):
         recipe = super().recipe()
         for name, steps in self.moving_steps().items():
             recipe[name]["warmup_steps"] = getattr(self, name).warmup_of(steps)
-        return recipe
-
-
-# Keys that change nothing where they are not set, and so are no part of the recipe.
-_UNSET = {"fine_tune": "none", "alpha": 0.0}
+        return {key: value for key, value in recipe.items() if self.unset.get(key, self) != value}
 
 
 class PretrainConfig(TrainingConfig):
     """Training of the decoder on the corpus."""
+
+    unset: ClassVar[Mapping[str, object]] = {"fine_tune": "none", "alpha": 0.0}
 
     window_tokens: Tokens | Auto = setting("auto", "window size; auto: decoder.context_tokens")
     fine_tune: Literal["none", "full"] = setting(
@@ -98,11 +103,6 @@ class PretrainConfig(TrainingConfig):
         "(targets.workdir; in a table those of the configuration)",
     )
 
-    def recipe(self) -> dict[str, Any]:
-        """Returns the keys that decide what is computed."""
-        recipe = super().recipe()
-        return {key: value for key, value in recipe.items() if _UNSET.get(key) != value}
-
 
 LossWeight = Weight | Auto
 Start = Literal["checkpoint", "fresh"]
@@ -110,6 +110,8 @@ Start = Literal["checkpoint", "fresh"]
 
 class TrainConfig(TrainingConfig):
     """Training of the memory, alone (paper, section 3.2) or jointly with the decoder."""
+
+    unset: ClassVar[Mapping[str, object]] = {"head_start": "fresh"}
 
     mode: Literal["memory", "joint"] = setting(
         "memory", "memory: frozen decoder (paper); joint: both trained"
@@ -133,6 +135,10 @@ class TrainConfig(TrainingConfig):
     gate_prior: Weight = setting(0.0, "weight of KL(train.interpolation ‖ gate), against collapse")
     decoder_start: Start = setting("checkpoint", "mode=joint: the run's decoder, or a fresh one")
     memory_start: Start = setting("fresh", "mode=joint: initial memory, a fresh one or the run's")
+    head_start: Start = setting(
+        "fresh",
+        "mode=memory: initial head of the memory; checkpoint: the decoder's, of equal width",
+    )
     decoder_gradient: Weight = setting(
         1.0, "mode=joint: factor of the memory's gradient into the decoder"
     )

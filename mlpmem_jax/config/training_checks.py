@@ -14,7 +14,7 @@ _MOST_PHASES = 1000
 
 def training_mistakes(config: Config) -> Iterator[str]:
     """Yields one line for each broken rule."""
-    for rule in (_schedules, _losses, _gate, _rows, _starts, _refreshes):
+    for rule in (_schedules, _losses, _gate, _rows, _starts, _head, _refreshes):
         yield from rule(config)
 
 
@@ -103,6 +103,24 @@ def _starts(config: Config) -> Iterator[str]:
         yield (
             "train.memory_start=checkpoint requires train.decoder_start=checkpoint: a memory reads "
             "the states of the decoder that it was trained with"
+        )
+
+
+def _head(config: Config) -> Iterator[str]:
+    train, memory = config.train, config.memory
+    if train.head_start == "fresh":
+        return
+    key = "train.head_start=checkpoint"
+    if train.mode == "joint":
+        yield f"{key} requires train.mode=memory"
+    if memory.head == "tied":
+        yield f"{key}: memory.head=tied uses the decoder's head already"
+    if memory.pretrained is not None:
+        yield f"{key}: the memory of memory.pretrained={memory.pretrained} is not trained"
+    if memory.width != config.decoder.width:
+        yield (
+            f"{key} requires memory.width={memory.width} to equal "
+            f"decoder.width={config.decoder.width}"
         )
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from mlpmem_jax.parallel.sharding import AXES, replicated
 
-LARGEST_GROUP = 64
+LARGEST_GROUP, SMALL_GROUP = 64, 8
 # More rows than asked are scored again by differences, so that rounding in the product
 # and equal distances cannot push out a neighbour.
 SPARE = 32
@@ -154,16 +154,25 @@ def _nearer(
     """Returns the smallest scores and their rows among the best of earlier rows and a chunk.
 
     The `count` groups with the smallest minima hold the `count` smallest scores, so only
-    their members are ranked.
+    their members are ranked; of many members once more by smaller groups.
     """
-    num_rows, count = best[0].shape
-    grouped_RGW = score_RC.reshape(num_rows, -1, group)
-    _, group_RK = lax.top_k(-grouped_RGW.min(axis=2), min(count, grouped_RGW.shape[1]))
-    group_RK = jnp.sort(group_RK, axis=1)  # Columns in order again.
-    member_RKW = jnp.take_along_axis(grouped_RGW, group_RK[:, :, None], axis=1)
-    row_RKW = base + group_RK[:, :, None] * group + jnp.arange(group, dtype=jnp.int32)
-    score = jnp.concatenate([best[0], member_RKW.reshape(num_rows, -1)], axis=1)
-    row = jnp.concatenate([best[1], row_RKW.reshape(num_rows, -1)], axis=1)
+    count = best[0].shape[1]
+    score_RC, row_RC = _members(score_RC, count, group)
+    if group > SMALL_GROUP:
+        score_RC, place_RC = _members(score_RC, count, SMALL_GROUP)
+        row_RC = jnp.take_along_axis(row_RC, place_RC, axis=1)
+    score = jnp.concatenate([best[0], score_RC], axis=1)
+    row = jnp.concatenate([best[1], base + row_RC], axis=1)
     # Stable, and earlier rows stand first: equal scores keep the smaller row.
     smallest, place = lax.top_k(-score, count)
     return -smallest, jnp.take_along_axis(row, place, axis=1)
+
+
+def _members(score_RC: jax.Array, count: int, group: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the members of the `count` groups with the smallest minima, and their columns."""
+    score_RGW = score_RC.reshape(len(score_RC), -1, group)
+    _, group_RK = lax.top_k(-score_RGW.min(axis=2), min(count, score_RGW.shape[1]))
+    group_RK = jnp.sort(group_RK, axis=1)  # Columns in order again.
+    member_RKW = jnp.take_along_axis(score_RGW, group_RK[:, :, None], axis=1)
+    column_RKW = group_RK[:, :, None] * group + jnp.arange(group, dtype=jnp.int32)
+    return member_RKW.reshape(len(score_RC), -1), column_RKW.reshape(len(score_RC), -1)

@@ -6,7 +6,7 @@ part; global rows are made in NumPy, since JAX wraps int64.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -23,9 +23,11 @@ from mlpmem_jax.retrieval.device_search import (
 from mlpmem_jax.retrieval.engine import EngineName, Keys
 from mlpmem_jax.retrieval.merge import MISSING_ROW, Neighbors, fit
 
-# Of the largest buffers of one block of queries: its scores, and the keys scored again.
-_BLOCK_BYTES = {"cpu": 32 << 20}
-_BLOCK_BYTES_ACCELERATOR = 512 << 20
+# Of the largest buffers of one block of queries: its scores, and the keys scored again. On an
+# accelerator a share of its memory, so that few chunks of keys are ranked: ranking costs more
+# than the product there. (Both halves of a product and its scores are three such buffers.)
+_BLOCK_BYTES_CPU, _CHUNK_ROWS_CPU = 32 << 20, 1 << 16
+_BLOCK_SHARE, _LEAST_DEVICE_BYTES = 12, 8 << 30
 _QUERY_BLOCKS = range(8, 1024 + 1)
 # What a platform multiplies as it is stored, one product exact in float32. Elsewhere, and on
 # a CPU, keys are float32.
@@ -38,13 +40,19 @@ class ExactEngine:
     Args:
         keys: Keys; each device holds its part.
         mesh: Where they lie.
-        key_chunk_rows: Keys that one device scores at once.
+        key_chunk_rows: Keys that one device scores at once; auto: by its memory.
         first_row: Number of the first row.
     """
 
     name: EngineName = "exact"
 
-    def __init__(self, keys: Keys, mesh: Mesh, key_chunk_rows: int, first_row: int = 0):
+    def __init__(
+        self,
+        keys: Keys,
+        mesh: Mesh,
+        key_chunk_rows: int | Literal["auto"] = "auto",
+        first_row: int = 0,
+    ):
         self.num_rows = keys.num_rows
         self._first_row = first_row
         self._on_host: BlockedSearch | None = None
@@ -86,18 +94,20 @@ class _MeshSearch:
         self,
         keys: Keys,
         mesh: Mesh,
-        key_chunk_rows: int,
+        key_chunk_rows: int | Literal["auto"],
         platform: str,
         dtype: Any = np.float32,
     ):
         self._mesh = mesh
         shares = mesh.size
         per_device = max(1, -(-keys.num_rows // shares))
-        self._chunk = min(
-            _round_up(per_device, LARGEST_GROUP), _round_up(key_chunk_rows, LARGEST_GROUP)
-        )
-        self._rows_per_device = _round_up(per_device, self._chunk)
-        self._block_bytes = _BLOCK_BYTES.get(platform, _BLOCK_BYTES_ACCELERATOR)
+        self._block_bytes = block_bytes(mesh.local_devices[0])
+        if key_chunk_rows == "auto":
+            most = self._block_bytes // (4 * _QUERY_BLOCKS[-1])
+            key_chunk_rows = _CHUNK_ROWS_CPU if platform == "cpu" else most
+        num_chunks = -(-per_device // key_chunk_rows)
+        self._chunk = _round_up(-(-per_device // num_chunks), LARGEST_GROUP)
+        self._rows_per_device = num_chunks * self._chunk
         split = NamedSharding(mesh, PartitionSpec(AXES))
 
         def part(index: Any) -> np.ndarray:
@@ -161,6 +171,14 @@ def device_dtype(keys: Keys, platform: str) -> np.dtype[Any]:
     """Returns in which dtype devices hold keys: as stored, if they multiply that."""
     is_multiplied = str(keys.dtype) in _MULTIPLIED.get(platform, ())
     return keys.dtype if is_multiplied else np.dtype(np.float32)
+
+
+def block_bytes(device: jax.Device) -> int:
+    """Returns what the largest buffer of one block of queries may take on a device."""
+    if device.platform == "cpu":
+        return _BLOCK_BYTES_CPU
+    stats = device.memory_stats() or {}
+    return max(_LEAST_DEVICE_BYTES, stats.get("bytes_limit", 0)) // _BLOCK_SHARE
 
 
 def query_block(query_bytes: int, block_bytes: int, least: int = _QUERY_BLOCKS[0]) -> int:

@@ -1,5 +1,6 @@
 """What `train` trains in mode `memory`: the MLP Memory, beside a frozen decoder (section 3.2)."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from mlpmem_jax.training.joint_loss import joint_loss
 from mlpmem_jax.training.losses import memory_loss
 from mlpmem_jax.training.networks import memory_builder
 from mlpmem_jax.training.run_data import TaskData
-from mlpmem_jax.training.state import TrainState
+from mlpmem_jax.training.state import TrainState, split_module
 from mlpmem_jax.training.step import LossParts
 from mlpmem_jax.training.task import WindowTask
 from mlpmem_jax.training.train_settings import TrainSettings
@@ -62,11 +63,14 @@ class MemoryTask(WindowTask):
             mix_windows=settings.mix_windows,
         )
         self._decoder_graphdef: Any = None
+        self._first_head_VD: jax.Array | None = None
         if settings.reads_decoder:
             assert decoder is not None
+            if self._train.head_start == "checkpoint":
+                self._first_head_VD = decoder.head_VD()
             if self._online or self._memory.head == "tied":
                 self._decoder_graphdef, self.frozen = nnx.split(decoder)
-            else:
+            elif self._memory.reads_decoder_table:
                 self.frozen = nnx.state(decoder, nnx.PathContains("embedding"))
         self.flops_per_step = self.tokens_per_step * self._flops_per_token(settings)
 
@@ -85,7 +89,14 @@ class MemoryTask(WindowTask):
         return flops
 
     def prepare(self, state: TrainState) -> TrainState:
-        """Measures mean and deviation of the input on the first training batches."""
+        """Copies the decoder's head, if so set; measures the input on the first batches."""
+        if self._first_head_VD is not None:
+            network: Memory = nnx.merge(self._graphdef, state.params, state.fixed)
+            # A copy: the step donates its state, and the decoder holds this array.
+            head_VE = jax.device_put(self._first_head_VD.copy(), network.head[...].sharding)
+            network.head[...] = head_VE
+            state = dataclasses.replace(state, params=split_module(network)[1])
+            self._first_head_VD = None
         if self._memory.input_norm != "standardize":
             return state
         batches = self.feed(range(self._train.normalizer_batches))

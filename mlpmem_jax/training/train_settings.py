@@ -48,4 +48,4 @@ class TrainSettings:
     @property
     def reads_decoder(self) -> bool:
         """Whether `MemoryTask` needs the decoder: to run it, its embeddings or its head."""
-        return self.online or self.memory.reads_decoder
+        return self.online or self.memory.reads_decoder or self.train.head_start == "checkpoint"

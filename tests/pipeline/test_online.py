@@ -12,6 +12,7 @@ from mlpmem_jax.config.load import load_config
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.networks import finished_decoder
 from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.pipeline.tasks import memory_task
 from mlpmem_jax.store import stored_array
@@ -75,6 +76,17 @@ def test_the_same_loss_stored_and_online(workdir, keys):
     for a, b in zip(stored, online, strict=True):
         assert a == pytest.approx(b, rel=2e-5)
     assert stored_validation == pytest.approx(online_validation, rel=2e-4)
+
+
+def test_the_head_can_start_as_the_decoders(tiny_run):
+    keys = ("train.head_start=checkpoint",)
+    config = resolved(load_config(TINY, keys, {"workdir": tiny_run.workdir}))
+    run, mesh = Artifacts(config), single_device_mesh()
+    task = memory_task(run, mesh)
+    optimizer = make_optimizer(config.train.optimizer, config.train.num_steps)
+    state = task.prepare(Blueprint(task.build, optimizer, config.seed, mesh).create())
+    decoder = finished_decoder(run, mesh)
+    np.testing.assert_array_equal(state.params["head"][...], decoder.head_VD())
 
 
 @pytest.mark.parametrize("inputs", ["stored", "online"])

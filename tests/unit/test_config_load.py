@@ -247,6 +247,11 @@ def test_what_is_no_override(mistakes, override):
         (["train.lm_weight=1"], "train.lm_weight=1.0 requires train.mode=joint"),
         (["memory.gate=learned"], "set train.joint_weight above 0"),
         (
+            ["train.head_start=checkpoint", "memory.width=48"],
+            "requires memory.width=48 to equal decoder.width=",
+        ),
+        (["train.head_start=checkpoint", "memory.head=tied"], "uses the decoder's head already"),
+        (
             ["train.mode=joint", "train.decoder_start=fresh", "train.memory_start=checkpoint"],
             "requires train.decoder_start=checkpoint",
         ),

@@ -179,7 +179,7 @@ def test_scoring_again_takes_no_more_memory_than_its_bound():
 def test_neighbours_do_not_depend_on_the_block(monkeypatch, count):
     key, query = _keys(3000), _keys(60, seed=1)
     large = _on_mesh(key).search(query, count)
-    monkeypatch.setitem(exact._BLOCK_BYTES, "cpu", 16 * 4 * 1024)
+    monkeypatch.setattr(exact, "_BLOCK_BYTES_CPU", 16 * 4 * 1024)
     small = _on_mesh(key).search(query, count)
     np.testing.assert_array_equal(large.row_QK, small.row_QK)
     np.testing.assert_array_equal(large.distance_QK, small.distance_QK)
