@@ -104,7 +104,9 @@ class _Finder:
     def add(self, key: str, source: Source, split: Split | None) -> None:
         """Adds a source of any kind."""
         if source.source == "stdlib":
-            self.parts.append(Part(key, source, tuple(_stdlib_files()), split))
+            root, found = stdlib_files()
+            files = tuple(os.path.join(root, name) for name in found)
+            self.parts.append(Part(key, source, files, split))
         elif source.source == "huggingface":
             import_datasets(key)
             names = (source.dataset or "", source.dataset_config or "", source.dataset_split)
@@ -147,12 +149,15 @@ class _Finder:
             raise UserError(list(dict.fromkeys(self.mistakes)))
 
 
-def _stdlib_files() -> list[str]:
-    """Returns the Python files of the standard library, without tests and installed packages."""
+def stdlib_files() -> tuple[str, list[str]]:
+    """Returns the standard library's directory and the Python files in it.
+
+    Without tests and installed packages.
+    """
     root = sysconfig.get_paths()["stdlib"]
     names = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in _NOT_STDLIB]
         relative = os.path.relpath(folder, root)
         names += [os.path.normpath(os.path.join(relative, f)) for f in files if f.endswith(".py")]
-    return [os.path.join(root, name) for name in sorted(names, key=lambda one: one.split(os.sep))]
+    return root, sorted(names, key=lambda one: one.split(os.sep))
