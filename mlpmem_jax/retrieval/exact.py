@@ -5,6 +5,7 @@ and the lists are merged there too. Rows on a device are int32, counted within t
 part; global rows are made in NumPy, since JAX wraps int64.
 """
 
+import concurrent.futures
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from mlpmem_jax.retrieval.merge import MISSING_ROW, Neighbors, fit
 _BLOCK_BYTES_CPU, _CHUNK_ROWS_CPU = 32 << 20, 1 << 16
 _BLOCK_SHARE, _LEAST_DEVICE_BYTES = 12, 8 << 30
 _QUERY_BLOCKS = range(8, 1024 + 1)
+_READ_ROWS = 1 << 16
 # What a platform multiplies as it is stored, one product exact in float32. Elsewhere, and on
 # a CPU, keys are float32.
 _MULTIPLIED = {"gpu": ("float16", "bfloat16"), "tpu": ("bfloat16",)}
@@ -115,8 +117,13 @@ class _MeshSearch:
             stop = shares * self._rows_per_device if stop is None else stop
             key_ND = np.zeros((stop - start, keys.width), dtype)
             real = min(stop, keys.num_rows)
-            if start < real:
-                key_ND[: real - start] = keys.read(start, real)
+
+            def fill(first: int) -> None:  # `read` returns float32, so a part of them at a time.
+                last = min(first + _READ_ROWS, real)
+                key_ND[first - start : last - start] = keys.read(first, last)
+
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                list(pool.map(fill, range(start, real, _READ_ROWS)))
             return key_ND
 
         shape = (shares * self._rows_per_device, keys.width)
