@@ -1,6 +1,7 @@
 """What all tests share. JAX is configured through the environment, so that the processes
 which tests start inherit it and tests that need no JAX do not import it."""
 
+import json
 import os
 import shutil
 import signal
@@ -32,6 +33,21 @@ from mlpmem_jax.config.schema import Config  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "unit" / "golden"
 UPDATE = "MLPMEM_UPDATE_GOLDEN"
+
+
+def load_shipped(path: Path) -> Config:
+    """Loads a configuration; where a user has a pretrained decoder, a tiny one stands for it."""
+    if "\n  pretrained: " not in path.read_text(encoding="utf-8"):
+        return load_config(path)
+    tokenizer = Path(_COMPILED.name) / "tokenizer.json"
+    tokenizer.write_text(json.dumps({"added_tokens": [{"id": 0, "content": "<s>"}]}))
+    given = (
+        f"decoder.pretrained={GOLDEN / 'pretrained' / 'llama'}",
+        "decoder.context_tokens=64",
+        f"tokenizer.path={tokenizer}",
+        "tokenizer.separator=<s>",
+    )
+    return load_config(path, given)
 
 
 @pytest.fixture

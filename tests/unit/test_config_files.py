@@ -9,16 +9,19 @@ from mlpmem_jax.commands import COMMANDS
 from mlpmem_jax.config.describe import describe, markdown, select
 from mlpmem_jax.config.keys import all_keys
 from mlpmem_jax.config.load import dump_config, load_config
-from tests.conftest import ROOT
+from tests.conftest import ROOT, load_shipped
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 # Configurations that share the run directory of another, which their headers name.
-SHARED = dict.fromkeys(("ablate", "joint_recipes", "search_quality"), "compare")
+SHARED = {
+    **dict.fromkeys(("ablate", "joint_recipes", "search_quality"), "compare"),
+    **dict.fromkeys(("changes", "targets"), "inputs"),
+}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_configuration_loads_and_says_what_it_is_for(path):
-    config = load_config(path)
+    config = load_shipped(path)
     header = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))
     assert header, "no header"
     name = SHARED.get(path.stem, path.stem)

@@ -6,7 +6,6 @@ import re
 import pytest
 
 from mlpmem_jax.__main__ import main
-from mlpmem_jax.config.load import load_config
 from mlpmem_jax.corpus.row_estimates import least_rows, likely_rows
 from mlpmem_jax.errors import UserError
 from mlpmem_jax.parallel import hardware
@@ -26,7 +25,7 @@ from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.sources import Unread
 from mlpmem_jax.pipeline.stage import Stage, run_stages
 from mlpmem_jax.store.manifest import Artifact, Completion
-from tests.conftest import ROOT
+from tests.conftest import ROOT, load_shipped
 from tests.unit.test_search_plans import ACCELERATED
 
 GIB = 1 << 30
@@ -60,7 +59,7 @@ def _roles(lines):
 
 @pytest.mark.parametrize("name", OF_TEXT)
 def test_configurations_for_two_cores_fit_them(name):
-    config, header = load_config(ROOT / "configs" / f"{name}.yaml"), _header(name)
+    config, header = load_shipped(ROOT / "configs" / f"{name}.yaml"), _header(name)
     memory = int(re.search(r"(\d+) GB of memory", header)[1]) * GB
     disk = re.search(r"(\d+) GB of disk", header)
     machine = _machine(
