@@ -295,7 +295,7 @@ def _write_arrow(arrow, path, label, rng, form):
         prob = (weight / weight.sum()).astype(np.float16)
         prob[-1:] = prob[-2:-1] if count > 2 else prob[-1:]  # Equal ones, still descending.
         prob = (prob / prob.sum(dtype=np.float32)).astype(np.float16)
-        rows.append((rng.choice(400, count, replace=False).astype(np.int32), prob))
+        rows.append((rng.choice(250, count, replace=False).astype(np.int32), prob))
     columns = {
         "id_cnt": arrow.array([len(ids) for ids, _ in rows], arrow.int32()),
         "token_id": arrow.array([ids for ids, _ in rows], arrow.list_(arrow.int32())),
@@ -346,7 +346,7 @@ def test_targets_of_the_official_code_are_taken_over(make_run, tmp_path):
             np.testing.assert_array_equal(prob[n][: len(order)], probs[order])
             assert not prob[n][len(order) :].any()
     wrong = label["valid"].copy()
-    wrong[5] = (wrong[5] + 1) % 400
+    wrong[5] = (wrong[5] + 1) % 250
     for changed, message in ((wrong, "row 5 has the label"), (wrong[:-1], "are cut off, or")):
         _write_arrow(arrow, tmp_path / "valid.arrow", changed, rng, file)
         other = make_run(keys=False, targets=given)
