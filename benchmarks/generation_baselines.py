@@ -66,7 +66,7 @@ def writers_of(run: Run, batch: int, room: int, passage_tokens: int) -> dict[str
     artifacts = run.artifacts
     evaluated = read_json(artifacts.results.path / RESULTS)["systems"]
     models = compiled_models(
-        artifacts, *finished_networks(artifacts, run.mesh), evaluated, run.mesh
+        artifacts, *finished_networks(artifacts, run.mesh, frozen=True), evaluated, run.mesh
     )
     knn, _ = knn_mixture(artifacts)
     tokenizer = run.tokenizer()

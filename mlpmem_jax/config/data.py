@@ -194,10 +194,15 @@ class TargetsConfig(Section):
     """Next-token distributions that the memory learns, of the kNN-LM (paper, Eq. 3) or others."""
 
     workdir: PathText | None = setting(None, "run directory of the teacher; not set: this run")
-    teacher: Literal["knn", "ngram"] = setting(
+    teacher: Literal["knn", "ngram", "arrow"] = setting(
         "knn",
-        "knn: neighbours of each row; ngram: what follows the longest context seen elsewhere",
+        "knn: neighbours of each row; ngram: what follows the longest context seen elsewhere; "
+        "arrow: files of the official code",
     )
+    train_arrow: PathText | None = runtime(
+        None, "teacher=arrow: file or directory (*.arrow) with the targets of training rows"
+    )
+    valid_arrow: PathText | None = runtime(None, "teacher=arrow: the same of validation rows")
     ngram_min_count: Annotated[int, Field(ge=1, le=1000), WHOLE] = setting(
         1, "teacher=ngram: least number of other occurrences of a context"
     )
@@ -215,3 +220,7 @@ class TargetsConfig(Section):
         "document", "how the share is drawn: whole documents, or single rows"
     )
     dtype: Literal["float16", "bfloat16"] = setting("float16", "storage dtype of probabilities")
+
+    def arrow_of(self, split: str) -> str | None:
+        """Returns where the targets of a split are in files of the official code, if there."""
+        return {"train": self.train_arrow, "valid": self.valid_arrow}.get(split)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def target_mistakes(config: Config) -> Iterator[str]:
     """Yields one line for each broken rule."""
-    for rule in (_made_elsewhere, _share, _ngrams):
+    for rule in (_made_elsewhere, _share, _arrow, _without_search):
         yield from rule(config)
 
 
@@ -37,10 +37,20 @@ def _share(config: Config) -> Iterator[str]:
         )
 
 
-def _ngrams(config: Config) -> Iterator[str]:
-    if config.targets.teacher != "ngram":
+def _arrow(config: Config) -> Iterator[str]:
+    targets = config.targets
+    for key in ("train_arrow", "valid_arrow"):
+        path = getattr(targets, key)
+        if targets.teacher == "arrow" and path is None:
+            yield f"targets.teacher=arrow needs targets.{key}: a file or directory of targets"
+        if targets.teacher != "arrow" and path is not None:
+            yield f"targets.{key}={path} has no effect with targets.teacher={targets.teacher}"
+
+
+def _without_search(config: Config) -> Iterator[str]:
+    if config.targets.teacher == "knn":
         return
-    retrieval, teacher = config.retrieval, "targets.teacher=ngram"
+    retrieval, teacher = config.retrieval, f"targets.teacher={config.targets.teacher}"
     if retrieval.exclude != "row":
         yield f"retrieval.exclude={retrieval.exclude} has no effect with {teacher}"
     if retrieval.exclude_repeats_tokens:
@@ -50,5 +60,5 @@ def _ngrams(config: Config) -> Iterator[str]:
     if interval is not None:
         yield (
             f"train.refresh_interval_steps={interval} rebuilds targets from the current decoder, "
-            f"and {teacher} makes them from tokens alone: drop one of the two"
+            f"and {teacher} does not read it: drop one of the two"
         )

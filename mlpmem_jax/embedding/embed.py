@@ -34,29 +34,32 @@ def make_embed_step(
     """Returns the jitted forward pass: arrays of windows [B, W] to arrays of rows [B, R, …].
 
     Only the R scored columns of a window go through the output head and leave the devices,
-    cast to the storage dtype of each array that is wanted.
+    cast to the storage dtype of each array that is wanted. Blocks that none of them needs do not
+    run.
     """
     graphdef, weights = nnx.split(decoder)
-    wanted = tuple(dict.fromkeys(settings.states.values()))
+    states_of = {name: site for name, site in settings.states.items() if name in dtypes}
+    wanted = tuple(dict.fromkeys(states_of.values()))
 
     @jax.jit
     def embed(weights: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         model = nnx.merge(graphdef, weights)
-        final_BWD, states = model.hidden(batch["token"], batch.get("segment"), sites=wanted)
-        assert final_BWD is not None
+        final_BWD, states = model.hidden(
+            batch["token"], batch.get("segment"), sites=wanted, final="logprob" in dtypes
+        )
         scored = settings.scored_columns(batch["offset"])
         label_BR = scored(batch["label"])
-        rows = {name: scored(states[site]) for name, site in settings.states.items()}
-        rows |= {
-            "label": label_BR,
-            "logprob": token_logprob(
+        rows = {"label": label_BR} | {
+            name: scored(states[site]) for name, site in states_of.items()
+        }
+        if final_BWD is not None:
+            rows["logprob"] = token_logprob(
                 scored(final_BWD),
                 model.head_VD(),
                 label_BR,
                 vocab_size=model.vocab_size,
                 chunk_tokens=LOSS_CHUNK_TOKENS,
-            ),
-        }
+            )
         stored = {name: rows[name].astype(dtype) for name, dtype in dtypes.items()}
         return {name: by_window(array) for name, array in stored.items()}
 

@@ -1,7 +1,8 @@
 """A decoder-only Transformer of the GPT-2 and Llama families and their relatives, by its keys."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,7 +65,7 @@ class Cache(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """The decoder. Parameters are float32; matrix products run in `compute_dtype`."""
+    """The decoder. Parameters are float32, unless frozen; products run in `compute_dtype`."""
 
     def __init__(self, config: DecoderConfig, vocab_size: int, *, rngs: nnx.Rngs | None):
         """Draws initial parameters.
@@ -81,17 +82,22 @@ class Decoder(nnx.Module):
         self.head_width = config.resolved_head_width
         self.dtype = layers.resolve_dtype(config.compute_dtype)
         scale, table = config.init_scale, (self.padded_vocab, config.width)
-        self.embedding = parameter(table, ("vocab", "embed"), scale, "embedding", rngs)
-        if config.positions == "learned":
-            shape = (config.context_tokens, config.width)
-            self.position = parameter(shape, ("positions", "embed"), scale, "embedding", rngs)
+        learned = config.positions == "learned"
+        # What is added to embeddings is added in float32.
+        self.embedding = parameter(
+            table, ("vocab", "embed"), scale, "embedding", rngs,
+            exact=learned or bool(config.ngram_orders),
+        )  # fmt: skip
+        if learned:
+            shape, axes = (config.context_tokens, config.width), ("positions", "embed")
+            self.position = parameter(shape, axes, scale, "embedding", rngs, exact=True)
         self.blocks = layers.Parameters(self._block_shapes(), rngs)
         bias = config.biases == "all"
         self.final = layers.Parameters(norm_shapes("final", config.width, None, bias), rngs)
         if config.head == "untied":
             self.head = parameter(table, ("vocab", "embed"), scale, "head", rngs)
         if config.ngram_orders:
-            self.ngrams = ngrams.make_tables(config, rngs)
+            self.ngrams = ngrams.make_tables(config, rngs, exact=False)
             shape = (len(config.ngram_orders) * config.ngram_width, config.width)
             deviation = 1 / math.sqrt(shape[0])
             # Keeps the scale of what is looked up: that of embeddings.
@@ -129,7 +135,7 @@ class Decoder(nnx.Module):
             first = 3 if config.qk_norm == "head" else 2
             for name in ("query", "key"):
                 kept = _without_dims(shapes[name], first, math.inf, "norm")
-                shapes[f"{name}_norm_scale"] = kept
+                shapes[f"{name}_norm_scale"] = kept._replace(exact=True)
         return {
             **shapes,
             **norm_shapes("attention_norm", width, num, bias),
@@ -138,7 +144,7 @@ class Decoder(nnx.Module):
         }
 
     def head_VD(self) -> jax.Array:
-        """Returns the output head, [padded V, D] float32."""
+        """Returns the output head, [padded V, D]."""
         return self.embedding[...] if self.config.head == "tied" else self.head[...]
 
     def logits(self, final_BLD: jax.Array) -> jax.Array:
@@ -151,6 +157,7 @@ class Decoder(nnx.Module):
         segment_BL: jax.Array | None = None,
         sites: Sequence[Site] = (),
         final: bool = True,
+        differentiated: bool = False,
     ) -> tuple[jax.Array | None, dict[Site, jax.Array]]:
         """Reads windows of tokens.
 
@@ -161,6 +168,8 @@ class Decoder(nnx.Module):
             sites: States to return.
             final: Whether the last state is wanted; without it, blocks above the highest
                 site are not computed.
+            differentiated: Whether gradients run through sites and blocks above them: scanned
+                blocks are then one loop, since each loop's gradient is as large as all blocks.
 
         Returns:
             The state after the final norm ([B, L, D], compute dtype; None without `final`),
@@ -180,7 +189,7 @@ class Decoder(nnx.Module):
         before_BN = self._no_tokens(tokens_BL.shape[0])
         x_BLD = self._embed(tokens_BL, position_L, before_BN, segment_BL)
         last = config.num_layers if final else max((s.block for s in sites), default=0)
-        x_BLD, states, _ = self._run_blocks(x_BLD, None, attend, sites, last)
+        x_BLD, states, _ = self._run_blocks(x_BLD, None, attend, sites, last, differentiated)
         return (self._finish(x_BLD) if final else None), states
 
     def init_cache(self, batch: int, max_tokens: int) -> Cache:
@@ -275,7 +284,13 @@ class Decoder(nnx.Module):
         return normalize(x_BLD, arrays, "final", self.config.norm, self.config.norm_epsilon)
 
     def _run_blocks(
-        self, x_BLD: jax.Array, cache: Any, attend: Any, sites: Sequence[Site], last: int
+        self,
+        x_BLD: jax.Array,
+        cache: Any,
+        attend: Any,
+        sites: Sequence[Site],
+        last: int,
+        differentiated: bool = False,
     ) -> tuple[jax.Array, dict[Site, jax.Array], Any]:
         """Applies blocks 1..last; `attend(layer, cache, q, k, v)` returns (output, cache)."""
         config, axes = self.config, self.blocks.axes()
@@ -315,24 +330,43 @@ class Decoder(nnx.Module):
             return x_BLD, cache, ffn_input_BLD
 
         block = layers.with_remat(block, config.remat)
+        loop = layers.LayerLoop(self.blocks.arrays(), unroll)
 
         def step(carry: Any, arrays: Arrays, layer: Any) -> Any:
             x_BLD, cache, states = carry
             x_BLD, cache, ffn_input_BLD = block(x_BLD, cache, arrays, layer)
+            found = {"ffn_input": ffn_input_BLD, "residual": x_BLD}
             states = {
-                site: jnp.where(
-                    layer == site.block - 1,
-                    ffn_input_BLD if site.kind == "ffn_input" else x_BLD,
-                    state,
-                )
+                site: jnp.where(layer == site.block - 1, found[site.kind], state)
                 for site, state in states.items()
             }
             return x_BLD, cache, states
 
-        states = {site: jnp.zeros(shape, x_BLD.dtype) for site in sites}
-        carry = (x_BLD, cache, states)
-        x_BLD, cache, states = layers.loop_layers(step, carry, self.blocks.arrays(), last, unroll)
+        if differentiated and not unroll:
+            states = {site: jnp.zeros(shape, x_BLD.dtype) for site in sites}
+            x_BLD, cache, states = loop.run(step, (x_BLD, cache, states), 0, last)
+            return x_BLD, states, cache
+        states = {}
+        for first, stop in _parts(sites, last):
+            ffn_input = Site("ffn_input", stop)
+            if ffn_input in sites:
+                x_BLD, cache, states[ffn_input] = block(x_BLD, cache, loop.arrays(first), first)
+            else:
+                x_BLD, cache, _ = loop.run(step, (x_BLD, cache, {}), first, stop)
+            if (residual := Site("residual", stop)) in sites:
+                states[residual] = x_BLD
         return x_BLD, states, cache
+
+
+def _parts(sites: Sequence[Site], last: int) -> Iterator[tuple[int, int]]:
+    """Cuts blocks 0..last-1 behind those at sites; what feeds a feed-forward takes its block alone.
+
+    Yields:
+        Number of the first block of each part, and of the next part.
+    """
+    cuts = {0, last, *(site.block for site in sites)}
+    cuts |= {site.block - 1 for site in sites if site.kind == "ffn_input"}
+    return itertools.pairwise(sorted(cuts))
 
 
 def _without_dims(spec: Spec, first: int, scale: float, role: Role) -> Spec:

@@ -31,12 +31,14 @@ class Spec(NamedTuple):
         axes: The logical axis of each dim.
         scale: Standard deviation of its normal initial values; 0 means zeros, infinity ones.
         role: What it is.
+        exact: Whether it is read in float32; other parameters are cast to the compute dtype first.
     """
 
     shape: tuple[int, ...]
     axes: Names
     scale: float
     role: Role
+    exact: bool = False
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -44,10 +46,15 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def resolve_dtype(name: ComputeDtype) -> Any:
-    """Returns the dtype of matrix products: float32 on CPU, bfloat16 elsewhere, if "auto"."""
+def resolve_dtype(name: ComputeDtype, platform: str | None = None) -> Any:
+    """Returns the dtype of matrix products: float32 on CPU, bfloat16 elsewhere, if "auto".
+
+    Args:
+        name: What is configured.
+        platform: Of the devices; None: `target_platform`.
+    """
     if name == "auto":
-        name = "float32" if target_platform() == "cpu" else "bfloat16"
+        name = "float32" if (platform or target_platform()) == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
@@ -82,7 +89,7 @@ class Parameters(nnx.Module):
         """
         self.names = tuple(sorted(specs))
         for name in self.names:
-            setattr(self, name, parameter(*specs[name], rngs))
+            setattr(self, name, parameter(*specs[name][:4], rngs, exact=specs[name].exact))
 
     def arrays(self) -> Arrays:
         """Returns the arrays by name."""
@@ -99,6 +106,8 @@ def parameter(
     scale: float,
     role: Role,
     rngs: nnx.Rngs | None,
+    *,
+    exact: bool = False,
 ) -> nnx.Param:
     """Returns a float32 parameter.
 
@@ -108,12 +117,13 @@ def parameter(
         scale: Standard deviation of its normal initial values; 0 means zeros, infinity ones.
         role: What it is.
         rngs: Source of the `params` keys; None: its shape in place of an array.
+        exact: Whether it is read in float32.
     """
     if rngs is None or scale == 0 or math.isinf(scale):
         value = filled(shape, 1.0 if math.isinf(scale) else 0.0, rngs)
     else:
         value = scale * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, logical_axes=axes, role=role)
+    return nnx.Param(value, logical_axes=axes, role=role, exact=exact)
 
 
 def filled(shape: tuple[int, ...], value: float, rngs: nnx.Rngs | None) -> Any:
@@ -127,9 +137,9 @@ def norm_shapes(name: str, width: int, num_layers: int | None, bias: bool) -> di
     """Returns the parameters of a norm, stacked over layers where there are any."""
     shape: tuple[int, ...] = (width,) if num_layers is None else (num_layers, width)
     axes: Names = ("state",) if num_layers is None else ("layers", "state")
-    shapes = {f"{name}_scale": Spec(shape, axes, math.inf, "norm")}
+    shapes = {f"{name}_scale": Spec(shape, axes, math.inf, "norm", exact=True)}
     if bias:
-        shapes[f"{name}_bias"] = Spec(shape, axes, 0.0, "bias")
+        shapes[f"{name}_bias"] = Spec(shape, axes, 0.0, "bias", exact=True)
     return shapes
 
 
@@ -235,40 +245,65 @@ def with_remat(block: Callable[..., Any], policy: Literal["none", "full", "dots"
     return jax.checkpoint(block, policy=saved)
 
 
-def loop_layers(
-    block: Callable[[Any, Arrays, Any], Any],
-    carry: Any,
-    stacked: Arrays,
-    num_layers: int,
-    unroll: bool,
-) -> Any:
-    """Applies blocks 0..num_layers-1 of stacked parameters to a carry.
+class LayerLoop:
+    """Blocks one after another, whose parameters have a leading dim of layers."""
 
-    Args:
-        block: (carry, arrays of one layer, number of the block) → carry. The number is a
-            Python int when unrolled and a traced int32 when scanned.
-        carry: What flows through the blocks.
-        stacked: Parameters with a leading dim of layers.
-        num_layers: How many of them are applied.
-        unroll: Write the blocks out (same parameters, same result).
+    def __init__(self, stacked: Arrays, unroll: bool):
+        """Takes the parameters.
 
-    Returns:
-        The carry after the last block.
-    """
-    total = next(iter(stacked.values())).shape[0]
-    if unroll:
-        # `split`, since the gradient of slices is a sum of padded arrays.
-        parts = {name: jax.lax.split(array, (1,) * total) for name, array in stacked.items()}
-        for layer in range(num_layers):
-            carry = block(carry, {name: part[layer][0] for name, part in parts.items()}, layer)
-        return carry
-    used = {name: array[:num_layers] for name, array in stacked.items()}
+        Args:
+            stacked: Those of all layers.
+            unroll: Write the blocks out (same parameters, same result).
+        """
+        self._stacked = stacked
+        self._total = next(iter(stacked.values())).shape[0]
+        self._parts: dict[str, Any] | None = None
+        if unroll:
+            # `split`, since the gradient of slices is a sum of padded arrays.
+            sizes = (1,) * self._total
+            self._parts = {name: jax.lax.split(array, sizes) for name, array in stacked.items()}
 
-    def step(carry: Any, inputs: tuple[Arrays, jax.Array]) -> tuple[Any, None]:
-        return block(carry, *inputs), None
+    def arrays(self, layer: int | jax.Array) -> Arrays:
+        """Returns the parameters of one layer."""
+        if self._parts is not None:
+            return {name: part[layer][0] for name, part in self._parts.items()}
+        return {
+            name: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+            for name, array in self._stacked.items()
+        }
 
-    numbers = jnp.arange(num_layers, dtype=jnp.int32)
-    return jax.lax.scan(step, carry, (used, numbers))[0] if num_layers else carry
+    def run(
+        self, block: Callable[[Any, Arrays, Any], Any], carry: Any, first: int, stop: int
+    ) -> Any:
+        """Applies blocks first..stop-1 to a carry.
+
+        Args:
+            block: (carry, arrays of one layer, number of the block) → carry. The number is a
+                Python int when unrolled and a traced int32 when scanned.
+            carry: What flows through the blocks.
+            first: Number of the first block.
+            stop: One more than that of the last.
+
+        Returns:
+            The carry after the last block.
+        """
+        if self._parts is not None or stop - first <= 1:
+            for layer in range(first, stop):
+                carry = block(carry, self.arrays(layer), layer)
+            return carry
+        numbers = jnp.arange(first, stop, dtype=jnp.int32)
+        if stop - first == self._total:
+
+            def step(carry: Any, inputs: tuple[Arrays, jax.Array]) -> tuple[Any, None]:
+                return block(carry, *inputs), None
+
+            return jax.lax.scan(step, carry, (self._stacked, numbers))[0]
+
+        def step_of_part(carry: Any, layer: jax.Array) -> tuple[Any, None]:
+            return block(carry, self.arrays(layer), layer), None
+
+        # Of a part, layers are looked up: to scan over it would copy it first.
+        return jax.lax.scan(step_of_part, carry, numbers)[0]
 
 
 def mask_padding(logits_V: jax.Array, vocab_size: int) -> jax.Array:

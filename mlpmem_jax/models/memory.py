@@ -69,9 +69,9 @@ class Memory(nnx.Module):
             self.projection = layers.Parameters(shapes, rngs)
         if config.recent_tokens and config.recent_table == "own":
             table = (self.padded_vocab, config.table_width(decoder_width))
-            self.recent = parameter(table, ngrams.TABLE_AXES, scale, "embedding", rngs)
+            self.recent = parameter(table, ngrams.TABLE_AXES, scale, "embedding", rngs, exact=True)
         if config.ngram_orders:
-            self.ngrams = ngrams.make_tables(config, rngs)
+            self.ngrams = ngrams.make_tables(config, rngs, exact=True)
         hidden = layers.ffn_width(config.ffn_width, width, config.block)
         self.blocks = layers.Parameters(
             {
@@ -88,10 +88,10 @@ class Memory(nnx.Module):
             self.head = parameter(table, ("vocab", "embed"), scale, "head", rngs)
         if config.gate == "learned":
             # Zero weights: at first every input gets the same λ.
-            self.gate = parameter((input_width,), ("state",), 0.0, "vector", rngs)
+            self.gate = parameter((input_width,), ("state",), 0.0, "vector", rngs, exact=True)
             start = gate_logit(gate_start, config.gate_floor)
             bias_1 = layers.filled((1,), start, rngs)
-            self.gate_bias = nnx.Param(bias_1, logical_axes=("state",), role="bias")
+            self.gate_bias = nnx.Param(bias_1, logical_axes=("state",), role="bias", exact=True)
 
     def head_VE(self, decoder_head_VD: jax.Array | None = None) -> jax.Array:
         """Returns the output head, [padded V, E] float32; the decoder's if the two are tied."""
@@ -187,8 +187,8 @@ class Memory(nnx.Module):
 
         block = layers.with_remat(block, config.remat)
         unroll = layers.unrolls(config.layer_loop, config.num_layers)
-        stacked = self.blocks.arrays()
-        x_TE = layers.loop_layers(block, x_TE, stacked, config.num_layers, unroll)
+        loop = layers.LayerLoop(self.blocks.arrays(), unroll)
+        x_TE = loop.run(block, x_TE, 0, config.num_layers)
         x_TE = normalize(x_TE, self.final.arrays(), "final", self.norm, config.norm_epsilon)
         if config.temperature != 1:
             x_TE = (x_TE / config.temperature).astype(x_TE.dtype)

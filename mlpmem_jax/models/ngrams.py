@@ -21,11 +21,11 @@ NO_TOKEN = -1
 NgramKeys = DecoderConfig | MemoryConfig
 
 
-def make_tables(config: NgramKeys, rngs: nnx.Rngs | None) -> nnx.Param:
+def make_tables(config: NgramKeys, rngs: nnx.Rngs | None, *, exact: bool) -> nnx.Param:
     """Returns a table for each order, one after another: one lookup, one scatter of gradients."""
     rows = len(config.ngram_orders) * layers.padded_vocab_size(config.ngram_rows)
     shape = (rows, config.ngram_width)
-    return layers.parameter(shape, TABLE_AXES, config.init_scale, "embedding", rngs)
+    return layers.parameter(shape, TABLE_AXES, config.init_scale, "embedding", rngs, exact=exact)
 
 
 def table_rows(token_BLM: jax.Array, config: NgramKeys) -> jax.Array:

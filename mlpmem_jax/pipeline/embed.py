@@ -64,7 +64,7 @@ def embedded(run: Artifacts, stream: Artifact, split: Split, rows: Artifact) -> 
     tokens = TokenSplit.open(stream, split)
     specs = datastore_arrays(config.datastore, config.decoder.width)
     arrays = embed_split(
-        finished_decoder(run, mesh),
+        finished_decoder(run, mesh, frozen=True),
         tokens,
         rows,
         specs,

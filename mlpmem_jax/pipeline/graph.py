@@ -286,12 +286,12 @@ class Artifacts:
         return self._role(
             role,
             "targets",
-            lambda: {"split": split, **recipes.targets(self.config, split)},
+            lambda: recipes.targets(self.config, split, self.sources.arrow(self.config, split)),
             lambda: self._targets_inputs(split),
         )
 
     def _targets_inputs(self, split: Split) -> list[Artifact]:
-        if self.config.targets.teacher == "ngram":
+        if self.config.targets.teacher != "knn":
             return [self.tokens]
         kept = self.config.retrieval.keep_train == "all"
         train, valid = self.datastore("train"), self.datastore("valid")

@@ -11,9 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
 from mlpmem_jax.config.stages import TUNING_ROWS
 from mlpmem_jax.corpus.row_estimates import Rows
 from mlpmem_jax.errors import ArtifactError, ConfigError
+from mlpmem_jax.models import layers
+from mlpmem_jax.models.decoder import Decoder
+from mlpmem_jax.models.frozen import frozen_bytes
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.parallel.mesh import mesh_sizes
 from mlpmem_jax.pipeline.fitting import Moment, Need, RowCounter
@@ -42,7 +46,7 @@ from mlpmem_jax.store.arrays import DTYPES
 from mlpmem_jax.training.flops import decoder_parameters, memory_parameters
 
 _STATE_BYTES = 12  # of a parameter that is trained: itself and two moments, float32
-_WEIGHT_BYTES = 4
+_WEIGHT_BYTES = 4  # of a parameter that is read in float32
 _NEIGHBOR_BYTES = 12  # row and distance
 _EVIDENCE_BYTES = 8  # distance and label
 
@@ -69,9 +73,10 @@ def training_need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
     if config.train.mode == "joint":
         return _training(run, machine, decoder + memory, 0)
     if config.decoder_runs or config.memory.head == "tied":
-        beside = decoder
+        beside = _frozen_decoder_bytes(run, machine)
     else:
-        beside = config.decoder.width * _vocab_size(run) * config.memory.reads_decoder_table
+        table = config.decoder.width * _vocab_size(run)
+        beside = _WEIGHT_BYTES * table * config.memory.reads_decoder_table
     need = _training(run, machine, memory, beside)
     mixed = _mixed_rows(run, machine)
     return dataclasses.replace(need, moments=(*need.moments, *mixed))
@@ -106,7 +111,7 @@ def embedding_need(run: Artifacts, split: Split, machine: Machine, count: RowCou
     networks = Moment(
         "the decoder and a shard of rows",
         "raise mesh.fsdp or lower datastore.shard_rows",
-        _WEIGHT_BYTES * _parameters(run, "decoder") // _parts(run, machine),
+        _frozen_decoder_bytes(run, machine) // _parts(run, machine),
         min(rows // machine.num_processes, config.datastore.shard_rows) * row_bytes,
     )
     return Need(rows * row_bytes, (networks,))
@@ -173,6 +178,8 @@ def targets_need(run: Artifacts, split: Split, machine: Machine, count: RowCount
     )
     if config.targets.teacher == "ngram":
         return Need(disk, (_suffixes(rows, split),))
+    if config.targets.teacher == "arrow":
+        return Need(disk)
     if split != "train":
         return Need(disk)
     moments = (_evidence(run, rows, TUNING_ROWS, "lower retrieval.num_neighbors"),)
@@ -227,7 +234,8 @@ def _evidence(run: Artifacts, rows: Rows, most: int | None, way_out: str) -> Mom
 
 
 def _training(run: Artifacts, machine: Machine, trained: int, beside: int) -> Need:
-    held = _STATE_BYTES * trained + _WEIGHT_BYTES * beside
+    """Returns what training so many parameters takes, beside bytes of what is frozen."""
+    held = _STATE_BYTES * trained + beside
     state = Moment(
         "parameters and the optimiser's moments",
         "raise mesh.fsdp or mesh.tensor, or use more devices",
@@ -260,6 +268,19 @@ def _parameters(run: Artifacts, network: str) -> int:
     if network == "decoder":
         return _counted(decoder_parameters, config.decoder, vocab)
     return _counted(memory_parameters, config.memory, config.decoder.width, vocab)
+
+
+def _frozen_decoder_bytes(run: Artifacts, machine: Machine) -> int:
+    networks = []
+    for section in (run.config.decoder, run.config.memory):
+        dtype = layers.resolve_dtype(section.compute_dtype, machine.platform)
+        networks.append(section.model_copy(update={"compute_dtype": dtype.name}))
+    return _bytes_of_decoder(*networks, _vocab_size(run))
+
+
+@functools.lru_cache(maxsize=128)
+def _bytes_of_decoder(decoder: DecoderConfig, memory: MemoryConfig, vocab: int) -> int:
+    return frozen_bytes(Decoder(decoder, vocab, rngs=None), memory)
 
 
 @functools.lru_cache(maxsize=128)

@@ -1,8 +1,10 @@
 """The networks of a run, restored; those that its id does not pin down are checked."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax import nnx
 
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.models.decoder import Decoder
@@ -11,7 +13,14 @@ from mlpmem_jax.pipeline import recipes
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.store.differences import differences
 from mlpmem_jax.store.manifest import Artifact
-from mlpmem_jax.training.networks import restored_decoder, restored_joint, restored_memory
+from mlpmem_jax.training.networks import (
+    Frozen,
+    decoder_builder,
+    frozen_builder,
+    joint_builder,
+    memory_builder,
+    restored,
+)
 
 # Weights are float32 whatever they are computed in; a gate can be put on a memory without one.
 _NO_SHAPE = ("compute_dtype", "gate", "gate_floor")
@@ -27,31 +36,44 @@ def separator_id(run: Artifacts) -> int:
     return int(run.tokens.load().counts["separator_id"])
 
 
-def finished_decoder(run: Artifacts, mesh: jax.sharding.Mesh, step: int | None = None) -> Decoder:
+def finished_decoder(
+    run: Artifacts, mesh: jax.sharding.Mesh, step: int | None = None, *, frozen: bool = False
+) -> Decoder:
     """Restores the run's decoder, as it was after its last step or after a given one.
+
+    Args:
+        run: The artifacts of the configuration.
+        mesh: Devices.
+        step: A step whose checkpoint is there; None: the last.
+        frozen: Whether it is run and nothing else: parameters in the compute dtype
+            (`models.frozen`) in place of float32.
 
     Raises:
         ArtifactError: It is missing or damaged, or its tokens were rebuilt since.
     """
     _refuse_stale(run.decoder, run.tokens)
-    return restored_decoder(run.decoder, run.config.decoder, vocab_size(run), mesh, step)
+    build = decoder_builder(run.config.decoder, vocab_size(run))
+    return _restored(run, build, run.decoder, mesh, step, frozen)
 
 
-def finished_memory(run: Artifacts, mesh: jax.sharding.Mesh, step: int | None = None) -> Memory:
+def finished_memory(
+    run: Artifacts, mesh: jax.sharding.Mesh, step: int | None = None, *, frozen: bool = False
+) -> Memory:
     """Restores the run's memory, as it was after its last step or after a given one.
 
     Args:
         run: The artifacts of the configuration.
         mesh: Devices.
         step: A step whose checkpoint is there; None: the last.
+        frozen: As of `finished_decoder`.
 
     Raises:
         ArtifactError: It is missing or damaged, or its decoder was rebuilt since.
     """
     _refuse_stale(run.memory, run.decoder)
     config = run.config
-    width = config.decoder.width
-    return restored_memory(run.memory, config.memory, width, vocab_size(run), mesh, step)
+    build = memory_builder(config.memory, config.decoder.width, vocab_size(run))
+    return _restored(run, build, run.memory, mesh, step, frozen)
 
 
 def starting_memory(run: Artifacts, mesh: jax.sharding.Mesh) -> Memory:
@@ -71,19 +93,32 @@ def starting_memory(run: Artifacts, mesh: jax.sharding.Mesh) -> Memory:
     return finished_memory(run.of(config, given=run.given | {"memory": run.memory}), mesh)
 
 
-def finished_networks(run: Artifacts, mesh: jax.sharding.Mesh) -> tuple[Decoder, Memory]:
+def finished_networks(
+    run: Artifacts, mesh: jax.sharding.Mesh, *, frozen: bool = False
+) -> tuple[Decoder, Memory]:
     """Restores decoder and memory as `train.mode` says: apart, or trained together.
+
+    Args:
+        run: The artifacts of the configuration.
+        mesh: Devices.
+        frozen: As of `finished_decoder`.
 
     Raises:
         ArtifactError: One is missing, damaged or stale.
     """
     if run.config.train.mode == "memory":
-        return finished_decoder(run, mesh), finished_memory(run, mesh)
-    return finished_joint(run, run.joint, mesh)
+        decoder = finished_decoder(run, mesh, frozen=frozen)
+        return decoder, finished_memory(run, mesh, frozen=frozen)
+    return finished_joint(run, run.joint, mesh, frozen=frozen)
 
 
 def finished_joint(
-    run: Artifacts, artifact: Artifact, mesh: jax.sharding.Mesh, step: int | None = None
+    run: Artifacts,
+    artifact: Artifact,
+    mesh: jax.sharding.Mesh,
+    step: int | None = None,
+    *,
+    frozen: bool = False,
 ) -> tuple[Decoder, Memory]:
     """Restores decoder and memory of a joint run.
 
@@ -92,12 +127,27 @@ def finished_joint(
         artifact: The joint run, or one phase of it.
         mesh: Devices.
         step: A step whose checkpoint is complete, of a run that is not; None: it is finished.
+        frozen: As of `finished_decoder`.
 
     Raises:
         ArtifactError: It is missing or damaged.
     """
-    networks = run.config.decoder, run.config.memory
-    return restored_joint(artifact, *networks, vocab_size(run), mesh, step)
+    build = joint_builder(run.config.decoder, run.config.memory, vocab_size(run))
+    network = _restored(run, build, artifact, mesh, step, frozen)
+    return network.decoder, network.memory
+
+
+def _restored(
+    run: Artifacts,
+    build: Callable[[nnx.Rngs], Frozen],
+    artifact: Artifact,
+    mesh: jax.sharding.Mesh,
+    step: int | None,
+    frozen: bool,
+) -> Frozen:
+    if frozen:
+        build = frozen_builder(build, run.config.memory)
+    return restored(build, artifact, mesh, step)
 
 
 def _refuse_stale(artifact: Artifact, source: Artifact) -> None:

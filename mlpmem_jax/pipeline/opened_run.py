@@ -126,9 +126,9 @@ class Run:
             chosen = interpolation(self.artifacts)
         memory = None
         if with_memory or config.train.mode == "joint":
-            decoder, memory = finished_networks(self.artifacts, self.mesh)
+            decoder, memory = finished_networks(self.artifacts, self.mesh, frozen=True)
         else:
-            decoder = finished_decoder(self.artifacts, self.mesh)
+            decoder = finished_decoder(self.artifacts, self.mesh, frozen=True)
         tokenizer = self.tokenizer()
         if tokenizer.vocab_size != decoder.vocab_size:
             raise ArtifactError(

@@ -123,21 +123,30 @@ def found_neighbors(config: Config, split: Split) -> Recipe:
     }
 
 
-def targets(config: Config, split: Split) -> Recipe:
+def targets(config: Config, split: Split, files: str | None = None) -> Recipe:
     """Returns the recipe of next-token distributions.
 
     Keys that have no effect are left out, and later ones where they are as before.
+
+    Args:
+        config: The configuration.
+        split: Whose rows.
+        files: With targets.teacher=arrow, a digest of the files.
     """
     own = config.targets.recipe()
     del own["workdir"]
     if config.targets.share == 1 or split != "train":
         del own["share"], own["share_by"]
-    if config.targets.teacher == "ngram":
+    if config.targets.teacher != "knn":
         del own["temperature"]
         seed = {"seed": config.seed} if "share" in own else {}  # Nothing else is drawn.
-        return {**seed, "targets": own, "datastore": chunking(config)}
+        if files is not None:
+            del own["ngram_min_count"]
+            own["files"] = files
+        return {"split": split, **seed, "targets": own, "datastore": chunking(config)}
     del own["teacher"], own["ngram_min_count"]
-    return {**found_neighbors(config, split), "targets": _less_defaults(own, TargetsConfig())}
+    found = {"split": split, **found_neighbors(config, split)}
+    return {**found, "targets": _less_defaults(own, TargetsConfig())}
 
 
 def _less_defaults(recipe: Recipe, defaults: Section) -> Recipe:

@@ -98,7 +98,7 @@ def phase_build(phases: Phases, phase: int) -> Completion:
     if phase < len(phases.stops) - 1:
         mesh = make_mesh(run.config.mesh)
         # The manifest is not written yet: the checkpoint is named by its step.
-        decoder, _ = finished_joint(run, artifact, mesh, step=stop)
+        decoder, _ = finished_joint(run, artifact, mesh, step=stop, frozen=True)
         agreement = neighbor_agreement(
             decoder,
             TokenSplit.open(sources.tokens, "train"),

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mlpmem_jax.retrieval.search import Search
     from mlpmem_jax.retrieval.targets import TargetInputs
 
+_WITH_TARGETS: tuple[Split, ...] = ("train", "valid")
+
 
 def stages(run: Artifacts) -> list[Stage]:
     """Returns the stages: neighbours of valid and test, then targets of train and valid.
@@ -38,13 +40,17 @@ def stages(run: Artifacts) -> list[Stage]:
     ]
     if not run.makes_targets:
         return found  # The teacher's targets are read, never made here.
-    is_knn = run.config.targets.teacher == "knn"
+    teacher = run.config.targets.teacher
+    if teacher == "arrow":  # Files that changed are other targets.
+        for split in _WITH_TARGETS:
+            run.sources.arrow(run.config, split, again=True)
     builds: dict[Split, Callable[[], Completion]] = {
         "train": functools.partial(_build_train_targets, run, exact),
         "valid": functools.partial(_build_valid_targets, run),
     }
-    if not is_knn:
-        builds = {split: functools.partial(_build_ngram_targets, run, split) for split in builds}
+    if teacher != "knn":
+        make = _build_ngram_targets if teacher == "ngram" else _build_arrow_targets
+        builds = {split: functools.partial(make, run, split) for split in builds}
     targets = [
         Stage(
             artifact=run.targets(split),
@@ -63,6 +69,13 @@ def _check_targets(run: Artifacts) -> None:
         changed_stages.check_reads_rows(run)
     if run.config.targets.teacher == "knn":
         check_retrieval(run)
+    if run.config.targets.teacher == "arrow":
+        from mlpmem_jax.retrieval.arrow_files import ArrowFiles
+
+        for split in _WITH_TARGETS:
+            path = run.config.targets.arrow_of(split)
+            assert path is not None
+            ArrowFiles(path, f"targets.{split}_arrow").check()
 
 
 def _neighbors_stage(run: Artifacts, split: Split, exact: "ExactCache") -> Stage:
@@ -149,6 +162,14 @@ def _build_ngram_targets(run: Artifacts, split: Split) -> Completion:
     config = run.config
     given = run.tokens, config.targets, config.datastore, config.seed
     return make_ngram_targets(run.targets(split), split, *given)
+
+
+def _build_arrow_targets(run: Artifacts, split: Split) -> Completion:
+    from mlpmem_jax.retrieval.arrow_targets import make_arrow_targets
+
+    config = run.config
+    given = run.tokens, config.targets, config.datastore, config.seed
+    return make_arrow_targets(run.targets(split), split, *given)
 
 
 def _search(run: Artifacts, index: Artifact | None, exact: "ExactCache") -> "Search":

@@ -115,7 +115,7 @@ def evaluate_run(run: Artifacts, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
         ArtifactError: Something is missing, damaged, or speaks of other tokens.
     """
     config = run.config
-    decoder, memory = finished_networks(run, mesh)
+    decoder, memory = finished_networks(run, mesh, frozen=True)
     scored = run_scores(run, decoder, memory, mesh)
     results = {"schema_version": SCHEMA_VERSION} | scored.table(config.evaluate, config.seed)
     searched = datastore_bytes(run.datastore("train"), run.index)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mlpmem_jax.config.data import CorpusConfig, TokenizerConfig
+from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.digests import Digests
 from mlpmem_jax.corpus.stream import Corpus
 from mlpmem_jax.corpus.tokenizer import TextTokenizer, read_tokenizer
@@ -97,6 +98,27 @@ class Sources:
         from mlpmem_jax.interop.gguf import tensor_files
 
         return self._content(["weights", path], lambda: tensor_files(path).digest(), again=again)
+
+    def arrow(self, config: Config, split: str, *, again: bool = False) -> str | None:
+        """Returns a digest of the files with a split's targets; None: targets are not read.
+
+        Args:
+            config: The configuration.
+            split: The split.
+            again: Whether they are read even where a digest of them is remembered.
+
+        Raises:
+            UserError: There are none.
+        """
+        path = config.targets.arrow_of(split)
+        if path is None:
+            return None
+        from mlpmem_jax.interop.tensors import digest_of
+        from mlpmem_jax.retrieval.arrow_files import arrow_files
+
+        files = str(path)
+        read = self._content(["arrow", files], lambda: digest_of(arrow_files(files)), again=again)
+        return str(read)
 
     def used(self, about: list[Any], now: str | None) -> str | None:
         """Returns which artifact of a work directory training began with.

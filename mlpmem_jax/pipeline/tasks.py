@@ -76,7 +76,9 @@ def memory_task(run: Artifacts, mesh: jax.sharding.Mesh, *, blank: bool = False)
     """Returns what `train` trains in mode `memory`; see `pretrain_task`."""
     settings, decoder = _train_settings(run), None
     if settings.reads_decoder:
-        decoder = blank_run(run).decoder(mesh) if blank else finished_decoder(run, mesh)
+        decoder = (
+            blank_run(run).decoder(mesh) if blank else finished_decoder(run, mesh, frozen=True)
+        )
     return MemoryTask(settings, _data(run, "train", blank=blank), mesh, decoder)
 
 

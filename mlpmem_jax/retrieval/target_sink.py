@@ -30,6 +30,7 @@ _REASONS = {
         "such context",
         "is targets.ngram_min_count too large?",
     ),
+    "arrow": ("has a distribution in the files", "distribution in the files", "which are they?"),
 }
 
 

@@ -14,7 +14,12 @@ from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.sharding import batch_sharding
 from mlpmem_jax.store.array_specs import Split, datastore_arrays, input_array, targets_arrays
-from mlpmem_jax.training.networks import abstract_network, decoder_builder, memory_builder
+from mlpmem_jax.training.networks import (
+    abstract_network,
+    decoder_builder,
+    frozen_builder,
+    memory_builder,
+)
 
 
 class BlankTokens:
@@ -74,13 +79,15 @@ class BlankRun:
         return _BlankWindows(tokens | both)
 
     def decoder(self, mesh: jax.sharding.Mesh) -> Decoder:
-        """Returns the decoder's shapes, dtypes and shardings."""
-        return abstract_network(decoder_builder(self.decoder_config, self.vocab_size), mesh)
+        """Returns shapes, dtypes and shardings of the decoder, which is not trained."""
+        build = decoder_builder(self.decoder_config, self.vocab_size)
+        return abstract_network(frozen_builder(build, self.memory_config), mesh)
 
     def memory(self, mesh: jax.sharding.Mesh) -> Memory:
-        """Returns the memory's shapes, dtypes and shardings."""
+        """Returns shapes, dtypes and shardings of a memory that is not trained."""
         width = self.decoder_config.width
-        return abstract_network(memory_builder(self.memory_config, width, self.vocab_size), mesh)
+        build = memory_builder(self.memory_config, width, self.vocab_size)
+        return abstract_network(frozen_builder(build, self.memory_config), mesh)
 
     def _recent(self, length: int) -> dict[str, np.ndarray]:
         num_recent = self.memory_config.num_read_tokens

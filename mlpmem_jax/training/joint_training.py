@@ -129,7 +129,7 @@ class JointTask(WindowTask):
         """The joint loss summed over the batch."""
         decoder, memory = model.decoder, model.memory
         final_BLD, states = decoder.hidden(
-            batch["token"], batch.get("segment"), sites=(self._site,)
+            batch["token"], batch.get("segment"), sites=(self._site,), differentiated=True
         )
         assert final_BLD is not None
         # The memory reads a state of the decoder, perhaps its embeddings, and its head if tied.

@@ -8,6 +8,7 @@ from flax import nnx
 
 from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig
 from mlpmem_jax.models.decoder import Decoder
+from mlpmem_jax.models.frozen import freeze
 from mlpmem_jax.models.joint import Joint
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.sharding import abstract_state
@@ -17,6 +18,7 @@ from mlpmem_jax.training.content import digest_of
 from mlpmem_jax.training.state import flatten, split_module, structure, unflatten
 
 Network = TypeVar("Network", bound=nnx.Module)
+Frozen = TypeVar("Frozen", Decoder, Memory, Joint)
 
 
 def decoder_builder(decoder: DecoderConfig, vocab_size: int) -> Callable[[nnx.Rngs], Decoder]:
@@ -42,51 +44,47 @@ def joint_builder(
     return lambda rngs: Joint(*parts, rngs=rngs)
 
 
-def restored_decoder(
-    artifact: Artifact,
-    decoder: DecoderConfig,
-    vocab_size: int,
-    mesh: jax.sharding.Mesh,
-    step: int | None = None,
-) -> Decoder:
-    """Restores a decoder; that it was trained with this shape is for the caller to check.
+def frozen_builder(
+    build: Callable[[nnx.Rngs], Frozen], reader: MemoryConfig
+) -> Callable[[nnx.Rngs], Frozen]:
+    """Returns a function that makes a network as it is kept where it is not trained.
 
     Args:
+        build: Makes the network.
+        reader: See `freeze`.
+    """
+
+    def make(rngs: nnx.Rngs) -> Frozen:
+        network = build(rngs)
+        freeze(network, reader)
+        return network
+
+    return make
+
+
+def restored(
+    build: Callable[[nnx.Rngs], Network],
+    artifact: Artifact,
+    mesh: jax.sharding.Mesh,
+    step: int | None = None,
+) -> Network:
+    """Restores a network; that it was trained with this shape is for the caller to check.
+
+    Args:
+        build: Makes a network of its shape. Arrays are read in the dtypes of that one.
         artifact: Its checkpoints.
-        decoder: Its shape.
-        vocab_size: V, unpadded.
         mesh: Devices.
         step: A step whose checkpoint is there; None: the last of a finished run.
 
     Raises:
         ArtifactError: It is missing, damaged, or does not fit.
     """
-    return _restored(decoder_builder(decoder, vocab_size), artifact, mesh, step)
-
-
-def restored_memory(
-    artifact: Artifact,
-    memory: MemoryConfig,
-    decoder_width: int,
-    vocab_size: int,
-    mesh: jax.sharding.Mesh,
-    step: int | None = None,
-) -> Memory:
-    """Restores a memory, as `restored_decoder` does a decoder."""
-    return _restored(memory_builder(memory, decoder_width, vocab_size), artifact, mesh, step)
-
-
-def restored_joint(
-    artifact: Artifact,
-    decoder: DecoderConfig,
-    memory: MemoryConfig,
-    vocab_size: int,
-    mesh: jax.sharding.Mesh,
-    step: int | None = None,
-) -> tuple[Decoder, Memory]:
-    """Restores decoder and memory that were trained together, as `restored_decoder` does."""
-    network = _restored(joint_builder(decoder, memory, vocab_size), artifact, mesh, step)
-    return network.decoder, network.memory
+    params, fixed = _abstract_states(build, mesh)
+    items = {"params": flatten(params), "fixed": flatten(fixed)}
+    flat = restore_finished(artifact, items, step)
+    return nnx.merge(
+        structure(build), unflatten(params, flat["params"]), unflatten(fixed, flat["fixed"])
+    )
 
 
 def save_network(
@@ -121,17 +119,3 @@ def _abstract_states(
         return split_module(build(nnx.Rngs(0)))[1:]
 
     return abstract_state(states, mesh)
-
-
-def _restored(
-    build: Callable[[nnx.Rngs], Network],
-    artifact: Artifact,
-    mesh: jax.sharding.Mesh,
-    step: int | None = None,
-) -> Network:
-    params, fixed = _abstract_states(build, mesh)
-    items = {"params": flatten(params), "fixed": flatten(fixed)}
-    flat = restore_finished(artifact, items, step)
-    return nnx.merge(
-        structure(build), unflatten(params, flat["params"]), unflatten(fixed, flat["fixed"])
-    )

@@ -10,7 +10,7 @@ import pytest
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.corpus.tokens import TokenSplit
-from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.errors import ConfigError, UserError
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.pipeline import index, retrieve, tokenize
 from mlpmem_jax.pipeline.graph import Artifacts
@@ -284,3 +284,72 @@ def test_ngram_targets_are_made_from_tokens_alone(
         run_stages(_target_stages(other))
         for one, two in zip(_target_stages(run), _target_stages(other), strict=True):
             assert one.artifact.load().fingerprint == two.artifact.load().fingerprint
+
+
+def _write_arrow(arrow, path, label, rng, form):
+    """Writes a distribution for each label; returns their tokens and probabilities."""
+    rows = []
+    for _ in label:
+        count = int(rng.integers(1, 9))
+        weight = np.sort(rng.random(count))[::-1]
+        prob = (weight / weight.sum()).astype(np.float16)
+        prob[-1:] = prob[-2:-1] if count > 2 else prob[-1:]  # Equal ones, still descending.
+        prob = (prob / prob.sum(dtype=np.float32)).astype(np.float16)
+        rows.append((rng.choice(250, count, replace=False).astype(np.int32), prob))
+    columns = {
+        "id_cnt": arrow.array([len(ids) for ids, _ in rows], arrow.int32()),
+        "token_id": arrow.array([ids for ids, _ in rows], arrow.list_(arrow.int32())),
+        "prob": arrow.array([prob for _, prob in rows], arrow.list_(arrow.float16())),
+        "label": arrow.array(label, arrow.int32()),
+    }
+    table = arrow.table(columns)
+    with form(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    return rows
+
+
+def test_targets_of_the_official_code_are_taken_over(make_run, tmp_path):
+    """Every row's most probable tokens, bit for bit; files about other text are refused."""
+    arrow = pytest.importorskip("pyarrow", reason="targets in Arrow files need pyarrow")
+    given = {"teacher": "arrow", "train_arrow": str(tmp_path / "train")}
+    given["valid_arrow"] = str(tmp_path / "valid.arrow")
+    tokens = make_run(keys=False)
+    (tmp_path / "train").mkdir()
+    separator = TokenSplit.open(tokens.tokens, "train").separator_id
+    label = {split: _tokens(tokens, split)[0][1:] for split in ("train", "valid")}
+    about = {"train": np.arange(len(label["train"]))}
+    about["valid"] = np.flatnonzero(label["valid"] != separator)  # Separators are left out.
+    half, rng = len(label["train"]) // 2, np.random.default_rng(0)
+    stream, file = arrow.ipc.new_stream, arrow.ipc.new_file
+    parts = label["train"][:half], label["train"][half:]
+    rows = {
+        "train": [
+            row
+            for place, part in enumerate(parts)
+            for row in _write_arrow(arrow, tmp_path / f"train/{place}.arrow", part, rng, stream)
+        ],
+        "valid": _write_arrow(
+            arrow, tmp_path / "valid.arrow", label["valid"][about["valid"]], rng, file
+        ),
+    }
+    run = make_run(keys=False, targets=given)
+    run_stages(_target_stages(run))
+    for split in ("train", "valid"):
+        target_id, prob, mass, stored = _all(run.targets(split), "id", "prob", "mass", "label")
+        np.testing.assert_array_equal(stored, label[split])
+        np.testing.assert_array_equal(mass > 0, label[split] != separator)
+        for n, (ids, probs) in zip(about[split], rows[split], strict=True):
+            if label[split][n] == separator:
+                continue
+            order = np.lexsort((ids, -probs))[:S]
+            assert target_id[n][: len(order)].tolist() == ids[order].tolist()
+            np.testing.assert_array_equal(prob[n][: len(order)], probs[order])
+            assert not prob[n][len(order) :].any()
+    wrong = label["valid"].copy()
+    wrong[5] = (wrong[5] + 1) % 250
+    for changed, message in ((wrong, "row 5 has the label"), (wrong[:-1], "are cut off, or")):
+        _write_arrow(arrow, tmp_path / "valid.arrow", changed, rng, file)
+        other = make_run(keys=False, targets=given)
+        assert other.targets("valid").relative != run.targets("valid").relative
+        with pytest.raises(UserError, match=message):
+            run_stages(_target_stages(other))

@@ -7,7 +7,7 @@ from flax import nnx
 
 from mlpmem_jax.config.networks import DecoderConfig
 from mlpmem_jax.embedding.blocks import EmbeddingSettings
-from mlpmem_jax.embedding.embed import embed_split
+from mlpmem_jax.embedding.embed import embed_split, make_embed_step
 from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.parallel.mesh import single_device_mesh
@@ -105,6 +105,24 @@ def test_rows_equal_the_plain_reference(decoder, tmp_path, num_tokens, within):
         np.testing.assert_allclose(rows["input"][row], state, rtol=2e-4, atol=2e-5)
         assert rows["label"][row] == label
         np.testing.assert_allclose(rows["logprob"][row], logprob, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_stored_is_not_computed(decoder, tmp_path):
+    """The same states without log-probabilities, by fewer blocks."""
+    tokens, state = Stream(17), _specs()["input"]
+    expected = _embed(decoder, tokens, tmp_path / "all")
+    found = _embed(decoder, tokens, tmp_path / "one", specs={"input": state})
+    np.testing.assert_array_equal(found["input"], expected["input"])
+    assert list(found) == ["input"]
+    batch = {name: np.zeros((3, 8), np.int32) for name in ("token", "label")}
+    batch["offset"] = np.zeros(3, np.int32)
+
+    def flops(*names):
+        dtypes = {name: np.dtype(np.float32) for name in names}
+        step = make_embed_step(decoder, _settings(), dtypes)
+        return step.func.lower(*step.args, batch).compile().cost_analysis()["flops"]
+
+    assert flops("input") < 0.72 * flops("input", "logprob")
 
 
 def test_finished_shards_are_kept_and_missing_ones_made(decoder, tmp_path, monkeypatch):

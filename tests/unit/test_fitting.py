@@ -1,6 +1,7 @@
 """Stages that do not fit the machine are refused before the first of them starts."""
 
 import dataclasses
+import math
 import re
 
 import pytest
@@ -10,11 +11,13 @@ from mlpmem_jax.corpus.row_estimates import least_rows, likely_rows
 from mlpmem_jax.errors import UserError
 from mlpmem_jax.parallel import hardware
 from mlpmem_jax.parallel.hardware import Machine
+from mlpmem_jax.parallel.mesh import mesh_sizes
 from mlpmem_jax.pipeline import (
     embed,
     evaluate,
     fitting,
     index,
+    needs,
     pretrain,
     retrieve,
     tokenize,
@@ -146,6 +149,19 @@ def test_moments_are_not_added_and_on_cpu_devices_share_the_host(tmp_path):
     assert "at least 359.4 GiB of host memory" in line
     unknown = _machine(device_bytes=None, host_bytes=None, disk_bytes=None)
     assert shortages([stage], unknown, lambda *_: {}) == []
+
+
+def test_a_frozen_decoder_counts_in_its_compute_dtype():
+    """That of the machine where it is `auto`: 14 GB for 7 billion parameters in bfloat16."""
+    config = load_config(ROOT / "configs" / "mistral_7b.yaml")
+    assert config.decoder.compute_dtype == "auto"
+    run = Artifacts(config, Unread(config.workdir))
+    parts = math.prod(size for size in mesh_sizes(config.mesh, 256)[1:])
+    machines = (_machine(platform=platform, num_devices=256) for platform in ("tpu", "cpu"))
+    rows = {"train": 1000, "valid": 1000, "test": 1000}
+    found = [needs.embedding_need(run, "valid", machine, lambda _: rows) for machine in machines]
+    held = [need.moments[0].device_bytes * parts / 1e9 for need in found]
+    assert 14 < held[0] < 14.6 and held[1] == pytest.approx(2 * held[0], rel=1e-3)
 
 
 def test_a_run_is_refused_before_its_text_is_tokenized(tmp_path, monkeypatch, capsys):

@@ -42,7 +42,8 @@ def analyze_run(
         ArtifactError: Something is missing, damaged, or speaks of other tokens.
     """
     config = run.config
-    decoder, memory = finished_decoder(run, mesh), finished_memory(run, mesh)
+    decoder = finished_decoder(run, mesh, frozen=True)
+    memory = finished_memory(run, mesh, frozen=True)
     stored = stored_split(run, _SPLIT)
     systems = evaluated["systems"]
     temperature = float(systems["knn"]["temperature"])

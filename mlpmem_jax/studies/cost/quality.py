@@ -44,7 +44,7 @@ def measure_quality(
     sizes = []
     noted: dict[str, list[str]] = {}
     for rows, part in parts:
-        scores = run_scores(part, *finished_networks(part, mesh), mesh)
+        scores = run_scores(part, *finished_networks(part, mesh, frozen=True), mesh)
         scored = scores.table(part.config.evaluate, part.config.seed)
         systems = scored["systems"]
         for note in scored["notes"]:

@@ -97,7 +97,8 @@ def _timer(
     run: Artifacts, evaluated: Mapping[str, Any], mesh: jax.sharding.Mesh, path: epath.Path
 ) -> tuple[Timer, dict[str, int]]:
     """Returns the timer, and the bytes of the parameters of both models."""
-    decoder, memory = finished_decoder(run, mesh), finished_memory(run, mesh)
+    decoder = finished_decoder(run, mesh, frozen=True)
+    memory = finished_memory(run, mesh, frozen=True)
     systems = evaluated["systems"]
     alone = parameter_bytes(decoder)
     timer = Timer(

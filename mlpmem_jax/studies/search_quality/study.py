@@ -145,7 +145,8 @@ class _Study:
         }
 
     def _memory(self, run: Artifacts) -> dict[str, Any]:
-        networks, weight = finished_networks(run, self.mesh), run.config.trained_interpolation
+        networks = finished_networks(run, self.mesh, frozen=True)
+        weight = run.config.trained_interpolation
         remembered = {s: memory_scores(run, s, *networks, self.mesh, weight) for s in EVALUATED}
         part_N = {split: one.logprob_N for split, one in remembered.items()}
         return self._scores("memory", part_N, {s: one.weight for s, one in remembered.items()})

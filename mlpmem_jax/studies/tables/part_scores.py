@@ -169,9 +169,9 @@ def _score(part: Part, split: Split) -> Completion:
         )
     mesh = make_mesh(run.config.mesh)
     if part.kind == "decoder":
-        decoder = finished_decoder(run, mesh, part.step)
+        decoder = finished_decoder(run, mesh, part.step, frozen=True)
         return row_scores.score_decoder(run, decoder, split, artifact, mesh)
     if part.kind == "memory":
-        memory = finished_memory(run, mesh, part.step)
+        memory = finished_memory(run, mesh, part.step, frozen=True)
         return row_scores.score_memory_alone(run, memory, split, artifact, mesh)
     return row_scores.score_mixture(run, split, artifact, mesh, part.step)

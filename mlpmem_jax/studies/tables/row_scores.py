@@ -47,7 +47,7 @@ def score_memory_alone(
 ) -> Completion:
     """Scores a memory on the stored inputs of its datastore."""
     config = run.config
-    decoder = finished_decoder(run, mesh) if config.memory.reads_decoder else None
+    decoder = finished_decoder(run, mesh, frozen=True) if config.memory.reads_decoder else None
     rows = stored_rows(run, split, with_targets=False)
     chunk_tokens = config.train.loss_chunk_tokens
     scores = score_memory(memory, decoder, rows, mesh, chunk_tokens=chunk_tokens)
@@ -72,10 +72,10 @@ def score_mixture(
         step: Of a memory beside a frozen decoder, a step before its last; None: the last.
     """
     config = run.config
-    decoder, memory = finished_networks(run, mesh)
+    decoder, memory = finished_networks(run, mesh, frozen=True)
     weight = config.trained_interpolation
     if step is not None:
-        memory = finished_memory(run, mesh, step)
+        memory = finished_memory(run, mesh, step, frozen=True)
         train = at_step(config.train, step)
         weight = config.model_copy(update={"train": train}).trained_interpolation
     scores = memory_scores(run, split, decoder, memory, mesh, weight)
