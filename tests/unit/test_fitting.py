@@ -153,7 +153,7 @@ def test_moments_are_not_added_and_on_cpu_devices_share_the_host(tmp_path):
 
 def test_a_frozen_decoder_counts_in_its_compute_dtype():
     """That of the machine where it is `auto`: 14 GB for 7 billion parameters in bfloat16."""
-    config = load_config(ROOT / "configs" / "mistral_7b.yaml")
+    config = load_shipped(ROOT / "configs" / "mistral_7b.yaml")
     assert config.decoder.compute_dtype == "auto"
     run = Artifacts(config, Unread(config.workdir))
     parts = math.prod(size for size in mesh_sizes(config.mesh, 256)[1:])
