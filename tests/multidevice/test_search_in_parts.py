@@ -28,7 +28,13 @@ pytestmark = pytest.mark.multidevice
 
 @pytest.mark.parametrize(
     ("engine", "rule"),
-    [("exact", "row"), ("scann", "row"), ("routed", "row"), ("exact", "document")],
+    [
+        ("exact", "row"),
+        ("scann", "row"),
+        ("routed", "row"),
+        ("exact", "document"),
+        ("routed", "document"),
+    ],
 )
 def test_two_processes_find_what_one_does(tmp_path, engine, rule):
     key = script.made_up_keys()
