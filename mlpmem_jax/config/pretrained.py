@@ -162,7 +162,7 @@ def _read_json(file: Path, path: str) -> dict[str, Any]:
     try:
         value = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not JSON"
+        reason = str(error.strerror) if isinstance(error, OSError) else "not JSON"
         if isinstance(error, NotADirectoryError):
             reason = f"{file.parent.name} is a file"
         if file.parent.suffix in PICKLED:
