@@ -102,7 +102,8 @@ class Exclusion:
             wide = engine.visiting(visited)
             if wide is None:
                 return
-            again = self._search_all(wide, query_QD[short], row_Q[short], num_neighbors)
+            # Of half as many rows nearly all were excluded.
+            again = self._search_all(wide, query_QD[short], row_Q[short], num_neighbors, visited)
             found.distance_QK[short], found.row_QK[short] = again.distance_QK, again.row_QK
             short = short[self.short(again, row_Q[short], engine.num_rows)]
 
@@ -114,21 +115,39 @@ class Exclusion:
         return np.flatnonzero(count_Q < most_Q)
 
     def _search_all(
-        self, engine: Engine, query_QD: np.ndarray, row_Q: np.ndarray, num_neighbors: int
+        self,
+        engine: Engine,
+        query_QD: np.ndarray,
+        row_Q: np.ndarray,
+        num_neighbors: int,
+        first: int | None = None,
     ) -> Neighbors:
         if isinstance(engine, KeyShards):
             return engine.search_with(
-                lambda part: self.search_in(part, query_QD, row_Q, num_neighbors), num_neighbors
+                lambda part: self.search_in(part, query_QD, row_Q, num_neighbors, first),
+                num_neighbors,
             )
-        return self.search_in(engine, query_QD, row_Q, num_neighbors)
+        return self.search_in(engine, query_QD, row_Q, num_neighbors, first)
 
     def search_in(
-        self, engine: Engine, query_QD: np.ndarray, row_Q: np.ndarray, num_neighbors: int
+        self,
+        engine: Engine,
+        query_QD: np.ndarray,
+        row_Q: np.ndarray,
+        num_neighbors: int,
+        first: int | None = None,
     ) -> Neighbors:
         """Returns the nearest rows that are not excluded, of those that some keys in memory hold.
 
-        A few more than K are searched for. Queries whose list is full and holds fewer than K
-        such rows are searched again for twice as many, until it holds K or no more are found.
+        Queries whose list is full and holds fewer than K such rows are searched again for twice as
+        many, until it holds K or no more are found.
+
+        Args:
+            engine: What is searched.
+            query_QD: float32 queries.
+            row_Q: Their rows.
+            num_neighbors: K.
+            first: How many are searched for at first; None: a few more than K.
         """
         found = no_neighbors(len(row_Q), num_neighbors)
         short, skipped_Q2 = np.arange(len(row_Q)), None
@@ -139,8 +158,8 @@ class Exclusion:
             short = np.flatnonzero(~is_inside_Q)  # Others have no neighbour here.
             skipped_Q2 = document_Q2 if engine.skips_rows else None
         is_all_skipped = skipped_Q2 is not None and not self.repeat_tokens
-        wanted = num_neighbors if is_all_skipped else first_list(num_neighbors)
-        most = len(query_QD) * wanted  # Neighbours held at a time.
+        wanted = num_neighbors if is_all_skipped else first or first_list(num_neighbors)
+        most = len(query_QD) * first_list(num_neighbors)  # Neighbours held at a time.
         while len(short):
             is_short_Q = np.empty(len(short), bool)
             for part in row_ranges(len(short), max(1, most // wanted)):

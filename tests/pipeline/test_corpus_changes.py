@@ -341,7 +341,10 @@ def test_what_cannot_be_changed_is_refused_in_one_line(
         (("append", *new, "corpus.attention=across"), "corpus.attention=across: states depend"),
         (("append", *new, "retrieval.keep_train=none"), "set retrieval.keep_train=all"),
         (("append", *new, "decoder.num_layers=3"), "datastore/train does not exist"),
-        (("append", *new, "tokenizer.vocab_size=299"), "tokenizer.* does not exist"),
+        (
+            ("append", *new, "tokenizer.vocab_size=299"),
+            "not exist.*vocab_size=300, now 299",
+        ),
         (("append", *new, "--rebuild"), "made once"),
         (("append", *new, "--text", f"{folder}/some.jsonl"), "append them one by one"),
         (("remove",), "remove: which documents?"),

@@ -213,7 +213,7 @@ def test_routed_lists_are_full_and_the_same_in_parts(
     tmp_path, monkeypatch, cells, by_document, repeats
 ):
     """A document fills all cells that its rows visit at first: they visit more."""
-    monkeypatch.setattr(key_major, "_WIDENED_BYTES", 350 * 12 * K)  # Groups of two blocks.
+    monkeypatch.setattr(key_major, "_WIDENED_BYTES", 700 * 12 * K)  # Two groups of blocks.
     key, label = _text()
     rules = {"by_document": by_document, "repeats": repeats}
     queries = Queries(True, _exclusion(label, **rules))
