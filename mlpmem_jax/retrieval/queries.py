@@ -19,6 +19,7 @@ from mlpmem_jax.store.stored_array import StoredArray
 # Of K, how many more are searched for where more than the own row is excluded. Queries that
 # need more are searched again.
 _SPARE = 0.25
+_LEAST_HELD = 1 << 22  # Neighbours of queries that are searched again; fewer cost more calls.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Exclusion:
             skipped_Q2 = document_Q2 if engine.skips_rows else None
         is_all_skipped = skipped_Q2 is not None and not self.repeat_tokens
         wanted = num_neighbors if is_all_skipped else first or first_list(num_neighbors)
-        most = len(query_QD) * first_list(num_neighbors)  # Neighbours held at a time.
+        most = max(_LEAST_HELD, len(query_QD) * first_list(num_neighbors))  # Held at a time.
         while len(short):
             is_short_Q = np.empty(len(short), bool)
             for part in row_ranges(len(short), max(1, most // wanted)):
