@@ -28,13 +28,7 @@ pytestmark = pytest.mark.multidevice
 
 @pytest.mark.parametrize(
     ("engine", "rule"),
-    [
-        ("exact", "row"),
-        ("scann", "row"),
-        ("routed", "row"),
-        ("exact", "document"),
-        ("routed", "document"),
-    ],
+    [("exact", "row"), ("scann", "row"), ("routed", "row"), ("exact", "document")],
 )
 def test_two_processes_find_what_one_does(tmp_path, engine, rule):
     key = script.made_up_keys()
