@@ -15,6 +15,7 @@ from mlpmem_jax.config.gguf_settings import settings_of
 from mlpmem_jax.config.gguf_tokenizer import special_tokens, tokenizer_mistake
 from mlpmem_jax.config.hub import local_path
 from mlpmem_jax.config.networks import DecoderConfig
+from mlpmem_jax.config.weight_files import PICKLED
 from mlpmem_jax.errors import ConfigError
 
 HF_CONFIG, HF_TOKENIZER = "config.json", "tokenizer.json"
@@ -161,7 +162,11 @@ def _read_json(file: Path, path: str) -> dict[str, Any]:
     try:
         value = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not JSON"
+        reason = str(error.strerror) if isinstance(error, OSError) else "not JSON"
+        if isinstance(error, NotADirectoryError):
+            reason = f"{file.parent.name} is a file"
+        if file.parent.suffix in PICKLED:
+            reason += ", of pickled weights, which are never read"
         raise ConfigError(
             f"decoder.pretrained={path}: {file.name} cannot be read ({reason}); it must be a "
             "Hugging Face directory with config.json, *.safetensors and tokenizer.json, a GGUF "

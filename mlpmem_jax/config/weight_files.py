@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mlpmem_jax.errors import UserError
 
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -20,6 +21,8 @@ def weight_files(folder: Path) -> list[str]:
     Raises:
         UserError: There are none, one is missing, the index is damaged, or weights are pickled.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {'is a file' if folder.exists() else 'no such directory'}")
     index = folder / INDEX
     if index.is_file():
         try:
@@ -36,7 +39,7 @@ def weight_files(folder: Path) -> list[str]:
         return sorted(named)
     if (folder / ONE_FILE).is_file():
         return [ONE_FILE]
-    pickled = [p.name for p in folder.glob("*.bin")] if folder.is_dir() else []
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     raise UserError(
         f"{folder}: has neither {ONE_FILE} nor {INDEX}"
         + (f"; {pickled[0]} is a pickle, which is never read" if pickled else "")

@@ -85,6 +85,8 @@ def load_network(
             # Rows beyond the vocabulary stay zero.
             key = f"{entry.parameter}/value"
             flat[key] = _writer(flat[key].sharding)(flat[key], part, start)
+            # Otherwise the host reads ahead, and holds every tensor that is not yet written.
+            jax.block_until_ready(flat[key])
     return nnx.merge(graphdef, unflatten(params, flat), fixed)
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +31,19 @@ class TensorFiles:
             UserError: There are none, one is missing or damaged, or weights are pickled.
         """
         self._folder = Path(path).expanduser()
-        self._handles: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name in self.files():
-            try:
-                handle = safe_open(self._folder / name, framework="np")
-            except (OSError, SafetensorError) as error:
-                raise UserError(
-                    f"{self._folder / name}: cannot be read as safetensors ({error})"
-                ) from None
-            self._handles[name] = handle
-            for tensor in handle.keys():  # noqa: SIM118 (no mapping)
-                about = handle.get_slice(tensor)
-                if about.get_dtype() not in _DTYPES:
-                    raise UserError(
-                        f"{self._folder / name}: {tensor} has the dtype {about.get_dtype()}; "
-                        f"supported are {', '.join(_DTYPES)}"
-                    )
-                self._file_of[tensor] = name
-                self.shapes[tensor] = tuple(about.get_shape())
+            with self._opened(name) as handle:
+                for tensor in handle.keys():  # noqa: SIM118 (no mapping)
+                    about = handle.get_slice(tensor)
+                    if about.get_dtype() not in _DTYPES:
+                        raise UserError(
+                            f"{self._folder / name}: {tensor} has the dtype {about.get_dtype()}; "
+                            f"supported are {', '.join(_DTYPES)}"
+                        )
+                    self._file_of[tensor] = name
+                    self.shapes[tensor] = tuple(about.get_shape())
 
     def files(self) -> list[str]:
         """Returns the names of the files.
@@ -66,9 +59,22 @@ class TensorFiles:
         Raises:
             UserError: It holds values that are not finite.
         """
-        found = np.asarray(self._handles[self._file_of[name]].get_tensor(name)).astype(np.float32)
-        check_finite(found, f"{self._folder / self._file_of[name]}: {name}")
+        file = self._file_of[name]
+        with self._opened(file) as handle:
+            found = np.asarray(handle.get_tensor(name)).astype(np.float32)
+        check_finite(found, f"{self._folder / file}: {name}")
         return found
+
+    @contextlib.contextmanager
+    def _opened(self, file: str) -> Iterator[Any]:
+        """Opens a file for a moment: its pages count as memory as long as it is open."""
+        try:
+            with safe_open(self._folder / file, framework="np") as handle:
+                yield handle
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{self._folder / file}: cannot be read as safetensors ({error})"
+            ) from None
 
     def digest(self) -> str:
         """Returns a digest of names, shapes, sizes and samples of the bytes of each file."""

@@ -17,7 +17,7 @@ def interpolation(run: Artifacts) -> float | None:
     if not trained.is_complete():
         raise ArtifactError(
             f"{trained.path}: the memory is not trained yet; train it with the command "
-            f"`train`, or generate with --without-memory{nearest.in_words(trained)}"
+            f"`train`, or use the decoder alone with --without-memory{nearest.in_words(trained)}"
         )
     if config.generate.interpolation != "auto":
         return config.generate.interpolation

@@ -11,6 +11,7 @@ from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.pipeline.graph import Artifacts
 
 _WORDS = 8
+_SHOWN = 30  # characters of the beginning and the end of a text in a message
 _MOST_TOKENS = 64  # where so many words are longer, as in writing without white space
 _FIRST_WORDS = re.compile(rf"\s*(?:\S+\s+){{0,{_WORDS - 1}}}\S+")
 
@@ -33,10 +34,22 @@ def prompts_of(run: Artifacts, tokenizer: TextTokenizer) -> list[str]:
     for text, prompt in zip(typed, prompts, strict=True):
         if prompt != text and config.generate.prompts:
             note(
-                f"prompt {text!r}: its trailing space is left out, because the tokenizer makes it "
-                "part of the next word"
+                f"prompt {_shown(text)}: its trailing space is left out, because the tokenizer "
+                "makes it part of the next word"
+            )
+    context = config.decoder.context_tokens
+    for prompt, token_T in zip(prompts, tokenizer.encode(prompts), strict=True):
+        if len(token_T) >= context:  # The separator is one more.
+            note(
+                f"warning: prompt {_shown(prompt)}: of its {1 + len(token_T):,} tokens, the "
+                f"separator included, the last {context:,} are read "
+                f"(decoder.context_tokens={context})"
             )
     return prompts
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]}…{text[-_SHOWN:]}")
 
 
 def _beginning(run: Artifacts, tokenizer: TextTokenizer) -> str:

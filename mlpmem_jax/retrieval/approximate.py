@@ -222,6 +222,7 @@ class ApproximateEngine:
     """
 
     name: EngineName = "scann"
+    skips_rows = False
 
     def __init__(
         self,
@@ -232,7 +233,7 @@ class ApproximateEngine:
     ):
         self.settings = settings
         self.spans_processes = process_count() > 1 and not alone
-        self.num_rows = 0
+        self.num_rows = first_row = 0
         self._shards: list[tuple[Any, int]] = []
         leaves: list[np.ndarray] = []
         scann = _import()
@@ -243,6 +244,8 @@ class ApproximateEngine:
                 continue
             shard = path / name
             about = read_checked_json(shard / SHARD)
+            if not self.num_rows:
+                first_row = int(about["first_row"])
             files: Mapping[str, Any] = about["files"]
             is_held = is_mine(number) or not self.spans_processes
             # The order of queries needs the leaves of all rows: four bytes a row.
@@ -257,13 +260,21 @@ class ApproximateEngine:
                     leaves.append(np.zeros(about["num_rows"], np.int32))
             self.num_rows += int(about["num_rows"])
         self._leaf_N = np.concatenate(leaves)
+        self.rows = range(first_row, first_row + self.num_rows)
 
     def search(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
         """Returns neighbours as the protocol says; distances are exact, rows may be missed."""
         return self.search_later(query_QD, num_neighbors)()
 
-    def search_later(self, query_QD: np.ndarray, num_neighbors: int) -> Callable[[], Neighbors]:
+    def visiting(self, num_rows: int) -> None:
+        """Returns none: the leaves to search do not depend on what is asked for."""
+        del num_rows
+
+    def search_later(
+        self, query_QD: np.ndarray, num_neighbors: int, skipped_Q2: np.ndarray | None = None
+    ) -> Callable[[], Neighbors]:
         """Searches now, and merges what the processes have found when it is called for."""
+        assert skipped_Q2 is None
         if not len(query_QD):
             return lambda: no_neighbors(0, num_neighbors)
         found = self._search_held(query_QD, num_neighbors)

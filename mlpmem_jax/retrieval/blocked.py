@@ -9,6 +9,7 @@ are scored again by differences.
 """
 
 import concurrent.futures
+import itertools
 import os
 from collections.abc import Callable, Iterator
 
@@ -17,7 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlpmem_jax.retrieval.distances import squared_distances
-from mlpmem_jax.retrieval.merge import Neighbors, concatenate, fit, sortable, unpack
+from mlpmem_jax.retrieval.merge import (
+    MISSING_ROW,
+    Neighbors,
+    concatenate,
+    fit,
+    no_neighbors,
+    sortable,
+    unpack,
+)
 
 # A block of scores is 1024 x 8192 float32: keys are packed for a product once for so many
 # queries, a tenth faster than for 512. Fewer queries meet as many more keys at once.
@@ -28,6 +37,7 @@ _SAMPLE_ROWS = 4 * 8192
 # Minima of groups stand for the sample in its threshold, as long as few of the wanted share one.
 _GROUPS_PER_RANK = 8
 _LARGEST_GROUP = 32
+FINITE = np.finfo(np.float32).max
 ROUNDING = 8 * 2.0**-24  # Eight standard deviations of the rounding of a float32 product.
 _RANK_GROWTH = 8
 _ALIGNED_BYTES = 64  # XLA adopts memory with this alignment instead of copying it.
@@ -79,40 +89,57 @@ class BlockedSearch:
         squared_C = np.einsum("cd,cd->c", key_CD, key_CD)
         return float(np.sqrt(squared_C.max())), float(norm_C.max())
 
-    def search(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
+    def search(
+        self, query_QD: np.ndarray, num_neighbors: int, skipped_Q2: np.ndarray | None = None
+    ) -> Neighbors:
         """Returns the nearest rows, ordered by (distance, row).
 
         Args:
             query_QD: float32 queries.
             num_neighbors: K; lists are filled up where there are fewer rows.
+            skipped_Q2: Rows [start, stop) that are no neighbours of each query; None: none.
         """
         wanted = min(num_neighbors, self.num_rows)
-        pieces = [query_QD[start : start + _QUERIES] for start in range(0, len(query_QD), _QUERIES)]
+        place_QI2 = np.empty((len(query_QD), 0, 2), np.int64)
+        if skipped_Q2 is not None:
+            place_QI2 = self._places_of(skipped_Q2)
+        starts = range(0, len(query_QD), _QUERIES)
+        pieces = [slice(start, start + _QUERIES) for start in starts]
         # While NumPy selects for one piece, XLA multiplies for another.
         workers = max(1, min(len(pieces), max(2, (os.cpu_count() or 2) // 2)))
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            parts = list(pool.map(lambda piece: self._search(piece, wanted), pieces))
+            parts = list(
+                pool.map(lambda one: self._search(query_QD[one], place_QI2[one], wanted), pieces)
+            )
         if not parts:
             parts = [Neighbors(np.empty((0, wanted), np.float32), np.empty((0, wanted), np.int64))]
         return fit(concatenate(parts), num_neighbors)
 
-    def _search(self, query_QD: np.ndarray, wanted: int) -> Neighbors:
-        distance_QK = np.empty((len(query_QD), wanted), np.float32)
-        row_QK = np.empty((len(query_QD), wanted), np.int64)
+    def _places_of(self, row_Q2: np.ndarray) -> np.ndarray:
+        """Returns the places of a range of rows of each query: two ranges, int64 [Q, 2, 2]."""
+        sampled_Q2 = np.searchsorted(self._row_N[: self._num_sampled], row_Q2)
+        return np.stack([sampled_Q2, self._num_sampled + row_Q2 - sampled_Q2], axis=1)
+
+    def _search(self, query_QD: np.ndarray, place_QI2: np.ndarray, wanted: int) -> Neighbors:
+        found = no_neighbors(len(query_QD), wanted)
         # So many of the K nearest are expected in the sample; the surplus makes it near
         # certain that the threshold lets all K pass.
         expected = wanted * self._num_sampled / self.num_rows
         rank = min(wanted, int(np.ceil(expected + 5 * np.sqrt(expected) + 3)))
         remaining = np.arange(len(query_QD))
         while len(remaining):
-            place_RC, is_complete = self._survivors(query_QD[remaining], wanted, rank)
+            place_RC, is_complete = self._survivors(
+                query_QD[remaining], place_QI2[remaining], wanted, rank
+            )
             done = remaining[is_complete]
             if len(done):  # Lists that are not complete may be shorter than K.
-                found = self._ranked(query_QD[done], place_RC[is_complete])
-                distance_QK[done], row_QK[done] = (one[:, :wanted] for one in found)
+                some = self._ranked(query_QD[done], place_RC[is_complete])
+                distance, row = (one[:, :wanted] for one in some)
+                found.distance_QK[done, : distance.shape[1]] = distance
+                found.row_QK[done, : row.shape[1]] = np.where(np.isinf(distance), MISSING_ROW, row)
             remaining = remaining[~is_complete]
             rank *= _RANK_GROWTH
-        return Neighbors(distance_QK, row_QK)
+        return found
 
     def _ranked(self, query_QD: np.ndarray, place_QC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns distances and rows of candidates in order, both [Q, C]."""
@@ -138,7 +165,7 @@ class BlockedSearch:
         return query_QA, margin_Q
 
     def _survivors(
-        self, query_QD: np.ndarray, wanted: int, rank: int
+        self, query_QD: np.ndarray, place_QI2: np.ndarray, wanted: int, rank: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns places of candidates [Q, C], and for each query whether all K nearest are."""
         num_queries = len(query_QD)
@@ -148,20 +175,28 @@ class BlockedSearch:
         queries = jnp.asarray(query_QA)
         block_rows = len(blocks[0])
         num_first = -(-self._num_sampled // block_rows)
-        first = [block_scores(queries, keys) for keys in blocks[:num_first]]
+
+        def allowed(product: jax.Array, start: int) -> np.ndarray:
+            score_QC = np.asarray(product)[:num_queries, : self.num_rows - start]
+            return _without(score_QC, place_QI2 - start)
+
+        products = [block_scores(queries, keys) for keys in blocks[:num_first]]
+        first = [allowed(one, number * block_rows) for number, one in enumerate(products)]
         sample_Q = sample_threshold(
             [
-                np.asarray(scores)[:num_queries, : self._num_sampled - number * block_rows]
-                for number, scores in enumerate(first)
+                score_QC[:, : self._num_sampled - number * block_rows]
+                for number, score_QC in enumerate(first)
             ],
             rank,
         )
         first_Q = sample_Q + margin_Q
-        survivors = Survivors(first_Q.astype(np.float32), margin_Q, wanted)
+        # Finite: what is skipped has an infinite score.
+        threshold_Q = np.minimum(first_Q, FINITE).astype(np.float32)
+        survivors = Survivors(threshold_Q, margin_Q, wanted)
         for number, keys in enumerate(blocks):
-            scores = first.pop(0) if first else block_scores(queries, keys)
             start = number * block_rows
-            survivors.add(np.asarray(scores)[:num_queries, : self.num_rows - start], start)
+            score_QC = first.pop(0) if first else allowed(block_scores(queries, keys), start)
+            survivors.add(score_QC, start)
         needed_Q = survivors.tighten()
         return survivors.places(), needed_Q <= first_Q
 
@@ -256,6 +291,21 @@ def sample_threshold(sample: list[np.ndarray], rank: int) -> np.ndarray:
         score_QC = score_QC[:, : num_columns - num_columns % group]
         minima.append(score_QC.reshape(num_queries, group, -1).min(axis=1))
     return _kth_smallest(np.concatenate(minima, axis=1), rank)
+
+
+def _without(score_QC: np.ndarray, column_QI2: np.ndarray) -> np.ndarray:
+    """Returns scores, infinite in the columns [start, stop) of each query."""
+    column_QI2 = np.clip(column_QI2, 0, score_QC.shape[1])
+    if not (column_QI2[:, :, 0] < column_QI2[:, :, 1]).any():
+        return score_QC
+    score_QC = np.array(score_QC)  # XLA's own cannot be written to.
+    # Queries come in the order of rows: those of a document share its ranges.
+    is_new_Q = np.append(True, (column_QI2[1:] != column_QI2[:-1]).any(axis=(1, 2)))
+    bound_G = np.append(np.flatnonzero(is_new_Q), len(score_QC)).tolist()
+    for first, last in itertools.pairwise(bound_G):
+        for start, stop in column_QI2[first].tolist():
+            score_QC[first:last, start:stop] = np.inf
+    return score_QC
 
 
 def _kth_smallest(values_QG: np.ndarray, rank: int) -> np.ndarray:

@@ -47,6 +47,7 @@ def search_all(
     mean_PD: jax.Array,
     norm_N: jax.Array,
     query_QD: jax.Array,
+    skipped_PQ2: jax.Array | None = None,
     *,
     mesh: Mesh,
     wanted: int,
@@ -55,23 +56,34 @@ def search_all(
     query_block: int,
     rescored: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns distances, devices, and rows on these devices, [Q, kept], on every device."""
+    """Returns distances, devices, and rows on these devices, [Q, kept], on every device.
+
+    `skipped_PQ2` has for each query the rows [start, stop) of each device that are no neighbours.
+    """
     local = functools.partial(_search_device, wanted=wanted, chunk=chunk, rescored=rescored)
     search = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(*(PartitionSpec(AXES),) * 3, PartitionSpec()),
+        in_specs=(*(PartitionSpec(AXES),) * 3, PartitionSpec(), PartitionSpec(AXES)),
         out_specs=(PartitionSpec(None, AXES), PartitionSpec(None, AXES)),
     )
 
-    def block(query_RD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def block(
+        some: tuple[jax.Array, jax.Array | None],
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        query_RD, skipped_RP2 = some
+        skipped_PR2 = None if skipped_RP2 is None else skipped_RP2.swapaxes(0, 1)
         # [R, P · K]: the devices' lists side by side. Stable: equal distances keep the smaller row.
-        lists = search(key_ND, mean_PD, norm_N, query_RD)
+        lists = search(key_ND, mean_PD, norm_N, query_RD, skipped_PR2)
         distance, row = (lax.with_sharding_constraint(one, replicated(mesh)) for one in lists)
         smallest, place = lax.top_k(-distance, kept)
         return -smallest, place // wanted, jnp.take_along_axis(row, place, axis=1)
 
-    blocks = lax.map(block, query_QD.reshape(-1, query_block, query_QD.shape[1]))
+    in_blocks = query_QD.reshape(-1, query_block, query_QD.shape[1])
+    skipped = skipped_PQ2
+    if skipped is not None:
+        skipped = skipped.swapaxes(0, 1).reshape(-1, query_block, len(skipped), 2)
+    blocks = lax.map(block, (in_blocks, skipped))
     return tuple(one.reshape(-1, kept) for one in blocks)  # type: ignore[return-value]
 
 
@@ -80,6 +92,7 @@ def _search_device(
     mean_1D: jax.Array,
     norm_N: jax.Array,
     query_RD: jax.Array,
+    skipped_1R2: jax.Array | None,
     *,
     wanted: int,
     chunk: int,
@@ -96,6 +109,10 @@ def _search_device(
         key_CD, norm_C, base = part
         # Scores ‖k − m‖² − 2 k·(q − m): as small as distances allow, so they round little.
         score_RC = norm_C[None, :] - 2 * multiply(key_CD)
+        if skipped_1R2 is not None:
+            row_C = base + jnp.arange(chunk, dtype=jnp.int32)
+            start_R1, stop_R1 = skipped_1R2[0, :, :1], skipped_1R2[0, :, 1:]
+            score_RC = jnp.where((row_C >= start_R1) & (row_C < stop_R1), jnp.inf, score_RC)
         return _nearer(best, score_RC, base, group), None
 
     def score_again(one: Any) -> tuple[jax.Array, jax.Array]:

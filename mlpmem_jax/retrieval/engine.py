@@ -43,6 +43,23 @@ class Engine(Protocol):
         """Whether all processes of the run search together, for the same queries."""
         ...
 
+    @property
+    def rows(self) -> range:
+        """Rows that it searches lie in this range, which may be larger."""
+        ...
+
+    @property
+    def skips_rows(self) -> bool:
+        """Whether `search_later` leaves out a range of rows for each query."""
+        ...
+
+    def visiting(self, num_rows: int) -> "Engine | None":
+        """Returns this engine, with visits to at least so many rows for each query.
+
+        They no longer depend on how many neighbours are asked for. None: they never do.
+        """
+        ...
+
     def search(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
         """Returns neighbours ordered by (distance, row), filled up where there are fewer.
 
@@ -52,10 +69,18 @@ class Engine(Protocol):
         """
         ...
 
-    def search_later(self, query_QD: np.ndarray, num_neighbors: int) -> Callable[[], Neighbors]:
+    def search_later(
+        self, query_QD: np.ndarray, num_neighbors: int, skipped_Q2: np.ndarray | None = None
+    ) -> Callable[[], Neighbors]:
         """Searches as `search` does; what it returns finishes the answer, in any thread.
 
         Processes that search together all take part, and only one of them needs the answer.
+
+        Args:
+            query_QD: float32 queries.
+            num_neighbors: K.
+            skipped_Q2: int64 rows [start, stop) that are no neighbours of each query; only if
+                `skips_rows`.
         """
         ...
 

@@ -47,6 +47,7 @@ class ExactEngine:
     """
 
     name: EngineName = "exact"
+    skips_rows = True
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class ExactEngine:
         first_row: int = 0,
     ):
         self.num_rows = keys.num_rows
+        self.rows = range(first_row, first_row + keys.num_rows)
         self._first_row = first_row
         self._on_host: BlockedSearch | None = None
         self._on_mesh: _MeshSearch | None = None
@@ -71,14 +73,22 @@ class ExactEngine:
         """Returns the nearest rows, as the protocol says."""
         return self.search_later(query_QD, num_neighbors)()
 
-    def search_later(self, query_QD: np.ndarray, num_neighbors: int) -> Callable[[], Neighbors]:
+    def visiting(self, num_rows: int) -> None:
+        """Returns none: every query visits every row."""
+        del num_rows
+
+    def search_later(
+        self, query_QD: np.ndarray, num_neighbors: int, skipped_Q2: np.ndarray | None = None
+    ) -> Callable[[], Neighbors]:
         """Has a mesh search meanwhile; a single CPU searches now, on all its cores."""
         assert query_QD.dtype == np.float32, query_QD.dtype
+        if skipped_Q2 is not None:
+            skipped_Q2 = np.clip(skipped_Q2 - self._first_row, 0, self.num_rows)
         if self._on_mesh is not None:
-            pending = self._on_mesh.search_later(query_QD, num_neighbors)
+            pending = self._on_mesh.search_later(query_QD, num_neighbors, skipped_Q2)
             return lambda: self._numbered(pending())
         assert self._on_host is not None
-        found = self._numbered(self._on_host.search(query_QD, num_neighbors))
+        found = self._numbered(self._on_host.search(query_QD, num_neighbors, skipped_Q2))
         return lambda: found
 
     def _numbered(self, found: Neighbors) -> Neighbors:
@@ -140,7 +150,9 @@ class _MeshSearch:
     def search(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
         return self.search_later(query_QD, num_neighbors)()
 
-    def search_later(self, query_QD: np.ndarray, num_neighbors: int) -> Callable[[], Neighbors]:
+    def search_later(
+        self, query_QD: np.ndarray, num_neighbors: int, skipped_Q2: np.ndarray | None = None
+    ) -> Callable[[], Neighbors]:
         num_queries, width = query_QD.shape
         wanted = min(num_neighbors, self._rows_per_device)
         # Few queries, as in generation, are not padded to a whole block.
@@ -156,6 +168,7 @@ class _MeshSearch:
             self._mean_PD,
             self._norm_N,
             queries,
+            None if skipped_Q2 is None else self._on_devices(skipped_Q2, len(padded)),
             mesh=self._mesh,
             wanted=wanted,
             kept=min(num_neighbors, self._mesh.size * wanted),
@@ -172,6 +185,16 @@ class _MeshSearch:
             return fit(Neighbors(distance_QK, row_QK), num_neighbors)
 
         return finished
+
+    def _on_devices(self, skipped_Q2: np.ndarray, num_padded: int) -> jax.Array:
+        """Returns the skipped rows of each query on each device, counted there: int32 [P, Q, 2]."""
+        padded_Q2 = np.zeros((num_padded, 2), np.int64)
+        padded_Q2[: len(skipped_Q2)] = skipped_Q2
+        first_P = np.arange(self._mesh.size) * self._rows_per_device
+        local_PQ2 = np.clip(padded_Q2 - first_P[:, None, None], 0, self._rows_per_device)
+        local_PQ2 = local_PQ2.astype(np.int32)
+        split = NamedSharding(self._mesh, PartitionSpec(AXES))
+        return jax.make_array_from_callback(local_PQ2.shape, split, lambda index: local_PQ2[index])
 
 
 def device_dtype(keys: Keys, platform: str) -> np.dtype[Any]:

@@ -226,9 +226,12 @@ def open_index(
         The engine, and how thoroughly it searches (none: exactly).
 
     Raises:
-        ArtifactError: The index is missing or a file of it is damaged (named).
+        ArtifactError: The index is missing, made from another datastore than the one that is there
+            now, or a file of it is damaged (named).
     """
     manifest = artifact.load()
+    if artifact.inputs:
+        artifact.status({one.relative: one.load().fingerprint for one in artifact.inputs})
     verify_together(artifact.path, manifest.files)
     if manifest.counts["engine"] == "exact":
         return exact(), None

@@ -26,15 +26,17 @@ from mlpmem_jax.parallel.sharing import is_mine
 from mlpmem_jax.retrieval.engine import Engine, Keys, row_ranges
 from mlpmem_jax.retrieval.estimates import LIST_BYTES, spilled_rows
 from mlpmem_jax.retrieval.key_shards import KeyShards
-from mlpmem_jax.retrieval.merge import Neighbors, merge, no_neighbors
+from mlpmem_jax.retrieval.merge import Neighbors, concatenate, merge, no_neighbors
 from mlpmem_jax.retrieval.neighbors import Consume, drain
-from mlpmem_jax.retrieval.queries import Queries
+from mlpmem_jax.retrieval.queries import Queries, first_list
 from mlpmem_jax.retrieval.running_lists import RunningLists
 from mlpmem_jax.store.contents import RUNNING
 from mlpmem_jax.store.files import check_free_space
 from mlpmem_jax.store.shards import ShardWriter
 
 _MAX_PENDING_BLOCKS = 2
+# Lists in memory at a time where those that are short are searched for again.
+_WIDENED_BYTES = 1 << 30
 # Rows of queries, and the shard of the output that they belong to.
 Block = tuple[int, slice]
 
@@ -59,6 +61,8 @@ def search_by_shards(
         Preempted: The machine is about to go; what is on disk stays.
         UserError: Running lists and results do not fit on the disk.
     """
+    exclusion = queries.exclusion
+    wide = None if exclusion is None else engine.visiting(first_list(num_neighbors))
     lists = RunningLists(writer.path, num_neighbors)
     missing = writer.missing_shards()
     counts = {shard: queries.count(writer.rows_of(shard)) for shard in missing}
@@ -74,19 +78,20 @@ def search_by_shards(
     started = time.monotonic()
     with bar, stopping_where_asked(), concurrent.futures.ThreadPoolExecutor(1) as pool:
         search = functools.partial(
-            _Wave, engine, keys, writer, lists, consume, num_neighbors, queries, description
+            _Wave, wide or engine, keys, writer, lists, consume, num_neighbors, queries, description
         )
-        for wave in [*waves, []]:  # Last none: what earlier waves left is removed.
+        for shards in [*waves, []]:  # Last none: what earlier waves left is removed.
             blocks = [
                 (shard, rows)
-                for shard in wave
+                for shard in shards
                 for rows in row_ranges(
                     writer.rows_of(shard).stop, query_batch, first=writer.rows_of(shard).start
                 )
             ]
             barrier(f"{description}: wave")  # What finished shards needed is removed next.
             covered = lists.prepare([rows for _, rows in blocks]) if is_writer() else None
-            search(blocks, of_first(covered), pool, bar).run()
+            wave = search(blocks, of_first(covered), pool, bar)
+            wave.run(widens=wide is not None)
         engine.release()
         writer.close()
     seconds = time.monotonic() - started
@@ -156,9 +161,16 @@ class _Wave:
         self._blocks, self._covered = list(blocks), list(covered)
         self._pool, self._bar = pool, bar
         self._tasks: list[concurrent.futures.Future[Any]] = []
+        self._widens = False
 
-    def run(self) -> None:
-        """Searches until all blocks are written."""
+    def run(self, widens: bool) -> None:
+        """Searches until all blocks are written.
+
+        Args:
+            widens: Whether lists that all key shards leave short are searched for again: then
+                only these lists say which.
+        """
+        self._widens = widens
         total = self._engine.plan.num_shards
         try:
             while min(self._covered, default=total) < total:
@@ -171,6 +183,9 @@ class _Wave:
             drain(self._tasks, 0)
             self._writer.flush()
             raise
+        if widens:
+            self._engine.release()
+            self._write_widened()
         self._writer.flush()
 
     def _next_shards(self) -> range:
@@ -216,9 +231,11 @@ class _Wave:
         query_QD = self._keys.read(rows.start, rows.stop)
         order = queries.visiting_order(self._engine, rows)
         if order is None:
-            return queries.search_later(loaded, query_QD, row_Q, num_neighbors)
+            return queries.search_later(loaded, query_QD, row_Q, num_neighbors, is_part=True)
         visited_Q = order + rows.start
-        finish = queries.search_later(loaded, query_QD[order], visited_Q, num_neighbors)
+        finish = queries.search_later(
+            loaded, query_QD[order], visited_Q, num_neighbors, is_part=True
+        )
         place = np.argsort(order)
 
         def in_row_order() -> Neighbors:
@@ -232,8 +249,50 @@ class _Wave:
         found = finish()
         if shards.start:
             found = merge([self._lists.read(rows, len(found)), found], self._num_neighbors)
-        if shards.stop < self._engine.plan.num_shards:
+        if shards.stop < self._engine.plan.num_shards or self._widens:
             self._lists.write(rows, shards.stop, found)
             return
+        self._put(rows, found)
+
+    def _put(self, rows: slice, found: Neighbors) -> None:
         row_N = np.arange(rows.start, rows.stop, dtype=np.int64)
         self._writer.put(rows.start, self._consume(row_N, self._queries.in_all_rows(rows, found)))
+
+    def _write_widened(self) -> None:
+        """Writes the blocks of this process, some in memory at a time, none of them left short."""
+        own = [rows for shard, rows in self._blocks if is_mine(shard)]
+        most = max(1, _WIDENED_BYTES // (LIST_BYTES * self._num_neighbors))
+        rest = 0
+        groups: list[list[slice]] = []
+        for rows in own:
+            rest -= rows.stop - rows.start
+            if rest < 0:
+                groups.append([])
+                rest = most - (rows.stop - rows.start)
+            groups[-1].append(rows)
+        for blocks in groups:
+            stop_if_alone(f"{self._description}: what has been searched is kept")
+            row_B = [self._queries.rows(rows) for rows in blocks]
+            lists = [
+                self._lists.read(rows, len(row_Q))
+                for rows, row_Q in zip(blocks, row_B, strict=True)
+            ]
+            found = self._widened(concatenate(lists), np.concatenate(row_B))
+            first = 0
+            for rows, row_Q in zip(blocks, row_B, strict=True):
+                part = slice(first, first + len(row_Q))
+                self._put(rows, Neighbors(found.distance_QK[part], found.row_QK[part]))
+                first = part.stop
+
+    def _widened(self, found: Neighbors, row_Q: np.ndarray) -> Neighbors:
+        """Returns lists of rows, those that are short searched for in more cells."""
+        exclusion = self._queries.exclusion
+        assert exclusion is not None
+        short = exclusion.short(found, row_Q, self._engine.num_rows)
+        if len(short):
+            say(f"{self._description}: {len(short):,} short lists are searched for in more cells")
+            some = Neighbors(found.distance_QK[short], found.row_QK[short])
+            query_QD = self._keys.take(row_Q[short])
+            exclusion.search_wider(self._engine, some, query_QD, row_Q[short])
+            found.distance_QK[short], found.row_QK[short] = some.distance_QK, some.row_QK
+        return found

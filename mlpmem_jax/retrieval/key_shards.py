@@ -1,5 +1,6 @@
 """Search in keys that do not fit in memory: some key shards at a time, each loaded in turn."""
 
+import copy
 import gc
 from collections.abc import Callable
 
@@ -42,12 +43,16 @@ class KeyShards:
         self._load = load
         self._order = order
         self._loaded: tuple[range, Engine] | None = None
+        self._visited_rows: int | None = None
 
     def load(self, shards: range) -> Engine:
         """Returns an engine over consecutive shards; what was loaded before is freed first."""
         if self._loaded is None or self._loaded[0] != shards:
             self.release()
-            self._loaded = shards, self._load(shards)
+            engine = self._load(shards)
+            if self._visited_rows is not None:
+                engine = engine.visiting(self._visited_rows) or engine
+            self._loaded = shards, engine
         return self._loaded[1]
 
     def release(self) -> None:
@@ -58,16 +63,39 @@ class KeyShards:
 
     def search(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
         """Returns neighbours as the protocol says, of queries that are in memory."""
+        return self.search_with(lambda part: part.search(query_QD, num_neighbors), num_neighbors)
+
+    def search_with(self, search: Callable[[Engine], Neighbors], num_neighbors: int) -> Neighbors:
+        """Returns what a search finds in all shards, each loaded once."""
         found: list[Neighbors] = []
         for start in range(0, self.plan.num_shards, self.plan.at_once):
             shards = range(start, min(start + self.plan.at_once, self.plan.num_shards))
-            found.append(self.load(shards).search(query_QD, num_neighbors))
+            found.append(search(self.load(shards)))
             found = [merge(found, num_neighbors)]
         self.release()
         return found[0]
 
-    def search_later(self, query_QD: np.ndarray, num_neighbors: int) -> Callable[[], Neighbors]:
+    @property
+    def rows(self) -> range:
+        """All rows."""
+        return range(self.num_rows)
+
+    skips_rows = False  # What is loaded may.
+
+    def visiting(self, num_rows: int) -> "KeyShards | None":
+        """Returns this engine, whose cells to visit hold at least so many rows in all shards."""
+        if self.name != "routed":
+            return None
+        self.release()
+        other = copy.copy(self)
+        other._visited_rows = num_rows
+        return other
+
+    def search_later(
+        self, query_QD: np.ndarray, num_neighbors: int, skipped_Q2: np.ndarray | None = None
+    ) -> Callable[[], Neighbors]:
         """Searches now: nothing is left for later."""
+        assert skipped_Q2 is None
         found = self.search(query_QD, num_neighbors)
         return lambda: found
 

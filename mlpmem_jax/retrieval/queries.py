@@ -10,6 +10,7 @@ import numpy as np
 
 from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.retrieval.engine import Engine, row_ranges
+from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.merge import Neighbors, drop, drop_own_row, no_neighbors
 from mlpmem_jax.retrieval.shares import Share
 from mlpmem_jax.store.manifest import Artifact
@@ -18,6 +19,7 @@ from mlpmem_jax.store.stored_array import StoredArray
 # Of K, how many more are searched for where more than the own row is excluded. Queries that
 # need more are searched again.
 _SPARE = 0.25
+_LEAST_HELD = 1 << 22  # Neighbours of queries that are searched again; fewer cost more calls.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +41,9 @@ class Exclusion:
 
     def excluded(self, row_Q: np.ndarray, row_QK: np.ndarray) -> np.ndarray:
         """Returns which of the rows found for each query are excluded, bool [Q, K]."""
-        document_Q = np.searchsorted(self.document_offset, row_Q, side="right")
-        start_Q = self.document_offset[document_Q - 1]
+        start_Q, stop_Q = self._documents(row_Q).T
         excluded_QK = row_QK == row_Q[:, None]
         if self.by_document:
-            stop_Q = self.document_offset[document_Q]
             excluded_QK |= (row_QK >= start_Q[:, None]) & (row_QK < stop_Q[:, None])
         if self.repeat_tokens:
             # Nearer to the beginning of its document a row has too few tokens to be repeated.
@@ -72,42 +72,119 @@ class Exclusion:
     def search(
         self, engine: Engine, query_QD: np.ndarray, row_Q: np.ndarray, num_neighbors: int
     ) -> Neighbors:
-        """Returns the nearest rows that are not excluded, for K more are searched than K.
+        """Returns the nearest rows that are not excluded, of those that the engine visits.
 
-        Queries whose list is full and holds fewer than K such rows are searched again for twice as
-        many, until it holds K or the engine finds no more. So an exact engine's answer is
-        exact. All processes of an engine that spans them receive the same lists, and so search
-        equally often.
+        An exact engine's answer is exact. All processes of an engine that spans them receive the
+        same lists, and so search equally often.
         """
-        wanted = num_neighbors + 1 + int(_SPARE * num_neighbors)
-        most = len(query_QD) * wanted  # Neighbours held at a time.
-        found, is_short_Q = self._search(engine, query_QD, row_Q, num_neighbors, wanted)
-        short = np.flatnonzero(is_short_Q)
-        while len(short) and wanted < engine.num_rows:
-            wanted = min(2 * wanted, engine.num_rows)
-            for part in row_ranges(len(short), max(1, most // wanted)):
-                query = short[part]
-                again, is_short_Q[query] = self._search(
-                    engine, query_QD[query], row_Q[query], num_neighbors, wanted
-                )
-                found.distance_QK[query] = again.distance_QK
-                found.row_QK[query] = again.row_QK
-            short = short[is_short_Q[short]]
+        wide = engine.visiting(first_list(num_neighbors)) or engine
+        found = self._search_all(wide, query_QD, row_Q, num_neighbors)
+        self.search_wider(engine, found, query_QD, row_Q)
         return found
 
-    def _search(
+    def search_wider(
+        self, engine: Engine, found: Neighbors, query_QD: np.ndarray, row_Q: np.ndarray
+    ) -> None:
+        """Fills lists that hold fewer than K rows although others are left.
+
+        These queries visit twice as many rows, and again, until nothing is short or all has been
+        visited.
+
+        Args:
+            engine: All rows, in memory or in key shards.
+            found: What visits to `first_list` rows find.
+            query_QD: float32 queries.
+            row_Q: Their rows.
+        """
+        num_neighbors = found.row_QK.shape[1]
+        visited, short = first_list(num_neighbors), self.short(found, row_Q, engine.num_rows)
+        while len(short) and visited < engine.num_rows:
+            visited = min(2 * visited, engine.num_rows)
+            wide = engine.visiting(visited)
+            if wide is None:
+                return
+            # Of half as many rows nearly all were excluded.
+            again = self._search_all(wide, query_QD[short], row_Q[short], num_neighbors, visited)
+            found.distance_QK[short], found.row_QK[short] = again.distance_QK, again.row_QK
+            short = short[self.short(again, row_Q[short], engine.num_rows)]
+
+    def short(self, found: Neighbors, row_Q: np.ndarray, num_rows: int) -> np.ndarray:
+        """Returns the queries whose list may lack a row, of so many in all: int64."""
+        count_Q, most_Q = (found.row_QK >= 0).sum(axis=1), found.row_QK.shape[1]
+        if self.by_document:
+            most_Q = np.minimum(most_Q, num_rows - np.diff(self._documents(row_Q))[:, 0])
+        return np.flatnonzero(count_Q < most_Q)
+
+    def _search_all(
         self,
         engine: Engine,
         query_QD: np.ndarray,
         row_Q: np.ndarray,
         num_neighbors: int,
-        wanted: int,
-    ) -> tuple[Neighbors, np.ndarray]:
-        """Returns lists without excluded rows, and which a longer list may have more of."""
-        found = engine.search_later(query_QD, wanted)()
-        kept = drop(found, self.excluded(row_Q, found.row_QK), num_neighbors)
-        is_full_Q = found.row_QK[:, -1] >= 0
-        return kept, is_full_Q & (kept.row_QK[:, -1] < 0)
+        first: int | None = None,
+    ) -> Neighbors:
+        if isinstance(engine, KeyShards):
+            return engine.search_with(
+                lambda part: self.search_in(part, query_QD, row_Q, num_neighbors, first),
+                num_neighbors,
+            )
+        return self.search_in(engine, query_QD, row_Q, num_neighbors, first)
+
+    def search_in(
+        self,
+        engine: Engine,
+        query_QD: np.ndarray,
+        row_Q: np.ndarray,
+        num_neighbors: int,
+        first: int | None = None,
+    ) -> Neighbors:
+        """Returns the nearest rows that are not excluded, of those that some keys in memory hold.
+
+        Queries whose list is full and holds fewer than K such rows are searched again for twice as
+        many, until it holds K or no more are found.
+
+        Args:
+            engine: What is searched.
+            query_QD: float32 queries.
+            row_Q: Their rows.
+            num_neighbors: K.
+            first: How many are searched for at first; None: a few more than K.
+        """
+        found = no_neighbors(len(row_Q), num_neighbors)
+        short, skipped_Q2 = np.arange(len(row_Q)), None
+        if self.by_document:
+            document_Q2 = self._documents(row_Q)
+            is_inside_Q = document_Q2[:, 0] <= engine.rows.start
+            is_inside_Q &= document_Q2[:, 1] >= engine.rows.stop
+            short = np.flatnonzero(~is_inside_Q)  # Others have no neighbour here.
+            skipped_Q2 = document_Q2 if engine.skips_rows else None
+        is_all_skipped = skipped_Q2 is not None and not self.repeat_tokens
+        wanted = num_neighbors if is_all_skipped else first or first_list(num_neighbors)
+        most = max(_LEAST_HELD, len(query_QD) * first_list(num_neighbors))  # Held at a time.
+        while len(short):
+            is_short_Q = np.empty(len(short), bool)
+            for part in row_ranges(len(short), max(1, most // wanted)):
+                query = short[part]
+                skipped = None if skipped_Q2 is None else skipped_Q2[query]
+                one = engine.search_later(query_QD[query], wanted, skipped)()
+                kept = drop(one, self.excluded(row_Q[query], one.row_QK), num_neighbors)
+                found.distance_QK[query], found.row_QK[query] = kept.distance_QK, kept.row_QK
+                is_short_Q[part] = (one.row_QK[:, -1] >= 0) & (kept.row_QK[:, -1] < 0)
+            short = short[is_short_Q]
+            if wanted >= engine.num_rows:
+                break
+            wanted = min(2 * wanted, engine.num_rows)
+        return found
+
+    def _documents(self, row_Q: np.ndarray) -> np.ndarray:
+        """Returns the first row of the document of each row, and of the next: int64 [Q, 2]."""
+        document_Q = np.searchsorted(self.document_offset, row_Q, side="right")
+        return np.stack([self.document_offset[document_Q - 1], self.document_offset[document_Q]], 1)
+
+
+def first_list(num_neighbors: int) -> int:
+    """Returns how many are searched for at first where more than the own row is excluded."""
+    return num_neighbors + 1 + int(_SPARE * num_neighbors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +230,13 @@ class Queries:
         return place_N if order is None else order[np.isin(order, place_N)]
 
     def search_later(
-        self, engine: Engine, query_QD: np.ndarray, row_Q: np.ndarray, num_neighbors: int
+        self,
+        engine: Engine,
+        query_QD: np.ndarray,
+        row_Q: np.ndarray,
+        num_neighbors: int,
+        *,
+        is_part: bool = False,
     ) -> Callable[[], Neighbors]:
         """Searches as `Engine.search_later` does, without rows that are no neighbours.
 
@@ -162,13 +245,15 @@ class Queries:
             query_QD: float32 queries.
             row_Q: Their rows.
             num_neighbors: K.
+            is_part: Whether the engine holds some key shards, so that others may fill a list.
         """
         if not len(row_Q):
             return lambda: no_neighbors(0, num_neighbors)
         if not self.are_keys:
             return engine.search_later(query_QD, num_neighbors)
         if self.exclusion is not None:
-            found = self.exclusion.search(engine, query_QD, row_Q, num_neighbors)
+            search = self.exclusion.search_in if is_part else self.exclusion.search
+            found = search(engine, query_QD, row_Q, num_neighbors)
             return lambda: found
         finish = engine.search_later(query_QD, num_neighbors + 1)
         return lambda: drop_own_row(finish(), row_Q)

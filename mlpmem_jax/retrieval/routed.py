@@ -5,6 +5,7 @@ in memory, W their scores side by side, K neighbours.
 """
 
 import concurrent.futures
+import copy
 import dataclasses
 import math
 import os
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 from mlpmem_jax.retrieval.blocked import (
+    FINITE,
     ROUNDING,
     Survivors,
     aligned_zeros,
@@ -31,7 +33,6 @@ _SURVIVORS = 9  # Scores of one neighbour that take as much: room for three, and
 _ROUTED_SCORES = 1 << 23  # Of queries and all centroids at once.
 _SPARE_CELLS = 8  # Compared again by differences, so that rounding decides nothing.
 _GROWTH = 1.5
-_FINITE = np.finfo(np.float32).max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +143,7 @@ class RoutedEngine:
 
     name: EngineName = "routed"
     spans_processes = False
+    skips_rows = False
 
     def __init__(
         self,
@@ -152,6 +154,7 @@ class RoutedEngine:
     ):
         self.settings = settings
         self._cells = cells
+        self._visited_rows: int | None = None
         self._held = range(len(cells.centroid_CD)) if held is None else held
         first, stop = (int(cells.start_C[cell]) for cell in (self._held.start, self._held.stop))
         self.num_rows = stop - first
@@ -198,8 +201,22 @@ class RoutedEngine:
                 found.distance_QK[piece], found.row_QK[piece] = one.distance_QK, one.row_QK
         return found
 
-    def search_later(self, query_QD: np.ndarray, num_neighbors: int) -> Callable[[], Neighbors]:
+    @property
+    def rows(self) -> range:
+        """All rows of the index: cells hold any of them."""
+        return range(self._cells.num_rows)
+
+    def visiting(self, num_rows: int) -> "RoutedEngine":
+        """Returns this engine with the same keys, whose visits follow a number of rows alone."""
+        other = copy.copy(self)
+        other._visited_rows = num_rows
+        return other
+
+    def search_later(
+        self, query_QD: np.ndarray, num_neighbors: int, skipped_Q2: np.ndarray | None = None
+    ) -> Callable[[], Neighbors]:
         """Searches now: nothing is left for later."""
+        assert skipped_Q2 is None
         found = self.search(query_QD, num_neighbors)
         return lambda: found
 
@@ -210,6 +227,8 @@ class RoutedEngine:
 
     def _visited(self, query_QD: np.ndarray, wanted: int) -> np.ndarray:
         """Returns the cells in memory that each query visits, -1 elsewhere."""
+        if self._visited_rows is not None:
+            wanted = self._visited_rows
         cell_QV = self._cells.visited(query_QD, self.settings.cells_to_search, wanted)
         is_held = (cell_QV >= self._held.start) & (cell_QV < self._held.stop)
         return np.where(is_held, cell_QV, -1)
@@ -253,7 +272,7 @@ class RoutedEngine:
             2 * ROUNDING * np.sqrt(query_QD.shape[1])
         )
         # Where there are fewer than K rows, all but the places without one.
-        threshold_Q = np.minimum(sample_threshold([score_QW], num_neighbors) + margin_Q, _FINITE)
+        threshold_Q = np.minimum(sample_threshold([score_QW], num_neighbors) + margin_Q, FINITE)
         survivors = Survivors(threshold_Q.astype(np.float32), margin_Q, num_neighbors)
         survivors.add(score_QW, 0)
         column_QS = survivors.places()

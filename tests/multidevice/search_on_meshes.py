@@ -26,6 +26,9 @@ def main() -> None:
         own = np.arange(0, num_rows, max(1, num_rows // 50), dtype=np.int64)
         one = ExactEngine(ArrayKeys(key), single_device_mesh(), 256, first_row=BASE)
         expected = drop_own_row(one.search(key[own], count), own + BASE)
+        first = own - own % 700  # Rows of a document: parts of several devices.
+        skipped = np.stack([first, first + 700], axis=1) + BASE
+        without = one.search_later(key[own], count, skipped)()
         for data, fsdp, tensor in MESHES:
             mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
             engine = ExactEngine(ArrayKeys(key), mesh, 256, first_row=BASE)
@@ -35,6 +38,9 @@ def main() -> None:
                 found.distance_QK, expected.distance_QK, rtol=1e-5, atol=1e-6
             )
             assert not (found.row_QK == own[:, None] + BASE).any()
+            found = engine.search_later(key[own], count, skipped)()
+            np.testing.assert_array_equal(found.row_QK, without.row_QK)
+            assert ((found.row_QK < skipped[:, :1]) | (found.row_QK >= skipped[:, 1:])).all()
             print(f"equal: {num_rows} rows on {data}x{fsdp}x{tensor}")
 
 

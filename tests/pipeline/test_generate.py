@@ -87,7 +87,11 @@ def test_a_prompt_is_taken_as_typed(tiny_run: Config, capsys, prompt: str):
     """One that is longer than the context keeps its last tokens."""
     arguments = ["generate", "--config", str(TINY), "--workdir", tiny_run.workdir]
     assert main([*arguments, "generate.max_new_tokens=1", "--prompt", prompt]) == 0
-    assert f"\n{prompt}" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert f"\n{prompt}" in shown.out
+    assert ("tokens, the separator included, the last 32 are read" in shown.err) == (
+        len(prompt) > 1000
+    )
 
 
 def test_a_trailing_space_is_left_to_the_next_token(

@@ -1,6 +1,8 @@
 """`index` and `retrieve` with keys that do not fit in memory, over a made-up datastore."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlpmem_jax.__main__ import main
 from mlpmem_jax.pipeline import index, retrieve
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.pipeline.stage import run_stages
+from mlpmem_jax.retrieval import estimates, running_lists
 from mlpmem_jax.store.array_specs import SPLITS, datastore_arrays
 from mlpmem_jax.store.arrays import open_array, read_rows
 from mlpmem_jax.store.contents import RUNNING
@@ -168,25 +172,108 @@ def test_killed_while_it_spills_it_continues_bit_for_bit(make_run, tmp_path):
     _assert_equal(run, whole)
 
 
-def test_too_little_memory_is_one_message_before_anything_is_made(make_run, tmp_path):
-    run = make_run(*SETTINGS["exact"], workdir=tmp_path / "run")
-    run_stages(index.stages(run))
-    small = {"exact": 1000}
-    done = _retrieve_with(small, tmp_path / "run")
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert "retrieval.memory_bytes=1000 holds no key shard, which takes 132.0 KiB" in line
-    assert "lower datastore.shard_rows=1024" in line and "Traceback" not in done.stderr
+@pytest.fixture
+def refused(capsys):
+    """Returns a function that retrieves in parts, and the one line with which that ends."""
+
+    def call(engine, workdir, *overrides):
+        capsys.readouterr()
+        settings = (*SHARED, *SETTINGS[engine], f"retrieval.memory_bytes={MEMORY[engine]}")
+        arguments = ("retrieve", "--config", str(ROOT / "configs" / "tiny.yaml"))
+        assert main([*arguments, "--workdir", str(workdir), *settings, *overrides]) == 2
+        err = capsys.readouterr().err
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert "Traceback" not in err
+        return line
+
+    return call
+
+
+@pytest.fixture
+def indexed(make_run, tmp_path):
+    """Returns a function that makes a run with an index."""
+
+    def make(engine, workdir="run"):
+        if engine == "scann":
+            pytest.importorskip("scann")
+        run = make_run(*SETTINGS[engine], workdir=tmp_path / workdir)
+        run_stages(index.stages(run))
+        return run
+
+    return make
+
+
+# Bytes for less than a key shard, and the key that lowers what it takes; enough for the exact
+# search of valid and test. For cells see tests/unit/test_key_shards.py.
+TOO_LITTLE = {
+    "exact": (1000, "datastore.shard_rows=1024"),
+    "scann": (140_000, "retrieval.shard_rows=800"),
+}
+
+
+@pytest.mark.parametrize("engine", MEMORY)
+def test_no_room_is_one_line_before_anything_is_made(indexed, refused, monkeypatch, engine):
+    """Memory for less than a key shard; a disk without room for running lists."""
+    run = indexed(engine)
+    if engine in TOO_LITTLE:
+        memory, key = TOO_LITTLE[engine]
+        line = refused(engine, run.workdir, f"retrieval.memory_bytes={memory}")
+        assert f"retrieval.memory_bytes={memory} holds no key shard, which takes " in line
+        assert f"lower {key}" in line
+    assert not run.neighbors("valid").path.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 50_000))
+        assert "and 48.8 KiB are free" in refused(engine, run.workdir)
     assert not run.neighbors("valid").path.exists()
 
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "full", str(path))
 
-def _retrieve_with(memory, workdir):
-    saved = dict(MEMORY)
-    MEMORY.update(memory)
-    try:
-        return _retrieve(workdir, "exact")
-    finally:
-        MEMORY.update(saved)
+    monkeypatch.setattr(running_lists, "write_bytes", full)
+    line = refused(engine, run.workdir)
+    assert "no space left on the disk" in line and ".lists" in line
+    monkeypatch.undo()
+    run_stages(retrieve.stages(run))  # It goes on.
+
+
+@pytest.mark.parametrize("engine", MEMORY)
+def test_damaged_key_shards_are_named(indexed, refused, monkeypatch, engine):
+    """Missing, cut, flipped, exchanged with another."""
+    monkeypatch.setattr(estimates, "_RUN_BYTES", 60_000)  # Cells in several shards.
+    run = indexed(engine)
+    folder = run.datastore("train").path if engine == "exact" else run.index.path
+    one, other = {
+        "exact": ("key/c/1/0", "key/c/0/0"),
+        "scann": ("shard-00001/dataset.npy", "shard-00000/dataset.npy"),
+        "routed": ("key/c/1/0", "key/c/0/0"),
+    }[engine]
+    file = Path(folder) / one
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 3] ^= 1
+    exchanged = (Path(folder) / other).read_bytes()
+    for damaged in (None, whole[: len(whole) // 2], bytes(flipped), exchanged):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        line = refused(engine, run.workdir)
+        assert one.split("/c/")[0] in line and str(folder) in line, line
+    file.write_bytes(whole)
+    run_stages(retrieve.stages(run))
+
+
+@pytest.mark.parametrize("engine", MEMORY)
+def test_an_index_of_another_datastore_is_refused(indexed, refused, engine):
+    run, other = indexed(engine), indexed(engine, "other")
+    train = other.datastore("train")
+    origin = train.load().made_from
+    shutil.rmtree(train.path)
+    _fill(other, "train", np.random.default_rng(9), origin)
+    shutil.rmtree(other.index.path)
+    run_stages(index.stages(other))
+    shutil.rmtree(run.index.path)
+    shutil.copytree(other.index.path, run.index.path)
+    line = refused(engine, run.workdir)
+    assert f"{run.index.path}: index is stale, built from another datastore/" in line, line
+    assert "`index --rebuild`" in line, line
 
 
 def test_the_plan_shows_key_shards_and_what_lies_on_disk_for_a_time(make_run, tmp_path):

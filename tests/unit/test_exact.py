@@ -85,6 +85,31 @@ def test_a_sample_that_misleads_is_found_out(monkeypatch):
     np.testing.assert_array_equal(np.sort(found.row_QK), np.sort(row))
 
 
+@pytest.mark.parametrize("count", [7, 200])
+@pytest.mark.parametrize("keys", [64, 8192])
+def test_skipped_rows_are_no_neighbours(monkeypatch, keys, count):
+    """Ranges of any size and place, the same for runs of queries; one of all rows but three."""
+    monkeypatch.setattr(blocked, "_KEYS", keys)
+    monkeypatch.setattr(blocked, "_SAMPLE_ROWS", 4 * keys)
+    key, query = _keys(1500), _keys(60, seed=1)
+    skipped = np.repeat([[0, 0], [0, 700], [5, 6], [3, 1500], [900, 1500], [0, 1500]], 10, axis=0)
+    truth = np.square(query[:, None] - key).sum(axis=2)
+    row_N = np.arange(1500)
+    truth[(row_N >= skipped[:, :1]) & (row_N < skipped[:, 1:])] = np.inf
+    row = np.argsort(truth, axis=1, kind="stable")[:, :count]
+    distance = np.take_along_axis(truth, row, axis=1)
+    row[np.isinf(distance)] = -1
+    base = 1 << 33
+    engine = ExactEngine(ArrayKeys(key), single_device_mesh(), 1024, first_row=base)
+    found = engine.search_later(query, count, skipped + base)()
+    np.testing.assert_array_equal(found.distance_QK, distance)
+    np.testing.assert_array_equal(found.row_QK, np.where(row < 0, -1, row + base))
+    found = _on_mesh(key).search_later(query, count, skipped)()
+    np.testing.assert_array_equal(found.distance_QK, distance)
+    same = (found.row_QK == row) | (distance == distance[:, -1:])  # See the test above.
+    assert same.all() and (found.row_QK[np.isinf(distance)] == -1).all()
+
+
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_a_common_offset_costs_no_precision(offset):
     generator = np.random.default_rng(2)

@@ -10,7 +10,7 @@ from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.retrieval import approximate, estimates, key_major
 from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
 from mlpmem_jax.retrieval.engine import ArrayKeys, SomeKeys
-from mlpmem_jax.retrieval.estimates import exact_bytes, exact_plan, index_plan
+from mlpmem_jax.retrieval.estimates import exact_bytes, exact_plan, index_plan, routed_plan
 from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.index_files import leaf_order
 from mlpmem_jax.retrieval.key_major import search_by_shards
@@ -284,8 +284,9 @@ def test_memory_that_holds_no_key_shard_is_refused_with_one_message():
     )
     with pytest.raises(ConfigError, match=message):
         exact_plan(ROWS, WIDTH, SHARD, config, 1, None).check()
-    with pytest.raises(ConfigError, match=r"or lower retrieval.shard_rows=4000000"):
-        index_plan(ROWS, WIDTH, config, 1, None).check()
+    for plan in (index_plan(ROWS, WIDTH, config, 1, None), routed_plan(ROWS, WIDTH, config, None)):
+        with pytest.raises(ConfigError, match=r"or lower retrieval.shard_rows=4000000"):
+            plan.check()
     exact_plan(ROWS, WIDTH, SHARD, RetrievalConfig(memory_bytes=17408), 1, None).check()
 
 
@@ -325,3 +326,15 @@ def test_scann_in_parts_finds_what_all_its_shards_do(tmp_path):
         np.testing.assert_array_equal(engine.visiting_order(rows), memory.visiting_order(rows))
     _, found = _search(search_by_shards, engine, key, tmp_path / "parts")
     _assert_equal(found, whole)
+
+
+def test_more_neighbours_than_a_shard_of_scann_has_rows(tmp_path):
+    pytest.importorskip("scann")
+    key = np.random.default_rng(2).normal(size=(2600, WIDTH)).astype(np.float32)
+    config = RetrievalConfig(num_neighbors=1400, shard_rows=1300, num_leaves=20)
+    path = epath.Path(tmp_path / "index")
+    list(approximate.build_shards(ArrayKeys(key), path, config))
+    found = ApproximateEngine(path, SearchSettings(20, 1300)).search(key[::100], 1400)
+    whole = ExactEngine(ArrayKeys(key), single_device_mesh(), 1024).search(key[::100], 1400)
+    np.testing.assert_allclose(found.distance_QK, whole.distance_QK, rtol=1e-4, atol=1e-4)
+    assert (found.row_QK == whole.row_QK).mean() > 0.999

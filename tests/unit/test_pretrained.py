@@ -222,9 +222,18 @@ def test_files_that_cannot_be_read(llama: Path):
     (llama / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(UserError, match=r"model\.safetensors: cannot be read as safetensors"):
         TensorFiles(str(llama))
-    (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin is a pickle, which is never read"):
-        TensorFiles(str(llama))
+    for name in ("pytorch_model.bin", "consolidated.00.pth"):
+        (llama / "model.safetensors").rename(llama / name)
+        with pytest.raises(UserError, match=rf"{name} is a pickle, which is never read"):
+            TensorFiles(str(llama))
+        with pytest.raises(ConfigError, match="is a file, of pickled weights, which are never re"):
+            pretrained_keys(str(llama / name))
+        (llama / name).rename(llama / "model.safetensors")
+    with pytest.raises(UserError, match="nowhere: no such directory"):
+        TensorFiles(str(llama / "nowhere"))
+    with pytest.raises(ConfigError, match=r"cannot be read \(model.safetensors is a file\)"):
+        pretrained_keys(str(llama / "model.safetensors"))
+    (llama / "model.safetensors").unlink()
     weight_map = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
     (llama / "model.safetensors.index.json").write_text(json.dumps(weight_map))
     with pytest.raises(UserError, match=r"one\.safetensors, two\.safetensors missing"):

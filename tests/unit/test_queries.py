@@ -9,7 +9,8 @@ from etils import epath
 from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel.mesh import single_device_mesh
-from mlpmem_jax.retrieval import approximate
+from mlpmem_jax.retrieval import approximate, key_major
+from mlpmem_jax.retrieval import queries as module
 from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
 from mlpmem_jax.retrieval.engine import ArrayKeys, SomeKeys
 from mlpmem_jax.retrieval.estimates import KeyShardPlan
@@ -18,6 +19,8 @@ from mlpmem_jax.retrieval.key_major import _waves, search_by_shards
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.neighbors import search_split
 from mlpmem_jax.retrieval.queries import Exclusion, Queries
+from mlpmem_jax.retrieval.routed import CellSettings, RoutedEngine
+from mlpmem_jax.retrieval.routed_index import build_cells, unfinished_cells
 from mlpmem_jax.retrieval.running_lists import RunningLists
 from mlpmem_jax.retrieval.shares import Share
 from mlpmem_jax.store.array_specs import ArraySpec
@@ -136,21 +139,26 @@ def test_fewer_allowed_rows_than_neighbours(tmp_path):
 
 
 class _Counting:
-    """An engine that counts what it is asked for."""
+    """An engine that counts what it is asked for, and leaves out no rows itself."""
+
+    skips_rows = False
 
     def __init__(self, engine):
         self._engine, self.asked = engine, []
         self.num_rows, self.spans_processes = engine.num_rows, engine.spans_processes
+        self.rows, self.visiting = engine.rows, engine.visiting
 
-    def search_later(self, query_QD, num_neighbors):
+    def search_later(self, query_QD, num_neighbors, skipped_Q2=None):
+        assert self.skips_rows or skipped_Q2 is None
         self.asked.append((len(query_QD), num_neighbors))
-        return self._engine.search_later(query_QD, num_neighbors)
+        return self._engine.search_later(query_QD, num_neighbors, skipped_Q2)
 
     def visiting_order(self, rows):
         return self._engine.visiting_order(rows)
 
 
-def test_only_queries_that_come_short_are_searched_again(tmp_path):
+def test_only_queries_that_come_short_are_searched_again(monkeypatch):
+    monkeypatch.setattr(module, "_LEAST_HELD", 0)
     key, _ = _text()
     engine = _Counting(_engine(key))
     rows = np.arange(48, 448)  # The document of 400 rows.
@@ -165,6 +173,75 @@ def test_only_queries_that_come_short_are_searched_again(tmp_path):
     engine.asked.clear()
     Exclusion(np.arange(ROWS + 1), by_document=True).search(engine, key[rows], rows, K)
     assert engine.asked == [(400, K + 1 + K // 4)]
+    # An engine that leaves the document out is asked once, for as many as are wanted.
+    engine.asked.clear()
+    engine.skips_rows = True
+    masked = Exclusion(OFFSET, by_document=True).search(engine, key[rows], rows, K)
+    assert engine.asked == [(400, K)]
+    np.testing.assert_array_equal(masked.row_QK, found.row_QK)
+    np.testing.assert_array_equal(masked.distance_QK, found.distance_QK)
+
+
+def test_keys_of_the_own_document_alone_are_not_searched():
+    """A document that fills a key shard costs nothing there."""
+    key, _ = _text()
+    rule = Exclusion(np.array([0, SHARD, ROWS]), by_document=True)
+    part = ExactEngine(SomeKeys(ArrayKeys(key), 0, SHARD), single_device_mesh(), 1024)
+    engine = _Counting(part)
+    found = rule.search_in(engine, key[: SHARD + 9], np.arange(SHARD + 9), K)
+    assert engine.asked[0][0] == 9 and (found.row_QK[:SHARD] == -1).all()
+    assert (found.row_QK[SHARD:] >= 0).all()
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    path = epath.Path(tmp_path_factory.mktemp("cells"))
+    config = RetrievalConfig(engine="routed", cells=30, num_neighbors=K)
+    build_cells(path, ArrayKeys(_text()[0]), 32, config, 0, single_device_mesh())
+    return unfinished_cells(path)
+
+
+def _in_parts(cells, settings):
+    plan = KeyShardPlan(4, 1, 0, None, "", "")
+
+    def load(shards):
+        # Room for all rows: one compiled program for all shards.
+        return RoutedEngine(cells, settings, cells.shard(shards, plan.num_shards), ROWS)
+
+    return KeyShards("routed", ROWS, plan, load, spans_processes=False)
+
+
+@pytest.mark.parametrize(("by_document", "repeats"), RULES)
+def test_routed_lists_are_full_and_the_same_in_parts(
+    tmp_path, monkeypatch, cells, by_document, repeats
+):
+    """A document fills all cells that its rows visit at first: they visit more."""
+    monkeypatch.setattr(key_major, "_WIDENED_BYTES", 700 * 12 * K)  # Two groups of blocks.
+    key, label = _text()
+    rules = {"by_document": by_document, "repeats": repeats}
+    queries = Queries(True, _exclusion(label, **rules))
+    engines = {
+        "all cells": RoutedEngine(cells, CellSettings(30)),
+        "whole": RoutedEngine(cells, CellSettings(1)),
+        "parts": _in_parts(cells, CellSettings(1)),
+    }
+    every, whole, parts = (
+        _search(engine, key, tmp_path / name, queries)[1:] for name, engine in engines.items()
+    )
+    np.testing.assert_array_equal(every[0], _reference(key, label, **rules))
+    np.testing.assert_array_equal(parts[0], whole[0])
+    np.testing.assert_array_equal(parts[1], whole[1])
+    assert (whole[0] >= 0).all() and not (tmp_path / "parts" / RUNNING).exists()
+
+
+def test_routed_lists_stay_short_where_nothing_is_left(cells):
+    key, _ = _text()
+    rule = Exclusion(np.array([0, ROWS - 10, ROWS]), by_document=True)
+    rows = np.concatenate([np.arange(0, ROWS - 10, 60), np.arange(ROWS - 10, ROWS)])
+    for engine in (RoutedEngine(cells, CellSettings(1)), _in_parts(cells, CellSettings(1))):
+        row = rule.search(engine, key[rows], rows, K).row_QK
+        np.testing.assert_array_equal(np.sort(row[0, :10]), np.arange(ROWS - 10, ROWS))
+        assert (row[:-10, 10:] == -1).all() and (row[-10:] >= 0).all()
 
 
 def test_scann_finds_no_excluded_row(tmp_path):
@@ -195,9 +272,9 @@ def test_rows_without_targets_are_never_searched(tmp_path, monkeypatch, by_docum
     asked = []
     search = ExactEngine.search_later
 
-    def counted(self, query_QD, num_neighbors):
+    def counted(self, query_QD, num_neighbors, skipped_Q2=None):
         asked.append(query_QD)
-        return search(self, query_QD, num_neighbors)
+        return search(self, query_QD, num_neighbors, skipped_Q2)
 
     monkeypatch.setattr(ExactEngine, "search_later", counted)
     queries = Queries(True, share=share)
