@@ -1,13 +1,14 @@
 """What all tests share. JAX is configured through the environment, so that the processes
 which tests start inherit it and tests that need no JAX do not import it."""
 
+import functools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("MLPMEM_PROGRESS", "off")
@@ -23,6 +24,9 @@ _COMPILED = tempfile.TemporaryDirectory(prefix="mlpmem-compiled-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _COMPILED.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+# Compiling such networks takes longer than running them. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests
+# what users run; .ci/run does so with its second Python.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import pytest  # noqa: E402
 
@@ -58,6 +62,17 @@ def make_config(tmp_path: Path) -> Callable[..., Config]:
 def tiny_config(make_config: Callable[..., Config]) -> Config:
     """The tiny configuration, with a work directory of the test's own."""
     return make_config()
+
+
+@pytest.fixture(scope="session")
+def short_measurement() -> Iterator[None]:
+    """Each training measures what this CPU can do: for 60 ms in place of 400."""
+    from mlpmem_jax.training import flops
+
+    with pytest.MonkeyPatch.context() as patch:
+        short = functools.partial(flops.measure_cpu_flops, 0.06)
+        patch.setattr(flops, "measure_cpu_flops", short)
+        yield
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlpmem_jax.__main__ import main
 from mlpmem_jax.pipeline import index, retrieve
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.resolve import resolved
@@ -130,12 +131,19 @@ def test_everything_is_as_with_all_keys_in_memory(make_run, tmp_path, capsys, en
     assert (calibrated[0] is not None) == (engine != "exact")
 
 
-def _retrieve(workdir, engine, *killed, command="retrieve"):
+def _command(command, workdir, engine, memory_bytes):
     arguments = ["--config", str(ROOT / "configs" / "tiny.yaml"), "--workdir", str(workdir)]
-    settings = [*SHARED, *SETTINGS[engine], f"retrieval.memory_bytes={MEMORY[engine]}"]
+    return [
+        command, *arguments, *SHARED, *SETTINGS[engine],
+        f"retrieval.memory_bytes={memory_bytes}",
+    ]  # fmt: skip
+
+
+def _retrieve(workdir, engine, *killed, command="retrieve"):
+    arguments = _command(command, workdir, engine, MEMORY[engine])
     at = killed or ("mlpmem_jax.retrieval.running_lists.RunningLists.write", "0", "after")
     return subprocess.run(
-        [sys.executable, str(HERE / "killed.py"), *at, command, *arguments, *settings],
+        [sys.executable, str(HERE / "killed.py"), *at, *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -168,43 +176,25 @@ def test_killed_while_it_spills_it_continues_bit_for_bit(make_run, tmp_path):
     _assert_equal(run, whole)
 
 
-def test_too_little_memory_is_one_message_before_anything_is_made(make_run, tmp_path):
+def test_too_little_memory_is_one_message_before_anything_is_made(make_run, tmp_path, capsys):
     run = make_run(*SETTINGS["exact"], workdir=tmp_path / "run")
     run_stages(index.stages(run))
-    small = {"exact": 1000}
-    done = _retrieve_with(small, tmp_path / "run")
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    capsys.readouterr()
+    assert main(_command("retrieve", tmp_path / "run", "exact", 1000)) == 2
+    shown = capsys.readouterr().err
+    (line,) = [line for line in shown.splitlines() if line.startswith("error")]
     assert "retrieval.memory_bytes=1000 holds no key shard, which takes 132.0 KiB" in line
-    assert "lower datastore.shard_rows=1024" in line and "Traceback" not in done.stderr
+    assert "lower datastore.shard_rows=1024" in line and "Traceback" not in shown
     assert not run.neighbors("valid").path.exists()
 
 
-def _retrieve_with(memory, workdir):
-    saved = dict(MEMORY)
-    MEMORY.update(memory)
-    try:
-        return _retrieve(workdir, "exact")
-    finally:
-        MEMORY.update(saved)
-
-
-def test_the_plan_shows_key_shards_and_what_lies_on_disk_for_a_time(make_run, tmp_path):
+def test_the_plan_shows_key_shards_and_what_lies_on_disk_for_a_time(make_run, tmp_path, capsys):
     make_run(*SETTINGS["exact"], workdir=tmp_path / "run")
-    arguments = ["--config", str(ROOT / "configs" / "tiny.yaml"), "--dry-run"]
-    settings = [*SHARED, *SETTINGS["exact"], f"retrieval.memory_bytes={MEMORY['exact']}"]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "mlpmem_jax", "retrieve", *arguments),
-            *("--workdir", str(tmp_path / "run"), *settings),
-        ],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    (valid,) = [part for part in done.stdout.split("neighbors/") if part.startswith("valid")]
+    capsys.readouterr()
+    command = _command("retrieve", tmp_path / "run", "exact", MEMORY["exact"])
+    assert main([*command, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    (valid,) = [part for part in shown.split("neighbors/") if part.startswith("valid")]
     shown = [line.split() for line in valid.splitlines()]
     assert ["key", "shards", "3"] in shown
     assert ["key", "shards", "in", "memory", "at", "a", "time", "1"] in shown
