@@ -13,5 +13,7 @@ set -euo pipefail
 ensure_environment requirements.txt requirements-test.txt
 cd "$root"
 # Two files at a time: much of a test is compiling, which takes one core. More would need the memory
-# of more pipelines.
-exec "$venv/bin/python" -m pytest -m "not slow and not tpu and not gpu" -n 2 --dist loadfile "$@"
+# of more pipelines. In the order of their names the many short files come last, so that no process
+# is left alone with a long one.
+exec "$venv/bin/python" -m pytest -m "not slow and not tpu and not gpu" -n 2 --dist loadfile \
+  --no-loadscope-reorder "$@"

@@ -1,6 +1,7 @@
 """What all tests share. JAX is configured through the environment, so that the processes
 which tests start inherit it and tests that need no JAX do not import it."""
 
+import functools
 import json
 import os
 import shutil
@@ -8,10 +9,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("MLPMEM_PROGRESS", "off")
+# Images of containers often set it; then each process that a test starts compiles the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Started in the background (nohup, a job of a script) this process ignores signals, and so
 # would those that tests start and then interrupt: handlers, unlike ignoring, end at exec.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -22,8 +25,16 @@ _COMPILED = tempfile.TemporaryDirectory(prefix="mlpmem-compiled-")
 # Tests start the same tiny networks dozens of times: compiled once, they take a third of the
 # time. A directory of this session's own, so that no result depends on an earlier one.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _COMPILED.name)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+# Compiling such networks takes longer than running them. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests
+# what users run; .ci/run does so with its second Python.
+_OLD_EMITTERS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+    # On CPU the older of two code generators takes a third of the time; XLA ignores names that it
+    # does not know.
+    _flags = os.environ.get("XLA_FLAGS", "").replace(_OLD_EMITTERS, "")
+    os.environ["XLA_FLAGS"] = f"{_flags} {_OLD_EMITTERS}".strip()
 
 import pytest  # noqa: E402
 
@@ -74,6 +85,17 @@ def make_config(tmp_path: Path) -> Callable[..., Config]:
 def tiny_config(make_config: Callable[..., Config]) -> Config:
     """The tiny configuration, with a work directory of the test's own."""
     return make_config()
+
+
+@pytest.fixture(scope="session")
+def short_measurement() -> Iterator[None]:
+    """Each training measures what this CPU can do: for 60 ms in place of 400."""
+    from mlpmem_jax.training import flops
+
+    with pytest.MonkeyPatch.context() as patch:
+        short = functools.partial(flops.measure_cpu_flops, 0.06)
+        patch.setattr(flops, "measure_cpu_flops", short)
+        yield
 
 
 @pytest.fixture

@@ -297,6 +297,7 @@ def test_tests_have_requirements_of_their_own(project):
     assert f"cwd={project.root}" in lines
     assert [line.removeprefix("argument=") for line in lines if line.startswith("argument=")] == [
         "-m", "pytest", "-m", "not slow and not tpu and not gpu", "-n", "2", "--dist", "loadfile",
+        "--no-loadscope-reorder",
         "tests/unit", "-k", "a or b", "-m", "slow",
     ]  # fmt: skip
     project.clear()

@@ -1,13 +1,13 @@
 """Trip counts and collectives of compiled programs; the command on a mesh."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.multidevice.conftest import environment_of_eight_devices
 
 pytestmark = pytest.mark.multidevice
 
@@ -20,10 +20,7 @@ def test_loops_and_collectives(on_eight_devices, check):
 def test_the_command_on_a_mesh(tmp_path):
     """FSDP gathers weights, tensor parallelism reduces activations, model flops are right."""
     output = tmp_path / "report.json"
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-    }
+    environment = environment_of_eight_devices()
     command = [
         sys.executable, "-m", "mlpmem_jax", "compile", "--config", "configs/tiny.yaml",
         "--step", "train", "--output", str(output), "mesh.fsdp=2", "mesh.tensor=2",

@@ -134,12 +134,19 @@ def test_everything_is_as_with_all_keys_in_memory(make_run, tmp_path, capsys, en
     assert (calibrated[0] is not None) == (engine != "exact")
 
 
-def _retrieve(workdir, engine, *killed, command="retrieve"):
+def _command(command, workdir, engine, memory_bytes):
     arguments = ["--config", str(ROOT / "configs" / "tiny.yaml"), "--workdir", str(workdir)]
-    settings = [*SHARED, *SETTINGS[engine], f"retrieval.memory_bytes={MEMORY[engine]}"]
+    return [
+        command, *arguments, *SHARED, *SETTINGS[engine],
+        f"retrieval.memory_bytes={memory_bytes}",
+    ]  # fmt: skip
+
+
+def _retrieve(workdir, engine, *killed, command="retrieve"):
+    arguments = _command(command, workdir, engine, MEMORY[engine])
     at = killed or ("mlpmem_jax.retrieval.running_lists.RunningLists.write", "0", "after")
     return subprocess.run(
-        [sys.executable, str(HERE / "killed.py"), *at, command, *arguments, *settings],
+        [sys.executable, str(HERE / "killed.py"), *at, *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -276,22 +283,13 @@ def test_an_index_of_another_datastore_is_refused(indexed, refused, engine):
     assert "`index --rebuild`" in line, line
 
 
-def test_the_plan_shows_key_shards_and_what_lies_on_disk_for_a_time(make_run, tmp_path):
+def test_the_plan_shows_key_shards_and_what_lies_on_disk_for_a_time(make_run, tmp_path, capsys):
     make_run(*SETTINGS["exact"], workdir=tmp_path / "run")
-    arguments = ["--config", str(ROOT / "configs" / "tiny.yaml"), "--dry-run"]
-    settings = [*SHARED, *SETTINGS["exact"], f"retrieval.memory_bytes={MEMORY['exact']}"]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "mlpmem_jax", "retrieve", *arguments),
-            *("--workdir", str(tmp_path / "run"), *settings),
-        ],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    (valid,) = [part for part in done.stdout.split("neighbors/") if part.startswith("valid")]
+    capsys.readouterr()
+    command = _command("retrieve", tmp_path / "run", "exact", MEMORY["exact"])
+    assert main([*command, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    (valid,) = [part for part in shown.split("neighbors/") if part.startswith("valid")]
     shown = [line.split() for line in valid.splitlines()]
     assert ["key", "shards", "3"] in shown
     assert ["key", "shards", "in", "memory", "at", "a", "time", "1"] in shown

@@ -80,7 +80,7 @@ def _sweep(command, done, workdir, moments):
 @pytest.mark.timeout(900)
 def test_generate_is_stopped_now_and_then(tiny_run):
     seconds = _duration(GENERATE[0], tiny_run.workdir)
-    _sweep(*GENERATE, tiny_run.workdir, [0.0, *(seconds * k / 8 for k in range(8))])
+    _sweep(*GENERATE, tiny_run.workdir, [0.0, *(seconds * k / 5 for k in range(1, 5))])
 
 
 @pytest.mark.slow

@@ -37,14 +37,6 @@ ALL_FAMILIES = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def compile_fast():
-    """Compiling takes longer than running here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make_decoder(**keys) -> Decoder:
     """A decoder with larger weights than the initial ones: nothing is lost in rounding."""
     keys = {"width": 32, "num_layers": 2, "num_heads": 4, "context_tokens": LENGTH} | keys

@@ -72,14 +72,6 @@ READ_TOKENS = [case for case in CASES if case[1] in ("own", "gate")]
 some = pytest.mark.parametrize("both", READ_TOKENS, ids=_name, indirect=True)
 
 
-@pytest.fixture(autouse=True)
-def compile_fast():
-    """Compiling takes longer than running here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def both(request: pytest.FixtureRequest, tmp_path: Path):
     """Our model, and the same as transformers loads it."""

@@ -84,8 +84,13 @@ def sparse(inputs, batch, terms, chunk):
 @pytest.mark.parametrize("chunk", [4, 1000])
 def test_value_and_gradients_equal_dense(chunk):
     inputs, batch = make_arrays()
-    expected, expected_gradient = jax.value_and_grad(dense)(inputs, batch, TERMS)
-    (loss, _), gradient = jax.value_and_grad(sparse, has_aux=True)(inputs, batch, TERMS, chunk)
+    # Compiled whole: each operation apart takes longer.
+    expected, expected_gradient = jax.jit(jax.value_and_grad(lambda x: dense(x, batch, TERMS)))(
+        inputs
+    )
+    (loss, _), gradient = jax.jit(
+        jax.value_and_grad(lambda x: sparse(x, batch, TERMS, chunk), has_aux=True)
+    )(inputs)
     assert loss == pytest.approx(float(expected), rel=1e-5)
     assert set(gradient) == {"memory", "memory_head", "decoder", "decoder_head", "gate"}
     for name, value in expected_gradient.items():
@@ -164,7 +169,7 @@ def test_without_gradient_the_memory_does_not_move_the_decoder(make_config, head
     config = make_config("train.mode=joint", warmup, *overrides, "train.joint_weight=0")
     mesh = single_device_mesh()
     task = joint_task(Artifacts(config), mesh, blank=True)
-    network = task.build(nnx.Rngs(0))
+    network = nnx.jit(lambda: task.build(nnx.Rngs(0)))()
     key = jax.random.key(0)
     shapes = abstract_batch(task.source, config.train.batch_size, mesh)
     batch = {
@@ -174,9 +179,8 @@ def test_without_gradient_the_memory_does_not_move_the_decoder(make_config, head
         for name, one in shapes.items()
     }
     with jax.set_mesh(mesh):
-        grads = nnx.grad(lambda net: task.loss(net, task.frozen, batch, jnp.int32(0)).total)(
-            network
-        )
+        gradient = nnx.grad(lambda net: task.loss(net, task.frozen, batch, jnp.int32(0)).total)
+        grads = nnx.jit(gradient)(network)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(nnx.state(grads["decoder"])))
     assert any(np.any(leaf) for leaf in jax.tree.leaves(nnx.state(grads["memory"])))
 

@@ -19,14 +19,6 @@ def make_memory(**keys) -> Memory:
     return Memory(MemoryConfig(**keys), WIDTH, VOCAB, rngs=nnx.Rngs(0))
 
 
-@pytest.fixture(autouse=True)
-def compile_fast():
-    """Compiling takes longer than running here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make_input(scale=1.0) -> jax.Array:
     feature = jnp.arange(WIDTH, dtype=jnp.float32)
     return scale * (jax.random.normal(jax.random.key(1), (2, 7, WIDTH)) * (1 + feature) + feature)

@@ -4,33 +4,24 @@ import asyncio
 import math
 import re
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from mlpmem_jax.config.serve import ServeConfig
 from mlpmem_jax.generation.sampling import Sampling
 from mlpmem_jax.serving.app import App
 from mlpmem_jax.serving.completions import Service
-from mlpmem_jax.serving.server import start
-from tests.unit.asgi_client import JSON, Answer, ask, send
+from tests.unit.asgi_client import JSON, ask, send
 from tests.unit.tiny_models import LONG_CONTEXT, WEIGHT, tiny_language_model
+from tests.unit.tiny_service import CONFIG, complete, tiny_service, until
 
 KEY = "secret-key"
-CONFIG = ServeConfig(
-    slots=2, max_queue=3, max_tokens=5000, max_logprobs=4, max_body_bytes=20_000, request_secs=60.0
-)
-
-
-def _service(config: ServeConfig = CONFIG, with_memory: bool = True) -> Service:
-    return start(config, tiny_language_model(with_memory), "tiny")
 
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    made = _service()
+    made = tiny_service()
     yield made
     made.worker.stop()
 
@@ -40,27 +31,16 @@ def app(service: Service) -> Any:
     return App(service, None).asgi
 
 
-def _complete(app: Any, **body: Any) -> Answer:
-    return ask(app, "POST", "/v1/completions", body)
-
-
 def _text(app: Any, **body: Any) -> str:
-    answer = _complete(app, **body)
+    answer = complete(app, **body)
     assert answer.status == 200, answer.body
     [choice] = answer.content["choices"]
     return str(choice["text"])
 
 
-def _until(condition: Any) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_completion_is_what_the_model_writes(app):
     expected = tiny_language_model().generate(["def read("], 12, sampling=Sampling("greedy"))
-    answer = _complete(app, model="tiny", prompt="def read(", max_tokens=12, temperature=0)
+    answer = complete(app, model="tiny", prompt="def read(", max_tokens=12, temperature=0)
     content = answer.content
     assert [choice["text"] for choice in content["choices"]] == expected
     assert content["object"] == "text_completion"
@@ -75,21 +55,21 @@ def test_a_completion_is_what_the_model_writes(app):
 
 def test_prompts_and_samples_have_choices_in_order(app):
     body = {"prompt": ["def", "path"], "n": 2, "max_tokens": 10, "seed": 5, "temperature": 1.5}
-    choices = _complete(app, **body).content["choices"]
+    choices = complete(app, **body).content["choices"]
     assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
     assert choices[0]["text"] != choices[1]["text"]
-    assert _complete(app, **body).content["choices"] == choices
-    one = _complete(app, **(body | {"prompt": ["path"]})).content["choices"]
+    assert complete(app, **body).content["choices"] == choices
+    one = complete(app, **(body | {"prompt": ["path"]})).content["choices"]
     assert [choice["text"] for choice in one] == [choice["text"] for choice in choices[2:]]
-    assert _complete(app, **(body | {"seed": 6})).content["choices"] != choices
+    assert complete(app, **(body | {"seed": 6})).content["choices"] != choices
     unseeded = {_text(app, prompt="def", max_tokens=10, temperature=1.5) for _ in range(4)}
     assert len(unseeded) > 1
 
 
 def test_a_stream_is_the_whole_in_pieces(app):
     body = {"prompt": ["def read(", "日"], "max_tokens": 20, "seed": 1, "logprobs": 2, "echo": True}
-    whole = _complete(app, **body).content["choices"]
-    answer = _complete(app, **body, stream=True, stream_options={"include_usage": True})
+    whole = complete(app, **body).content["choices"]
+    answer = complete(app, **body, stream=True, stream_options={"include_usage": True})
     assert answer.headers["content-type"].startswith("text/event-stream")
     *parts, last = answer.events
     assert last["choices"] == []
@@ -114,7 +94,7 @@ def test_scores_as_the_evaluation_harness_asks_for_them(app):
     text = "def read(path):\n"
     ids = [separator, *model.tokenizer.encode([text])[0].tolist()]
     body = {"model": "tiny", "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234}
-    answer = _complete(app, prompt=[ids, ids[1:]], echo=True, **body)
+    answer = complete(app, prompt=[ids, ids[1:]], echo=True, **body)
     for choice, sent in zip(answer.content["choices"], (ids, ids[1:]), strict=True):
         logprobs = choice["logprobs"]
         assert {len(column) for column in logprobs.values()} == {len(sent) + 1}
@@ -134,14 +114,14 @@ def test_scores_as_the_evaluation_harness_asks_for_them(app):
 
 def test_what_is_written_greedily_scores_as_greedy(app):
     """The top entry has the bits of the token's own log-probability, drawn or read."""
-    drawn = _complete(app, prompt="def", max_tokens=12, temperature=0, logprobs=1).content
+    drawn = complete(app, prompt="def", max_tokens=12, temperature=0, logprobs=1).content
     [choice] = drawn["choices"]
     tokens = choice["logprobs"]
     for logprob, top in zip(tokens["token_logprobs"], tokens["top_logprobs"], strict=True):
         assert [logprob] == list(top.values())
     encode = tiny_language_model().tokenizer.encode
     ids = [*encode(["def"])[0].tolist(), *encode([choice["text"]])[0].tolist()]
-    read = _complete(app, prompt=ids, max_tokens=0, echo=True, logprobs=1).content
+    read = complete(app, prompt=ids, max_tokens=0, echo=True, logprobs=1).content
     columns = read["choices"][0]["logprobs"]
     if columns["tokens"][1:] == tokens["tokens"]:  # The text may be cut into other tokens.
         for logprob, top in zip(
@@ -151,7 +131,7 @@ def test_what_is_written_greedily_scores_as_greedy(app):
 
 
 def test_log_probabilities_have_names_and_offsets(app):
-    content = _complete(
+    content = complete(
         app, prompt="naïve 日本", max_tokens=6, temperature=0, logprobs=3, echo=True
     ).content
     [choice] = content["choices"]
@@ -185,13 +165,13 @@ def test_sampling_keys_have_effects(app):
 def test_stops(app):
     whole = _text(app, prompt="def", max_tokens=20, temperature=0)
     stop = whole[5:7]
-    answer = _complete(app, prompt="def", max_tokens=20, temperature=0, stop=[stop, "\0"])
+    answer = complete(app, prompt="def", max_tokens=20, temperature=0, stop=[stop, "\0"])
     [choice] = answer.content["choices"]
     assert choice["text"] == whole[: whole.index(stop)]
     assert choice["finish_reason"] == "stop"
     assert _text(app, prompt="def", max_tokens=20, temperature=0, stop=stop) == choice["text"]
     endless = {"prompt": "def", "max_tokens": 300, "temperature": 1.5, "ignore_eos": True}
-    whole = _complete(app, **endless).content
+    whole = complete(app, **endless).content
     assert whole["choices"][0]["finish_reason"] == "length"
     assert whole["usage"]["completion_tokens"] == 300
 
@@ -232,7 +212,7 @@ ERRORS = {
 
 @pytest.mark.parametrize(("body", "field"), ERRORS.values(), ids=ERRORS)
 def test_errors_name_the_field(app, body: dict[str, Any], field: str):
-    answer = _complete(app, **body)
+    answer = complete(app, **body)
     assert answer.status == 400
     error = answer.content["error"]
     assert (error["param"], error["code"], error["type"]) == (field, 400, "invalid_request_error")
@@ -252,8 +232,8 @@ def test_bodies_that_are_no_request(app, body: bytes):
 
 
 def test_other_refusals(app):
-    assert _complete(app, prompt="x" * 30_000).status == 413
-    assert _complete(app, model="other", prompt="a").content["error"]["param"] == "model"
+    assert complete(app, prompt="x" * 30_000).status == 413
+    assert complete(app, model="other", prompt="a").content["error"]["param"] == "model"
     form = ("content-type", "text/plain")
     assert ask(app, "POST", "/v1/completions", b"{}", form).status == 400
     for method, path, status in (("GET", "/v1/completions", 405), ("GET", "/nothing", 404)):
@@ -295,7 +275,7 @@ def test_what_decoder_and_memory_would_write(app):
         key=lambda one: WEIGHT * math.exp(one["memory"]) + (1 - WEIGHT) * math.exp(one["decoder"]),
     )
     body = {"prompt": found["tokens"], "max_tokens": 1, "temperature": 0, "logprobs": 1}
-    drawn = _complete(app, **body).content["choices"][0]["logprobs"]
+    drawn = complete(app, **body).content["choices"][0]["logprobs"]
     assert drawn["tokens"] == [best["text"]]
     mixed = WEIGHT * math.exp(best["memory"]) + (1 - WEIGHT) * math.exp(best["decoder"])
     assert math.exp(drawn["token_logprobs"][0]) == pytest.approx(mixed, rel=1e-4)
@@ -341,19 +321,6 @@ def test_the_page_is_one_file_that_loads_nothing(app):
     assert 'fetch("next"' in text
 
 
-def test_without_a_memory():
-    service = _service(with_memory=False)
-    app = App(service, None).asgi
-    assert (
-        _complete(app, prompt="a", interpolation=0.5).content["error"]["param"] == "interpolation"
-    )
-    assert _complete(app, prompt="a", max_tokens=2).status == 200
-    found = ask(app, "POST", "/next", {"prompt": "a"}).content
-    assert found["interpolation"] is None
-    assert {one["memory"] for one in found["candidates"]} == {None}
-    service.worker.stop()
-
-
 def test_slots_full_queue_full_and_clients_that_leave(service: Service, app):
     """Two are written and three wait; a sixth is refused; who leaves makes room at once."""
     batcher = service.worker.batcher
@@ -392,46 +359,21 @@ def test_slots_full_queue_full_and_clients_that_leave(service: Service, app):
 
     leaving = threading.Event()
     asyncio.run(act())
-    _until(lambda: batcher.num_active == 0)
+    until(lambda: batcher.num_active == 0)
     assert batcher.num_waiting == 0
-    assert _complete(app, prompt="def", max_tokens=2).status == 200
-
-
-def test_a_request_that_takes_too_long():
-    service = _service(CONFIG.model_copy(update={"request_secs": 0.3}))
-    app = App(service, None).asgi
-    body = {"prompt": "def", "max_tokens": 5000, "ignore_eos": True}
-    answer = _complete(app, **body)
-    assert answer.status == 504
-    assert "0.3 s" in answer.content["error"]["message"]
-    streamed = _complete(app, **body, stream=True).body.decode()
-    assert '"code": 504' in streamed
-    assert "[DONE]" not in streamed
-    _until(lambda: service.worker.batcher.num_active == 0)
-    service.worker.stop()
-
-
-def test_a_failed_engine_answers_and_is_seen(monkeypatch):
-    service = _service()
-    app = App(service, None).asgi
-    monkeypatch.setattr(service.worker.batcher, "advance", lambda: 1 / 0)
-    assert ask(app, "GET", "/health").status == 200
-    assert _complete(app, prompt="a").status == 503
-    assert isinstance(service.worker.failure, ZeroDivisionError)
-    assert ask(app, "GET", "/health").status == 503
-    assert _complete(app, prompt="a").status == 503
+    assert complete(app, prompt="def", max_tokens=2).status == 200
 
 
 def test_metrics(service: Service, app):
     before = _metric(app, 'mlpmem_tokens_total{kind="generated"}')
-    answer = _complete(app, prompt="def", max_tokens=7, temperature=0)
+    answer = complete(app, prompt="def", max_tokens=7, temperature=0)
     drawn = answer.content["usage"]["completion_tokens"]
     assert _metric(app, 'mlpmem_tokens_total{kind="generated"}') == before + drawn
     assert _metric(app, "mlpmem_slots") == CONFIG.slots
     assert _metric(app, "mlpmem_slots_used") == 0
     bad = 'mlpmem_requests_total{path="/v1/completions",status="400"}'
     before = _metric(app, bad)
-    _complete(app, prompt=3)
+    complete(app, prompt=3)
     assert _metric(app, bad) == before + 1
     count = _metric(app, "mlpmem_completion_seconds_count")
     assert _metric(app, 'mlpmem_completion_seconds_bucket{le="+Inf"}') == count
