@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.errors import ArtifactError, ConfigError
+from mlpmem_jax.evaluation.timed_decoding import make_search
+from mlpmem_jax.parallel.hardware import this_machine
 from mlpmem_jax.pipeline import index, retrieve
+from mlpmem_jax.pipeline.estimates import ROUTED_FLOPS, index_estimate, targets_estimate
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.search_needs import chosen_engine
 from mlpmem_jax.pipeline.stage import run_stages
-from mlpmem_jax.retrieval import approximate, targets
+from mlpmem_jax.retrieval import approximate, engine, targets
 from mlpmem_jax.retrieval.distributions import LabelEvidence
 from mlpmem_jax.retrieval.index_builder import open_index
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
@@ -230,9 +234,39 @@ def test_the_approximate_engine(make_run, capsys):
         open_index(layout.index, layout.config.retrieval, WIDTH, pytest.fail)
 
 
-def test_auto_says_what_it_chose(make_run, capsys):
-    run_stages(index.stages(make_run("retrieval.engine=auto")))
+def test_auto_says_what_it_chose_and_an_index_that_is_there_decides(make_run, capsys, monkeypatch):
+    run = make_run("retrieval.engine=auto")
+    run_stages(index.stages(run))
     assert "index: exact engine (auto: 3,000 rows are at most" in capsys.readouterr().out
+    monkeypatch.setattr(engine, "ROUTED_ROWS", 2999)
+    machine = this_machine(str(run.store))
+    assert chosen_engine(run, machine, ROWS["train"]) == "exact"
+    assert ROUTED_FLOPS not in targets_estimate(run, "train")
+    _run(run)
+    assert run.targets("train").load().measured["engine"] == "exact"
+
+
+def test_auto_routes_many_rows_from_plan_to_the_knn_lm(make_run, capsys, monkeypatch):
+    monkeypatch.setattr(engine, "ROUTED_ROWS", 2999)
+    run = make_run("retrieval.engine=auto", "retrieval.cells=40")
+    machine = this_machine(str(run.store))
+    assert chosen_engine(run, machine, ROWS["train"]) == "routed"
+    assert index_estimate(run)["cells"] == 40
+    _run(run)
+    assert "index: routed engine (auto: 3,000 rows are more than 2,999)" in capsys.readouterr().out
+    made = run.targets("train").load().measured
+    assert made["engine"] == "routed" and made["recall"] >= 0.95
+    cells, visited = (run.index.load().counts[name] for name in ("cells", "cells_to_search"))
+    flops = 2 * WIDTH * 3000 * (cells + visited * 3000 / cells)
+    assert targets_estimate(run, "train")[ROUTED_FLOPS] == pytest.approx(flops)
+    # The kNN-LM that generates.
+    opened, settings = open_index(run.index, run.config.retrieval, WIDTH, pytest.fail)
+    assert (opened.name, settings.cells_to_search) == ("routed", visited)
+    label, (_, row) = read_labels(run.datastore("train")), _reference(run, "test")
+    key = _all(run.datastore("test"), "key")[:20].astype(np.float32)
+    weight, found = make_search(opened, label, K, 1.0, 0.5)(key)
+    np.testing.assert_allclose(weight.sum(axis=1), 0.5, rtol=1e-5)
+    assert (found == label[row[:20]]).mean() > 0.9
 
 
 def test_neighbours_of_training_rows_can_be_kept(make_run):
