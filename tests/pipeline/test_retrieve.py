@@ -14,12 +14,14 @@ from mlpmem_jax.pipeline.estimates import ROUTED_FLOPS, index_estimate, targets_
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.search_needs import chosen_engine
 from mlpmem_jax.pipeline.stage import run_stages
-from mlpmem_jax.retrieval import approximate, engine, targets
+from mlpmem_jax.retrieval import approximate, engine, index_builder, index_files, targets
+from mlpmem_jax.retrieval.approximate import SearchSettings
 from mlpmem_jax.retrieval.distributions import LabelEvidence
 from mlpmem_jax.retrieval.index_builder import open_index
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
 from mlpmem_jax.store.array_specs import SPLITS, datastore_arrays
 from mlpmem_jax.store.arrays import open_array, read_rows
+from mlpmem_jax.store.contents import foreign_file
 from mlpmem_jax.store.shards import ShardWriter
 
 WIDTH, VOCAB, SEPARATOR = 32, 300, 0
@@ -267,6 +269,33 @@ def test_auto_routes_many_rows_from_plan_to_the_knn_lm(make_run, capsys, monkeyp
     weight, found = make_search(opened, label, K, 1.0, 0.5)(key)
     np.testing.assert_allclose(weight.sum(axis=1), 0.5, rtol=1e-5)
     assert (found == label[row[:20]]).mean() > 0.9
+
+
+def test_auto_gives_scann_up_for_cells_where_its_recall_stays_low(make_run, capsys, monkeypatch):
+    """A build of cells that is killed goes on with them, without ScaNN."""
+    pytest.importorskip("scann")
+    monkeypatch.setattr(engine, "EXACT_ROWS_CPU", 2999)
+    low = SearchSettings(54, 208), 0.7
+    monkeypatch.setattr(index_builder, "choose_settings", lambda *_: low)
+    given = make_run("retrieval.engine=auto", "retrieval.num_reorder=208")
+    run_stages(index.stages(given))
+    assert given.index.load().counts["engine"] == "scann"
+    assert "raise retrieval.num_leaves_to_search (now 54)" in capsys.readouterr().err
+    run, build = make_run("retrieval.engine=auto"), index_builder.build_routed
+    monkeypatch.setattr(index_builder, "build_routed", lambda *_: (_ for _ in ()).throw(_Killed))
+    with pytest.raises(_Killed):
+        run_stages(index.stages(run))
+    monkeypatch.setattr(index_builder, "build_routed", build)
+    monkeypatch.setattr(index_builder, "choose_settings", pytest.fail)
+    _run(run)
+    why = "auto: ScaNN reaches recall@12=0.7000, below retrieval.min_recall=0.95"
+    said = capsys.readouterr()
+    assert said.out.count(f"index: routed engine ({why})") == 2 and said.err == ""
+    made = run.index.load()
+    assert (made.counts["engine"], made.measured["why"]) == ("routed", why)
+    assert not index_files.shard_names(run.index.path)
+    assert foreign_file(run.index.path, "index") is None
+    assert run.targets("train").load().measured["recall"] >= 0.95
 
 
 def test_neighbours_of_training_rows_can_be_kept(make_run):
