@@ -8,8 +8,10 @@ import numpy as np
 from mlpmem_jax.corpus.row_estimates import UNKNOWN_ROWS, count_rows, rows_entry
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.search_needs import indexed_engine
 from mlpmem_jax.retrieval import approximate
 from mlpmem_jax.retrieval.cells import num_cells
+from mlpmem_jax.retrieval.engine import is_routed
 from mlpmem_jax.retrieval.estimates import (
     exact_bytes,
     first_cells_to_search,
@@ -144,7 +146,7 @@ def index_estimate(run: Artifacts) -> dict[str, Any]:
     if counted is None:
         return {"rows": UNKNOWN_ROWS}
     num_rows = counted[0]
-    if config.retrieval.engine == "routed":
+    if _is_routed(run, num_rows):
         itemsize = np.dtype(DTYPES[config.datastore.dtype]).itemsize
         cells = num_cells(config.retrieval, num_rows)
         return {
@@ -192,9 +194,14 @@ def targets_estimate(run: Artifacts, split: Split) -> dict[str, Any]:
         **rows_entry(*counted),
         "bytes on disk": num_rows * sum(spec.row_bytes for spec in specs.values()),
     }
-    if split == "train" and config.retrieval.engine == "routed":
+    if split == "train" and config.targets.teacher == "knn" and _is_routed(run, num_rows):
         found[ROUTED_FLOPS] = num_rows * _routed_flops(run, num_rows)
     return found
+
+
+def _is_routed(run: Artifacts, num_keys: int) -> bool:
+    found = indexed_engine(run)
+    return is_routed(run.config.retrieval, num_keys) if found is None else found == "routed"
 
 
 def _routed_flops(run: Artifacts, num_keys: int) -> float:

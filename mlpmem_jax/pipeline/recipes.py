@@ -29,7 +29,7 @@ _INDEX = (
 )
 # Of these, what is about training rows alone.
 _EXCLUSION = ("exclude", "exclude_repeats_tokens")
-# Keys that the routed engine alone reads.
+# Keys that the routed engine alone reads; `auto` may choose it.
 _CELLS = ("cells", "cells_to_search")
 _SEARCH = ("num_neighbors", "min_recall", "recall_queries")
 
@@ -102,8 +102,11 @@ def chunking(config: Config) -> dict[str, int]:
 def index(config: Config) -> Recipe:
     """Returns the recipe of the search index."""
     retrieval = config.retrieval.recipe()
-    names = _INDEX + (_CELLS if config.retrieval.engine == "routed" else ())
-    return {"seed": config.seed, "retrieval": {name: retrieval[name] for name in names}}
+    names = _INDEX + (_CELLS if config.retrieval.engine in ("routed", "auto") else ())
+    recipe = {name: retrieval[name] for name in names}
+    if config.retrieval.engine == "auto":  # Artifacts from before it could route are the same.
+        recipe = _less_defaults(recipe, RetrievalConfig(), _CELLS)
+    return {"seed": config.seed, "retrieval": recipe}
 
 
 def exact_neighbors(config: Config) -> Recipe:
@@ -149,9 +152,10 @@ def targets(config: Config, split: Split, files: str | None = None) -> Recipe:
     return {**found, "targets": _less_defaults(own, TargetsConfig())}
 
 
-def _less_defaults(recipe: Recipe, defaults: Section) -> Recipe:
+def _less_defaults(
+    recipe: Recipe, defaults: Section, later: tuple[str, ...] = (*_EXCLUSION, "min_mass")
+) -> Recipe:
     """Leaves out later keys that have their default: artifacts from before are the same."""
-    later = (*_EXCLUSION, "min_mass")
     return {
         name: value
         for name, value in recipe.items()

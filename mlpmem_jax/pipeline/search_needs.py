@@ -1,7 +1,9 @@
 """What searches need: the keys that are in memory at a time, and running lists on disk."""
 
+import contextlib
+
 from mlpmem_jax.corpus.row_estimates import Rows
-from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.pipeline.fitting import Moment, Need
 from mlpmem_jax.pipeline.graph import Artifacts
@@ -111,9 +113,19 @@ def num_neighbors(run: Artifacts, rows: Rows) -> int:
 
 
 def chosen_engine(run: Artifacts, machine: Machine, num_rows: int) -> str:
-    """Returns the engine that `retrieval.engine` leads to."""
-    config = run.config
+    """Returns the engine of the index that is there, or that `retrieval.engine` leads to."""
+    config, found = run.config, indexed_engine(run)
+    if found is not None:
+        return found
     try:
         return choose_engine(config.retrieval, num_rows, machine.platform).engine
     except ConfigError:  # Another check refuses what is not installed.
         return "scann"
+
+
+def indexed_engine(run: Artifacts) -> str | None:
+    """Returns the engine of a finished index: not always the one that `auto` leads to today."""
+    with contextlib.suppress(ArtifactError):
+        if run.index.is_complete():
+            return str(run.index.load().counts["engine"])
+    return None

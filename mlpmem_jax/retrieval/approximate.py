@@ -69,10 +69,10 @@ class SearchSettings:
 
     @property
     def way_out(self) -> str:
-        """The keys that bring more recall, with their values."""
+        """The keys that bring more recall, with their values, and the engine that does."""
         return (
             f"retrieval.num_leaves_to_search (now {self.num_leaves_to_search}) or "
-            f"retrieval.num_reorder (now {self.num_reorder})"
+            f"retrieval.num_reorder (now {self.num_reorder}), or set retrieval.engine=routed"
         )
 
 

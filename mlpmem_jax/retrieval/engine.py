@@ -15,11 +15,14 @@ from mlpmem_jax.store.stored_array import StoredArray
 
 EngineName = Literal["scann", "exact", "routed"]
 
-# Rows from which building an index and searching it approximately costs less than scoring
-# every pair, where every row is a query. Exact work grows with the square of the rows; on
-# accelerators it is some hundred times faster, and the index still lives on the host.
-CROSSOVER_ROWS = {"cpu": 60_000}
-CROSSOVER_ROWS_ACCELERATOR = 4_000_000
+# Rows up to which `auto` scores every pair on CPU: it costs less than to build an index and
+# search it, where every row is a query.
+EXACT_ROWS_CPU = 60_000
+# Rows above which `auto` routes, on every platform. Accelerators score every pair up to it, some
+# hundred times faster than CPUs; on CPU it is ScaNN up to it, although routed search was faster at
+# equal recall at all sizes measured (benchmarks.routing): the shipped configurations for CPU are
+# smaller and keep their results.
+ROUTED_ROWS = 4_000_000
 READ_ROWS = 65536
 # Of a key's norm: the square of the distance of two keys is at most four times as large.
 _LARGEST_SQUARE = float(np.finfo(np.float32).max) / 8
@@ -263,11 +266,18 @@ def choose_engine(config: RetrievalConfig, num_rows: int, platform: str) -> Choi
                 "Linux only); retrieval.engine=exact needs no package"
             )
         return Choice("scann", "retrieval.engine=scann")
+    if is_routed(config, num_rows):
+        return Choice("routed", f"auto: {num_rows:,} rows are more than {ROUTED_ROWS:,}")
+    exact_rows = EXACT_ROWS_CPU if platform == "cpu" else ROUTED_ROWS
+    if num_rows <= exact_rows:
+        return Choice(
+            "exact", f"auto: {num_rows:,} rows are at most {exact_rows:,}, where exact is faster"
+        )
     if not installed:
         return Choice("exact", "auto: the package scann is not installed")
-    crossover = CROSSOVER_ROWS.get(platform, CROSSOVER_ROWS_ACCELERATOR)
-    if num_rows <= crossover:
-        return Choice(
-            "exact", f"auto: {num_rows:,} rows are at most {crossover:,}, where exact is faster"
-        )
-    return Choice("scann", f"auto: {num_rows:,} rows are more than {crossover:,}")
+    return Choice("scann", f"auto: {num_rows:,} rows are more than {exact_rows:,}")
+
+
+def is_routed(config: RetrievalConfig, num_rows: int) -> bool:
+    """Returns whether `retrieval.engine` leads to routed search, whatever the platform."""
+    return config.engine == "routed" or (config.engine == "auto" and num_rows > ROUTED_ROWS)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from etils import epath
@@ -12,13 +11,13 @@ from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.config.networks import MeshConfig
 from mlpmem_jax.console import say
 from mlpmem_jax.errors import ArtifactError, UserError
-from mlpmem_jax.parallel.agreement import smallest_of_all
+from mlpmem_jax.parallel.agreement import of_first, smallest_of_all
 from mlpmem_jax.parallel.hardware import check_host_memory, device_memory, host_memory
 from mlpmem_jax.parallel.multihost import barrier, first_alone, is_writer
 from mlpmem_jax.parallel.sharing import process_count
 from mlpmem_jax.retrieval import approximate, index_files, recall
 from mlpmem_jax.retrieval.approximate import SEARCH, ApproximateEngine, SearchSettings
-from mlpmem_jax.retrieval.engine import Engine, Keys, SomeKeys, StoredKeys, choose_engine
+from mlpmem_jax.retrieval.engine import Choice, Engine, Keys, SomeKeys, StoredKeys, choose_engine
 from mlpmem_jax.retrieval.estimates import exact_plan, index_plan
 from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.key_shards import KeyShards
@@ -32,6 +31,7 @@ from mlpmem_jax.units import human_bytes
 
 # Calibration and measurement draw different rows: the measurement stays unbiased.
 CALIBRATION_SEED = 1
+GIVEN_UP = "instead.json"  # Why ScaNN was given up for cells.
 SHARD_BY = "rows"  # How ScaNN's shards are cut: by ranges of rows.
 MEASUREMENT_SEED = 2
 _MAX_REORDER_GROWTH = 8
@@ -94,21 +94,76 @@ def build_index(
     """
     keys = StoredKeys(train)
     check_enough_rows(retrieval.num_neighbors, keys.num_rows, str(train.path))
-    choice = choose_engine(retrieval, keys.num_rows, mesh.devices.flat[0].platform)
-    say(f"index: {choice.engine} engine ({choice.why})")
-    counts: dict[str, Any] = {"engine": choice.engine, "rows": keys.num_rows}
-    measured: dict[str, Any] = {"why": choice.why}
-    if choice.engine == "exact":  # Nothing to build: it reads the datastore's keys.
-        return Completion(counts, measured=measured)
-    path = artifact.path
+    path, choice = (
+        artifact.path,
+        choose_engine(retrieval, keys.num_rows, mesh.devices.flat[0].platform),
+    )
     exact = functools.partial(exact_engine, train, mesh, retrieval)
-    if choice.engine == "routed":
-        draw = functools.partial(_calibration_sample, keys, exact, retrieval, seed)
-        chunk_rows = int(train.load().arrays["key"]["chunk_rows"])
-        made = build_routed(path, keys, chunk_rows, retrieval, seed, mesh, draw)
-        return dataclasses.replace(
-            made, counts={**counts, **made.counts}, measured={**measured, **made.measured}
-        )
+    if choice.engine == "scann" and not _is_given_up(path):
+        say(f"index: {choice.engine} engine ({choice.why})")
+        made = _build_scann(path, keys, exact, retrieval, seed)
+        if not _falls_short(made, retrieval):
+            return _completed(made, choice, keys)
+        _give_up(path, made.measured["calibration_recall"], retrieval)
+    if choice.engine == "scann":
+        choice = Choice("routed", read_json(path / GIVEN_UP)["why"])
+    say(f"index: {choice.engine} engine ({choice.why})")
+    if choice.engine == "exact":  # Nothing to build: it reads the datastore's keys.
+        return _completed(Completion(), choice, keys)
+    if is_writer():
+        index_files.remove_shards(path)
+    draw = functools.partial(_calibration_sample, keys, exact, retrieval, seed)
+    chunk_rows = int(train.load().arrays["key"]["chunk_rows"])
+    return _completed(
+        build_routed(path, keys, chunk_rows, retrieval, seed, mesh, draw), choice, keys
+    )
+
+
+def _completed(made: Completion, choice: Choice, keys: Keys) -> Completion:
+    return dataclasses.replace(
+        made,
+        counts={"engine": choice.engine, "rows": keys.num_rows, **made.counts},
+        measured={"why": choice.why, **made.measured},
+    )
+
+
+def _is_given_up(path: epath.Path) -> bool:
+    return bool(of_first(is_writer() and (path / GIVEN_UP).exists()))
+
+
+def _falls_short(made: Completion, retrieval: RetrievalConfig) -> bool:
+    """Returns whether cells are to be searched instead; warns of a recall that stays low.
+
+    Settings that are given are kept: they say what is wanted.
+    """
+    reached = made.measured.get("calibration_recall")
+    if reached is None or reached >= retrieval.min_recall:
+        return False
+    free = retrieval.num_leaves_to_search, retrieval.num_reorder
+    if retrieval.engine == "auto" and free == ("auto", "auto"):
+        return True
+    given = SearchSettings(made.counts["num_leaves_to_search"], made.counts["num_reorder"])
+    recall.warn_of(reached, retrieval, given)
+    return False
+
+
+def _give_up(path: epath.Path, reached: float, retrieval: RetrievalConfig) -> None:
+    """Writes why cells replace the shards of ScaNN: a killed build of cells goes on with them."""
+    recall_of = f"recall@{retrieval.num_neighbors}={reached:.4f}"
+    why = f"auto: ScaNN reaches {recall_of}, below retrieval.min_recall={retrieval.min_recall}"
+    if is_writer():
+        write_json(path / GIVEN_UP, {"why": why})
+    barrier("index: ScaNN is given up")
+
+
+def _build_scann(
+    path: epath.Path,
+    keys: Keys,
+    exact: Callable[[], Engine],
+    retrieval: RetrievalConfig,
+    seed: int,
+) -> Completion:
+    """Builds the shards of a ScaNN index, and chooses how thoroughly they are searched."""
     with first_alone("index: directory"):
         if is_writer():
             index_files.remove_unfinished(path)
@@ -129,14 +184,12 @@ def build_index(
     num_shards = len(approximate.shard_ranges(keys.num_rows, retrieval.shard_rows))
     files = index_files.shard_files(path, num_shards)
     settings, calibrated = choose_settings(path, keys, exact, retrieval, seed)
-    if calibrated is not None:
-        measured["calibration_recall"] = calibrated
-        recall.warn_of(calibrated, retrieval, settings)
+    measured = {} if calibrated is None else {"calibration_recall": calibrated}
     if is_writer():
         write_json(path / SEARCH, dataclasses.asdict(settings))
         files[SEARCH] = describe_file(path / SEARCH)
     shard_rows = max(len(rows) for rows in approximate.shard_ranges(keys.num_rows, largest))
-    counts |= {
+    counts = {
         "shards": num_shards,
         "shard_by": SHARD_BY,
         "num_leaves": approximate.num_leaves(retrieval, shard_rows),

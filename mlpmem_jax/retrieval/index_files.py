@@ -120,6 +120,12 @@ def leaf_order(path: epath.Path) -> Callable[[slice], np.ndarray | None]:
     return order
 
 
+def remove_shards(path: epath.Path) -> None:
+    """Removes the shards of a build that is given up."""
+    for name in shard_names(path) if path.exists() else ():
+        (path / name).rmtree()
+
+
 def remove_unfinished(path: epath.Path) -> None:
     """Removes what a killed build left."""
     if is_local(path):

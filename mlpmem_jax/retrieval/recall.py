@@ -28,7 +28,7 @@ class Thoroughness(Protocol):
 
     @property
     def way_out(self) -> str:
-        """The keys that bring more recall, with their values."""
+        """The keys that bring more recall, with their values, and the engine that does."""
         ...
 
 
@@ -170,6 +170,5 @@ def warn_of(measured: float, config: RetrievalConfig, settings: Thoroughness) ->
     if measured < config.min_recall:
         warn(
             f"recall@{config.num_neighbors} is {measured:.4f}, below "
-            f"retrieval.min_recall={config.min_recall}: raise {settings.way_out}, or set "
-            "retrieval.engine=exact"
+            f"retrieval.min_recall={config.min_recall}: raise {settings.way_out}"
         )

@@ -52,8 +52,10 @@ class CellSettings:
 
     @property
     def way_out(self) -> str:
-        """The keys that bring more recall, with their values."""
-        return f"retrieval.cells_to_search (now {self.cells_to_search})"
+        """The keys that bring more recall, with their values, and the engine that does."""
+        return (
+            f"retrieval.cells_to_search (now {self.cells_to_search}), or set retrieval.engine=exact"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "neighbors": (_ARRAY, _WRITTEN, _RUNNING),
     "scores": (_ARRAY, _WRITTEN),
     "targets": (_ARRAY, _WRITTEN, _RUNNING, r"temperature\.json"),
-    "index": (_SHARD, r"search\.json", *_CELLS),
+    "index": (_SHARD, r"(search|instead)\.json", *_CELLS),
     "results": _report("evaluate", "measured"),
     "analysis": _report("analyze"),
     "cost": (*_report("cost"), r"(prepared|round-\d+)-\d+\.json", rf"index-\d+/{_SHARD}"),

@@ -7,13 +7,20 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.errors import ArtifactError, ConfigError
+from mlpmem_jax.evaluation.timed_decoding import make_search
+from mlpmem_jax.parallel.hardware import this_machine
 from mlpmem_jax.pipeline import index, retrieve
+from mlpmem_jax.pipeline.estimates import ROUTED_FLOPS, index_estimate, targets_estimate
+from mlpmem_jax.pipeline.search_needs import chosen_engine
 from mlpmem_jax.pipeline.stage import run_stages
-from mlpmem_jax.retrieval import approximate, targets
+from mlpmem_jax.retrieval import approximate, engine, index_builder, index_files, targets
+from mlpmem_jax.retrieval.approximate import SearchSettings
 from mlpmem_jax.retrieval.distributions import LabelEvidence
 from mlpmem_jax.retrieval.index_builder import open_index
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
+from mlpmem_jax.store.contents import foreign_file
 from tests.pipeline.searching import (
+    ROWS,
     SEPARATOR,
     VOCAB,
     WIDTH,
@@ -23,6 +30,10 @@ from tests.pipeline.searching import (
     run_maker,
     search,
 )
+
+
+class _Killed(BaseException):
+    pass
 
 
 @pytest.fixture
@@ -161,9 +172,66 @@ def test_the_approximate_engine(make_run, capsys):
         open_index(layout.index, layout.config.retrieval, WIDTH, pytest.fail)
 
 
-def test_auto_says_what_it_chose(make_run, capsys):
-    run_stages(index.stages(make_run("retrieval.engine=auto")))
+def test_auto_says_what_it_chose_and_an_index_that_is_there_decides(make_run, capsys, monkeypatch):
+    run = make_run("retrieval.engine=auto")
+    run_stages(index.stages(run))
     assert "index: exact engine (auto: 3,000 rows are at most" in capsys.readouterr().out
+    monkeypatch.setattr(engine, "ROUTED_ROWS", 2999)
+    machine = this_machine(str(run.store))
+    assert chosen_engine(run, machine, ROWS["train"]) == "exact"
+    assert ROUTED_FLOPS not in targets_estimate(run, "train")
+    search(run)
+    assert run.targets("train").load().measured["engine"] == "exact"
+
+
+def test_auto_routes_many_rows_from_plan_to_the_knn_lm(make_run, capsys, monkeypatch):
+    monkeypatch.setattr(engine, "ROUTED_ROWS", 2999)
+    run = make_run("retrieval.engine=auto", "retrieval.cells=40")
+    machine = this_machine(str(run.store))
+    assert chosen_engine(run, machine, ROWS["train"]) == "routed"
+    assert index_estimate(run)["cells"] == 40
+    search(run)
+    assert "index: routed engine (auto: 3,000 rows are more than 2,999)" in capsys.readouterr().out
+    made = run.targets("train").load().measured
+    assert made["engine"] == "routed" and made["recall"] >= 0.95
+    cells, visited = (run.index.load().counts[name] for name in ("cells", "cells_to_search"))
+    flops = 2 * WIDTH * 3000 * (cells + visited * 3000 / cells)
+    assert targets_estimate(run, "train")[ROUTED_FLOPS] == pytest.approx(flops)
+    # The kNN-LM that generates.
+    opened, settings = open_index(run.index, run.config.retrieval, WIDTH, pytest.fail)
+    assert (opened.name, settings.cells_to_search) == ("routed", visited)
+    label, (_, row) = read_labels(run.datastore("train")), nearest_rows(run, "test")
+    key = read_array(run.datastore("test"), "key")[:20].astype(np.float32)
+    weight, found = make_search(opened, label, K, 1.0, 0.5)(key)
+    np.testing.assert_allclose(weight.sum(axis=1), 0.5, rtol=1e-5)
+    assert (found == label[row[:20]]).mean() > 0.9
+
+
+def test_auto_gives_scann_up_for_cells_where_its_recall_stays_low(make_run, capsys, monkeypatch):
+    """A build of cells that is killed goes on with them, without ScaNN."""
+    pytest.importorskip("scann")
+    monkeypatch.setattr(engine, "EXACT_ROWS_CPU", 2999)
+    low = SearchSettings(54, 208), 0.7
+    monkeypatch.setattr(index_builder, "choose_settings", lambda *_: low)
+    given = make_run("retrieval.engine=auto", "retrieval.num_reorder=208")
+    run_stages(index.stages(given))
+    assert given.index.load().counts["engine"] == "scann"
+    assert "raise retrieval.num_leaves_to_search (now 54)" in capsys.readouterr().err
+    run, build = make_run("retrieval.engine=auto"), index_builder.build_routed
+    monkeypatch.setattr(index_builder, "build_routed", lambda *_: (_ for _ in ()).throw(_Killed))
+    with pytest.raises(_Killed):
+        run_stages(index.stages(run))
+    monkeypatch.setattr(index_builder, "build_routed", build)
+    monkeypatch.setattr(index_builder, "choose_settings", pytest.fail)
+    search(run)
+    why = "auto: ScaNN reaches recall@12=0.7000, below retrieval.min_recall=0.95"
+    said = capsys.readouterr()
+    assert said.out.count(f"index: routed engine ({why})") == 2 and said.err == ""
+    made = run.index.load()
+    assert (made.counts["engine"], made.measured["why"]) == ("routed", why)
+    assert not index_files.shard_names(run.index.path)
+    assert foreign_file(run.index.path, "index") is None
+    assert run.targets("train").load().measured["recall"] >= 0.95
 
 
 def test_neighbours_of_training_rows_can_be_kept(make_run):

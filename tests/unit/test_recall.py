@@ -6,7 +6,7 @@ import pytest
 from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.errors import ArtifactError, ConfigError
 from mlpmem_jax.parallel.mesh import single_device_mesh
-from mlpmem_jax.retrieval import approximate, recall
+from mlpmem_jax.retrieval import approximate, engine, recall
 from mlpmem_jax.retrieval.approximate import ApproximateEngine, SearchSettings
 from mlpmem_jax.retrieval.engine import ArrayKeys, choose_engine
 from mlpmem_jax.retrieval.exact import ExactEngine
@@ -160,18 +160,28 @@ def test_a_low_recall_is_a_warning_that_names_the_keys(capsys):
     recall.check(0.94, config, settings, 1024)
     said = capsys.readouterr().err
     assert said.startswith("warning: recall@256 is 0.9400, below retrieval.min_recall=0.95")
-    assert "num_leaves_to_search (now 20) or retrieval.num_reorder (now 1028)" in said
+    assert "num_leaves_to_search (now 20) or retrieval.num_reorder (now 1028), or set" in said
+    assert "retrieval.engine=routed" in said
     recall.check(0.94, config, CellSettings(7), 1024)
-    assert "raise retrieval.cells_to_search (now 7), or set" in capsys.readouterr().err
+    assert "(now 7), or set retrieval.engine=exact" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="of the exact engine is 0.9400 on 1024 rows"):
         recall.check(0.94, config, None, 1024)
 
 
-def test_the_choice_of_engine_is_explained():
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_choice_of_engine_is_explained(monkeypatch, installed):
+    monkeypatch.setattr(engine, "is_approximate_installed", lambda: installed)
     config = RetrievalConfig()
-    assert choose_engine(config, 1000, "cpu").engine == "exact"
-    assert choose_engine(config, 3_000_000, "cpu").engine == "scann"
-    assert choose_engine(config, 3_000_000, "tpu").engine == "exact"
-    assert "3,000,000 rows" in choose_engine(config, 3_000_000, "cpu").why
+    chosen = {
+        (rows, platform): choose_engine(config, rows, platform)
+        for rows in (60_000, 60_001, 4_000_000, 4_000_001)
+        for platform in ("cpu", "gpu", "tpu")
+    }
+    for platform in ("cpu", "gpu", "tpu"):
+        between = "scann" if installed and platform == "cpu" else "exact"
+        engines = [one.engine for (_, on), one in chosen.items() if on == platform]
+        assert engines == ["exact", between, between, "routed"]
+        assert chosen[4_000_001, platform].why == "auto: 4,000,001 rows are more than 4,000,000"
+    assert "60,000 rows are at most 60,000" in chosen[60_000, "cpu"].why
     routed = choose_engine(RetrievalConfig(engine="routed"), 1000, "cpu")
     assert (routed.engine, routed.why) == ("routed", "retrieval.engine=routed")

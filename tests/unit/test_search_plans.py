@@ -99,7 +99,7 @@ def test_what_an_h200_holds_an_h100_searches_in_more_parts():
 def test_a_routed_search_is_planned_before_it_begins():
     """Cells lie on the hosts, in parts; their index needs its disk twice while it is made."""
     machine = ACCELERATED["gpt2_small"][0]
-    run, rows, stages = _planned("gpt2_small", "retrieval.engine=routed")
+    run, rows, stages = _planned("gpt2_small")  # `auto` routes so many rows.
     assert shortages(stages, machine, lambda *_: rows) == []
     needed = {stage.artifact.relative: stage.need(machine, lambda _: rows) for stage in stages}
     made, searched = needed[run.index.relative], needed[run.targets("train").relative]

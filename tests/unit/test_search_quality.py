@@ -101,6 +101,13 @@ def test_what_the_routed_engine_reads_enters_its_recipes_alone():
     assert names <= routed.index.recipe["retrieval"].keys()
     assert not names & scann.index.recipe["retrieval"].keys()
     assert routed.config.retrieval.cells_to_search == 3
+    # `auto` may choose the engine, and artifacts from before it did are the same.
+    auto, given = (
+        Artifacts(_config(one), Unread("run")).index.recipe["retrieval"].keys()
+        for one in ("retrieval.engine=auto", "retrieval={engine: auto, cells_to_search: 3}")
+    )
+    assert auto == scann.index.recipe["retrieval"].keys()
+    assert given == auto | {"cells_to_search"}
     first, second = config.search_quality.recipe()["settings"]
     assert first["cells_to_search"] == 3 and "cells_to_search" not in second
 
@@ -109,6 +116,7 @@ def test_what_the_routed_engine_reads_enters_its_recipes_alone():
     ("override", "said"),
     [
         ("retrieval={engine: routed, cells: 2000, training_rows: 1000}", "cells=2000 exceeds"),
+        ("retrieval={engine: auto, cells: 2000, training_rows: 1000}", "cells=2000 exceeds"),
         ("search_quality.settings=[]", "must have at least one entry"),
         ("search_quality.settings=[{name: a}, {name: a}]", "the name a is given twice"),
         ("search_quality.settings=[{name: a, num_reorder: 16}]", "num_reorder=16 must be more"),

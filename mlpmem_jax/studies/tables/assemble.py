@@ -44,12 +44,21 @@ def table_results(run: Artifacts, rows: Rows, settings: Settings) -> dict[str, A
     systems = [
         System(
             row.key,
-            row.label,
+            _label(row),
             tuple(names[number, place] for place in range(len(row.parts))),
         )
         for number, row in enumerate(next(iter(rows.values())))
     ]
     return summarise(systems, seeds, settings)
+
+
+def _label(row: Row) -> str:
+    """Returns the label of a row; `auto` may have given ScaNN up after the row was planned."""
+    for part in row.parts:
+        if part.kind == "knn_by_index":
+            engine = part.run.neighbors_by_index("test").load().measured["engine"]
+            return row.label if engine == "scann" else f"{row.label} (given up, {engine} search)"
+    return row.label
 
 
 def _labels_by_tokens(run: Artifacts, rows: Rows, split: Split) -> dict[str, SplitLabels]:

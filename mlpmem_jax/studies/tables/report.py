@@ -151,7 +151,7 @@ def _notes(results: Results, measured: Results) -> list[str]:
     ]
     return [
         *(
-            [f"ScaNN finds {share_text(_mean(recalls))} of test rows' neighbours"]
+            [f"the index finds {share_text(_mean(recalls))} of test rows' neighbours"]
             if recalls
             else []
         ),

@@ -231,9 +231,12 @@ class SeedPlan:
     def _engine(self) -> str:
         """The engine of the base, as far as it is known."""
         from mlpmem_jax.parallel.mesh import make_mesh
+        from mlpmem_jax.pipeline.search_needs import indexed_engine
         from mlpmem_jax.retrieval.engine import choose_engine
 
-        tokens = self.base.run.tokens
+        found, tokens = indexed_engine(self.base.run), self.base.run.tokens
+        if found is not None:
+            return found
         num_rows = 0
         if tokens.is_complete():
             num_rows = int(tokens.load().counts["train_tokens"]) - 1
