@@ -29,8 +29,8 @@ def main(run: Artifacts, options: Options) -> int:
     server = _server()
     # Artifacts are checked before a device is touched.
     weight = 0.0 if options.without_memory else interpolation(run)
+    check_finished(run, with_memory=not options.without_memory)
     if options.dry_run:
-        check_finished(run, with_memory=not options.without_memory)
         return execute(lambda _: [], run, options)
     with server.bound_socket(config) as listening:
         from mlpmem_jax.pipeline.opened_run import Run
