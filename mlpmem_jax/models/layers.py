@@ -85,12 +85,30 @@ class Parameters(nnx.Module):
             setattr(self, name, parameter(*specs[name], rngs))
 
     def arrays(self) -> Arrays:
-        """Returns the arrays by name."""
-        return {name: getattr(self, name)[...] for name in self.names}
+        """Returns the arrays by name; tuples of one for each layer after `split_layers`."""
+        return {name: getattr(self, name).get_value() for name in self.names}
+
+    def split_layers(self) -> None:
+        """Makes each stacked array on a CPU one array for each layer, to be read and not trained.
+
+        XLA copies a layer out of a stacked array whenever a CPU multiplies by it, which takes
+        longer than a product with few rows.
+        """
+        for name in self.names:
+            variable = getattr(self, name)
+            stacked = variable.get_value()
+            (device, *others) = stacked.devices()
+            if device.platform == "cpu" and not others:
+                variable.set_value(_layers_of(stacked))
 
     def axes(self) -> dict[str, Names]:
         """Returns the logical axes of each array by name."""
         return {name: getattr(self, name).get_metadata()[LOGICAL_AXES] for name in self.names}
+
+
+@jax.jit
+def _layers_of(stacked: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(stacked[layer] for layer in range(len(stacked)))
 
 
 def parameter(
@@ -238,7 +256,7 @@ def with_remat(block: Callable[..., Any], policy: Literal["none", "full", "dots"
 def loop_layers(
     block: Callable[[Any, Arrays, Any], Any],
     carry: Any,
-    stacked: Arrays,
+    stacked: Mapping[str, Any],
     num_layers: int,
     unroll: bool,
 ) -> Any:
@@ -248,19 +266,25 @@ def loop_layers(
         block: (carry, arrays of one layer, number of the block) → carry. The number is a
             Python int when unrolled and a traced int32 when scanned.
         carry: What flows through the blocks.
-        stacked: Parameters with a leading dim of layers.
+        stacked: Parameters with a leading dim of layers, or a tuple of each of them, which
+            are written out in any case.
         num_layers: How many of them are applied.
         unroll: Write the blocks out (same parameters, same result).
 
     Returns:
         The carry after the last block.
     """
-    total = next(iter(stacked.values())).shape[0]
+    first = next(iter(stacked.values()))
+    if isinstance(first, tuple):
+        for layer in range(num_layers):
+            carry = block(carry, {name: parts[layer] for name, parts in stacked.items()}, layer)
+        return carry
     if unroll:
         # `split`, since the gradient of slices is a sum of padded arrays.
-        parts = {name: jax.lax.split(array, (1,) * total) for name, array in stacked.items()}
+        ones = (1,) * len(first)
+        split = {name: jax.lax.split(array, ones) for name, array in stacked.items()}
         for layer in range(num_layers):
-            carry = block(carry, {name: part[layer][0] for name, part in parts.items()}, layer)
+            carry = block(carry, {name: part[layer][0] for name, part in split.items()}, layer)
         return carry
     used = {name: array[:num_layers] for name, array in stacked.items()}
 
