@@ -18,12 +18,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.program import run_main
+from mlpmem_jax.errors import UserError
 from mlpmem_jax.parallel.host import keep_freed_memory
 
 PEAK_SIZE = 2048 if jax.default_backend() == "cpu" else 8192
@@ -142,6 +145,8 @@ def main() -> None:
     parser.add_argument("--kernel", choices=("engine", "device"), default="engine")
     parser.add_argument("--against", help="another working tree")
     flags = parser.parse_args()
+    if flags.against and not Path(flags.against, "mlpmem_jax").is_dir():
+        raise UserError(f"--against {flags.against}: is no working tree of this project")
     keep_freed_memory()
     generator = np.random.default_rng(1)
     key_ND = make_keys(generator, flags.rows, flags.width)
@@ -170,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

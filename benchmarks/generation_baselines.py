@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.program import run_main
 from mlpmem_jax.console import quiet_libraries, say
 from mlpmem_jax.corpus.tokenizer import TextTokenizer
 from mlpmem_jax.evaluation.table import number, render
@@ -160,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

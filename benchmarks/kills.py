@@ -119,8 +119,9 @@ def main() -> int:
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         workdir = Path(folder) / "undisturbed"
         began = time.monotonic()
-        if interrupted_start(command_of(flags.config, workdir), LIMIT_SECS) != 0:
-            return 1
+        code = interrupted_start(command_of(flags.config, workdir), LIMIT_SECS)
+        if code != 0:
+            return code or 1
         whole = time.monotonic() - began
         print(f"undisturbed: {whole:.0f} s", flush=True)
         reference = run_of(flags.config, workdir)

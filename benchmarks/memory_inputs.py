@@ -12,6 +12,7 @@ import argparse
 import statistics
 
 from benchmarks.joint_step import in_turns, stepper
+from benchmarks.program import run_main
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.parallel.host import keep_freed_memory
 from mlpmem_jax.parallel.mesh import make_mesh
@@ -46,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

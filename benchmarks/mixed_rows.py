@@ -13,6 +13,7 @@ import resource
 import statistics
 import time
 
+from benchmarks.program import run_main
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.console import quiet_libraries
 from mlpmem_jax.input.feed import Feed
@@ -76,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

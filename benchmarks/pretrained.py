@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from benchmarks.program import run_main
 from mlpmem_jax.config.gguf import is_gguf
 from mlpmem_jax.config.pretrained import pretrained_decoder, pretrained_keys
 from mlpmem_jax.console import quiet_libraries
@@ -71,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.program import run_main
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.console import quiet_libraries
 from mlpmem_jax.corpus.tokens import TokenSplit
@@ -147,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

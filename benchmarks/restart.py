@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.program import run_main
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.pipeline.graph import Artifacts
@@ -39,7 +40,7 @@ def wait_for(metrics: Path, step: int, since: float, process: subprocess.Popen[b
     """Returns the seconds until a process has written a record of a step or a later one."""
     while time.time() - since < LIMIT_SECS:
         if process.poll() is not None:
-            raise SystemExit(f"the command ended with {process.returncode}")
+            raise subprocess.CalledProcessError(process.returncode, process.args)
         fresh = metrics.exists() and metrics.stat().st_mtime > since
         if fresh and last_step(metrics) >= step:
             return time.time() - since
@@ -66,6 +67,8 @@ def measure(command: str, path: str, config: Config, folder: str) -> float:
     first = subprocess.Popen(start, stdout=subprocess.DEVNULL)
     while not sums.exists() and first.poll() is None:
         time.sleep(0.05)
+    if not sums.exists():
+        raise subprocess.CalledProcessError(first.wait(), start)
     first.send_signal(signal.SIGKILL)
     first.wait()
     since = time.time()
@@ -93,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.program import run_main
 from mlpmem_jax.config.load import load_config
 from mlpmem_jax.corpus.stream import Corpus, Position
 from mlpmem_jax.corpus.writer import batches, seen_by_first
@@ -76,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

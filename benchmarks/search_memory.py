@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from benchmarks.program import run_main
 from mlpmem_jax.config.data import DatastoreConfig, RetrievalConfig, TargetsConfig
 from mlpmem_jax.config.networks import MeshConfig
 from mlpmem_jax.console import quiet_libraries, say
@@ -202,4 +203,4 @@ def _compare(flags: argparse.Namespace, engine: str, memory_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.program import run_main
 from benchmarks.serve_requests import (
     BODY_BYTES,
     MAX_TOKENS,
@@ -69,7 +70,7 @@ class Server:
         assert self.process.stdout is not None
         found = re.search(r"http://127\.0\.0\.1:(\d+)", self.process.stdout.readline())
         if found is None:
-            raise SystemExit("the server did not start")
+            raise subprocess.CalledProcessError(self.process.wait(), command)
         self.port = int(found[1])
 
     def get(self, path: str) -> tuple[int, bytes]:
@@ -289,4 +290,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -9,6 +9,7 @@ Suffixes: B prompts, L tokens, V vocabulary, R steps of one call.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -78,7 +79,7 @@ class Generator:
         self._model = model
         self._sampling = sampling
         self._separator = model.separator
-        self._compiled: dict[tuple[str, int, int], Any] = {}
+        self._compiled: dict[tuple[int, int, int], Any] = {}
         self.timing = Timing()
 
     def stream(
@@ -175,7 +176,8 @@ class Generator:
                 rows[place].in_cache = len(window)
         length_B = np.array([len(window) for window in windows], np.int32)
         arguments = (progress, key_B, token_BL, length_B)
-        progress, drawn_RB = self._call("start", self._start, arguments, len(rows), width)
+        start = functools.partial(self._start, reach=width)
+        progress, drawn_RB = self._call((len(rows), width, width), start, arguments)
         return progress, np.asarray(drawn_RB)
 
     def _advance(
@@ -184,22 +186,22 @@ class Generator:
         """Draws `num_steps` further tokens for every row that is not finished."""
         active_B = np.array([not row.finished for row in rows])
         arguments = (progress, key_B, active_B, np.int32(num_steps))
-        progress, drawn_RB = self._call("steps", self._steps, arguments, len(rows), 1)
+        most = max(row.in_cache or 0 for row in rows if not row.finished)
+        reach = self._model.reach(most + num_steps)
+        steps = functools.partial(self._steps, reach=reach)
+        progress, drawn_RB = self._call((len(rows), 1, reach), steps, arguments)
         for row in rows:
             if not row.finished:
                 row.in_cache = (row.in_cache or 0) + num_steps
         return progress, np.asarray(drawn_RB)[:num_steps]
 
-    def _call(
-        self, name: str, function: Any, arguments: tuple[Any, ...], batch: int, width: int
-    ) -> Any:
-        """Calls a function compiled for a shape, and counts the time of compiling."""
+    def _call(self, shape: tuple[int, int, int], function: Any, arguments: tuple[Any, ...]) -> Any:
+        """Calls a function compiled for batch, tokens and reach; counts the time of compiling."""
         parameters = self._model.parameters
-        shape = (name, batch, width)
         with jax.set_mesh(self._model.mesh):
             if shape not in self._compiled:
                 started = time.perf_counter()
-                jitted = self._jitted(function, batch)
+                jitted = self._jitted(function, shape[0])
                 self._compiled[shape] = jitted.lower(parameters, *arguments).compile()
                 self.timing.compile_secs += time.perf_counter() - started
             return jax.block_until_ready(self._compiled[shape](parameters, *arguments))
@@ -235,12 +237,13 @@ class Generator:
         key_B: jax.Array,
         token_BL: jax.Array,
         length_B: jax.Array,
+        reach: int,
     ) -> tuple[Progress, jax.Array]:
         """Reads windows into the rows whose length is not 0 and draws a token for each."""
         read_B = length_B > 0
         old = progress.cache
         cache = old.emptied(read_B, self._separator)
-        logprob_BV, cache = self._model.extend(parameters, cache, token_BL, length_B)
+        logprob_BV, cache = self._model.extend(parameters, cache, token_BL, length_B, reach=reach)
         cache = cache.with_entries_of(old, ~read_B)
         after = self._drawn(progress, cache, logprob_BV, key_B, read_B)
         return after, jnp.where(read_B, after.token_B, _NONE)[None]
@@ -252,13 +255,18 @@ class Generator:
         key_B: jax.Array,
         active_B: jax.Array,
         num_steps: jax.Array,
+        reach: int | None = None,
     ) -> tuple[Progress, jax.Array]:
         """Reads the token drawn last and draws the next, `num_steps` times."""
 
         def step(index: jax.Array, carry: tuple[Progress, jax.Array]) -> Any:
             before, drawn_RB = carry
             logprob_BV, cache = self._model.extend(
-                parameters, before.cache, before.token_B[:, None], active_B.astype(jnp.int32)
+                parameters,
+                before.cache,
+                before.token_B[:, None],
+                active_B.astype(jnp.int32),
+                reach=reach,
             )
             after = self._drawn(before, cache, logprob_BV, key_B, active_B)
             return after, drawn_RB.at[index].set(after.token_B)

@@ -67,7 +67,10 @@ class Engine:
             self._read_into, donate_argnums=1, out_shardings=(places, everywhere, everywhere)
         )
         self._advance = jax.jit(
-            self._advanced, donate_argnums=1, out_shardings=(places, everywhere)
+            self._advanced,
+            static_argnums=4,
+            donate_argnums=1,
+            out_shardings=(places, everywhere),
         )
 
     def free_slots(self) -> list[int]:
@@ -117,9 +120,10 @@ class Engine:
         if not others:
             return found
         active_S = np.isin(np.arange(self.num_slots), others)
+        reach = self.model.reach(max(self._occupants[slot].in_cache for slot in others) + 1)
         with jax.set_mesh(self.model.mesh):
             self._slots, result = self._advance(
-                self.model.parameters, self._slots, active_S, np.bool_(scored)
+                self.model.parameters, self._slots, active_S, np.bool_(scored), reach
             )
         token_S, told = jax.device_get(result)
         for slot in others:
@@ -130,12 +134,14 @@ class Engine:
 
     def compile(self) -> None:
         """Compiles everything beforehand, by reading and stepping once."""
-        for width in buckets(self.model.context_tokens):
+        context = self.model.context_tokens
+        for width in buckets(context):
             self.insert(0, [self.model.separator] * width, GREEDY)
             self.evict(0)
-        self.insert(0, [self.model.separator], GREEDY)
-        self.step()
-        self.evict(0)
+        for width in sorted({self.model.reach(size) for size in buckets(context)}):
+            self.insert(0, [self.model.separator] * max(1, width - 1), GREEDY)
+            self.step()
+            self.evict(0)
 
     def _taken(self, occupant: _Occupant, drawn: Drawn) -> Drawn:
         occupant.tokens.append(drawn.token)
@@ -206,12 +212,17 @@ class Engine:
         return Slots(cache, jax.tree.map(put, slots.rows, rows)), (rows.token, told), scores
 
     def _advanced(
-        self, parameters: Any, slots: Slots, active_S: jax.Array, scored: jax.Array
+        self, parameters: Any, slots: Slots, active_S: jax.Array, scored: jax.Array, reach: int
     ) -> tuple[Slots, tuple[jax.Array, Alternatives]]:
         """Reads the token drawn last and draws the next, in every slot that is active."""
         rows = slots.rows
         logprob_SV, cache = self.model.extend(
-            parameters, slots.cache, rows.token[:, None], active_S.astype(jnp.int32), rows.weight
+            parameters,
+            slots.cache,
+            rows.token[:, None],
+            active_S.astype(jnp.int32),
+            rows.weight,
+            reach,
         )
         rows, told = next_tokens(rows, logprob_SV, active_S, scored, self.num_top)
         return Slots(cache, rows), (rows.token, told)

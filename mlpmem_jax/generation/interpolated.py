@@ -29,6 +29,7 @@ from mlpmem_jax.training.chunked import from_chunks, into_chunks
 from mlpmem_jax.training.losses import token_logprob
 
 _SCORE_CHUNK_TOKENS = 1024
+_LEAST_REACH = 256  # One step is compiled for each power of two from here to the context.
 _WHOLE_CHUNK_TOKENS = 64  # places whose whole distributions exist at once
 _CACHE_NAMES = ("layers", "batch", None, "kv_heads", "head_width")
 
@@ -118,6 +119,13 @@ class InterpolatedModel:
         size = self.context_tokens if num_tokens is None else num_tokens
         return ModelCache(decoder.init_cache(num_prompts, size), recent_BM)
 
+    def reach(self, num_tokens: int) -> int:
+        """Returns how many entries of a cache to look at where rows have so many tokens."""
+        size = _LEAST_REACH
+        while size < num_tokens:
+            size *= 2
+        return min(size, self.context_tokens)
+
     def cache_shardings(self, num_prompts: int) -> Any:
         """Returns where a cache lies: heads over the devices that hold their weights."""
         shape = jax.eval_shape(lambda: self.empty_cache(num_prompts)).decoder.key.shape
@@ -133,6 +141,7 @@ class InterpolatedModel:
         token_BL: jax.Array,
         length_B: jax.Array,
         weight_B: jax.Array | None = None,
+        reach: int | None = None,
     ) -> tuple[jax.Array, ModelCache]:
         """Reads tokens and predicts what follows the last of each row.
 
@@ -143,12 +152,13 @@ class InterpolatedModel:
             length_B: int32, tokens to read of each row; a row that reads none keeps its
                 length, and its prediction means nothing.
             weight_B: λ of each row; NaN, or None for all of them: the model's own.
+            reach: Entries of the cache that are looked at, as `Decoder.extend` has it.
 
         Returns:
             float32 log-probabilities of the interpolated distribution [B, V], -inf for
             padding of the vocabulary; and the cache.
         """
-        prediction, _, cache = self.predict(parameters, cache, token_BL, length_B)
+        prediction, _, cache = self.predict(parameters, cache, token_BL, length_B, reach=reach)
         return prediction.mixture(weight_B), cache
 
     def extend_with_states(
@@ -170,9 +180,10 @@ class InterpolatedModel:
         token_BL: jax.Array,
         length_B: jax.Array,
         sites: Sequence[Site] = (),
+        reach: int | None = None,
     ) -> tuple[Prediction, dict[Site, jax.Array], ModelCache]:
         """As `extend`, with the distributions of both networks apart, and states [B, D]."""
-        final_BLD, states, after = self._read(parameters, cache, token_BL, length_B, sites)
+        final_BLD, states, after = self._read(parameters, cache, token_BL, length_B, sites, reach)
         last_B = jnp.maximum(length_B - 1, 0)
 
         def at_last(state_BLD: jax.Array) -> jax.Array:
@@ -243,11 +254,12 @@ class InterpolatedModel:
         token_BL: jax.Array,
         length_B: jax.Array,
         sites: Sequence[Site] = (),
+        reach: int | None = None,
     ) -> tuple[jax.Array, dict[Site, jax.Array], ModelCache]:
         """Returns states of all places: the last ones, those at the sites and the memory's."""
         decoder: Any = nnx.merge(self._decoder, parameters[0])
         wanted = tuple(dict.fromkeys([*sites, *([self._site] if self._memory else [])]))
-        final_BLD, states, read = decoder.extend(token_BL, cache.decoder, length_B, wanted)
+        final_BLD, states, read = decoder.extend(token_BL, cache.decoder, length_B, wanted, reach)
         recent_BM = appended(cache.recent_BM, token_BL, length_B)
         return final_BLD, states, ModelCache(read, recent_BM)
 

@@ -204,6 +204,7 @@ class Decoder(nnx.Module):
         cache: Cache,
         length_B: jax.Array | None = None,
         sites: Sequence[Site] = (),
+        reach: int | None = None,
     ) -> tuple[jax.Array, dict[Site, jax.Array], Cache]:
         """Reads further tokens: whole prompts into an empty cache, or one token a sequence.
 
@@ -214,6 +215,8 @@ class Decoder(nnx.Module):
                 callers size it for prompt plus new tokens.
             length_B: int32 tokens to read of each sequence; None: all L.
             sites: States to return.
+            reach: Entries of the cache that are looked at, of which no sequence that reads
+                tokens needs more; None: all.
 
         Returns:
             The states after the final norm, [B, L, D]; the states at the sites; the cache.
@@ -229,7 +232,7 @@ class Decoder(nnx.Module):
                 old.at[layer, row_B1, position_BL].set(new, mode="drop")
                 for old, new in zip(pair, (key, value), strict=True)
             )
-            key_BMGA, value_BMGA = (cached[layer] for cached in pair)
+            key_BMGA, value_BMGA = (cached[layer, :, :reach] for cached in pair)
             window = self.config.attention_window
             return cached_attention(query, key_BMGA, value_BMGA, position_BL, window), pair
 

@@ -92,12 +92,30 @@ class Parameters(nnx.Module):
             setattr(self, name, parameter(*specs[name][:4], rngs, exact=specs[name].exact))
 
     def arrays(self) -> Arrays:
-        """Returns the arrays by name."""
-        return {name: getattr(self, name)[...] for name in self.names}
+        """Returns the arrays by name; tuples of one for each layer after `split_layers`."""
+        return {name: getattr(self, name).get_value() for name in self.names}
+
+    def split_layers(self) -> None:
+        """Makes each stacked array on a CPU one array for each layer, to be read and not trained.
+
+        XLA copies a layer out of a stacked array whenever a CPU multiplies by it, which takes
+        longer than a product with few rows.
+        """
+        for name in self.names:
+            variable = getattr(self, name)
+            stacked = variable.get_value()
+            (device, *others) = stacked.devices()
+            if device.platform == "cpu" and not others:
+                variable.set_value(_layers_of(stacked))
 
     def axes(self) -> dict[str, Names]:
         """Returns the logical axes of each array by name."""
         return {name: getattr(self, name).get_metadata()[LOGICAL_AXES] for name in self.names}
+
+
+@jax.jit
+def _layers_of(stacked: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(stacked[layer] for layer in range(len(stacked)))
 
 
 def parameter(
@@ -248,25 +266,37 @@ def with_remat(block: Callable[..., Any], policy: Literal["none", "full", "dots"
 class LayerLoop:
     """Blocks one after another, whose parameters have a leading dim of layers."""
 
-    def __init__(self, stacked: Arrays, unroll: bool):
+    def __init__(self, stacked: Mapping[str, Any], unroll: bool):
         """Takes the parameters.
 
         Args:
-            stacked: Those of all layers.
+            stacked: Those of all layers; or a tuple of each of them, which are written out in
+                any case.
             unroll: Write the blocks out (same parameters, same result).
         """
         self._stacked = stacked
-        self._total = next(iter(stacked.values())).shape[0]
-        self._parts: dict[str, Any] | None = None
-        if unroll:
+        first = next(iter(stacked.values()))
+        self._total = len(first)
+        self._layers: list[Arrays] | None = None
+        if isinstance(first, tuple):
+            self._layers = [
+                {name: parts[layer] for name, parts in stacked.items()}
+                for layer in range(self._total)
+            ]
+        elif unroll:
             # `split`, since the gradient of slices is a sum of padded arrays.
             sizes = (1,) * self._total
-            self._parts = {name: jax.lax.split(array, sizes) for name, array in stacked.items()}
+            split = {name: jax.lax.split(array, sizes) for name, array in stacked.items()}
+            self._layers = [
+                {name: parts[layer][0] for name, parts in split.items()}
+                for layer in range(self._total)
+            ]
 
     def arrays(self, layer: int | jax.Array) -> Arrays:
         """Returns the parameters of one layer."""
-        if self._parts is not None:
-            return {name: part[layer][0] for name, part in self._parts.items()}
+        if self._layers is not None:
+            assert isinstance(layer, int)
+            return self._layers[layer]
         return {
             name: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
             for name, array in self._stacked.items()
@@ -287,14 +317,14 @@ class LayerLoop:
         Returns:
             The carry after the last block.
         """
-        if self._parts is not None or stop - first <= 1:
+        if self._layers is not None or stop - first <= 1:
             for layer in range(first, stop):
                 carry = block(carry, self.arrays(layer), layer)
             return carry
         numbers = jnp.arange(first, stop, dtype=jnp.int32)
         if stop - first == self._total:
 
-            def step(carry: Any, inputs: tuple[Arrays, jax.Array]) -> tuple[Any, None]:
+            def step(carry: Any, inputs: Any) -> tuple[Any, None]:
                 return block(carry, *inputs), None
 
             return jax.lax.scan(step, carry, (self._stacked, numbers))[0]

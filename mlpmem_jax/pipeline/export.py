@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from mlpmem_jax.console import say
+from mlpmem_jax.corpus.tokenizer import TextTokenizer, load_tokenizer
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.interpolation import check_finished, interpolation
 from mlpmem_jax.pipeline.options import Exported, Options
 from mlpmem_jax.store import nearest
 
 
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
-    if options.dry_run:
-        return execute(lambda _: [], run, options)
     folder = _free_directory(options.output)
-    export(run, folder, options.what or ("model" if run.trained.is_complete() else "decoder"))
+    what = options.what or ("model" if run.trained.is_complete() else "decoder")
+    if options.dry_run:
+        _settings(run, what)
+        return execute(lambda _: [], run, options)
+    export(run, folder, what)
     return 0
 
 
@@ -40,17 +44,10 @@ def export(artifacts: Artifacts, folder: Path, what: Exported = "decoder") -> No
             a memory.
         ArtifactError: A network is missing or damaged, or λ was never chosen.
     """
-    from mlpmem_jax.interop.settings import huggingface_settings
     from mlpmem_jax.pipeline.opened_run import Run
 
     run, config = Run(artifacts), artifacts.config
-    if what != "decoder" and not artifacts.trained.is_complete():
-        raise ArtifactError(
-            f"{artifacts.trained.path}: the memory is not trained yet; train it with the command "
-            f"`train`, or use `export --what decoder`{nearest.in_words(artifacts.trained)}"
-        )
-    tokenizer = run.tokenizer()
-    settings = huggingface_settings(config.decoder, tokenizer.vocab_size, tokenizer.separator_id)
+    settings, tokenizer = _settings(artifacts, what)
     writers = {"decoder": _decoder, "model": _model, "memory": _memory}
     write: Callable[[Path], str] = functools.partial(writers[what], run, settings)
     about = {
@@ -72,6 +69,27 @@ def export(artifacts: Artifacts, folder: Path, what: Exported = "decoder") -> No
     say(f"{folder}: {written}")
 
 
+def _settings(artifacts: Artifacts, what: Exported) -> tuple[dict[str, Any], TextTokenizer]:
+    """Returns the settings of `transformers` for the decoder, and the tokenizer, after all checks.
+
+    Raises:
+        ConfigError, ArtifactError: See `export`.
+    """
+    from mlpmem_jax.interop.settings import huggingface_settings
+
+    if what != "decoder" and not artifacts.trained.is_complete():
+        raise ArtifactError(
+            f"{artifacts.trained.path}: the memory is not trained yet; train it with the command "
+            f"`train`, or use `export --what decoder`{nearest.in_words(artifacts.trained)}"
+        )
+    if what == "model":
+        interpolation(artifacts)
+    check_finished(artifacts, with_memory=what != "decoder")
+    tokenizer, decoder = load_tokenizer(artifacts.tokenizer), artifacts.config.decoder
+    settings = huggingface_settings(decoder, tokenizer.vocab_size, tokenizer.separator_id)
+    return settings, tokenizer
+
+
 def _decoder(run: Any, settings: dict[str, Any], folder: Path) -> str:
     from mlpmem_jax.interop.huggingface import save_decoder
 
@@ -81,7 +99,6 @@ def _decoder(run: Any, settings: dict[str, Any], folder: Path) -> str:
 
 def _model(run: Any, settings: dict[str, Any], folder: Path) -> str:
     from mlpmem_jax.interop.exports import model_settings, save_model
-    from mlpmem_jax.pipeline.interpolation import interpolation
     from mlpmem_jax.pipeline.networks import finished_networks
 
     config, weight = run.config, interpolation(run.artifacts)

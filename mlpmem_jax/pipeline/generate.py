@@ -5,16 +5,17 @@ import sys
 from mlpmem_jax.console import is_speaker, note, say
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.graph import Artifacts
-from mlpmem_jax.pipeline.interpolation import interpolation
+from mlpmem_jax.pipeline.interpolation import check_finished, interpolation
 from mlpmem_jax.pipeline.options import Options
 
 
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
-    if options.dry_run:
-        return execute(lambda _: [], run, options)
     # Artifacts are checked before a device is touched.
     weight = 0.0 if options.without_memory else interpolation(run)
+    if options.dry_run:
+        check_finished(run, with_memory=not options.without_memory)
+        return execute(lambda _: [], run, options)
     generate(run, weight, with_memory=not options.without_memory)
     return 0
 

@@ -7,6 +7,18 @@ from mlpmem_jax.store import nearest
 from mlpmem_jax.store.files import read_json
 
 
+def check_finished(run: Artifacts, *, with_memory: bool) -> None:
+    """Refuses a run without the artifacts that its model is read from.
+
+    Raises:
+        ArtifactError: Tokenizer or tokens, the decoder, or the memory is missing.
+    """
+    joint = run.config.train.mode == "joint"
+    networks = [run.joint] if joint else [run.decoder, *([run.memory] if with_memory else [])]
+    for artifact in (run.tokenizer, run.tokens, *networks):
+        artifact.load()
+
+
 def interpolation(run: Artifacts) -> float | None:
     """Returns λ as configured, as trained, or as `evaluate` chose it; None: the gate's.
 

@@ -29,6 +29,8 @@ def print_plan(run: Artifacts, stages: Sequence[Stage], rebuild: Rebuild) -> Non
             say(f"  {name:<34} {_shown(name, value)}")
         if stage.name in times:
             say(f"  {'time, about':<34} {duration(times[stage.name])} (estimated)")
+    if not stages:
+        say("nothing to make")
     for line in doubts(stages, machine):
         say(line)
     say()

@@ -10,7 +10,7 @@ from mlpmem_jax.errors import ConfigError, UserError
 from mlpmem_jax.failures import reason_of
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.graph import Artifacts
-from mlpmem_jax.pipeline.interpolation import interpolation
+from mlpmem_jax.pipeline.interpolation import check_finished, interpolation
 from mlpmem_jax.pipeline.options import Options
 
 API_KEY = "MLPMEM_API_KEY"
@@ -19,8 +19,6 @@ _KEY = re.compile(r"[!-~]{8,512}")
 
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
-    if options.dry_run:
-        return execute(lambda _: [], run, options)
     config = run.config.serve
     key = api_key(options.api_key_file)
     if key is None and not config.is_loopback:
@@ -31,6 +29,9 @@ def main(run: Artifacts, options: Options) -> int:
     server = _server()
     # Artifacts are checked before a device is touched.
     weight = 0.0 if options.without_memory else interpolation(run)
+    check_finished(run, with_memory=not options.without_memory)
+    if options.dry_run:
+        return execute(lambda _: [], run, options)
     with server.bound_socket(config) as listening:
         from mlpmem_jax.pipeline.opened_run import Run
 

@@ -1,4 +1,4 @@
-"""Run by test_generate_mesh.py: generation on a mesh, against one device."""
+"""Run by test_generate_mesh.py: generation on a mesh, against one device; slots too."""
 
 import jax
 import numpy as np
@@ -6,8 +6,10 @@ from flax import nnx
 
 from mlpmem_jax.config.networks import DecoderConfig, MemoryConfig, MeshConfig
 from mlpmem_jax.generation.decode import Generator
+from mlpmem_jax.generation.engine import Engine
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.generation.sampling import Sampling
+from mlpmem_jax.generation.slots import Rule, text_keys
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.parallel.mesh import make_mesh, single_device_mesh
@@ -41,11 +43,30 @@ def drawn(mesh):
         decoder, memory, site=Site("ffn_input", 1), weight=0.4, separator=0, mesh=mesh
     )
     generator = Generator(model, Sampling(top_p=0.9))
-    return list(generator.stream(["a", "b"], [[5, 6], [7]], 20, 0)), decoder
+    return list(generator.stream(["a", "b"], [[5, 6], [7]], 20, 0)), served(model), decoder
+
+
+def served(model):
+    """Texts that come and go, past the end of the context; and how the cache is cut."""
+    engine, found = Engine(model, 4, 3), []
+    for slot, prompt in enumerate([[0, 5, 6], [0, *range(1, 16)], [0, 7]]):
+        rule = Rule(Sampling(top_p=0.9), text_keys(0, [str(slot)])[0])
+        first, scores = engine.insert(slot, prompt, rule, scored=True)
+        found += [first.token, *(score.token for score in scores)]
+        found += [drawn.token for _, drawn in sorted(engine.step().items())]
+    engine.evict(1)
+    for _ in range(15):
+        found += [drawn.token for _, drawn in sorted(engine.step(scored=True).items())]
+    key = engine._slots.cache.decoder.key
+    return found, key.sharding.shard_shape(key.shape)
 
 
 cut = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-tokens, decoder = drawn(cut)
+tokens, (slots, piece), decoder = drawn(cut)
 assert decoder.head.get_raw_value().sharding.shard_shape((128, 32)) == (64, 16)
-assert tokens == drawn(single_device_mesh())[0]
+assert piece == (1, 1, 16, 2, 8)  # of [layers, slots, context, heads, width]
+expected, (alone, whole), _ = drawn(single_device_mesh())
+assert whole == (1, 4, 16, 4, 8)
+assert tokens == expected
+assert slots == alone and len(set(slots)) > 10
 assert max(token for _, token in tokens if token is not None) < 61

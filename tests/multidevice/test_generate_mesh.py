@@ -1,4 +1,4 @@
-"""Generation on a mesh of eight simulated devices draws what one device draws."""
+"""Generation on a mesh of eight simulated devices draws what one device draws; slots too."""
 
 import pytest
 

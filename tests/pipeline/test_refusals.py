@@ -302,3 +302,24 @@ def test_what_is_not_stored_is_not_searched(tmp_path, capsys):
         assert _start(command, tmp_path / "run", *arrays) == 2
         assert any("lacks key, which index, retrieve" in line for line in _errors(capsys))
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("memory", [(), ("--without-memory",)])
+@pytest.mark.parametrize("command", ["generate", "serve", "export"])
+def test_a_dry_run_refuses_what_the_command_refuses(
+    tiny_run: Config, tmp_path: Path, capsys, command: str, memory: tuple[str, ...]
+):
+    flags = memory
+    if command == "export":
+        flags = ("--output", str(tmp_path / "out"), "--what", "decoder" if memory else "model")
+    found = []
+    for more in ((), ("--dry-run",)):
+        assert _start(command, tmp_path / "run", *flags, *more) == 2
+        found.append(_errors(capsys))
+    assert found[0] == found[1] and len(found[0]) == 1
+    expected = "tokenizer does not exist" if memory else "the memory is not trained yet"
+    assert expected in found[0][0]
+    assert not list(tmp_path.iterdir())
+    assert _start(command, tiny_run.workdir, *flags, "--dry-run") == 0
+    assert "\nnothing to make\n" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

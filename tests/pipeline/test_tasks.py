@@ -227,15 +227,59 @@ def test_the_harness_finds_the_same_through_serve(tiny_run: Config, own: Path):
         server.end()
     assert found is not None
     assert found["results"]["own_choice"]["acc,none"] == _metric(report, "own_choice", "acc")
-    for name in ("own_choice", "own_written"):
-        ours = [one["answers"] for one in samples if one["task"] == name]
-        theirs = [one["filtered_resps"] for one in found["samples"][name]]
-        for own_answers, answers in zip(ours, theirs, strict=True):
-            if name == "own_written":
-                assert own_answers == answers
-                continue
-            for (logprob, greedy), (served, served_greedy) in zip(
-                own_answers, answers, strict=True
-            ):
-                assert served == pytest.approx(logprob, abs=1e-4)
-                assert served_greedy == greedy
+    _check_answers(samples, found["samples"])
+
+
+def _check_answers(ours: list[dict[str, Any]], theirs: dict[str, list[dict[str, Any]]]) -> None:
+    """Compares what each record of tasks gave."""
+    for name, found in theirs.items():
+        own = [one["answers"] for one in ours if one["task"] == name]
+        for answers, others in zip(own, (one["filtered_resps"] for one in found), strict=True):
+            if name == "own_choice":
+                for (logprob, greedy), (other, other_greedy) in zip(answers, others, strict=True):
+                    assert other == pytest.approx(logprob, abs=1e-4)
+                    assert other_greedy == greedy
+            elif name == "own_text":
+                assert others == pytest.approx(answers, abs=1e-4)
+            else:
+                assert others == answers
+
+
+@needs_harness
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["decoder", "memory"])
+def test_the_harness_finds_the_same_of_an_export(
+    tiny_run: Config, own: Path, tmp_path: Path, model: str
+):
+    """By its own code for `transformers`, on the decoder alone and with its memory."""
+    for name in ("torch", "transformers", "accelerate"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    names = ["own_choice", "own_text", "own_written"]
+    overrides = _own(own, ",".join(names), f"tasks.model={model}")
+    assert _start(tiny_run, *overrides) == 0
+    report, samples = _report(tiny_run, overrides)
+    folder = str(tmp_path / "exported")
+    what = "model" if model == "memory" else "decoder"
+    export = ["export", "--config", str(TINY), "--workdir", tiny_run.workdir, WEIGHT]
+    assert main([*export, "--output", folder, "--what", what]) == 0
+    # The harness begins texts that it reads whole with the separator by itself.
+    for tasks, begins in ((["own_choice", "own_written"], True), (["own_text"], False)):
+        about = {"pretrained": folder, "dtype": "float32", "trust_remote_code": True}
+        found = simple_evaluate(
+            model="hf",
+            model_args={**about, "add_bos_token": begins},
+            device="cpu",
+            batch_size=1,
+            tasks=tasks,
+            task_manager=TaskManager(include_path=str(own / "tasks"), include_defaults=False),
+            bootstrap_iters=0,
+        )
+        assert found is not None
+        _check_answers(samples, found["samples"])
+        for task in tasks:
+            for metric in report["tasks"][task]["metrics"]:
+                value = found["results"][task][f"{metric['metric']},{metric['filter']}"]
+                assert value == pytest.approx(metric["value"], abs=1e-4)

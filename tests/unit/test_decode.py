@@ -13,6 +13,7 @@ from mlpmem_jax.generation.decode import Generator
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.generation.sampling import Sampling
 from mlpmem_jax.models.interpolation import interpolate
+from mlpmem_jax.parallel.mesh import single_device_mesh
 from tests.unit.tiny_models import (
     CONTEXT,
     MEMORIES,
@@ -171,3 +172,40 @@ def test_distributions_sum_to_one():
     )
     assert np.exp(logprob_BV[0]).sum() == pytest.approx(1, abs=1e-5)
     assert cache.decoder.length_B.tolist() == [3, 0]
+
+
+def test_a_step_has_the_same_bits_however_far_it_looks_and_however_layers_are_stored():
+    """Cache of 600 entries, not a multiple of what is added up at a time; rows of any length."""
+    tokens = np.random.default_rng(0).integers(1, VOCAB, (2, 250)).astype(np.int32)
+    length, one = np.array([250, 9], np.int32), np.ones(2, np.int32)
+    found = []
+    for split in (False, True):
+        decoder, memory = networks.__wrapped__("llama", context=600)
+        if split:
+            decoder.blocks.split_layers()
+            memory.blocks.split_layers()
+            assert len(decoder.blocks.arrays()["query"]) == 2
+        model = InterpolatedModel(
+            decoder, memory, site=SITE, weight=WEIGHT, separator=SEPARATOR,
+            mesh=single_device_mesh(),
+        )  # fmt: skip
+        extend = jax.jit(model.extend, static_argnames="reach")
+        _, cache = extend(model.parameters, model.empty_cache(2), tokens, length, reach=256)
+        for reach in {model.reach(251), model.reach(400), None} if split else {None}:
+            logprob_BV, _ = extend(model.parameters, cache, tokens[:, :1], one, reach=reach)
+            found.append(np.asarray(logprob_BV))
+    assert len(found) == 4
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+
+
+@pytest.mark.parametrize(
+    ("context", "tokens", "expected"),
+    [(40, 3, 40), (600, 256, 256), (600, 257, 512), (600, 600, 600)],
+)
+def test_reach(context: int, tokens: int, expected: int):
+    decoder, _ = networks("llama", context=context)
+    model = InterpolatedModel(
+        decoder, None, site=SITE, weight=None, separator=SEPARATOR, mesh=single_device_mesh()
+    )
+    assert model.reach(tokens) == expected
