@@ -2,7 +2,7 @@
 
 from mlpmem_jax.errors import UserError
 from mlpmem_jax.pipeline.changed_stages import segment_corpus
-from mlpmem_jax.pipeline.corpus_changes import apply, begun, change, report, stages_of
+from mlpmem_jax.pipeline.corpus_changes import apply, change, recorded, report, stages_of
 from mlpmem_jax.pipeline.corpus_record import Change
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
@@ -24,7 +24,7 @@ def main(run: Artifacts, options: Options) -> int:
             raise UserError(
                 [line.replace("corpus.train.paths", "--text") for line in error.messages]
             ) from None
-        after = latest.with_corpus(begun(latest).and_then(Change("append", paths, text)))
+        after = latest.with_corpus(recorded(latest, Change("append", paths, text)))
         if apply(latest, after, stages_of(after), options):
             report("append", after, int(after.segment.load().counts["rows"]))
 

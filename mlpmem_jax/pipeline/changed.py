@@ -9,9 +9,52 @@ from mlpmem_jax.pipeline.recipes import Recipe
 from mlpmem_jax.store.array_specs import Split
 from mlpmem_jax.store.checked_json import fingerprint_of
 from mlpmem_jax.store.differences import differences
+from mlpmem_jax.store.manifest import Artifact
+from mlpmem_jax.store.run_record import RunRecord
 
 if TYPE_CHECKING:
     from mlpmem_jax.pipeline.graph import Artifacts
+
+
+BEFORE = "before change "  # Of the titles of artifacts that a changed corpus has left behind.
+CONTINUES = "train.mode=memory with train.memory_start=checkpoint"
+
+
+def late_role(role: str, num_changes: int) -> str:
+    """Returns the role of what a command made of the text before so many changes, after them."""
+    return f"{role} [{BEFORE}{num_changes}]"
+
+
+def finished_memory_of(run: "Artifacts") -> str:
+    """Returns the last finished memory that the run directory has; empty: there is none."""
+    roles, num_changes = RunRecord.read(run.workdir).roles, len(run.corpus.changes)
+    named = roles.get("memory", "")
+    if named and Artifact(run.store, named, "memory").is_complete():
+        return named
+    known = run.corpus.changes[-1].memory if num_changes else ""
+    return known or roles.get(late_role("memory", num_changes), "")
+
+
+def memory_before(run: "Artifacts") -> Artifact:
+    """Returns the memory that the run had before its text was changed last.
+
+    Raises:
+        ConfigError: The text was not changed, or there was none.
+    """
+    changes = run.corpus.changes
+    if not changes:
+        raise ConfigError(
+            f"{CONTINUES} continues the memory from before `append`, and no text was appended in "
+            f"{run.workdir}; use train.memory_start=fresh"
+        )
+    role = late_role("memory", len(changes))
+    found = changes[-1].memory or RunRecord.read(run.workdir).roles.get(role, "")
+    if not found:
+        raise ConfigError(
+            f"{CONTINUES}: {run.workdir} had no finished memory before its text was changed last; "
+            "use train.memory_start=fresh"
+        )
+    return Artifact(run.store, found, "memory", label=role)
 
 
 def rows_recipe(run: "Artifacts") -> Recipe:
