@@ -1,10 +1,11 @@
 """Recipes of training rows and neighbours after the training text has changed."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline import recipes
-from mlpmem_jax.pipeline.corpus_record import FILE
+from mlpmem_jax.pipeline.corpus_record import FILE, HeldOut
 from mlpmem_jax.pipeline.recipes import Recipe
 from mlpmem_jax.store.array_specs import Split
 from mlpmem_jax.store.checked_json import fingerprint_of
@@ -106,3 +107,48 @@ def check_made_with(run: "Artifacts") -> None:
             f"{run.workdir / FILE}: the training text was changed with other settings: "
             f"{'; '.join(lines)}; use those, or another workdir"
         )
+
+
+def segment_inputs(run: "Artifacts") -> list[Artifact]:
+    """Returns what the tokens of the last appended text are made from, besides that text.
+
+    Documents that were known before, and those that are held out, are left out of it.
+    """
+    before = [run.tokenizer, run.tokens, run.before.datastore("train")]
+    return before + held_out_tokens(run, run.corpus.changes[-1].num_held_out)
+
+
+def held_out_tokens(run: "Artifacts", number: int | None = None) -> list[Artifact]:
+    """Returns the tokens of appended text that is held out, of the first so many or all."""
+    return [tokens_of(run, one) for one in run.corpus.held_out[:number]]
+
+
+def tokens_of(run: "Artifacts", held: HeldOut) -> Artifact:
+    """Returns the tokens of a held-out text.
+
+    The training rows before it are named by the recipe and are no input, so that they can be
+    removed once the text is compacted.
+    """
+    recipe = {**held.text, "held_out_from": held.rows}
+    return Artifact.of(run.store, "tokens", recipe, (run.tokenizer,), f"tokens/{held.name}")
+
+
+def rows_of(run: "Artifacts", held: HeldOut) -> Artifact:
+    """Returns the rows of a held-out text."""
+    recipe, inputs = {"split": "test", **recipes.datastore(run.config)}, tokens_of(run, held)
+    return Artifact.of(
+        run.store, "datastore", recipe, (inputs, run.decoder), f"datastore/{held.name}"
+    )
+
+
+def neighbors_of(run: "Artifacts", held: HeldOut) -> Artifact:
+    """Returns the exact neighbours of a held-out text among the training rows of now."""
+    recipe = {"split": "test", **recipes.exact_neighbors(run.config)}
+    inputs = (run.datastore("train"), rows_of(run, held))
+    return Artifact.of(run.store, "neighbors", recipe, inputs, f"neighbors/{held.name}")
+
+
+def held_out_inputs(run: "Artifacts") -> Iterator[Artifact]:
+    """Yields what `evaluate` reads of held-out text."""
+    for held in run.corpus.held_out:
+        yield from (tokens_of(run, held), rows_of(run, held), neighbors_of(run, held))

@@ -12,7 +12,7 @@ from mlpmem_jax.errors import ConfigError, UserError
 from mlpmem_jax.pipeline import embed, index, retrieve
 from mlpmem_jax.pipeline.changed import BEFORE, finished_memory_of, made_with
 from mlpmem_jax.pipeline.changed_stages import check_alone
-from mlpmem_jax.pipeline.corpus_record import Change, CorpusRecord, changing
+from mlpmem_jax.pipeline.corpus_record import Change, CorpusRecord, HeldOut, changing
 from mlpmem_jax.pipeline.execute import check_config_file, record, write_config
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
@@ -65,11 +65,19 @@ def _check(run: Artifacts) -> None:
         run.neighbors(split).load()
 
 
-def recorded(run: Artifacts, change: Change) -> CorpusRecord:
-    """Returns the record with one more change, and what the rows are made with."""
+def recorded(run: Artifacts, change: Change, held_out: HeldOut | None = None) -> CorpusRecord:
+    """Returns the record with one more change, and what the rows are made with.
+
+    Args:
+        run: The artifacts before the change.
+        change: What happens.
+        held_out: append: text to be scored alone.
+    """
     found = made_with(run, compacted=bool(run.corpus.start))
-    change = dataclasses.replace(change, memory=finished_memory_of(run))
-    return dataclasses.replace(run.corpus, made_with=found).and_then(change)
+    texts = run.corpus.held_out if held_out is None else (*run.corpus.held_out, held_out)
+    change = dataclasses.replace(change, memory=finished_memory_of(run), num_held_out=len(texts))
+    begun = dataclasses.replace(run.corpus, made_with=found, held_out=texts)
+    return begun.and_then(change)
 
 
 def stages_of(run: Artifacts) -> list[Stage]:

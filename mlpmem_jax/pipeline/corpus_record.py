@@ -31,6 +31,7 @@ class Change:
         text: append: settings and digest of the text, the recipe of its tokens.
         documents: remove: ids of the documents.
         memory: The run's last finished memory before the change; empty: it had none.
+        num_held_out: Texts of `CorpusRecord.held_out` that its documents may not repeat.
     """
 
     kind: Literal["append", "remove"]
@@ -38,12 +39,35 @@ class Change:
     text: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     documents: tuple[str, ...] = ()
     memory: str = ""
+    num_held_out: int = 0
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> "Change":
         """Returns a change as JSON holds it; earlier versions recorded no memory."""
         lists = {name: tuple(stored[name]) for name in ("paths", "documents")}
         return cls(**{**stored, **lists})
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Text that was appended to be scored, never trained on.
+
+    Attributes:
+        name: For roles and tables.
+        paths: The files.
+        text: Settings and digest of the text, the recipe of its tokens.
+        rows: The training rows before it came, whose documents are left out.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    text: Mapping[str, Any]
+    rows: str
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> "HeldOut":
+        """Returns a text as JSON holds it."""
+        return cls(**{**stored, "paths": tuple(stored["paths"])})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +78,13 @@ class CorpusRecord:
         made_with: What all of it was made with, by name; empty: nothing has changed.
         start: Artifacts, by role, that `compact` made: the changes come behind them.
         changes: In their order.
+        held_out: Appended text that is scored alone; `compact` leaves it as it is.
     """
 
     made_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
     start: Mapping[str, str] = dataclasses.field(default_factory=dict)
     changes: tuple[Change, ...] = ()
+    held_out: tuple[HeldOut, ...] = ()
 
     @classmethod
     def read(cls, workdir: str | epath.Path) -> "CorpusRecord":
@@ -72,7 +98,8 @@ class CorpusRecord:
             return cls()
         content = read_checked_json(file, _WAY_OUT)
         changes = tuple(Change.of(one) for one in content["changes"])
-        return cls(content["made_with"], content["start"], changes)
+        held_out = tuple(HeldOut.of(one) for one in content.get("held_out", ()))
+        return cls(content["made_with"], content["start"], changes, held_out)
 
     def write(self, workdir: str | epath.Path) -> None:
         """Writes the record, atomically."""

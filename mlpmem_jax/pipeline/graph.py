@@ -194,7 +194,7 @@ class Artifacts:
             f"tokens/{self.segment_name}",
             "tokens",
             lambda: {**self.corpus.changes[-1].text, "segment": True},
-            lambda: (self.tokenizer, self.tokens, self.before.datastore("train")),
+            lambda: changed.segment_inputs(self),
         )
 
     @property
@@ -373,6 +373,7 @@ class Artifacts:
             self.neighbors("test"),
             self.targets("valid"),
             self.trained,
+            *changed.held_out_inputs(self),
         )
         return self.report("evaluate", recipes.results(self.config), inputs)
 
