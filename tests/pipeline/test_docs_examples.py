@@ -71,6 +71,7 @@ def test_a_corpus_grows_and_shrinks_as_shown(tmp_path: Path, monkeypatch: pytest
     changing.write_documents(tmp_path / "base", range(40))
     for number, file in enumerate(changing.write_documents(tmp_path / "new", range(100, 104))):
         file.rename(file.with_name(f"text-{number}.txt"))
+    changing.write_documents(tmp_path / "held-out", range(110, 113))
     monkeypatch.chdir(tmp_path)
     ran = []
     for words in command_lines(DOCS / "growing.md"):
