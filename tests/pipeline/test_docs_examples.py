@@ -76,7 +76,9 @@ def test_a_corpus_grows_and_shrinks_as_shown(tmp_path: Path, monkeypatch: pytest
     ran = []
     for words in command_lines(DOCS / "growing.md"):
         arguments = arguments_of(words)
-        assert arguments is not None
+        if arguments is None:  # What measures the costs that the page states.
+            assert words[2] == "benchmarks.append"
+            continue
         assert main(arguments) == 0, words
         ran.append(arguments[0])
     assert ran.count("append") == 2 and {"remove", "compact", "evaluate"} <= set(ran)
