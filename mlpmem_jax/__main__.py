@@ -121,6 +121,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, Options]:
         output=_path(flags, "output"),
         what=getattr(flags, "what", None),
         text=_paths(flags, "text"),
+        held_out=_paths(flags, "held_out"),
         documents=_paths(flags, "documents"),
     )
     return command, config, options
@@ -239,15 +240,24 @@ def _parser(command: str) -> _Parser:
 # Of the commands that change the training text.
 _CHANGES = {
     "append": (
-        "--text",
-        "FILE",
-        "text to append (or JSONL records): a file or a pattern of files; may be repeated",
+        (
+            "--text",
+            "FILE",
+            "text to append (or JSONL records): a file or a pattern of files; may be repeated",
+        ),
+        (
+            "--held-out",
+            "FILE",
+            "new text that is never trained on: `evaluate` scores it apart; may be repeated",
+        ),
     ),
     "remove": (
-        "--documents",
-        "ID|FILE",
-        "a document to remove: its id (16 hexadecimal digits), or a file that holds the text of "
-        "documents; may be repeated",
+        (
+            "--documents",
+            "ID|FILE",
+            "a document to remove: its id (16 hexadecimal digits), or a file that holds the text "
+            "of documents; may be repeated",
+        ),
     ),
 }
 
@@ -257,8 +267,8 @@ def _add_own_flags(parser: _Parser, command: str) -> None:
         return
     own = parser.add_argument_group(f"flags of {command}")
     if command in _CHANGES:
-        flag, value, text = _CHANGES[command]
-        parser.add_value(own, flag, metavar=value, action="append", help=text)
+        for flag, value, text in _CHANGES[command]:
+            parser.add_value(own, flag, metavar=value, action="append", help=text)
         return
     if command == "generate":
         parser.add_value(

@@ -100,6 +100,12 @@ class Config(Section):
         return self.train.mode == "joint" or self.train.inputs == "online"
 
     @property
+    def continues_memory(self) -> bool:
+        """Whether `train` continues the memory from before text was appended, decoder frozen."""
+        continues = self.train.mode == "memory" and self.train.memory_start == "checkpoint"
+        return continues and self.memory.pretrained is None
+
+    @property
     def train_window_tokens(self) -> int:
         """Rows (stored inputs) or tokens (the decoder runs) in a window of `train`."""
         if self.train.window_tokens != "auto":

@@ -134,7 +134,14 @@ class TrainConfig(TrainingConfig):
     )
     gate_prior: Weight = setting(0.0, "weight of KL(train.interpolation ‖ gate), against collapse")
     decoder_start: Start = setting("checkpoint", "mode=joint: the run's decoder, or a fresh one")
-    memory_start: Start = setting("fresh", "mode=joint: initial memory, a fresh one or the run's")
+    memory_start: Start = setting(
+        "fresh",
+        "initial memory: fresh, or (checkpoint) the run's; mode=memory: the one before `append`",
+    )
+    replay_share: Annotated[float, Field(ge=0, le=0.99)] = setting(
+        0.5,
+        "mode=memory, memory_start=checkpoint: share of windows of rows from before `append`",
+    )
     head_start: Start = setting(
         "fresh",
         "mode=memory: initial head of the memory; checkpoint: the decoder's, of equal width",

@@ -94,11 +94,30 @@ def as_text(results: Results, measured: Results) -> str:
             test_line(results["test"]),
             render(["", "nats per\ntoken", *quality_titles(level), *share_titles], quality),
             render(cost_titles, cost),
+            *_texts(results),
             *_remarks(results, measured),
             "",
             *paragraph(sentence(results)),
         ]
     )
+
+
+def _texts(results: Results) -> list[str]:
+    """Returns the table of texts that were appended and the first one, where there are any."""
+    texts = results.get("texts", ())
+    if not texts:
+        return []
+    labels = [f"{found['label']}\nnats" for found in results["systems"].values()]
+    rows = [
+        [
+            one["text"],
+            *(number(one["nats"][key], 3) for key in results["systems"]),
+            f"{one['tokens']:,}",
+            f"{one['documents']:,}",
+        ]
+        for one in texts
+    ]
+    return [render(["", *labels, "tokens", "docu-\nments"], rows)]
 
 
 def _share_interval(row: Results) -> str:

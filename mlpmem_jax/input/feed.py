@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from mlpmem_jax.input.mixing import MixedRows
-from mlpmem_jax.input.windows import WindowSource, window_order
+from mlpmem_jax.input.windows import WindowsOf, WindowSource, in_turn, window_order
 from mlpmem_jax.parallel.sharding import batch_sharding
 
 Batch = dict[str, jax.Array]
@@ -72,6 +72,7 @@ class Feed:
         prefetch: int = 4,
         shuffled: bool = True,
         mix_windows: int = 1,
+        windows_of: WindowsOf | None = None,
     ):
         """Prepares to read.
 
@@ -84,23 +85,23 @@ class Feed:
             prefetch: Batches read ahead.
             shuffled: Whether the order is drawn; else that of the source.
             mix_windows: Windows whose rows are dealt out together; 1: batches are whole windows.
+            windows_of: Global record numbers to windows; None: as `shuffled` says.
         """
         self.wait_secs = 0.0
         self._mesh = mesh
         self._batch_size = batch_size
         self._positions = local_positions(mesh, batch_size)
-        order = window_order(source.num_windows, seed) if shuffled else None
-
-        def windows_of(records: np.ndarray) -> np.ndarray:
-            return order(records) if order else records % source.num_windows
+        if windows_of is None:
+            windows_of = window_order(source.num_windows, seed) if shuffled else in_turn(source)
+        order = windows_of
 
         def read_step(step: int) -> dict[str, np.ndarray]:
-            return source.read(windows_of(step * batch_size + self._positions))
+            return source.read(order(step * batch_size + self._positions))
 
         if mix_windows > 1:
             read_step = MixedRows(
                 source,
-                windows_of,
+                order,
                 self._positions,
                 batch_size,
                 mix_windows=mix_windows,

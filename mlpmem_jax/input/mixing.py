@@ -13,14 +13,12 @@ import concurrent.futures
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable
 
 import numpy as np
 
-from mlpmem_jax.input.windows import WindowSource
+from mlpmem_jax.input.windows import WindowsOf, WindowSource
 
 Arrays = dict[str, np.ndarray]
-WindowsOf = Callable[[np.ndarray], np.ndarray]
 
 _READERS = 2  # One group is waited for while the next is read ahead.
 

@@ -1,19 +1,20 @@
 """Stages that bring training rows and neighbours up to date after the training text has changed."""
 
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mlpmem_jax.config.data import CorpusConfig, SplitPaths
 from mlpmem_jax.console import progress, say
 from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
+from mlpmem_jax.pipeline.changed import held_out_tokens
 from mlpmem_jax.pipeline.checks import check_devices, check_retrieval
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.array_specs import Split
-from mlpmem_jax.store.manifest import Completion
+from mlpmem_jax.store.manifest import Artifact, Completion
 
 if TYPE_CHECKING:
     from mlpmem_jax.retrieval.index_builder import ExactCache
@@ -21,19 +22,21 @@ if TYPE_CHECKING:
 _JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zstd")
 
 
-def segment_corpus(corpus: CorpusConfig, paths: tuple[str, ...]) -> CorpusConfig:
-    """Returns the corpus of text that is appended: training documents, cut as the others are."""
+def segment_corpus(
+    corpus: CorpusConfig, paths: tuple[str, ...], split: Split = "train"
+) -> CorpusConfig:
+    """Returns the corpus of text that is appended: documents of a split, cut as the others are."""
     kinds = {path.endswith(_JSONL) for path in paths}
     if len(kinds) > 1:
         raise ConfigError("append: text and JSONL files in one segment; append them one by one")
-    return CorpusConfig(
+    new = CorpusConfig(
         source="jsonl" if kinds == {True} else "text",
         field=corpus.field,
         document_regex=corpus.document_regex,
-        train=SplitPaths(paths=paths),
         on_error=corpus.on_error,
         attention=corpus.attention,
     )
+    return new.model_copy(update={split: SplitPaths(paths=paths)})
 
 
 def row_stages(run: Artifacts, base: Callable[[Artifacts], list[Stage]]) -> list[Stage]:
@@ -156,39 +159,76 @@ def _text_estimate(run: Artifacts) -> dict[str, int]:
 
 def _build_tokens(run: Artifacts) -> Completion:
     """Makes the tokens of a segment, without the documents that the corpus has already."""
-    from mlpmem_jax.corpus.stream import Corpus
-    from mlpmem_jax.corpus.tokenizer import load_tokenizer
+    from mlpmem_jax.corpus.tokens import TokenSplit
+
+    change, before = run.corpus.changes[-1], run.before.datastore("train")
+    known = known_documents(run, before)
+    held_out = [
+        TokenSplit.open(one, "test").document_digest
+        for one in held_out_tokens(run, change.num_held_out)
+    ]
+    known["test"] = np.concatenate([known["test"], *held_out])
+    return tokenized(run, run.segment_tokens, change.paths, change.text, "train", known)
+
+
+def known_documents(run: Artifacts, rows: Artifact) -> dict[Split, np.ndarray]:
+    """Returns the digests of the documents of the first text, and of training rows, by split."""
     from mlpmem_jax.corpus.tokens import TokenSplit
     from mlpmem_jax.corpus.train_documents import TrainDocuments
-    from mlpmem_jax.corpus.writer import PROGRESS_FILE, TokenWriter
 
-    change, artifact = run.corpus.changes[-1], run.segment_tokens
-    corpus = Corpus(segment_corpus(run.config.corpus, change.paths))
-    if run.sources.digests.listing_of(corpus.parts, None) != change.text["listing"]:
-        raise ArtifactError(
-            f"{', '.join(change.paths)}: not the text that was appended; its tokens cannot be made"
-        )
-    known: dict[Split, np.ndarray] = {
-        "train": TrainDocuments.of(run.before.datastore("train"), run.tokens).digest,
+    return {
+        "train": TrainDocuments.of(rows, run.tokens).digest,
         "valid": TokenSplit.open(run.tokens, "valid").document_digest,
         "test": TokenSplit.open(run.tokens, "test").document_digest,
     }
+
+
+def tokenized(
+    run: Artifacts,
+    artifact: Artifact,
+    paths: tuple[str, ...],
+    text: Mapping[str, Any],
+    split: Split,
+    known: Mapping[Split, np.ndarray],
+) -> Completion:
+    """Makes the tokens of appended text.
+
+    Args:
+        run: The artifacts after the change.
+        artifact: Where they go.
+        paths: The files.
+        text: Settings and digest of what they held.
+        split: Where its documents go.
+        known: Digests of documents that are left out, by split.
+
+    Raises:
+        ArtifactError: The files hold something else by now.
+        UserError: No document is left.
+    """
+    from mlpmem_jax.corpus.stream import Corpus
+    from mlpmem_jax.corpus.tokenizer import load_tokenizer
+    from mlpmem_jax.corpus.writer import PROGRESS_FILE, TokenWriter
+
+    corpus = Corpus(segment_corpus(run.config.corpus, paths, split))
+    if run.sources.digests.listing_of(corpus.parts, None) != text["listing"]:
+        raise ArtifactError(
+            f"{', '.join(paths)}: not the text that was appended; its tokens cannot be made"
+        )
     tokenizer = load_tokenizer(run.tokenizer)
     writer = TokenWriter(artifact.path, tokenizer, known)
-    with progress(change.text["listing"]["bytes"], "B", "tokenize") as bar:
+    with progress(text["listing"]["bytes"], "B", "tokenize") as bar:
         writer.write(corpus, bar.update)
     counts, arrays = writer.close(near_duplicates=False)
-    known_documents = counts["duplicate_documents"]
-    if not counts["train_documents"]:
+    left_out = counts["duplicate_documents"]
+    if not counts[f"{split}_documents"]:
         artifact.remove()
         raise UserError(
-            f"{', '.join(change.paths)}: no new document ({known_documents:,} are in the corpus "
-            "already)"
+            f"{', '.join(paths)}: no new document ({left_out:,} are in the corpus already)"
         )
     say(
-        f"{artifact.label}: {counts['train_documents']:,} new documents, "
-        f"{counts['train_tokens']:,} tokens; {known_documents:,} documents left out, which the "
-        f"corpus has already ({counts['copied_documents']:,} of them in valid or test)"
+        f"{artifact.label}: {counts[f'{split}_documents']:,} new documents, "
+        f"{counts[f'{split}_tokens']:,} tokens; {left_out:,} documents left out, which the "
+        f"corpus has already ({counts['copied_documents']:,} of them in another split)"
     )
     (artifact.path / PROGRESS_FILE).unlink(missing_ok=True)
     return Completion({**tokenizer.counts(), **counts}, arrays)

@@ -127,11 +127,11 @@ def check_retrieval(run: Artifacts) -> None:
     from mlpmem_jax.retrieval.estimates import exact_plan, index_plan, routed_plan
     from mlpmem_jax.retrieval.neighbors import check_enough_rows
 
-    config, mistakes, num_rows = run.config, Mistakes(), 0
+    config, mistakes, known_rows = run.config, Mistakes(), _training_rows(run)
+    num_rows = 0 if known_rows is None else known_rows
     with mistakes.gather():
         check_keys(run)
-    if run.tokens.is_complete():
-        num_rows = int(run.tokens.load().counts["train_tokens"]) - 1
+    if known_rows is not None:
         name = str(run.datastore("train").path)
         with mistakes.gather():
             check_enough_rows(config.retrieval.num_neighbors, num_rows, name)
@@ -148,6 +148,16 @@ def check_retrieval(run: Artifacts) -> None:
         if engine == "routed":
             routed_plan(keys_of, width, config.retrieval, None).check()
     mistakes.refuse()
+
+
+def _training_rows(run: Artifacts) -> int | None:
+    """Returns the number of training rows; None: it is not known yet."""
+    rows = run.datastore("train")
+    if run.corpus.made_with:  # Not those of the first text, once some were appended or removed.
+        return int(rows.load().counts["rows"]) if rows.is_complete() else None
+    if not run.tokens.is_complete():
+        return None
+    return int(run.tokens.load().counts["train_tokens"]) - 1
 
 
 def check_documents(run: Artifacts) -> None:

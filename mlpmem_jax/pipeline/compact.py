@@ -38,7 +38,10 @@ def main(run: Artifacts, options: Options) -> int:
             )
         copies = _stages(latest)
         start = {one.artifact.label: one.artifact.relative for one in copies}
-        after = latest.with_corpus(CorpusRecord(made_with(latest, compacted=True), start))
+        record = CorpusRecord(
+            made_with(latest, compacted=True), start, held_out=latest.corpus.held_out
+        )
+        after = latest.with_corpus(record)
         if apply(latest, after, [*copies, *stages_of(after)], options):
             rows = int(after.datastore("train").load().counts["rows"])
             say(

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from mlpmem_jax.console import say
 from mlpmem_jax.errors import ConfigError, UserError
 from mlpmem_jax.pipeline import embed, index, retrieve
-from mlpmem_jax.pipeline.changed import made_with
+from mlpmem_jax.pipeline.changed import BEFORE, finished_memory_of, made_with
 from mlpmem_jax.pipeline.changed_stages import check_alone
-from mlpmem_jax.pipeline.corpus_record import CorpusRecord, changing
+from mlpmem_jax.pipeline.corpus_record import Change, CorpusRecord, HeldOut, changing
 from mlpmem_jax.pipeline.execute import check_config_file, record, write_config
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
@@ -65,10 +65,19 @@ def _check(run: Artifacts) -> None:
         run.neighbors(split).load()
 
 
-def begun(run: Artifacts) -> CorpusRecord:
-    """Returns the record with what the rows are made with, to which a change is added."""
+def recorded(run: Artifacts, change: Change, held_out: HeldOut | None = None) -> CorpusRecord:
+    """Returns the record with one more change, and what the rows are made with.
+
+    Args:
+        run: The artifacts before the change.
+        change: What happens.
+        held_out: append: text to be scored alone.
+    """
     found = made_with(run, compacted=bool(run.corpus.start))
-    return dataclasses.replace(run.corpus, made_with=found)
+    texts = run.corpus.held_out if held_out is None else (*run.corpus.held_out, held_out)
+    change = dataclasses.replace(change, memory=finished_memory_of(run), num_held_out=len(texts))
+    begun = dataclasses.replace(run.corpus, made_with=found, held_out=texts)
+    return begun.and_then(change)
 
 
 def stages_of(run: Artifacts) -> list[Stage]:
@@ -109,11 +118,14 @@ def _store(run: Artifacts) -> str | None:
 
 
 def _drop_roles(run: Artifacts) -> None:
-    """Forgets roles of the change under way, and of segments that are no longer read."""
+    """Forgets roles of the change under way, of the text before it, and of segments that are no
+    longer read.
+    """
     compacted = not run.corpus.changes
 
     def is_over(role: str) -> bool:
-        return role.endswith(_PENDING) or (compacted and _SEGMENT in role)
+        is_before = role.endswith(_PENDING) or BEFORE in role
+        return is_before or (compacted and _SEGMENT in role)
 
     RunRecord.update(run.workdir, _store(run), {}, {}, drop=is_over)
 

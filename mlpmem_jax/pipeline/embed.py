@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlpmem_jax.parallel.hardware import Machine
+from mlpmem_jax.pipeline import held_out_stages
 from mlpmem_jax.pipeline.changed_stages import row_stages
 from mlpmem_jax.pipeline.checks import check_devices
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
@@ -17,7 +18,8 @@ from mlpmem_jax.store.manifest import Artifact, Completion
 def stages(run: Artifacts) -> list[Stage]:
     """Returns one stage a split, and those of text that was appended later."""
     base = functools.partial(_stages, splits=("train",))
-    return [*row_stages(run, base), *_stages(run, ("valid", "test"))]
+    appended = [*held_out_stages.token_stages(run), *row_stages(run, base)]
+    return [*appended, *_stages(run, ("valid", "test")), *held_out_stages.row_stages(run)]
 
 
 def _stages(run: Artifacts, splits: Sequence[Split]) -> list[Stage]:

@@ -8,7 +8,9 @@ from mlpmem_jax.config.load import dump_config
 from mlpmem_jax.config.yaml_text import YamlError, parse_yaml, write_yaml
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel.multihost import is_writer
-from mlpmem_jax.pipeline.graph import BEFORE, Artifacts
+from mlpmem_jax.pipeline.changed import BEFORE, late_role
+from mlpmem_jax.pipeline.corpus_record import CorpusRecord
+from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.plan import print_plan
 from mlpmem_jax.pipeline.stage import Rebuild, Stage, run_stages
@@ -18,6 +20,7 @@ from mlpmem_jax.store.run_record import RunRecord
 CONFIG = "config.yaml"
 # Configurations that were written before they began with this line hold all of these sections.
 _MARK = "# Written by mlpmem_jax and replaced by it: what the run here was made with.\n"
+_TRAINED = {"memory", "joint"}
 _SECTIONS = {"workdir", "seed", "corpus", "decoder", "memory", "train", "evaluate"}
 
 
@@ -58,7 +61,11 @@ def write_run(run: Artifacts, stages: Sequence[Stage]) -> None:
 
 
 def record(run: Artifacts, stages: Sequence[Stage]) -> None:
-    """Writes to `run.json` which artifacts the stages make or have made."""
+    """Writes to `run.json` which artifacts the stages make or have made.
+
+    Where another command has changed the training text since this one began, what was made of the
+    text before takes no role of what is there now.
+    """
     if not is_writer():
         return
     if not (run.workdir / CONFIG).exists():
@@ -69,6 +76,10 @@ def record(run: Artifacts, stages: Sequence[Stage]) -> None:
         for one in (*stage.artifact.inputs, stage.artifact)
         if one.root == run.store and BEFORE not in one.label
     }
+    if not CorpusRecord.read(run.workdir).is_same(run.corpus):
+        made = {stage.artifact.label for stage in stages}
+        number = len(run.corpus.changes) + 1
+        roles = {late_role(role, number): roles[role] for role in made & _TRAINED}
     # Not as given: other commands may read it from another current directory.
     store = None if run.config.store is None else str(run.store)
     RunRecord.update(run.workdir, store, roles, run.sources.found)

@@ -24,7 +24,6 @@ Report = Literal[
     "evaluate", "analyze", "cost", "search-quality", "evaluate-tasks", "compare", "overfitting",
     "ablate",
 ]  # fmt: skip
-BEFORE = "before change "  # Of the titles of artifacts that a changed corpus has left behind.
 _KINDS: dict[Report, str] = {"evaluate": "results", "analyze": "analysis"}
 
 
@@ -87,7 +86,7 @@ class Artifacts:
     @functools.cached_property
     def before(self) -> "Artifacts":
         """The artifacts before the last change of the training text."""
-        return self.with_corpus(self.corpus.before, f"{BEFORE}{len(self.corpus.changes)}")
+        return self.with_corpus(self.corpus.before, f"{changed.BEFORE}{len(self.corpus.changes)}")
 
     def with_given(self, given: Mapping[str, Artifact]) -> "Artifacts":
         """Returns the same artifacts but for some that are given, and what is made from them."""
@@ -195,7 +194,7 @@ class Artifacts:
             f"tokens/{self.segment_name}",
             "tokens",
             lambda: {**self.corpus.changes[-1].text, "segment": True},
-            lambda: (self.tokenizer, self.tokens, self.before.datastore("train")),
+            lambda: changed.segment_inputs(self),
         )
 
     @property
@@ -322,7 +321,7 @@ class Artifacts:
         inputs = [self.tokens, self.targets("train"), self.targets("valid"), self.decoder]
         if not self.config.decoder_runs:
             inputs += [self.datastore("train"), self.datastore("valid")]
-        return inputs
+        return inputs + ([changed.memory_before(self)] if self.config.continues_memory else [])
 
     @property
     def joint(self) -> Artifact:
@@ -374,6 +373,7 @@ class Artifacts:
             self.neighbors("test"),
             self.targets("valid"),
             self.trained,
+            *changed.held_out_inputs(self),
         )
         return self.report("evaluate", recipes.results(self.config), inputs)
 

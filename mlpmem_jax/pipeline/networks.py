@@ -76,21 +76,29 @@ def finished_memory(
     return _restored(run, build, run.memory, mesh, step, frozen)
 
 
-def starting_memory(run: Artifacts, mesh: jax.sharding.Mesh) -> Memory:
-    """Restores the memory that joint training begins with; a gate that is new is left out.
+def starting_memory(
+    run: Artifacts, mesh: jax.sharding.Mesh, artifact: Artifact | None = None
+) -> Memory:
+    """Restores the memory that training begins with; a gate that is new is left out.
+
+    Args:
+        run: The artifacts of the configuration.
+        mesh: Devices.
+        artifact: The memory; None: the run's.
 
     Raises:
         ArtifactError: It is missing or damaged, its decoder was rebuilt since, or it has another
             shape or other inputs than the configuration's.
     """
-    trained = run.memory.load().recipe["memory"]
-    check_start(run)
+    artifact = run.memory if artifact is None else artifact
+    trained = artifact.load().recipe["memory"]
+    check_start(run, artifact)
     memory = run.config.memory
     if trained["gate"] == "none":
         gate = {name: trained[name] for name in ("gate", "gate_floor")}
         memory = memory.model_copy(update=gate)
     config = run.config.model_copy(update={"memory": memory})
-    return finished_memory(run.of(config, given=run.given | {"memory": run.memory}), mesh)
+    return finished_memory(run.of(config, given=run.given | {"memory": artifact}), mesh)
 
 
 def finished_networks(
@@ -164,13 +172,16 @@ def _refuse_stale(artifact: Artifact, source: Artifact) -> None:
         )
 
 
-def check_start(run: Artifacts) -> None:
+def check_start(run: Artifacts, artifact: Artifact) -> None:
     """Refuses a memory to begin with of another shape or with other inputs.
+
+    Args:
+        run: The artifacts of the configuration.
+        artifact: The memory.
 
     Raises:
         ArtifactError: Names the keys, and both values of each.
     """
-    artifact = run.memory
     manifest, config = artifact.load(), run.config
     trained = {"memory": dict(manifest.recipe["memory"])}
     asked = {"memory": recipes.network(config, "memory")}

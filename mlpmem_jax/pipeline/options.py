@@ -19,6 +19,7 @@ class Options:
         remove_unused: `artifacts` only: remove what no work directory uses.
         api_key_file: `serve` only: the file with the key that requests must bring.
         text: `append` only: files of the text.
+        held_out: `append` only: files of text that is scored alone.
         documents: `remove` only: ids of documents, or files that hold their text.
         output: Where the report of `compile` goes as JSON, or what `export` writes.
         what: `export` only: which networks; None: both, the decoder alone without a memory.
@@ -34,6 +35,7 @@ class Options:
     output: str | None = None
     what: Exported | None = None
     text: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
     documents: tuple[str, ...] = ()
 
     def flags(self) -> dict[str, bool]:

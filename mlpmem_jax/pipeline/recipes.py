@@ -191,6 +191,8 @@ def trained(config: Config) -> Recipe:
         "lm_weight": lm,
         "memory_weight": memory,
     }
+    if not config.continues_memory:
+        del train["replay_share"]
     decided: Recipe = {
         "seed": config.seed,
         "memory": network(config, "memory"),

@@ -12,7 +12,7 @@ from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.corpus.train_documents import TrainDocuments, id_of
 from mlpmem_jax.errors import UserError
 from mlpmem_jax.pipeline.changed_stages import segment_corpus
-from mlpmem_jax.pipeline.corpus_changes import apply, begun, change, report, stages_of
+from mlpmem_jax.pipeline.corpus_changes import apply, change, recorded, report, stages_of
 from mlpmem_jax.pipeline.corpus_record import Change
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
@@ -31,7 +31,7 @@ def main(run: Artifacts, options: Options) -> int:
     def make(latest: Artifacts) -> None:
         asked = dict(_asked(latest.config.corpus, options.documents))
         _check(latest, asked)
-        record = begun(latest).and_then(Change("remove", documents=tuple(sorted(asked))))
+        record = recorded(latest, Change("remove", documents=tuple(sorted(asked))))
         after = latest.with_corpus(record)
         if apply(latest, after, stages_of(after), options):
             say(f"remove: {len(asked):,} documents are out of rows, neighbours and targets")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlpmem_jax.parallel.hardware import Machine
-from mlpmem_jax.pipeline import changed_stages
+from mlpmem_jax.pipeline import changed_stages, held_out_stages
 from mlpmem_jax.pipeline.changed_stages import exact_cache
 from mlpmem_jax.pipeline.checks import check_retrieval
 from mlpmem_jax.pipeline.fitting import Need, RowCounter
@@ -38,6 +38,7 @@ def stages(run: Artifacts) -> list[Stage]:
         for split in splits
         if f"neighbors/{split}" not in run.given  # What `compact` made is made once.
     ]
+    found += held_out_stages.neighbor_stages(run, exact)
     if not run.makes_targets:
         return found  # The teacher's targets are read, never made here.
     teacher = run.config.targets.teacher

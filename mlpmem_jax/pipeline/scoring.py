@@ -21,6 +21,7 @@ from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_networks, separator_id
 from mlpmem_jax.pipeline.settings import embedding_settings
+from mlpmem_jax.pipeline.text_scores import text_scores
 from mlpmem_jax.retrieval.index_builder import ExactCache, open_index
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.knn_lm import StoredKnn, read_labels
@@ -123,6 +124,8 @@ def evaluate_run(run: Artifacts, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
         results["systems"][system] |= cost
     results["diagnostics"] = scored.diagnostics()
     results["retrieval"] = _retrieval(run)
+    if run.corpus.held_out:
+        results["texts"] = text_scores(run, results, decoder, memory, mesh)
     return results, _latency(run, decoder, memory, results["systems"], mesh)
 
 

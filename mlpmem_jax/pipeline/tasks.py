@@ -7,6 +7,7 @@ import jax
 
 from mlpmem_jax.interop.huggingface import load_decoder
 from mlpmem_jax.models.decoder import Site
+from mlpmem_jax.pipeline.continuing import continuation
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_decoder, starting_memory
 from mlpmem_jax.roofline.blank import BlankRun
@@ -79,7 +80,8 @@ def memory_task(run: Artifacts, mesh: jax.sharding.Mesh, *, blank: bool = False)
         decoder = (
             blank_run(run).decoder(mesh) if blank else finished_decoder(run, mesh, frozen=True)
         )
-    return MemoryTask(settings, _data(run, "train", blank=blank), mesh, decoder)
+    continues = None if blank else continuation(run, mesh)
+    return MemoryTask(settings, _data(run, "train", blank=blank), mesh, decoder, continues)
 
 
 def joint_task(

@@ -54,9 +54,12 @@ def _stage(
 
 
 def _check(run: Artifacts) -> None:
+    from mlpmem_jax.pipeline.continuing import check_continued
+
     check_devices(run, "train")
     check_stored_rows(run)
     check_teacher(run)
+    check_continued(run)
 
 
 def _estimate(run: Artifacts, steps: range) -> Mapping[str, Any]:

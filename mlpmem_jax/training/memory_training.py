@@ -1,12 +1,14 @@
 """What `train` trains in mode `memory`: the MLP Memory, beside a frozen decoder (section 3.2)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
 from mlpmem_jax.input.feed import Batch
+from mlpmem_jax.input.windows import WindowsOf
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.training.flops import decoder_flops_per_token, memory_training_flops_per_token
@@ -20,6 +22,19 @@ from mlpmem_jax.training.state import TrainState, split_module
 from mlpmem_jax.training.step import LossParts
 from mlpmem_jax.training.task import WindowTask
 from mlpmem_jax.training.train_settings import TrainSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """How training goes on after text was appended.
+
+    Attributes:
+        memory: Restores the memory from before on the mesh, once a fresh state is made.
+        windows_of: Global record numbers to windows, of new rows and of replayed old ones.
+    """
+
+    memory: Callable[[], Memory]
+    windows_of: WindowsOf
 
 
 class MemoryTask(WindowTask):
@@ -36,6 +51,7 @@ class MemoryTask(WindowTask):
         data: TaskData,
         mesh: jax.sharding.Mesh,
         decoder: Decoder | None = None,
+        continues: Continuation | None = None,
     ):
         """Prepares.
 
@@ -44,9 +60,11 @@ class MemoryTask(WindowTask):
             data: What is read.
             mesh: Devices.
             decoder: The frozen decoder, on the mesh, if `settings.reads_decoder`.
+            continues: The memory that it begins with; None: a fresh one.
         """
         self._train, self._memory = settings.train, settings.memory
         self._online = settings.online
+        self._continues = continues
         self._site = settings.site
         self._terms = settings.terms
         self.vocab_size = data.vocab_size
@@ -61,6 +79,7 @@ class MemoryTask(WindowTask):
             window_tokens=settings.window_tokens,
             seed=settings.seed,
             mix_windows=settings.mix_windows,
+            windows_of=None if continues is None else continues.windows_of,
         )
         self._decoder_graphdef: Any = None
         self._first_head_VD: jax.Array | None = None
@@ -89,11 +108,23 @@ class MemoryTask(WindowTask):
         return flops
 
     def prepare(self, state: TrainState) -> TrainState:
-        """Copies the decoder's head, if so set; measures the input on the first batches."""
+        """Takes over the memory from before, or copies a head and measures the input.
+
+        Its mean and deviation are measured on the first training batches; a memory from before
+        has its own.
+        """
+        if self._continues is not None:
+            memory: Memory = nnx.merge(self._graphdef, state.params, state.fixed)
+            nnx.update(memory, nnx.state(self._continues.memory()))
+            _, params, fixed = split_module(memory)
+            return dataclasses.replace(state, params=params, fixed=fixed)
         if self._first_head_VD is not None:
             network: Memory = nnx.merge(self._graphdef, state.params, state.fixed)
             # A copy: the step donates its state, and the decoder holds this array.
-            head_VE = jax.device_put(self._first_head_VD.copy(), network.head[...].sharding)
+            head_VE = jax.device_put(
+                self._first_head_VD.astype(network.head[...].dtype, copy=True),
+                network.head[...].sharding,
+            )
             network.head[...] = head_VE
             state = dataclasses.replace(state, params=split_module(network)[1])
             self._first_head_VD = None
@@ -103,7 +134,7 @@ class MemoryTask(WindowTask):
         with jax.set_mesh(self._mesh):
             arrays = (state.params, state.fixed), self.frozen
             measured = measured_statistics(self._measured_inputs, arrays, batches)
-        memory: Memory = nnx.merge(self._graphdef, state.params, state.fixed)
+        memory = nnx.merge(self._graphdef, state.params, state.fixed)
         return with_statistics(state, memory, memory, measured)
 
     def _measured_inputs(self, arrays: Any, batch: Batch) -> jax.Array:

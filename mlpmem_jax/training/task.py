@@ -9,7 +9,7 @@ from flax import nnx
 
 from mlpmem_jax.config.stages import TrainingConfig
 from mlpmem_jax.input.feed import Batch, Feed
-from mlpmem_jax.input.windows import WindowSource
+from mlpmem_jax.input.windows import WindowsOf, WindowSource
 from mlpmem_jax.training.state import TrainState, structure
 from mlpmem_jax.training.step import LossParts
 from mlpmem_jax.training.validation import Validator
@@ -42,6 +42,7 @@ class WindowTask(abc.ABC):
         window_tokens: int,
         seed: int,
         mix_windows: int = 1,
+        windows_of: WindowsOf | None = None,
     ):
         """Prepares feeds.
 
@@ -54,6 +55,7 @@ class WindowTask(abc.ABC):
             window_tokens: Tokens (or rows) in a window.
             seed: Of the data order.
             mix_windows: Windows whose rows are dealt out together.
+            windows_of: Global record numbers to windows; None: all windows in a drawn order.
         """
         self.build = build
         self.tokens_per_step = settings.batch_size * window_tokens
@@ -62,6 +64,7 @@ class WindowTask(abc.ABC):
         self.source = train
         self._seed = seed
         self._mix_windows = mix_windows
+        self._windows_of = windows_of
         self._graphdef = structure(build)
         self._validator = Validator(
             valid,
@@ -97,6 +100,7 @@ class WindowTask(abc.ABC):
             steps=steps,
             prefetch=self._settings.prefetch_batches,
             mix_windows=self._mix_windows,
+            windows_of=self._windows_of,
         )
 
     def _validation_sums(self, network: Any, frozen: Any, batch: Batch) -> Mapping[str, Any]:

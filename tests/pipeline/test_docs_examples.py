@@ -71,11 +71,14 @@ def test_a_corpus_grows_and_shrinks_as_shown(tmp_path: Path, monkeypatch: pytest
     changing.write_documents(tmp_path / "base", range(40))
     for number, file in enumerate(changing.write_documents(tmp_path / "new", range(100, 104))):
         file.rename(file.with_name(f"text-{number}.txt"))
+    changing.write_documents(tmp_path / "held-out", range(110, 113))
     monkeypatch.chdir(tmp_path)
     ran = []
     for words in command_lines(DOCS / "growing.md"):
         arguments = arguments_of(words)
-        assert arguments is not None
+        if arguments is None:  # What measures the costs that the page states.
+            assert words[2] == "benchmarks.append"
+            continue
         assert main(arguments) == 0, words
         ran.append(arguments[0])
     assert ran.count("append") == 2 and {"remove", "compact", "evaluate"} <= set(ran)

@@ -7,7 +7,7 @@ import pytest
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.input.feed import Feed, local_positions, to_devices
 from mlpmem_jax.input.rows import compare_labels, window_starts
-from mlpmem_jax.input.windows import window_order
+from mlpmem_jax.input.windows import replayed_order, window_order
 from mlpmem_jax.parallel.mesh import single_device_mesh
 
 
@@ -53,6 +53,27 @@ def test_the_seed_decides_the_order():
 
 def test_unshuffled_batches_come_in_order():
     assert _batches(range(3), shuffled=False) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.25, 10), (0.5, 20), (0.0, 0)])
+def test_old_windows_are_replayed_by_their_share(share, expected):
+    is_new = np.arange(10) >= 6
+    options = {"windows_of": replayed_order(is_new, share, seed=3)}
+    batches = _batches(range(10), **options)
+    records = [n for batch in batches for n in batch]
+    old, new = ([n for n in records if is_new[n] == kind] for kind in (False, True))
+    assert len(old) == expected
+    assert sorted(new[:4]) == [6, 7, 8, 9] and sorted(old[:6]) == list(range(min(6, len(old))))
+    # As evenly as their share allows: each batch has as many as any other, but for one.
+    counts = [sum(not is_new[n] for n in batch) for batch in batches]
+    assert max(counts) - min(counts) <= 1
+    assert _batches(range(7, 10), **options) == batches[7:]
+    assert replayed_order(is_new, share, seed=4)(np.arange(40)).tolist() != records
+
+
+def test_where_no_window_is_old_none_is_replayed():
+    order = replayed_order(np.ones(3, bool), 0.5, seed=3)
+    assert sorted(order(np.arange(3)).tolist()) == [0, 1, 2]
 
 
 def test_order_reaches_beyond_int32():
