@@ -94,9 +94,8 @@ class CompiledModel:
 def _compiled_extend(model: InterpolatedModel, key: Site, batch: int) -> Any:
     def step(parameters: Any, cache: Any, token_BL: jax.Array) -> Any:
         length_B = jnp.full(batch, token_BL.shape[1], jnp.int32)
-        logprob_BV, states, cache = model.extend_with_states(
-            parameters, cache, token_BL, length_B, (key,)
-        )
+        prediction, states, cache = model.predict(parameters, cache, token_BL, length_B, (key,))
+        logprob_BV = prediction.mixture()
         token_B1 = jnp.argmax(logprob_BV, axis=-1).astype(jnp.int32)[:, None]
         return cache, token_B1, logprob_BV, states[key].astype(jnp.float32)
 

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlpmem_jax.console import say
 from mlpmem_jax.errors import ArtifactError, UserError
@@ -15,6 +15,10 @@ from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Exported, Options
 from mlpmem_jax.store import nearest
+
+if TYPE_CHECKING:
+    from mlpmem_jax.models.decoder import Site
+    from mlpmem_jax.pipeline.opened_run import Run
 
 
 def main(run: Artifacts, options: Options) -> int:
@@ -72,14 +76,14 @@ def export(artifacts: Artifacts, folder: Path, what: Exported = "decoder") -> No
     say(f"{folder}: {written}")
 
 
-def _decoder(run: Any, settings: dict[str, Any], folder: Path) -> str:
+def _decoder(run: "Run", settings: dict[str, Any], folder: Path) -> str:
     from mlpmem_jax.interop.huggingface import save_decoder
 
     save_decoder(run.decoder(), folder, settings)
     return f"a decoder of the family {settings['model_type']}, for transformers"
 
 
-def _model(run: Any, settings: dict[str, Any], folder: Path) -> str:
+def _model(run: "Run", settings: dict[str, Any], folder: Path) -> str:
     from mlpmem_jax.interop.exports import model_settings, save_model
     from mlpmem_jax.pipeline.interpolation import interpolation
     from mlpmem_jax.pipeline.networks import finished_networks
@@ -94,7 +98,7 @@ def _model(run: Any, settings: dict[str, Any], folder: Path) -> str:
     )
 
 
-def _memory(run: Any, settings: dict[str, Any], folder: Path) -> str:
+def _memory(run: "Run", settings: dict[str, Any], folder: Path) -> str:
     from mlpmem_jax.interop.huggingface import save_tensors
     from mlpmem_jax.interop.memories import memory_tensors, official_settings
 
@@ -108,7 +112,7 @@ def _memory(run: Any, settings: dict[str, Any], folder: Path) -> str:
     )
 
 
-def _site(run: Any) -> Any:
+def _site(run: "Run") -> "Site":
     from mlpmem_jax.models.decoder import Site
 
     return Site.of(run.config.datastore.input, run.config.decoder.num_layers)

@@ -24,7 +24,8 @@ from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.neighbors import check_enough_rows
 from mlpmem_jax.retrieval.routed import CellSettings
-from mlpmem_jax.retrieval.routed_builder import build_routed, open_routed
+from mlpmem_jax.retrieval.routed_builder import finish_routed, open_routed
+from mlpmem_jax.retrieval.routed_index import build_cells
 from mlpmem_jax.store.files import check_free_space, describe_file, read_json, write_json
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.store.verification import verify_together
@@ -105,7 +106,8 @@ def build_index(
     if choice.engine == "routed":
         draw = functools.partial(_calibration_sample, keys, exact, retrieval, seed)
         chunk_rows = int(train.load().arrays["key"]["chunk_rows"])
-        made = build_routed(path, keys, chunk_rows, retrieval, seed, mesh, draw)
+        arrays = build_cells(path, keys, chunk_rows, retrieval, seed, mesh)
+        made = finish_routed(path, arrays, retrieval, draw)
         return dataclasses.replace(
             made, counts={**counts, **made.counts}, measured={**measured, **made.measured}
         )

@@ -23,33 +23,21 @@ from mlpmem_jax.parallel.preemption import (
     stopping_where_asked,
 )
 from mlpmem_jax.parallel.sharing import is_mine
-from mlpmem_jax.retrieval.engine import Engine, Keys, row_ranges
+from mlpmem_jax.retrieval.engine import Engine, row_ranges
 from mlpmem_jax.retrieval.estimates import LIST_BYTES, spilled_rows
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.merge import Neighbors, merge, no_neighbors
-from mlpmem_jax.retrieval.neighbors import Consume, drain
-from mlpmem_jax.retrieval.queries import Queries
+from mlpmem_jax.retrieval.neighbors import SplitSearch, drain
 from mlpmem_jax.retrieval.running_lists import RunningLists
 from mlpmem_jax.store.contents import RUNNING
 from mlpmem_jax.store.files import check_free_space
-from mlpmem_jax.store.shards import ShardWriter
 
 _MAX_PENDING_BLOCKS = 2
 # Rows of queries, and the shard of the output that they belong to.
 Block = tuple[int, slice]
 
 
-def search_by_shards(
-    engine: KeyShards,
-    keys: Keys,
-    writer: ShardWriter,
-    consume: Consume,
-    *,
-    num_neighbors: int,
-    query_batch: int,
-    queries: Queries,
-    description: str,
-) -> dict[str, float]:
+def search_by_shards(engine: KeyShards, split: SplitSearch) -> dict[str, float]:
     """Searches every row of a split that is not written yet, as `neighbors.search_split` does.
 
     Several processes load shards at the same time and go through the same blocks; each keeps the
@@ -59,6 +47,8 @@ def search_by_shards(
         Preempted: The machine is about to go; what is on disk stays.
         UserError: Running lists and results do not fit on the disk.
     """
+    writer, queries, description = split.writer, split.queries, split.description
+    num_neighbors = split.num_neighbors
     lists = RunningLists(writer.path, num_neighbors)
     missing = writer.missing_shards()
     counts = {shard: queries.count(writer.rows_of(shard)) for shard in missing}
@@ -73,20 +63,17 @@ def search_by_shards(
     bar = progress(writer.num_rows, "row", description, initial=done)
     started = time.monotonic()
     with bar, stopping_where_asked(), concurrent.futures.ThreadPoolExecutor(1) as pool:
-        search = functools.partial(
-            _Wave, engine, keys, writer, lists, consume, num_neighbors, queries, description
-        )
         for wave in [*waves, []]:  # Last none: what earlier waves left is removed.
             blocks = [
                 (shard, rows)
                 for shard in wave
                 for rows in row_ranges(
-                    writer.rows_of(shard).stop, query_batch, first=writer.rows_of(shard).start
+                    writer.rows_of(shard).stop, split.query_batch, first=writer.rows_of(shard).start
                 )
             ]
             barrier(f"{description}: wave")  # What finished shards needed is removed next.
             covered = lists.prepare([rows for _, rows in blocks]) if is_writer() else None
-            search(blocks, of_first(covered), pool, bar).run()
+            _Wave(engine, split, lists, blocks, of_first(covered), pool, bar).run()
         engine.release()
         writer.close()
     seconds = time.monotonic() - started
@@ -122,13 +109,8 @@ class _Wave:
 
     Args:
         engine: What is searched.
-        keys: The queries: keys of the split.
-        writer: Where results go.
+        split: The split that the queries are of.
         lists: Where running lists go.
-        consume: Turns rows and their neighbours into the arrays to write.
-        num_neighbors: Neighbours of a running list.
-        queries: Which rows are searched for, and what is no neighbour of theirs.
-        description: What the progress bar says.
         blocks: The queries, in order.
         covered: How many key shards each block has been searched in.
         pool: One thread, which finishes blocks in order.
@@ -138,21 +120,14 @@ class _Wave:
     def __init__(
         self,
         engine: KeyShards,
-        keys: Keys,
-        writer: ShardWriter,
+        split: SplitSearch,
         lists: RunningLists,
-        consume: Consume,
-        num_neighbors: int,
-        queries: Queries,
-        description: str,
         blocks: Sequence[Block],
         covered: Sequence[int],
         pool: concurrent.futures.ThreadPoolExecutor,
         bar: Progress,
     ):
-        self._engine, self._keys, self._writer, self._lists = engine, keys, writer, lists
-        self._consume, self._num_neighbors = consume, num_neighbors
-        self._queries, self._description = queries, description
+        self._engine, self._split, self._lists = engine, split, lists
         self._blocks, self._covered = list(blocks), list(covered)
         self._pool, self._bar = pool, bar
         self._tasks: list[concurrent.futures.Future[Any]] = []
@@ -169,9 +144,9 @@ class _Wave:
                 ]
         except Preempted:
             drain(self._tasks, 0)
-            self._writer.flush()
+            self._split.writer.flush()
             raise
-        self._writer.flush()
+        self._split.writer.flush()
 
     def _next_shards(self) -> range:
         """Returns the next shards to load: those that some blocks lack and no block has."""
@@ -184,10 +159,10 @@ class _Wave:
         started = time.monotonic()
         loaded = self._engine.load(shards)
         say(
-            f"{self._description}: key shards {shards.start + 1} to {shards.stop} of {total} "
+            f"{self._split.description}: key shards {shards.start + 1} to {shards.stop} of {total} "
             f"loaded in {time.monotonic() - started:.1f} s"
         )
-        stop_text = f"{self._description}: what has been searched is kept"
+        stop_text = f"{self._split.description}: what has been searched is kept"
         shard = -1
         for (shard_of_block, rows), done in zip(self._blocks, self._covered, strict=True):
             if done != shards.start:
@@ -209,11 +184,11 @@ class _Wave:
         self._tasks = drain(self._tasks, 0)
 
     def _found(self, loaded: Engine, rows: slice) -> Callable[[], Neighbors]:
-        queries, num_neighbors = self._queries, self._num_neighbors
+        queries, num_neighbors = self._split.queries, self._split.num_neighbors
         row_Q = queries.rows(rows)
         if not len(row_Q):
             return functools.partial(no_neighbors, 0, num_neighbors)
-        query_QD = self._keys.read(rows.start, rows.stop)
+        query_QD = self._split.keys.read(rows.start, rows.stop)
         order = queries.visiting_order(self._engine, rows)
         if order is None:
             return queries.search_later(loaded, query_QD, row_Q, num_neighbors)
@@ -231,9 +206,11 @@ class _Wave:
         """Merges what was found with the running lists; the last time they become results."""
         found = finish()
         if shards.start:
-            found = merge([self._lists.read(rows, len(found)), found], self._num_neighbors)
+            found = merge([self._lists.read(rows, len(found)), found], self._split.num_neighbors)
         if shards.stop < self._engine.plan.num_shards:
             self._lists.write(rows, shards.stop, found)
             return
         row_N = np.arange(rows.start, rows.stop, dtype=np.int64)
-        self._writer.put(rows.start, self._consume(row_N, self._queries.in_all_rows(rows, found)))
+        self._split.writer.put(
+            rows.start, self._split.consume(row_N, self._split.queries.in_all_rows(rows, found))
+        )

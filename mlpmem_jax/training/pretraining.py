@@ -80,11 +80,7 @@ class PretrainTask(WindowTask):
         """The loss summed over the batch."""
         final_BLD, _ = model.hidden(batch["token"], batch.get("segment"))
         assert final_BLD is not None
-        limits: dict[str, Any] = {
-            "vocab_size": model.vocab_size,
-            "chunk_tokens": self._chunk_tokens,
-            "normalizer": 1.0,
-        }
+        limits = {"vocab_size": model.vocab_size, "chunk_tokens": self._chunk_tokens}
         head_VD = model.head_VD()
         if self._alpha:
             batch = {**batch, "weight": batch["lm_weight"]}

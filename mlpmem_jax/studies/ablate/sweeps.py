@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mlpmem_jax.evaluation import style
 from mlpmem_jax.evaluation.lines import (
     VERDICT_COLUMNS,
     correction_note,
@@ -11,17 +12,7 @@ from mlpmem_jax.evaluation.lines import (
     seeds_cell,
     weights_cell,
 )
-from mlpmem_jax.evaluation.style import (
-    COLORS,
-    DASHED,
-    INK,
-    as_png,
-    axis_labels,
-    halo,
-    plain,
-    wide_figure,
-    wide_title,
-)
+from mlpmem_jax.evaluation.style import COLORS
 from mlpmem_jax.evaluation.table import (
     bracket_text,
     count_text,
@@ -154,9 +145,9 @@ def _score_columns(seed: str, found: Results) -> dict[str, Any]:
 
 def draw(results: Results, sweep: Results) -> bytes:
     """Draws one sweep: nats against the value; returns a PNG."""
-    figure = wide_figure(7.6, 4.6)
+    figure = style.wide_figure(7.6, 4.6)
     axes = figure.subplots()
-    plain(axes)
+    style.plain(axes)
     points = sweep["points"]
     places, is_number = _places(axes, [point["value"] for point in points])
     configured = sweep["configured"]["test_nats"]["value"]
@@ -181,22 +172,24 @@ def draw(results: Results, sweep: Results) -> bytes:
     for place, value, following in zip(places, nats, [*nats[1:], nats[-1]], strict=True):
         above = not is_number or following <= value  # Where the line to the next does not go.
         offset = (8, 6 if above else -14)
-        axes.annotate(number(value, 3), (place, value), offset, textcoords="offset points",
-                      fontsize=8.5, color=INK, zorder=5, path_effects=halo())  # fmt: skip
-    axes.axhline(configured, color=_COLOR, linewidth=1, linestyle=DASHED, alpha=0.7)
+        axes.annotate(
+            number(value, 3), (place, value), offset, textcoords="offset points", fontsize=8.5,
+            color=style.INK, zorder=5, path_effects=style.halo(),
+        )  # fmt: skip
+    axes.axhline(configured, color=_COLOR, linewidth=1, linestyle=style.DASHED, alpha=0.7)
     shown = [*nats, *(end for pair in ends for end in pair), *drawn, configured]
     span = max(max(shown) - min(shown), 1e-4)
     axes.set_ylim(min(shown) - 0.15 * span, max(shown) + 0.25 * span)
-    axis_labels(axes, y="test nats per token, decoder + memory")
+    style.axis_labels(axes, y="test nats per token, decoder + memory")
     decoder = sweep["decoder"]["test_nats"]["value"]
     level = f"{100 * results['confidence']:g} %"
-    wide_title(
+    style.wide_title(
         axes,
         sweep["title"],
         f"dashed: as configured; bars: {level} interval of the paired difference to it; "
         f"decoder alone {number(decoder, 3)}",
     )
-    return as_png(figure)
+    return style.as_png(figure)
 
 
 def _places(axes: Any, values: Sequence[Any]) -> tuple[list[float], bool]:

@@ -3,17 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlpmem_jax.evaluation import style
 from mlpmem_jax.evaluation.lines import seeds_text
 from mlpmem_jax.evaluation.picture import draw_rows
-from mlpmem_jax.evaluation.style import (
-    COLORS,
-    DASHED,
-    as_png,
-    axis_labels,
-    plain,
-    wide_figure,
-    wide_title,
-)
+from mlpmem_jax.evaluation.style import COLORS
 from mlpmem_jax.evaluation.table import level_text
 from mlpmem_jax.studies.tables.report import mean_cost
 
@@ -47,18 +40,18 @@ def draw(results: Results, measured: Results) -> bytes:
         A PNG.
     """
     rows = [row for row in results["rows"] if row["test_nats"]["value"] is not None]
-    figure = wide_figure(14.5, 2.0 + 0.5 * len(rows))
+    figure = style.wide_figure(14.5, 2.0 + 0.5 * len(rows))
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1.0))
     for axes in (left, right):
-        plain(axes)
+        style.plain(axes)
     decoder = next(row for row in rows if row["key"] == results["reference"])
     reference = decoder["test_nats"]["value"]
     draw_rows(left, rows, [color_of(row) for row in rows], reference)
     several = "; dots below: each seed" if len(results["seeds"]) > 1 else ""
     about = f"bars: {level_text(results)} interval of the paired difference to the decoder{several}"
-    wide_title(left, f"Test, {seeds_text(results)}", about)
+    style.wide_title(left, f"Test, {seeds_text(results)}", about)
     _draw_costs(right, rows, measured, reference)
-    return as_png(figure)
+    return style.as_png(figure)
 
 
 def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, reference: float) -> None:
@@ -79,13 +72,13 @@ def _draw_costs(axes: Any, rows: Sequence[Results], measured: Results, reference
     _log_ticks(axes, max(flops) / min(flops))
     axes.set_xlim(min(flops) / 1.2, max(flops) * 1.2)
     axes.margins(y=0.08)
-    axes.axhline(reference, color=_COLORS["decoder"], linewidth=1, linestyle=DASHED, zorder=1)
+    axes.axhline(reference, color=_COLORS["decoder"], linewidth=1, linestyle=style.DASHED, zorder=1)
     flops_label = "training flops, teacher, embedding and search included"
-    axis_labels(axes, flops_label, "test nats per token")
+    style.axis_labels(axes, flops_label, "test nats per token")
     about = "area: parameters used at inference; a kNN-LM keeps its datastore besides"
     if any(cost["flops"] == 0 for cost in costs):
         about = "area: parameters used at inference; triangle: imported, trained elsewhere"
-    wide_title(axes, "What it costs", about)
+    style.wide_title(axes, "What it costs", about)
     axes.figure.draw_without_rendering()
     _label_points(axes, points)
 
