@@ -12,7 +12,7 @@ import numpy as np
 from mlpmem_jax.config.stages import EvaluateConfig
 from mlpmem_jax.evaluation.evaluate_table import SplitScores, compare
 from mlpmem_jax.evaluation.labels import StoredSplit
-from mlpmem_jax.evaluation.memory_scores import Remembered
+from mlpmem_jax.evaluation.memory_lm import Remembered
 from mlpmem_jax.retrieval.knn_lm import KnnLm
 from mlpmem_jax.retrieval.temperature import Tuned
 from mlpmem_jax.store.array_specs import Split

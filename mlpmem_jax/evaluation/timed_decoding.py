@@ -198,3 +198,21 @@ def in_turns(
             work(writer)
             for _ in range(min(_IN_A_ROW, count - done)):
                 yield name, work(writer)
+
+
+def time_tokens(systems: Mapping[str, System], num_tokens: int) -> dict[str, dict[str, float]]:
+    """Measures every system, in turns.
+
+    Returns:
+        Milliseconds per token: median, and the quartiles.
+    """
+    writers = {name: Writer(system, 1) for name, system in systems.items()}
+    secs: dict[str, list[float]] = {name: [] for name in writers}
+    for name, spent in in_turns(writers, Writer.write, num_tokens):
+        secs[name].append(spent.total)
+    return {
+        name: {
+            f"p{percent}": float(np.percentile(each, percent)) * 1000 for percent in (25, 50, 75)
+        }
+        for name, each in secs.items()
+    }

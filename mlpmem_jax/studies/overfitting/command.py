@@ -8,13 +8,12 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline.checks import check_trained_apart, check_trains_memory
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.reports import print_files, write_files
 from mlpmem_jax.pipeline.stage import Stage
-from mlpmem_jax.store.files import read_json, write_bytes, write_json
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.studies.overfitting.epochs import LABELS, row_key
 from mlpmem_jax.studies.tables.part_scores import Part
@@ -132,13 +131,14 @@ def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed])
         "reference_nats": reference["test_nats"]["value"],
         "networks": epochs.by_epoch(found, steps),
     }
-    path = artifact.path
-    if is_speaker():
-        write_json(path / RESULTS, results)
-        write_json(path / MEASURED, table_costs(run, rows, with_costs=False))
-        write_bytes(path / TABLE, epochs.as_csv(results).encode())
-        write_bytes(path / DOCUMENTS, documents_csv(found["documents"]).encode())
-        write_bytes(path / PICTURE, epochs.draw(results))
+    files = {
+        RESULTS: results,
+        MEASURED: table_costs(run, rows, with_costs=False),
+        TABLE: epochs.as_csv(results),
+        DOCUMENTS: documents_csv(found["documents"]),
+        PICTURE: epochs.draw(results),
+    }
+    write_files(artifact.path, files)
     counts = {"test_tokens": results["test"]["tokens"]}
     return Completion(counts=counts, files=[RESULTS, TABLE, DOCUMENTS])
 
@@ -154,13 +154,10 @@ def main(run: Artifacts, options: Options) -> int:
         )
     check_trains_memory(run, "overfitting")
     table = functools.partial(table_stage, run)
-    made = run_suite("overfitting", run, options, works(run), table)
-    if made is not None:
-        from mlpmem_jax.studies.overfitting.epochs import as_text
+    return run_suite("overfitting", run, options, works(run), table, _print)
 
-        made.artifact.verify()
-        say()
-        say(as_text(read_json(made.artifact.path / RESULTS)))
-        for name in (RESULTS, TABLE, DOCUMENTS, PICTURE):
-            say(f"  {made.artifact.path / name}")
-    return 0
+
+def _print(artifact: Artifact) -> None:
+    from mlpmem_jax.studies.overfitting.epochs import as_text
+
+    print_files(artifact, (RESULTS, TABLE, DOCUMENTS, PICTURE), as_text)

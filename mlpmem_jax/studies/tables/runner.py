@@ -117,11 +117,8 @@ def interval_settings(
 
 def machine_stage(run: Artifacts) -> Stage:
     """Returns the stage that measures the machine, once, so that costs stay the same."""
-    return Stage(artifact=run.machine, build=_measure_machine)
-
-
-def _measure_machine() -> Completion:
-    return Completion(counts={"peak_flops": cpu_peak_flops(_PEAK_SECONDS)})
+    peak = functools.partial(cpu_peak_flops, _PEAK_SECONDS)
+    return Stage(artifact=run.machine, build=lambda: Completion(counts={"peak_flops": peak()}))
 
 
 def cpu_peak_flops(seconds: float) -> float:
@@ -140,8 +137,9 @@ def run_suite(
     options: Options,
     works: Sequence[Work],
     table: Callable[[], Stage],
-) -> Stage | None:
-    """Plans or does all the work and makes the table.
+    report: Callable[[Artifact], None],
+) -> int:
+    """Plans or does all the work, makes the table and prints it; returns the exit code.
 
     Args:
         command: Its name, for logs.
@@ -149,9 +147,7 @@ def run_suite(
         options: Flags.
         works: The pieces, in an order in which each finds what it is sized by.
         table: Returns the last stage.
-
-    Returns:
-        The stage of the finished table; None of a dry run.
+        report: Prints the finished table.
     """
     rebuild = Rebuild.STALE if options.rebuild else Rebuild.REFUSE
     check_config_file(run)
@@ -160,7 +156,7 @@ def run_suite(
     planned = [work.stages() for work in works]
     if options.dry_run:
         _print_plan(command, run, [*tokens, machine_stage(run)], works, table, rebuild)
-        return None
+        return 0
 
     def make(stages: Sequence[Stage], rebuild: Rebuild = rebuild) -> None:
         run_stages(stages, rebuild, before_building=lambda: write_run(run, stages))
@@ -191,7 +187,8 @@ def run_suite(
         done |= dict.fromkeys(stage.artifact.relative for stage in stages)
     last = table()
     make([last], _of_table(rebuild))
-    return last
+    report(last.artifact)
+    return 0
 
 
 def _of_table(rebuild: Rebuild) -> Rebuild:
