@@ -8,6 +8,7 @@ import numpy as np
 from mlpmem_jax.evaluation import style
 from mlpmem_jax.evaluation.style import COLORS
 from mlpmem_jax.evaluation.table import bracket_text, number
+from mlpmem_jax.units import short_number
 
 Results = Mapping[str, Any]
 
@@ -59,9 +60,9 @@ def _draw(axes: Any, results: Results, main: str, upper: str | None, unit: str) 
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlim(rows[0] / 1.15, rows[-1] * (rows[-1] / rows[0]) ** 0.62)
-    axes.set_xticks(rows, [_count(value) for value in rows], fontsize=8.5)
+    axes.set_xticks(rows, [short_number(value) for value in rows], fontsize=8.5)
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter(_short)
+    axes.yaxis.set_major_formatter(lambda value, _: short_number(value, "kMGT"))
     _label_ends(axes, rows[-1], ends)
     style.axis_labels(axes, "rows of the datastore", unit)
 
@@ -100,7 +101,7 @@ def _draw_quality(axes: Any, results: Results) -> None:
                 ends = [base + low, base + high]
                 axes.plot([place, place], ends, color=COLORS[name], alpha=0.5, linewidth=2)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(rows, [_count(value) for value in rows], fontsize=8.5)
+    axes.set_xticks(rows, [short_number(value) for value in rows], fontsize=8.5)
     axes.minorticks_off()
     style.legend(axes)
     style.axis_labels(axes, "rows of the datastore", "test nats per token")
@@ -109,17 +110,3 @@ def _draw_quality(axes: Any, results: Results) -> None:
         "Quality at fixed memory size",
         "a memory trained on each part; bars: interval of the difference to the decoder",
     )
-
-
-def _count(value: float) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f}"
-
-
-def _short(value: float, _: Any) -> str:
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g}"

@@ -1,7 +1,7 @@
 """The main table as text and CSV, from the dictionaries of `compare.json` and `measured.json`."""
 
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from statistics import fmean
 from typing import Any
 
 from mlpmem_jax.evaluation.lines import (
@@ -56,29 +56,25 @@ PAIR_COLUMNS = (
 )  # fmt: skip
 
 
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values)
-
-
 def mean_cost(measured: Results, key: str) -> dict[str, Any]:
     """Returns what a row cost and how large it is, the mean over seeds."""
     seeds = list(measured["rows"][key].values())
     flops = {
-        purpose: _mean([one["cost"]["flops_by_purpose"].get(purpose, 0.0) for one in seeds])
+        purpose: fmean([one["cost"]["flops_by_purpose"].get(purpose, 0.0) for one in seeds])
         for purpose in _PURPOSES
     }
     temperatures = [one["temperature"] for one in seeds if one["temperature"] is not None]
     return {
-        "parameters": round(_mean([one["parameters"] for one in seeds])),
-        "non_embedding_parameters": round(_mean([o["non_embedding_parameters"] for o in seeds])),
+        "parameters": round(fmean([one["parameters"] for one in seeds])),
+        "non_embedding_parameters": round(fmean([o["non_embedding_parameters"] for o in seeds])),
         "flops": sum(flops.values()),
-        "network_flops": _mean([one["cost"]["network_flops"] for one in seeds]),
+        "network_flops": fmean([one["cost"]["network_flops"] for one in seeds]),
         "flops_by_purpose": flops,
-        "seconds": _mean([one["cost"]["seconds"] for one in seeds]),
-        "temperature": _mean(temperatures) if temperatures else None,
+        "seconds": fmean([one["cost"]["seconds"] for one in seeds]),
+        "temperature": fmean(temperatures) if temperatures else None,
         "trained_weight": None
         if seeds[0]["trained_weight"] is None
-        else _mean([one["trained_weight"] for one in seeds]),
+        else fmean([one["trained_weight"] for one in seeds]),
     }
 
 
@@ -127,7 +123,9 @@ def _share_cell(share: Results | None) -> str:
 
 
 def _cost(row: Results, cost: Results) -> list[str]:
-    weights = weights_cell(row["weights"]) or _trained_cell(cost["trained_weight"])
+    trained = cost["trained_weight"]
+    shown = DASH if trained is None else f"{number(trained, 3)} (trained)"
+    weights = weights_cell(row["weights"]) or shown
     return [
         row["label"],
         *size_cells(row["valid_nats"]["value"], weights, cost),
@@ -135,10 +133,6 @@ def _cost(row: Results, cost: Results) -> list[str]:
         f"{cost['network_flops']:.3g}",
         duration(cost["seconds"]),
     ]
-
-
-def _trained_cell(weight: float | None) -> str:
-    return DASH if weight is None else f"{number(weight, 3)} (trained)"
 
 
 def _notes(results: Results, measured: Results) -> list[str]:
@@ -149,12 +143,11 @@ def _notes(results: Results, measured: Results) -> list[str]:
         for one in row.values()
         if one.get("recall") is not None
     ]
+    found = (
+        [f"ScaNN finds {share_text(fmean(recalls))} of test rows' neighbours"] if recalls else []
+    )
     return [
-        *(
-            [f"ScaNN finds {share_text(_mean(recalls))} of test rows' neighbours"]
-            if recalls
-            else []
-        ),
+        *found,
         "training flops count everything that a row was made from, teacher, embedding, index and "
         f"search included; what is no network counts seconds × {peak:.0f} GFLOP/s, the measured "
         "peak of this CPU",

@@ -24,7 +24,7 @@ from mlpmem_jax.store.array_specs import SPLITS
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.studies.tables.part_scores import SCORED
 from mlpmem_jax.studies.tables.rows import Row
-from mlpmem_jax.studies.tables.texts import refuse_other_documents, text_stages
+from mlpmem_jax.studies.tables.texts import refuse_other_documents
 from mlpmem_jax.studies.tables.variants import made_by
 
 _PEAK_SECONDS = 2.0
@@ -163,7 +163,8 @@ def run_suite(
         record(run, stages)
 
     check_fit([*tokens, *_each_once(planned)])
-    make([*made_by([*tokens, *text_stages(_each_once(planned))]), machine_stage(run)])
+    text = [one for one in _each_once(planned) if one.artifact.kind in ("tokenizer", "tokens")]
+    make([*made_by([*tokens, *text]), machine_stage(run)])
     refuse_other_documents(run, _each_once(planned))
     # Again, and before networks are trained: the vocabulary is known now.
     planned = [work.stages() for work in works]
