@@ -151,22 +151,21 @@ class _Same:
 
     def first_place(self, order_E: np.ndarray, low_Q: np.ndarray, high_Q: np.ndarray) -> np.ndarray:
         """Returns the first place below `high_Q` from which on all are the same."""
-        while (low_Q < high_Q).any():
-            middle_Q = (low_Q + high_Q) // 2
-            is_same_Q = self._is_same(order_E[np.minimum(middle_Q, len(order_E) - 1)])
-            is_open_Q = low_Q < high_Q
-            high_Q = np.where(is_open_Q & is_same_Q, middle_Q, high_Q)
-            low_Q = np.where(is_open_Q & ~is_same_Q, middle_Q + 1, low_Q)
-        return low_Q
+        return self._first(order_E, low_Q, high_Q, same=True)
 
     def end_place(self, order_E: np.ndarray, low_Q: np.ndarray, high_Q: np.ndarray) -> np.ndarray:
         """Returns the first place from `low_Q` on that is not the same."""
+        return self._first(order_E, low_Q, high_Q, same=False)
+
+    def _first(
+        self, order_E: np.ndarray, low_Q: np.ndarray, high_Q: np.ndarray, *, same: bool
+    ) -> np.ndarray:
         while (low_Q < high_Q).any():
             middle_Q = (low_Q + high_Q) // 2
-            is_same_Q = self._is_same(order_E[np.minimum(middle_Q, len(order_E) - 1)])
+            is_it_Q = self._is_same(order_E[np.minimum(middle_Q, len(order_E) - 1)]) == same
             is_open_Q = low_Q < high_Q
-            low_Q = np.where(is_open_Q & is_same_Q, middle_Q + 1, low_Q)
-            high_Q = np.where(is_open_Q & ~is_same_Q, middle_Q, high_Q)
+            low_Q = np.where(is_open_Q & ~is_it_Q, middle_Q + 1, low_Q)
+            high_Q = np.where(is_open_Q & is_it_Q, middle_Q, high_Q)
         return low_Q
 
 

@@ -27,7 +27,7 @@ from mlpmem_jax.retrieval.engine import Engine, row_ranges
 from mlpmem_jax.retrieval.estimates import LIST_BYTES, spilled_rows
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.merge import Neighbors, merge, no_neighbors
-from mlpmem_jax.retrieval.neighbors import SplitSearch, drain
+from mlpmem_jax.retrieval.neighbors import SplitSearch, drain, spent
 from mlpmem_jax.retrieval.running_lists import RunningLists
 from mlpmem_jax.store.contents import RUNNING
 from mlpmem_jax.store.files import check_free_space
@@ -76,14 +76,8 @@ def search_by_shards(engine: KeyShards, split: SplitSearch) -> dict[str, float]:
             _Wave(engine, split, lists, blocks, of_first(covered), pool, bar).run()
         engine.release()
         writer.close()
-    seconds = time.monotonic() - started
-    return {
-        "queries": num_queries,
-        "search_secs": round(seconds, 3),
-        "queries_per_sec": round(num_queries / seconds, 1) if num_queries else 0.0,
-        "key_shards": engine.plan.num_shards,
-        "key_shards_at_once": engine.plan.at_once,
-    }
+    shards = {"key_shards": engine.plan.num_shards, "key_shards_at_once": engine.plan.at_once}
+    return spent(num_queries, time.monotonic() - started) | shards
 
 
 def _waves(counts: Mapping[int, int], most: int) -> list[list[int]]:

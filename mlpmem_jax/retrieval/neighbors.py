@@ -138,7 +138,11 @@ def search_split(engine: Engine, split: SplitSearch) -> dict[str, float]:
             raise
         drain(tasks, 0)
         writer.close()
-    seconds = time.monotonic() - started
+    return spent(num_queries, time.monotonic() - started)
+
+
+def spent(num_queries: int, seconds: float) -> dict[str, float]:
+    """Returns what manifests record of a search."""
     return {
         "queries": num_queries,
         "search_secs": round(seconds, 3),

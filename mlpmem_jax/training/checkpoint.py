@@ -21,7 +21,7 @@ from etils import epath
 
 from mlpmem_jax.console import warn
 from mlpmem_jax.errors import ArtifactError, RunFailed, UserError
-from mlpmem_jax.failures import os_error_in
+from mlpmem_jax.failures import first_line, os_error_in
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.multihost import barrier, is_writer
 from mlpmem_jax.store.files import check_free_space, has_locks, is_local, read_own_paths_literally
@@ -305,9 +305,9 @@ def _restored(
         of_system = os_error_in(error, directory)
         if of_system is not None:
             raise of_system from None
-        first_line = str(error).strip().splitlines()[0]
         raise ArtifactError(
-            f"{directory}/{CHECKPOINTS}/{step}: does not fit the configured network ({first_line})"
+            f"{directory}/{CHECKPOINTS}/{step}: does not fit the configured network "
+            f"({first_line(error)})"
         ) from None
     return {name: restored[name] for name in abstract_items}
 
