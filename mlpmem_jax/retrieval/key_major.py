@@ -48,7 +48,7 @@ def search_by_shards(engine: KeyShards, split: SplitSearch) -> dict[str, float]:
         UserError: Running lists and results do not fit on the disk.
     """
     writer, queries, description = split.writer, split.queries, split.description
-    num_neighbors = split.num_neighbors
+    num_neighbors, query_batch = split.num_neighbors, split.query_batch
     lists = RunningLists(writer.path, num_neighbors)
     missing = writer.missing_shards()
     counts = {shard: queries.count(writer.rows_of(shard)) for shard in missing}
@@ -63,17 +63,18 @@ def search_by_shards(engine: KeyShards, split: SplitSearch) -> dict[str, float]:
     bar = progress(writer.num_rows, "row", description, initial=done)
     started = time.monotonic()
     with bar, stopping_where_asked(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        search = functools.partial(_Wave, engine, split, lists)
         for wave in [*waves, []]:  # Last none: what earlier waves left is removed.
             blocks = [
                 (shard, rows)
                 for shard in wave
                 for rows in row_ranges(
-                    writer.rows_of(shard).stop, split.query_batch, first=writer.rows_of(shard).start
+                    writer.rows_of(shard).stop, query_batch, first=writer.rows_of(shard).start
                 )
             ]
             barrier(f"{description}: wave")  # What finished shards needed is removed next.
             covered = lists.prepare([rows for _, rows in blocks]) if is_writer() else None
-            _Wave(engine, split, lists, blocks, of_first(covered), pool, bar).run()
+            search(blocks, of_first(covered), pool, bar).run()
         engine.release()
         writer.close()
     shards = {"key_shards": engine.plan.num_shards, "key_shards_at_once": engine.plan.at_once}
@@ -121,7 +122,14 @@ class _Wave:
         pool: concurrent.futures.ThreadPoolExecutor,
         bar: Progress,
     ):
-        self._engine, self._split, self._lists = engine, split, lists
+        self._engine, self._keys, self._writer, self._lists = (
+            engine,
+            split.keys,
+            split.writer,
+            lists,
+        )
+        self._consume, self._num_neighbors = split.consume, split.num_neighbors
+        self._queries, self._description = split.queries, split.description
         self._blocks, self._covered = list(blocks), list(covered)
         self._pool, self._bar = pool, bar
         self._tasks: list[concurrent.futures.Future[Any]] = []
@@ -138,9 +146,9 @@ class _Wave:
                 ]
         except Preempted:
             drain(self._tasks, 0)
-            self._split.writer.flush()
+            self._writer.flush()
             raise
-        self._split.writer.flush()
+        self._writer.flush()
 
     def _next_shards(self) -> range:
         """Returns the next shards to load: those that some blocks lack and no block has."""
@@ -153,10 +161,10 @@ class _Wave:
         started = time.monotonic()
         loaded = self._engine.load(shards)
         say(
-            f"{self._split.description}: key shards {shards.start + 1} to {shards.stop} of {total} "
+            f"{self._description}: key shards {shards.start + 1} to {shards.stop} of {total} "
             f"loaded in {time.monotonic() - started:.1f} s"
         )
-        stop_text = f"{self._split.description}: what has been searched is kept"
+        stop_text = f"{self._description}: what has been searched is kept"
         shard = -1
         for (shard_of_block, rows), done in zip(self._blocks, self._covered, strict=True):
             if done != shards.start:
@@ -178,11 +186,11 @@ class _Wave:
         self._tasks = drain(self._tasks, 0)
 
     def _found(self, loaded: Engine, rows: slice) -> Callable[[], Neighbors]:
-        queries, num_neighbors = self._split.queries, self._split.num_neighbors
+        queries, num_neighbors = self._queries, self._num_neighbors
         row_Q = queries.rows(rows)
         if not len(row_Q):
             return functools.partial(no_neighbors, 0, num_neighbors)
-        query_QD = self._split.keys.read(rows.start, rows.stop)
+        query_QD = self._keys.read(rows.start, rows.stop)
         order = queries.visiting_order(self._engine, rows)
         if order is None:
             return queries.search_later(loaded, query_QD, row_Q, num_neighbors)
@@ -200,11 +208,9 @@ class _Wave:
         """Merges what was found with the running lists; the last time they become results."""
         found = finish()
         if shards.start:
-            found = merge([self._lists.read(rows, len(found)), found], self._split.num_neighbors)
+            found = merge([self._lists.read(rows, len(found)), found], self._num_neighbors)
         if shards.stop < self._engine.plan.num_shards:
             self._lists.write(rows, shards.stop, found)
             return
         row_N = np.arange(rows.start, rows.stop, dtype=np.int64)
-        self._split.writer.put(
-            rows.start, self._split.consume(row_N, self._split.queries.in_all_rows(rows, found))
-        )
+        self._writer.put(rows.start, self._consume(row_N, self._queries.in_all_rows(rows, found)))
