@@ -28,6 +28,11 @@ def segments_of(tokens: np.ndarray, separator_id: int) -> np.ndarray:
     return np.cumsum(begins, axis=1, dtype=np.int32)
 
 
+def window_starts(windows: np.ndarray, length: int, num_rows: int) -> np.ndarray:
+    """Returns the first row of each window (int64 [B]); the last window shifts left."""
+    return np.maximum(0, np.minimum(windows * length, num_rows - length))
+
+
 class TokenWindows:
     """Windows of L tokens and their labels; the last one shifts left, a short one is padded."""
 
@@ -57,8 +62,7 @@ class TokenWindows:
 
     def starts(self, windows: np.ndarray) -> np.ndarray:
         """Returns the first row of each window, int64 [B]."""
-        first = np.asarray(windows, np.int64) * self._length
-        return np.maximum(0, np.minimum(first, self.num_rows - self._length))
+        return window_starts(np.asarray(windows, np.int64), self._length, self.num_rows)
 
     def read(self, windows: np.ndarray) -> dict[str, np.ndarray]:
         """Reads windows.

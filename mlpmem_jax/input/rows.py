@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mlpmem_jax.corpus.recent import after_start, recent_tokens
+from mlpmem_jax.corpus.windows import window_starts
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.store.array_specs import input_array
 from mlpmem_jax.store.joined import stream_starts
@@ -62,17 +63,6 @@ class PendingRows:
             rows = read.result()
             place[: len(rows)] = rows
         return out
-
-
-def window_starts(windows: np.ndarray, length: int, num_rows: int) -> np.ndarray:
-    """Returns the first row of each window; the last window shifts left.
-
-    Args:
-        windows: int64 [B] numbers of windows.
-        length: Rows in a window.
-        num_rows: Rows in the split.
-    """
-    return np.maximum(0, np.minimum(windows * length, num_rows - length))
 
 
 def compare_labels(stored: np.ndarray, targets: np.ndarray, starts: np.ndarray, names: str) -> None:

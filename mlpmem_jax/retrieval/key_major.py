@@ -77,8 +77,8 @@ def search_by_shards(engine: KeyShards, split: SplitSearch) -> dict[str, float]:
             search(blocks, of_first(covered), pool, bar).run()
         engine.release()
         writer.close()
-    shards = {"key_shards": engine.plan.num_shards, "key_shards_at_once": engine.plan.at_once}
-    return spent(num_queries, time.monotonic() - started) | shards
+    plan = {"key_shards": engine.plan.num_shards, "key_shards_at_once": engine.plan.at_once}
+    return spent(num_queries, time.monotonic() - started) | plan
 
 
 def _waves(counts: Mapping[int, int], most: int) -> list[list[int]]:
