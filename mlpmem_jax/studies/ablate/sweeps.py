@@ -5,6 +5,7 @@ from typing import Any
 
 from mlpmem_jax.evaluation import style
 from mlpmem_jax.evaluation.lines import (
+    NOTHING,
     VERDICT_COLUMNS,
     correction_note,
     interval_columns,
@@ -17,6 +18,7 @@ from mlpmem_jax.evaluation.table import (
     bracket_text,
     count_text,
     csv_text,
+    level_text,
     note_lines,
     number,
     render,
@@ -78,7 +80,7 @@ def against_configured(rows: Sequence[Results]) -> set[tuple[str, str]]:
 
 def as_text(results: Results, measured: Results) -> str:
     """Returns a table a sweep."""
-    level = f"{100 * results['confidence']:g} %"
+    level = level_text(results)
     blocks = []
     for place, sweep in enumerate(results["sweeps"]):
         costs = measured["sweeps"][place]
@@ -139,8 +141,8 @@ def _csv_lines(results: Results, measured: Results) -> Iterator[dict[str, Any]]:
 
 
 def _score_columns(seed: str, found: Results) -> dict[str, Any]:
-    difference = found.get("difference", dict.fromkeys(("value", "low", "high")))
-    return score_columns(seed, found) | interval_columns("difference", difference)
+    difference = interval_columns("difference", found.get("difference", NOTHING))
+    return score_columns(seed, found) | difference
 
 
 def draw(results: Results, sweep: Results) -> bytes:
@@ -182,7 +184,7 @@ def draw(results: Results, sweep: Results) -> bytes:
     axes.set_ylim(min(shown) - 0.15 * span, max(shown) + 0.25 * span)
     style.axis_labels(axes, y="test nats per token, decoder + memory")
     decoder = sweep["decoder"]["test_nats"]["value"]
-    level = f"{100 * results['confidence']:g} %"
+    level = level_text(results)
     style.wide_title(
         axes,
         sweep["title"],

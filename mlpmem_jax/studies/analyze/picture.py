@@ -7,7 +7,7 @@ import numpy as np
 
 from mlpmem_jax.evaluation import style
 from mlpmem_jax.evaluation.style import COLORS
-from mlpmem_jax.evaluation.table import number
+from mlpmem_jax.evaluation.table import level_text, number
 from mlpmem_jax.studies.analyze.table import NAMES
 
 Results = Mapping[str, Any]
@@ -69,7 +69,7 @@ def _draw_frequency(axes: Any, results: Results) -> None:
         "times that the label token occurs in the training text, and share of test tokens",
         "gain over the decoder, nats per token",
     )
-    level = f"{100 * results['confidence']:g} %"
+    level = level_text(results)
     about = f"bars: {level} interval over documents; bins under 0.2 % may lie outside"
     style.title(axes, "By frequency of the token", about)
 

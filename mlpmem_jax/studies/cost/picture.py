@@ -56,34 +56,15 @@ def _draw(axes: Any, results: Results, main: str, upper: str | None, unit: str) 
         words = f"{results['labels'][system]}\nslope {number(slope['slope'], 3, sign=True)}"
         if slope["low"] is not None:
             words += f" {bracket_text(slope['low'], slope['high'], 3)}"
-        ends.append((float(value[-1]), words, color))
+        ends.append((rows[-1], float(value[-1]), words, color))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xlim(rows[0] / 1.15, rows[-1] * (rows[-1] / rows[0]) ** 0.62)
+    axes.set_xlim(rows[0] / 1.15, rows[-1] * 1.15)
     axes.set_xticks(rows, [short_number(value) for value in rows], fontsize=8.5)
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: short_number(value, "kMGT"))
-    _label_ends(axes, rows[-1], ends)
     style.axis_labels(axes, "rows of the datastore", unit)
-
-
-def _label_ends(axes: Any, last: float, ends: list[tuple[float, str, str]]) -> None:
-    """Writes names at the right ends of lines, moved apart where they would touch."""
-    low, high = (np.log(limit) for limit in axes.get_ylim())
-    apart = 0.115  # of the axes' height: two lines of text
-    ordered = sorted(ends)
-    wanted = [(np.log(value) - low) / (high - low) for value, _, _ in ordered]
-    heights: list[float] = []
-    for place in wanted:
-        heights.append(max(place, heights[-1] + apart) if heights else place)
-    over = max(0.0, heights[-1] - 0.96)
-    heights = [max(place - over, 0.03) for place in heights]
-    for number_, (value, words, color) in enumerate(ordered):
-        axes.annotate(
-            words, (last, value), (last * 1.12, heights[number_]),
-            textcoords=axes.get_xaxis_transform(),
-            fontsize=8.8, color=color, va="center", annotation_clip=False,
-        )  # fmt: skip
+    style.label_points(axes, ends, gap=27.0)
 
 
 def _draw_quality(axes: Any, results: Results) -> None:

@@ -4,7 +4,14 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.evaluation.table import bracket_text, csv_text, note_lines, number, render
+from mlpmem_jax.evaluation.table import (
+    bracket_text,
+    csv_text,
+    level_text,
+    note_lines,
+    number,
+    render,
+)
 from mlpmem_jax.units import human_bytes, short_number
 
 Results = Mapping[str, Any]
@@ -126,7 +133,7 @@ def _recall_line(results: Results) -> list[str]:
 
 
 def _slope_table(results: Results) -> str:
-    level = f"{100 * results['confidence']:g} %"
+    level = level_text(results)
     wanted = ("token_ms_p50", "search_ms_p50", "first_ms_p50", "tokens_per_sec", "bytes")
     rows = []
     for system, one in results["systems"].items():

@@ -18,6 +18,7 @@ from mlpmem_jax.evaluation.table import (
     DASH,
     bracket_text,
     csv_text,
+    level_text,
     note_lines,
     number,
     paragraph,
@@ -134,7 +135,7 @@ def _difference(
 
 def as_text(results: Results) -> str:
     """Returns the table for the terminal, and one sentence a network."""
-    level = f"{100 * results['confidence']:g} %"
+    level = level_text(results)
     blocks = []
     for network in results["networks"].values():
         rows = [
@@ -199,7 +200,7 @@ def draw(results: Results) -> bytes:
     """Draws test nats by epoch, and what is lost against the best; returns a PNG."""
     figure = style.wide_figure(13.0, 4.8)
     left, right = figure.subplots(1, 2)
-    level = f"{100 * results['confidence']:g} %"
+    level = level_text(results)
     for axes in (left, right):
         style.plain(axes)
         axes.xaxis.get_major_locator().set_params(integer=True)

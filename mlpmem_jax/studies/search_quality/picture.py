@@ -7,6 +7,7 @@ import numpy as np
 
 from mlpmem_jax.evaluation import style
 from mlpmem_jax.evaluation.style import COLORS
+from mlpmem_jax.evaluation.table import level_text
 from mlpmem_jax.studies.search_quality.table import LABELS
 
 Results = Mapping[str, Any]
@@ -45,7 +46,7 @@ def _draw_nats(axes: Any, results: Results) -> None:
     _recall_axis(axes)
     style.legend(axes)
     style.axis_labels(axes, f"recall@{results['num_neighbors']}", "test nats per token")
-    level = f"{100 * results['confidence']:g} %"
+    level = level_text(results)
     style.title(axes, "What it costs", f"bars: {level} interval of the difference to the decoder")
 
 

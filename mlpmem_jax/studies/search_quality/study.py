@@ -118,7 +118,7 @@ class _Study:
         found = engine.search(sample.query_QD, retrieval.num_neighbors + 1)
         found = drop_own_row(found, sample.row_Q)
         divergence = compare_neighbors(found, sample.truth, self.train_label, temperature)
-        return {"recall": recall.recall(found, sample.truth), **dataclasses.asdict(divergence)}
+        return {"recall": recall.recall(found, sample.truth), **divergence}
 
     def _knn(self, run: Artifacts, engine: Engine) -> dict[str, Any]:
         config, retrieval = run.config, run.config.retrieval

@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from mlpmem_jax.evaluation.lines import (
+    NOTHING,
     VERDICT_COLUMNS,
     correction_note,
     interval_columns,
@@ -243,7 +244,7 @@ def _flat_row(row: Results, seed: str, found: Results) -> dict[str, Any]:
         ("difference", ""),
         ("gain_recovered", ""),
     ):
-        one = found.get(name) or {"value": None, "low": None, "high": None}
+        one = found.get(name) or NOTHING
         flat |= interval_columns(name, one, ends=ends)
     if seed == "mean":
         spread = row["spread"]
