@@ -19,7 +19,6 @@ def read_settings(file: Path, key: str, hint: str = "") -> dict[str, Any]:
     """Returns the object in a JSON file of a pretrained network.
 
     Args:
-        file: The file.
         key: The key and value that name the network, for messages.
         hint: What follows where it cannot be read.
 

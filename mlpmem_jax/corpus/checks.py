@@ -70,7 +70,6 @@ def check_before(
     """Refuses a corpus that cannot do, as far as a scan shows it.
 
     Args:
-        corpus: The text.
         settings: How a tokenizer is trained.
         given: The tokenizer, unless it is to be trained.
         window: What the training split must fill.
@@ -98,7 +97,6 @@ def tokenizer_for(
     """Trains a tokenizer.
 
     Args:
-        corpus: The text.
         settings: Size of the vocabulary, separator, and how much is read.
         on_progress: Called with the number of characters of each text that is read.
     """

@@ -45,7 +45,6 @@ class TextTokenizer:
 
         Args:
             content: What a tokenizer.json holds.
-            separator: The token that starts each document.
             name: What the messages call it.
 
         Raises:

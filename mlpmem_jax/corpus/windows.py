@@ -18,7 +18,6 @@ def segments_of(tokens: np.ndarray, separator_id: int) -> np.ndarray:
 
     Args:
         tokens: int [B, L].
-        separator_id: The token that starts each document.
 
     Returns:
         int32 [B, L]: 0 until the first separator behind the window's first token, then 1, …
@@ -47,7 +46,6 @@ class TokenWindows:
         """Plans the windows.
 
         Args:
-            reader: The token stream.
             window_tokens: L.
             weights: train: every label counts, so that the end of a document is learned
                 too; score: separators are no labels.
@@ -165,7 +163,6 @@ class EmbeddingPlan:
         """Reads the windows of blocks.
 
         Args:
-            reader: The token stream.
             numbers: int64 [B] numbers of blocks.
             num_recent: Recent tokens of each token to read besides, M; 0: none.
 

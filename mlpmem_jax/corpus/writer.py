@@ -179,8 +179,6 @@ class TokenWriter:
         """Starts, or continues where a killed start left its progress file.
 
         Args:
-            path: The artifact.
-            tokenizer: The tokenizer.
             known: Digests (uint64) of documents that are elsewhere already, by split: they are
                 left out.
         """
@@ -216,7 +214,6 @@ class TokenWriter:
         """Encodes and writes what the corpus still holds.
 
         Args:
-            corpus: The text.
             on_progress: Called with the number of bytes of each batch.
         """
         source = batches(corpus, self.position, self.seen())

@@ -116,8 +116,6 @@ def computed_rows(
 
     Args:
         step: Jitted; arrays of windows [B, W, …] to arrays of rows [B, R, …].
-        plan: The windows.
-        tokens: The split.
         batches: Numbers of blocks, int64 [B] each; negative: none.
         mesh: Devices; the caller has set it.
         own_P: Positions of a batch that this process takes, on its own devices; None: every

@@ -23,7 +23,6 @@ def datastore_bytes(datastore: Artifact, index: Artifact) -> int:
     """Returns the bytes that a kNN-LM searches: labels, and keys or the index that holds them.
 
     Args:
-        datastore: The training split's rows.
         index: The index over them.
     """
     arrays, manifest = datastore.load().arrays, index.load()
@@ -46,7 +45,6 @@ def costs(
     Args:
         decoder: What every system runs.
         memory: What the system "memory" runs besides.
-        systems: Names of the systems.
         searched_bytes: What the system "knn" keeps besides (`datastore_bytes`).
     """
     vocab = decoder.vocab_size

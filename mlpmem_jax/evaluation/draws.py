@@ -121,7 +121,6 @@ class DrawnSums:
     """Sums of every row and seed over drawn clusters.
 
     Args:
-        choices: The rows.
         split: valid or test.
         without_largest: The cluster with most tokens is left out, if there is another: shows
             what does not depend on it.

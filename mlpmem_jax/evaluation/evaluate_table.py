@@ -110,8 +110,6 @@ def compare(
         temperature: τ of the kNN distribution, as chosen on validation.
         temperature_at_bound: Which end of its range it reached; None: neither.
         bootstrap_samples: Draws of clusters, of validation for λ and of test.
-        confidence: Level of the intervals.
-        seed: Seed of the draws.
 
     Returns:
         What `evaluate.json` holds of scores: systems, curves, documents, notes.

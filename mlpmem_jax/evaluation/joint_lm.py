@@ -33,11 +33,7 @@ def score_joint(
     """Runs decoder and memory over a split.
 
     Args:
-        decoder: The decoder.
-        memory: The memory.
-        tokens: The split.
         settings: The windows that `embed` uses, and the state "input" that the memory reads.
-        mesh: Devices.
         chunk_tokens: Rows on a device whose logits exist at the same time.
         weight: λ that a memory without a gate was trained with; None: it is to be chosen.
     """

@@ -134,8 +134,6 @@ def count_documents(
         label_N: The label of each row, token n + 1 of the split.
         separator: Id of the token that starts each document.
         offset_E: int64 [D + 1], the position of each document's separator, and T.
-        words_D: Words of each document.
-        bytes_D: Bytes of each document.
         file_D: File or record of each document; None: each is one.
         name: What to call the split in an error.
 

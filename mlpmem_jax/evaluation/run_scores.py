@@ -74,10 +74,8 @@ def score_run(
 
     Args:
         stored: Labels, and what the decoder gives them.
-        neighbors: The exact neighbours.
         remembered: What the memory gives the labels.
         most_rows: Rows of validation that τ is chosen on; None: all.
-        seed: Seed of their draw.
     """
     valid = stored["valid"]
     tuned = neighbors["valid"].tune(valid.counts.scored_N, valid.logprob_N, most_rows, seed)

@@ -33,7 +33,6 @@ class Table:
     Args:
         systems: The rows, in order; the reference among them.
         seeds: Scores of every row's parts, by seed.
-        settings: How intervals are made.
         bounds_valid: Whether the nats of validation have intervals too.
     """
 

@@ -25,8 +25,6 @@ def new_figure(width: float, height: float, **paddings: Any) -> Any:
     """Returns a figure (inches) without pyplot: no display, no global state.
 
     Args:
-        width: Of the figure.
-        height: Of the figure.
         paddings: What matplotlib's constrained layout keeps free (w_pad, h_pad, wspace).
     """
     # Imported here: commands that draw nothing start faster.

@@ -19,6 +19,7 @@ import numpy as np
 
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Site
+from mlpmem_jax.models.interpolation import neighbor_mixture
 from mlpmem_jax.parallel.sharding import replicated
 from mlpmem_jax.retrieval.distributions import neighbor_weights
 from mlpmem_jax.retrieval.engine import Engine
@@ -83,9 +84,7 @@ class CompiledModel:
         """Returns (log p_LM [B, V], shares [B, K], labels [B, K]) → token [B, 1]."""
 
         def mix(logprob_BV: jax.Array, share_BK: jax.Array, label_BK: jax.Array) -> jax.Array:
-            row_B1 = jnp.arange(len(logprob_BV))[:, None]
-            prob_BV = (1 - self._weight) * jnp.exp(logprob_BV)
-            prob_BV = prob_BV.at[row_B1, label_BK].add(share_BK)
+            prob_BV = neighbor_mixture(logprob_BV, share_BK, label_BK, self._weight)
             return jnp.argmax(prob_BV, axis=-1).astype(jnp.int32)[:, None]
 
         return jax.jit(mix, out_shardings=replicated(self.model.mesh))
@@ -183,7 +182,6 @@ def in_turns(
     longer than a piece, and in a fixed order that was always the same system.
 
     Args:
-        writers: By name.
         work: What is timed; returns what it spent.
         count: Pieces of each writer that count.
         seed: Of the orders.

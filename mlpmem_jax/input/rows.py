@@ -122,9 +122,7 @@ class RecentReader:
         """Opens the labels of a datastore split.
 
         Args:
-            artifact: The split's rows.
             num_recent: M; 0: there is nothing to read.
-            separator_id: The token that starts each document.
         """
         self._labels = RowReader(artifact, {"label": "label"}) if num_recent else None
         # Where another stream begins, the label of the row before is not its first token.
@@ -194,7 +192,6 @@ class StoredRows:
         """Opens the arrays.
 
         Args:
-            datastore: The split's rows.
             length: Rows in a window, L.
             separator_id: Label that is not scored.
             num_recent: Recent tokens that the memory reads, M; 0: none.

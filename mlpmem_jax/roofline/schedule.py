@@ -74,7 +74,6 @@ class Simulator:
         """Prepares.
 
         Args:
-            program: The program.
             chip: Its devices; None: times are NaN, counts are still right.
             fabric: Their links.
             unknown_trips: Rounds of loops whose number is decided while they run.

@@ -40,7 +40,6 @@ def entries(
     """Returns the artifacts of a store, by kind and age.
 
     Args:
-        store: The store.
         workdir: A work directory that may use it unregistered, since it was moved or copied.
         kept_by: Returns what a work directory cannot do without, by role, whatever its record says.
 

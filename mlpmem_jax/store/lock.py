@@ -37,7 +37,6 @@ def only_maker(artifact: Artifact, *, waits: bool = True) -> Iterator[Callable[[
     alone.
 
     Args:
-        artifact: What is made.
         waits: Whether to wait for another run that is making it.
 
     Yields:

@@ -89,7 +89,6 @@ class RunRecord:
         another has written.
 
         Args:
-            workdir: The work directory.
             store: The key `store`.
             roles: Roles to add.
             sources: Digests to add.

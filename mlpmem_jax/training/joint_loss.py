@@ -69,7 +69,6 @@ def joint_loss(
         interpolation_BL: λ of each token, float32 in [0, 1]; gradients flow into it.
         batch: label, weight, target_id, target_prob, target_mass, as `memory_loss` reads.
         terms: How the terms are weighted.
-        vocab_size: Real entries of the vocabulary.
         chunk_tokens: Tokens on a device whose logits exist at the same time.
 
     Returns:

@@ -38,7 +38,6 @@ def lm_loss(
         head_VD: Output head, [padded V, D].
         label_BL: int32 next tokens.
         weight_BL: Weight of each token; 0 leaves it out.
-        vocab_size: Real entries of the vocabulary.
         chunk_tokens: Tokens on a device whose logits exist at the same time.
 
     Returns:
@@ -75,7 +74,6 @@ def memory_loss(
             `target_prob` [B, L, S], their probabilities, padding is 0, renormalised here in
             float32; `target_mass` [B, L], the mass that was kept, 0 where there is no target.
         alpha: α, the weight of the KL term.
-        vocab_size: Real entries of the vocabulary.
         chunk_tokens: Tokens on a device whose logits exist at the same time.
 
     Returns:
@@ -133,7 +131,6 @@ def token_logprob(
         hidden_BLD: States after the final norm.
         head_VD: Output head, [padded V, D].
         label_BL: int32 next tokens.
-        vocab_size: Real entries of the vocabulary.
         chunk_tokens: Tokens on a device whose logits exist at the same time.
     """
 

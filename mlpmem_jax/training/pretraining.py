@@ -42,12 +42,7 @@ class PretrainTask(WindowTask):
         """Prepares.
 
         Args:
-            decoder: The section `decoder`.
-            settings: The section `pretrain`.
-            data: What is read.
-            mesh: Devices.
             start: Reads the decoder that training begins with; None: a fresh one.
-            window_tokens: Tokens in a window.
             seed: Of the data order.
         """
         self._chunk_tokens = settings.loss_chunk_tokens

@@ -12,6 +12,7 @@ from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.reports import print_files, write_files
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.manifest import Artifact, Completion
+from mlpmem_jax.studies.ablate import sweeps
 from mlpmem_jax.studies.ablate.sweeps import CONFIGURED, value_text
 from mlpmem_jax.studies.tables.rows import Row, SeedPlan, model_parts
 from mlpmem_jax.studies.tables.runner import (
@@ -148,7 +149,6 @@ def picture_name(place: int, sweep: SweepConfig) -> str:
 
 
 def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed]) -> Completion:
-    from mlpmem_jax.studies.ablate import sweeps
     from mlpmem_jax.studies.tables.assemble import table_costs, table_results
 
     config = run.config
@@ -193,8 +193,8 @@ def main(run: Artifacts, options: Options) -> int:
 
 
 def _print(run: Artifacts, artifact: Artifact) -> None:
-    from mlpmem_jax.studies.ablate.sweeps import as_text
-
     measured = artifact.load().measured
     pictures = [picture_name(*each) for each in enumerate(run.config.ablate.sweeps)]
-    print_files(artifact, (RESULTS, TABLE, *pictures), lambda found: as_text(found, measured))
+    print_files(
+        artifact, (RESULTS, TABLE, *pictures), lambda found: sweeps.as_text(found, measured)
+    )

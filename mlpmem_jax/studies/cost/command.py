@@ -24,6 +24,7 @@ from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.array_specs import SPLITS, Split, datastore_arrays
 from mlpmem_jax.store.files import read_json
 from mlpmem_jax.store.manifest import Artifact, Completion
+from mlpmem_jax.studies.cost.table import as_csv, as_text
 
 NAME: Report = "cost"
 
@@ -153,7 +154,6 @@ def _build(run: Artifacts) -> Completion:
     from mlpmem_jax.studies.cost.picture import draw
     from mlpmem_jax.studies.cost.quality import measure_quality
     from mlpmem_jax.studies.cost.study import measure_growth
-    from mlpmem_jax.studies.cost.table import as_csv
 
     mesh, table, path = make_mesh(run.config.mesh), run.results, measurement(run).path
     table.verify()
@@ -166,8 +166,6 @@ def _build(run: Artifacts) -> Completion:
 
 def print_report(run: Artifacts) -> None:
     """Prints the tables of a finished measurement."""
-    from mlpmem_jax.studies.cost.table import as_text
-
     print_results(measurement(run), NAME, as_text)
 
 

@@ -30,7 +30,6 @@ def over_rounds(slope_R: np.ndarray, confidence: float) -> Slope:
 
     Args:
         slope_R: Slopes of rounds, at least two.
-        confidence: Level of the interval.
     """
     slope = float(slope_R.mean())
     error = float(slope_R.std(ddof=1)) / np.sqrt(len(slope_R))

@@ -149,8 +149,6 @@ def summarize(
     searches nothing, so that its own slope is the clock's.
 
     Args:
-        cost: The section `cost`.
-        rows_S: Sizes.
         value_SRT: Milliseconds of each system, "decoder" among them, and of each kind.
         kept_bytes: Bytes of each system at each size.
     """

@@ -15,6 +15,7 @@ from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.reports import print_files, write_files
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.manifest import Artifact, Completion
+from mlpmem_jax.studies.overfitting import epochs
 from mlpmem_jax.studies.overfitting.epochs import LABELS, row_key
 from mlpmem_jax.studies.tables.part_scores import Part
 from mlpmem_jax.studies.tables.rows import Row, SeedPlan, model_parts
@@ -111,7 +112,6 @@ def table_stage(run: Artifacts) -> Stage:
 
 
 def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed]) -> Completion:
-    from mlpmem_jax.studies.overfitting import epochs
     from mlpmem_jax.studies.tables.assemble import table_costs, table_results
     from mlpmem_jax.studies.tables.report import documents_csv
 
@@ -158,6 +158,4 @@ def main(run: Artifacts, options: Options) -> int:
 
 
 def _print(artifact: Artifact) -> None:
-    from mlpmem_jax.studies.overfitting.epochs import as_text
-
-    print_files(artifact, (RESULTS, TABLE, DOCUMENTS, PICTURE), as_text)
+    print_files(artifact, (RESULTS, TABLE, DOCUMENTS, PICTURE), epochs.as_text)

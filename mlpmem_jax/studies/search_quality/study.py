@@ -45,8 +45,6 @@ def measure_settings(run: Artifacts, mesh: jax.sharding.Mesh, path: epath.Path) 
     """Measures all settings whose indices, targets and memories are finished.
 
     Args:
-        run: The artifacts of the configuration.
-        mesh: Devices.
         path: Where what was measured of each setting is kept.
 
     Returns:
@@ -196,7 +194,6 @@ def summarize(
     """Adds what is paired: differences to the decoder and to the exact setting.
 
     Args:
-        run: The artifacts of the configuration.
         counts: Documents of test.
         decoder_N: log p_LM of the labels of test.
         found: What was measured of each setting.

@@ -60,8 +60,6 @@ def rows_stage(
     """Returns the stage that makes tables from the finished scores of their rows.
 
     Args:
-        run: The artifacts of the configuration of the command.
-        command: Its name.
         tables: The rows, by table and seed.
         recipe: What else decides the content.
         build: Makes them.
@@ -142,9 +140,6 @@ def run_suite(
     """Plans or does all the work, makes the table and prints it; returns the exit code.
 
     Args:
-        command: Its name, for logs.
-        run: The artifacts of the configuration of the command.
-        options: Flags.
         works: The pieces, in an order in which each finds what it is sized by.
         table: Returns the last stage.
         report: Prints the finished table.

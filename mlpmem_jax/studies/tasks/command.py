@@ -89,13 +89,8 @@ def _pieces(file: Path) -> Iterator[bytes]:
 
 def stages(run: Artifacts) -> list[Stage]:
     """Returns the one stage of this command."""
-    return [
-        Stage(
-            artifact=results(run),
-            build=functools.partial(_build, run),
-            check=functools.partial(_check, run),
-        )
-    ]
+    build, check = (functools.partial(each, run) for each in (_build, _check))
+    return [Stage(results(run), build, check=check)]
 
 
 def _check(run: Artifacts) -> None:

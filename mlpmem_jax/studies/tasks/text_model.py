@@ -51,7 +51,6 @@ class TextModel:
         """Returns a prompt with passages before it, if there is retrieval and room for them.
 
         Args:
-            context: The prompt.
             num_new: Tokens that will follow it.
         """
         if self.passages is None or not context.strip():
