@@ -4,6 +4,7 @@ Read without JAX, before a configuration is checked: rules that span keys see th
 """
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,6 @@ from mlpmem_jax.config.gguf_settings import settings_of
 from mlpmem_jax.config.gguf_tokenizer import special_tokens, tokenizer_mistake
 from mlpmem_jax.config.hub import local_path
 from mlpmem_jax.config.networks import DecoderConfig
-from mlpmem_jax.config.weight_files import read_settings
 from mlpmem_jax.errors import ConfigError
 
 HF_CONFIG, HF_TOKENIZER = "config.json", "tokenizer.json"
@@ -158,8 +158,15 @@ def _separator(settings: Settings, names: Mapping[int, str]) -> str | None:
 
 
 def _read_json(file: Path, path: str) -> dict[str, Any]:
-    hint = (
-        "; it must be a Hugging Face directory with config.json, *.safetensors and tokenizer.json, "
-        "a GGUF file or an id of the Hub (org/name)"
-    )
-    return read_settings(file, f"decoder.pretrained={path}", hint)
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not JSON"
+        raise ConfigError(
+            f"decoder.pretrained={path}: {file.name} cannot be read ({reason}); it must be a "
+            "Hugging Face directory with config.json, *.safetensors and tokenizer.json, a GGUF "
+            "file or an id of the Hub (org/name)"
+        ) from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"decoder.pretrained={path}: {file.name} is not a JSON object")
+    return value

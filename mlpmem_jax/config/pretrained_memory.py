@@ -5,12 +5,13 @@ tensors. Read without JAX, before a configuration is checked.
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlpmem_jax.config.weight_files import read_settings, tensor_shapes
+from mlpmem_jax.config.weight_files import tensor_shapes
 from mlpmem_jax.errors import ConfigError, UserError
 
 MEMORY_CONFIG = "config.json"
@@ -132,7 +133,7 @@ def _form_of(shapes: _Shapes, path: str) -> _Form:
 
 def _epsilon(form: _Form, depth: int, path: str) -> float:
     """Returns the constant of the norms; refuses what `config.json` says otherwise."""
-    about = read_settings(Path(path).expanduser() / MEMORY_CONFIG, f"memory.pretrained={path}")
+    about = _settings(path)
     wrong: list[str] = []
     if about.get(form.depth) != depth:
         wrong.append(
@@ -148,3 +149,16 @@ def _epsilon(form: _Form, depth: int, path: str) -> float:
     if wrong:
         raise ConfigError([f"memory.pretrained={path}: {MEMORY_CONFIG}: {each}" for each in wrong])
     return float(epsilon)
+
+
+def _settings(path: str) -> dict[str, Any]:
+    try:
+        value = json.loads((Path(path).expanduser() / MEMORY_CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not JSON"
+        raise ConfigError(
+            f"memory.pretrained={path}: {MEMORY_CONFIG} cannot be read ({reason})"
+        ) from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"memory.pretrained={path}: {MEMORY_CONFIG} is not a JSON object")
+    return value

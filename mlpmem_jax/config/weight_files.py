@@ -2,9 +2,8 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-from mlpmem_jax.errors import ConfigError, UserError
+from mlpmem_jax.errors import UserError
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -13,26 +12,6 @@ def is_gone(path: str) -> bool:
     """Whether a pretrained network is no longer where it was; a relative path may name the Hub."""
     where = Path(path).expanduser()
     return where.is_absolute() and not where.exists()
-
-
-def read_settings(file: Path, key: str, hint: str = "") -> dict[str, Any]:
-    """Returns the object in a JSON file of a pretrained network.
-
-    Args:
-        key: The key and value that name the network, for messages.
-        hint: What follows where it cannot be read.
-
-    Raises:
-        ConfigError: It cannot be read, or holds no object.
-    """
-    try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not JSON"
-        raise ConfigError(f"{key}: {file.name} cannot be read ({reason}){hint}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{key}: {file.name} is not a JSON object")
-    return value
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -76,7 +76,7 @@ def export(artifacts: Artifacts, folder: Path, what: Exported = "decoder") -> No
     say(f"{folder}: {written}")
 
 
-def _decoder(run: "Run", settings: dict[str, Any], folder: Path) -> str:
+def _decoder(run: Any, settings: dict[str, Any], folder: Path) -> str:
     from mlpmem_jax.interop.huggingface import save_decoder
 
     save_decoder(run.decoder(), folder, settings)

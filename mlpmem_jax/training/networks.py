@@ -55,6 +55,7 @@ def restored_decoder(
         artifact: Its checkpoints.
         decoder: Its shape.
         vocab_size: V, unpadded.
+        mesh: Devices.
         step: A step whose checkpoint is there; None: the last of a finished run.
 
     Raises:

@@ -4,10 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from mlpmem_jax.corpus.windows import window_starts
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.input.feed import Feed, local_positions, to_devices
-from mlpmem_jax.input.rows import compare_labels
+from mlpmem_jax.input.rows import compare_labels, window_starts
 from mlpmem_jax.input.windows import window_order
 from mlpmem_jax.parallel.mesh import single_device_mesh
 

@@ -44,7 +44,7 @@ def analysis(run: Artifacts) -> Artifact:
 
 def stages(run: Artifacts) -> list[Stage]:
     """Returns the one stage of this command."""
-    build, check = (functools.partial(each, run) for each in (_build, _check))
+    build, check = functools.partial(_build, run), functools.partial(_check, run)
     return [Stage(analysis(run), build, check=check)]
 
 

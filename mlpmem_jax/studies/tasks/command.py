@@ -89,7 +89,7 @@ def _pieces(file: Path) -> Iterator[bytes]:
 
 def stages(run: Artifacts) -> list[Stage]:
     """Returns the one stage of this command."""
-    build, check = (functools.partial(each, run) for each in (_build, _check))
+    build, check = functools.partial(_build, run), functools.partial(_check, run)
     return [Stage(results(run), build, check=check)]
 
 
