@@ -24,8 +24,6 @@ class Scan:
     """What the beginning of a corpus holds, by split.
 
     Attributes:
-        documents: Documents seen.
-        num_bytes: Bytes seen.
         complete: Whether this is all of the corpus.
         duplicates: Documents that were left out, because an equal one was seen.
         stopped_at: Bytes of the next document of each split, beyond corpus.max_bytes.

@@ -36,7 +36,6 @@ class TextTokenizer:
     Attributes:
         rust: The tokenizer of the `tokenizers` package.
         separator: The token that starts each document.
-        separator_id: Its id.
         vocab_size: Token ids are below this, V.
     """
 

@@ -20,11 +20,7 @@ def parameter_bytes(network: nnx.Module) -> int:
 
 
 def datastore_bytes(datastore: Artifact, index: Artifact) -> int:
-    """Returns the bytes that a kNN-LM searches: labels, and keys or the index that holds them.
-
-    Args:
-        index: The index over them.
-    """
+    """Returns the bytes that a kNN-LM searches: labels, and keys or the index that holds them."""
     arrays, manifest = datastore.load().arrays, index.load()
     held = sum(int(file["bytes"]) for file in manifest.files.values())
     held += sum(_array_bytes(array) for array in manifest.arrays.values())

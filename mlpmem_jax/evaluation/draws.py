@@ -34,8 +34,6 @@ class Settings:
 
     Attributes:
         bootstrap_samples: Draws of clusters.
-        confidence: Level of the intervals.
-        seed: Of the draws.
         reference: Key of the row that the others are held against.
         full_gain: Key of the row whose gain is 100 %, if it is in the table.
         family: Pairs that verdicts are given on, corrected for their number; None: all.

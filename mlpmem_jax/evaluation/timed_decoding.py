@@ -184,7 +184,6 @@ def in_turns(
     Args:
         work: What is timed; returns what it spent.
         count: Pieces of each writer that count.
-        seed: Of the orders.
     """
     order = np.random.default_rng(seed)
     for writer in writers.values():

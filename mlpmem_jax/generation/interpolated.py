@@ -160,8 +160,9 @@ class InterpolatedModel:
         sites: Sequence[Site] = (),
     ) -> tuple[Prediction, dict[Site, jax.Array], ModelCache]:
         """As `extend`, with the distributions of both networks apart, and states [B, D]."""
-        final_BLD, states, after = self._read(parameters, cache, (token_BL, length_B), sites)
-        final_BD, last = _at_last((final_BLD, states), length_B)
+        final_BLD, states, after = self._read(parameters, cache, token_BL, length_B, sites)
+        last_B = jnp.maximum(length_B - 1, 0)
+        final_BD, last = _at_last((final_BLD, states), last_B)
         state_BD = last.get(self._site)
         return self.predicted(parameters, final_BD, state_BD, after.recent_BM), last, after
 
@@ -190,10 +191,11 @@ class InterpolatedModel:
             What `extend` returns, with the alternatives of tokens 1, 2, … of each row between:
             [B, L - 1], garbage from a row's length on; zeros unless `scored`.
         """
-        final_BLD, states, after = self._read(parameters, cache, (token_BL, length_B))
+        final_BLD, states, after = self._read(parameters, cache, token_BL, length_B)
         recent_BLM = self._recent(token_BL, cache.recent_BM) if self._num_recent else None
         places = (final_BLD, states.get(self._site), recent_BLM)
-        prediction = self.predicted(parameters, *_at_last(places, length_B))
+        last_B = jnp.maximum(length_B - 1, 0)
+        prediction = self.predicted(parameters, *_at_last(places, last_B))
         lead = (len(token_BL), token_BL.shape[1] - 1)
 
         def of_chunk(chunk: Any) -> Alternatives:
@@ -214,21 +216,16 @@ class InterpolatedModel:
         self,
         parameters: Any,
         cache: ModelCache,
-        read: tuple[jax.Array, jax.Array],
+        token_BL: jax.Array,
+        length_B: jax.Array,
         sites: Sequence[Site] = (),
     ) -> tuple[jax.Array, dict[Site, jax.Array], ModelCache]:
         """Returns states of all places: the last ones, those at the sites and the memory's."""
         decoder: Any = nnx.merge(self._decoder, parameters[0])
-        token_BL, length_B = read
-        final_BLD, states, after = decoder.extend(
-            token_BL, cache.decoder, length_B, self._wanted(sites)
-        )
+        wanted = tuple(dict.fromkeys([*sites, *([self._site] if self._memory else [])]))
+        final_BLD, states, read = decoder.extend(token_BL, cache.decoder, length_B, wanted)
         recent_BM = appended(cache.recent_BM, token_BL, length_B)
-        return final_BLD, states, ModelCache(after, recent_BM)
-
-    def _wanted(self, sites: Sequence[Site]) -> tuple[Site, ...]:
-        """Returns sites and the memory's, each once."""
-        return tuple(dict.fromkeys([*sites, *([self._site] if self._memory else [])]))
+        return final_BLD, states, ModelCache(read, recent_BM)
 
     def _recent(self, token_BL: jax.Array, before_BM: jax.Array | None = None) -> jax.Array:
         """Returns the recent tokens of all places, [B, L, M]; without any before: of windows."""
@@ -256,7 +253,8 @@ class InterpolatedModel:
             Arguments of `predicted` behind the parameters, [B, C, ...]; and states [B, C, D].
         """
         decoder: Any = nnx.merge(self._decoder, parameters[0])
-        final_BLD, states = decoder.hidden(token_BL, sites=self._wanted(sites))
+        wanted = tuple(dict.fromkeys([*sites, *([self._site] if self._memory else [])]))
+        final_BLD, states = decoder.hidden(token_BL, sites=wanted)
         recent_BLM = self._recent(token_BL) if self._num_recent else None
 
         def picked(array_BLX: jax.Array) -> jax.Array:
@@ -299,7 +297,8 @@ class InterpolatedModel:
         """
         decoder_state, memory_state, weight = parameters
         decoder: Any = nnx.merge(self._decoder, decoder_state)
-        final_BLD, states = decoder.hidden(token_BL, sites=self._wanted(()))
+        sites = [self._site] if self._memory else []
+        final_BLD, states = decoder.hidden(token_BL, sites=sites)
         label_logprob = functools.partial(
             token_logprob,
             label_BL=label_BL,
@@ -318,7 +317,7 @@ class InterpolatedModel:
         return interpolate(memory_BL, logprob_BL, weight)
 
 
-def _at_last(arrays: Any, length_B: jax.Array) -> Any:
-    """Picks from a pytree of arrays [B, L, ...] what belongs to the last token of each row."""
-    last_B11 = jnp.maximum(length_B - 1, 0)[:, None, None]
-    return jax.tree.map(lambda a: jnp.take_along_axis(a, last_B11, axis=1)[:, 0], arrays)
+def _at_last(arrays: Any, last_B: jax.Array) -> Any:
+    """Picks from a pytree of arrays [B, L, ...] the last place of each row."""
+    take = functools.partial(jnp.take_along_axis, indices=last_B[:, None, None], axis=1)
+    return jax.tree.map(lambda array_BLX: take(array_BLX)[:, 0], arrays)

@@ -67,7 +67,6 @@ def spec(names: Names, shape: tuple[int, ...], mesh: Any, without: str | None = 
 
     Args:
         names: One name (or None) a dimension.
-        shape: The array's shape.
         mesh: Concrete or abstract mesh.
         without: A mesh axis to leave out.
 

@@ -39,8 +39,6 @@ def embedded(run: Artifacts, stream: Artifact, split: Split, rows: Artifact) -> 
     """Makes the rows of a token stream.
 
     Args:
-        run: The artifacts of the configuration.
-        stream: The tokens.
         split: Which of its splits.
         rows: Where the rows go.
     """

@@ -34,7 +34,6 @@ def export(artifacts: Artifacts, folder: Path, what: Exported = "decoder") -> No
     """Writes networks and tokenizer into a directory, whole or not at all.
 
     Args:
-        artifacts: Those of the configuration.
         folder: A directory that does not exist.
         what: decoder: alone, as a model of its family; model: decoder and memory; memory: alone,
             in the layout of the official release.

@@ -23,7 +23,6 @@ def print_files(artifact: Artifact, names: Iterable[str], as_text: Callable[[Any
     """Prints the tables of a finished report, and where its files lie.
 
     Args:
-        artifact: The report.
         names: Its files, the results first.
         as_text: Makes the tables from the results.
 

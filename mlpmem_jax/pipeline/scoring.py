@@ -38,7 +38,6 @@ def stored_rows(run: Artifacts, split: Split, *, with_targets: bool) -> StoredRo
     """Opens the stored inputs of a split, in order.
 
     Args:
-        run: The artifacts of the configuration.
         split: Which.
         with_targets: Whether the kNN targets are read too, for diagnostics.
     """
@@ -64,11 +63,9 @@ def memory_scores(
     """Scores the memory on a split, with the decoder that it was trained beside or with.
 
     Args:
-        run: The artifacts of the configuration.
         split: Which.
         decoder: On the mesh.
         memory: On the mesh.
-        mesh: Devices.
         weight: λ that a memory without a gate was trained with; None: it is to be chosen.
     """
     config = run.config
@@ -180,11 +177,9 @@ def compiled_models(
     """Returns the decoder alone and with the memory, ready to be timed.
 
     Args:
-        run: The artifacts of the configuration.
         decoder: On the mesh.
         memory: On the mesh.
         systems: As in `evaluate.json`: λ of the kNN-LM and of the memory.
-        mesh: Devices.
     """
     config = run.config
     key, read = (

@@ -135,7 +135,6 @@ class _Same:
 
     Args:
         rank_T: Ranks of contexts by a power of two of last tokens.
-        token_Q: The queries.
         more_Q: How many more tokens are compared; if they are equal to the power of two, what is
             compared are the last ones twice, so many apart.
     """
@@ -173,7 +172,6 @@ def _ranks(token_T: np.ndarray, length_T: np.ndarray) -> list[np.ndarray]:
     """Returns ranks of contexts by their last 1, 2, 4, … tokens, until more tell no more apart.
 
     Args:
-        token_T: The tokens.
         length_T: Tokens of the context of each.
 
     Returns:

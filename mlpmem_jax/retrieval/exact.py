@@ -39,7 +39,6 @@ class ExactEngine:
         keys: Keys; each device holds its part.
         mesh: Where they lie.
         key_chunk_rows: Keys that one device scores at once.
-        first_row: Number of the first row.
     """
 
     name: EngineName = "exact"

@@ -86,9 +86,7 @@ def build_index(
     Args:
         artifact: Where it goes.
         train: The datastore of the training rows, whose keys it holds.
-        retrieval: The section.
         seed: Seed of the sample on which it is calibrated.
-        mesh: Devices.
 
     Raises:
         UserError: There are too few rows, too little memory or disk, or ScaNN is missing.
@@ -164,8 +162,6 @@ def choose_settings(
         path: Directory of the finished shards.
         keys: The keys that they hold.
         exact: Opens the exact engine over the same keys, where it is needed.
-        retrieval: The section.
-        seed: Seed of the sample.
 
     Returns:
         The settings, and their recall on the calibration sample (none: nothing was auto).
@@ -219,8 +215,6 @@ def open_index(
     """Opens the engine that an index names; its files are verified first.
 
     Args:
-        artifact: The index.
-        retrieval: The section.
         width: Of its keys.
         exact: Opens the exact engine, where that is the one.
 
@@ -280,7 +274,6 @@ class ExactCache:
 
     Args:
         train: The datastore of the training rows.
-        retrieval: The section.
         mesh: Devices, which are not touched before they are needed.
     """
 

@@ -134,7 +134,6 @@ class RoutedEngine:
     """Searches cells that are in memory; processes search each for themselves.
 
     Args:
-        cells: The index.
         settings: How thoroughly; can be replaced between searches.
         held: Consecutive cells to hold; None: all. A query's visits to others find nothing.
         capacity: Rows to have room for: engines of one capacity share compiled programs.

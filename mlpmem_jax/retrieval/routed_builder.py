@@ -31,9 +31,7 @@ def finish_routed(
     """Chooses how an index is searched whose cells are built.
 
     Args:
-        path: Its directory.
         arrays: What `build_cells` returned.
-        retrieval: The section.
         draw: Draws the sample on which the number of cells to visit is chosen.
     """
     cells, measured = unfinished_cells(path), {}

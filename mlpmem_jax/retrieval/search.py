@@ -32,7 +32,6 @@ class Search:
         train: The datastore of the training rows.
         index: Their index; None: they are searched exactly.
         exact: The exact engine over them.
-        retrieval: The section.
         seed: Seed of the sample on which recall is measured, and of the rows to search for.
         tokens: The token stream; not read unless rows of a document are excluded.
     """

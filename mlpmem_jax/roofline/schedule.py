@@ -24,7 +24,6 @@ class Total:
     """What a computation costs, loops unrolled.
 
     Attributes:
-        secs: Estimated time.
         bound_secs: That time by what it waits for.
         flops: Operations of matrix products.
         memory_bytes: Bytes from and to memory.

@@ -20,7 +20,6 @@ class Entry:
     """One artifact of a store.
 
     Attributes:
-        artifact: The artifact.
         manifest: Its manifest; None: it is not finished, or its manifest is damaged.
         num_bytes: Of its files.
         users: "WORKDIR: ROLE" of each work directory that uses it, or uses what is made from it.

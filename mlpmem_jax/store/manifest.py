@@ -125,7 +125,6 @@ class Artifact:
         root: The store, or where reports go.
         relative: KIND/ID.
         kind: What sort of artifact.
-        path: Its directory.
         recipe: The settings that decide its content; None: those that its manifest records.
         inputs: The artifacts that it is made from.
         label: Its role in a run, for example "datastore/train".

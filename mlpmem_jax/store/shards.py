@@ -126,7 +126,6 @@ class ShardWriter:
         """Takes consecutive rows that lie in one shard.
 
         Args:
-            first_row: Number of the first row.
             rows: For each array its rows.
 
         Raises:

@@ -85,7 +85,6 @@ class Checkpoints:
             directory: Of the run.
             keep: Scheduled checkpoints that are kept, the newest; and the last that is known to be
                 good, while the newest is not.
-            item_names: What a checkpoint holds.
             is_scheduled: Whether a step is one of the run's own; others, saved on a notice
                 of preemption, are kept until the next one is there.
         """

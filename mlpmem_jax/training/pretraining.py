@@ -43,7 +43,6 @@ class PretrainTask(WindowTask):
 
         Args:
             start: Reads the decoder that training begins with; None: a fresh one.
-            seed: Of the data order.
         """
         self._chunk_tokens = settings.loss_chunk_tokens
         self._alpha = settings.alpha

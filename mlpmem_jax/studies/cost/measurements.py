@@ -57,8 +57,6 @@ class Timer:
     """What is timed, the same at every size.
 
     Attributes:
-        run: The artifacts of the configuration.
-        mesh: Devices.
         path: Where files of the measurement lie.
         models: Compiled models: "decoder" and "memory".
         train_label: Labels of all training rows.

@@ -32,7 +32,6 @@ class TextModel:
         context_tokens: Tokens that a row may read.
         scorer: Scores rows.
         writer: Continues prompts.
-        seed: Of random draws.
         passages: Passages to set before prompts; None: no retrieval.
     """
 
