@@ -120,9 +120,7 @@ class Checkpoints:
         # Before Orbax begins: its threads meet a full disk with tracebacks, not with an error.
         check_free_space(self._directory, _estimated_bytes(items), f"the checkpoint of step {step}")
         if step in self._manager.all_steps():  # A damaged one of that step: replace it.
-            if is_writer():
-                self._sums_file(step).unlink(missing_ok=True)
-            self._manager.delete(step)
+            self._remove(step)
         arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         if not self._manager.save(step, args=ocp.args.Composite(**arguments), force=True):
             raise RunFailed(f"{self._directory}: the checkpoint of step {step} was not saved")
@@ -135,9 +133,12 @@ class Checkpoints:
         kept = self._policy.kept(steps)
         for step in steps:
             if self._policy.last_good in steps and step < steps[-1] and step not in kept:
-                if is_writer():
-                    self._sums_file(step).unlink(missing_ok=True)
-                self._manager.delete(step)
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        if is_writer():
+            self._sums_file(step).unlink(missing_ok=True)
+        self._manager.delete(step)
 
     def poll(self) -> None:
         """Raises what has gone wrong with the last save, if it has ended. Never waits."""

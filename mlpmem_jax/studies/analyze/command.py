@@ -70,13 +70,10 @@ def _build(run: Artifacts) -> Completion:
     return Completion(counts=counts, files=files)
 
 
-def print_report(run: Artifacts) -> None:
-    """Prints the tables of a finished analysis."""
-    print_results(analysis(run), NAME, as_text)
-
-
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
     check_unchanged_text(run, NAME, "n-grams are counted in the text as it was first read")
     check_trained_apart(run, NAME, "tables of joint models are made by evaluate and compare")
-    return execute(stages, run, options, report=print_report)
+    return execute(
+        stages, run, options, report=lambda run: print_results(analysis(run), NAME, as_text)
+    )

@@ -164,11 +164,6 @@ def _build(run: Artifacts) -> Completion:
     return Completion(counts={"sizes": len(results["rows"])}, files=files)
 
 
-def print_report(run: Artifacts) -> None:
-    """Prints the tables of a finished measurement."""
-    print_results(measurement(run), NAME, as_text)
-
-
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
     check_trained_apart(run, NAME, "the time that a joint model takes is in evaluate")
@@ -176,4 +171,6 @@ def main(run: Artifacts, options: Options) -> int:
         check_trains_memory(run, "cost.quality=train")
         why = "its parts are the first rows of the text as it was first read: use cost.quality=none"
         check_unchanged_text(run, "cost.quality=train", why)
-    return execute(stages, run, options, report=print_report)
+    return execute(
+        stages, run, options, report=lambda run: print_results(measurement(run), NAME, as_text)
+    )

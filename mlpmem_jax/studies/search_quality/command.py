@@ -106,11 +106,6 @@ def _build(run: Artifacts) -> Completion:
     return Completion(counts={"settings": len(results["settings"])}, files=files)
 
 
-def print_report(run: Artifacts) -> None:
-    """Prints the tables of a finished comparison."""
-    print_results(comparison(run), NAME, as_text)
-
-
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
     check_trained_apart(run, NAME, "joint models are compared by compare")
@@ -124,4 +119,10 @@ def main(run: Artifacts, options: Options) -> int:
     if run.config.retrieval.keep_train == "all":
         why = "kept neighbours follow from those before: use retrieval.keep_train=none"
         check_unchanged_text(run, NAME, why)
-    return execute(stages, run, options, Rebuild.STALE, print_report)
+    return execute(
+        stages,
+        run,
+        options,
+        Rebuild.STALE,
+        lambda run: print_results(comparison(run), NAME, as_text),
+    )

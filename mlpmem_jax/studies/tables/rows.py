@@ -169,28 +169,26 @@ class SeedPlan:
 
     def of_equal_size(self) -> Part:
         """A decoder with the parameters of decoder and memory together, on the same tokens."""
-        from mlpmem_jax.studies.tables.sizes import decoder_shape
         from mlpmem_jax.training.flops import decoder_parameters
 
         config = self.base.config
         wanted = decoder_parameters(config.decoder, self.vocab_size)["total"]
-        wanted += self._memory_parameters()
-        tolerance = self.config.compare.parameter_tolerance
-        _, overrides = decoder_shape(config.decoder, self.vocab_size, wanted, tolerance)
-        return self._decoder(overrides, "equal-size")
+        return self._decoder(self._shape(wanted + self._memory_parameters()), "equal-size")
 
     def small_lm(self) -> Part:
         """A decoder with the parameters of the memory, trained for the flops that it cost."""
-        from mlpmem_jax.studies.tables.sizes import decoder_shape
-
-        config = self.base.config
-        wanted = self._memory_parameters()
-        tolerance = self.config.compare.parameter_tolerance
-        _, overrides = decoder_shape(config.decoder, self.vocab_size, wanted, tolerance)
+        overrides = self._shape(self._memory_parameters())
         shaped = changed_variant(without_memory(self.base), overrides, "small").config
         num_steps = self.extra_flops() / _flops_per_step(shaped, self.vocab_size)
         overrides["pretrain.num_steps"] = max(1, round(num_steps))
         return self._decoder(overrides, "small")
+
+    def _shape(self, wanted: int) -> dict[str, Any]:
+        from mlpmem_jax.studies.tables.sizes import decoder_shape
+
+        tolerance = self.config.compare.parameter_tolerance
+        shape = self.base.config.decoder
+        return decoder_shape(shape, self.vocab_size, wanted, tolerance)[1]
 
     def _memory_parameters(self) -> int:
         from mlpmem_jax.training.flops import memory_parameters

@@ -159,14 +159,11 @@ def _write(artifact: Artifact, report: dict[str, Any], samples: Sequence[dict[st
     write_files(artifact.path, dict(zip(_FILES, (report, as_csv(report), lines), strict=True)))
 
 
-def print_report(run: Artifacts) -> None:
-    """Prints the table of finished results."""
-    print_files(results(run), _FILES, as_text)
-
-
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
     if run.config.tasks.model == "rag":
         why = "passages are cut from the text as it was first read"
         check_unchanged_text(run, f"{NAME} with tasks.model=rag", why)
-    return execute(stages, run, options, report=print_report)
+    return execute(
+        stages, run, options, report=lambda run: print_files(results(run), _FILES, as_text)
+    )
