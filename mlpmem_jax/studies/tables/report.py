@@ -1,7 +1,7 @@
 """The main table as text and CSV, from the dictionaries of `compare.json` and `measured.json`."""
 
-from collections.abc import Iterable, Mapping
-from statistics import fmean
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mlpmem_jax.evaluation.lines import (
@@ -57,25 +57,29 @@ PAIR_COLUMNS = (
 )  # fmt: skip
 
 
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values)
+
+
 def mean_cost(measured: Results, key: str) -> dict[str, Any]:
     """Returns what a row cost and how large it is, the mean over seeds."""
     seeds = list(measured["rows"][key].values())
     flops = {
-        purpose: fmean([one["cost"]["flops_by_purpose"].get(purpose, 0.0) for one in seeds])
+        purpose: _mean([one["cost"]["flops_by_purpose"].get(purpose, 0.0) for one in seeds])
         for purpose in _PURPOSES
     }
     temperatures = [one["temperature"] for one in seeds if one["temperature"] is not None]
     return {
-        "parameters": round(fmean([one["parameters"] for one in seeds])),
-        "non_embedding_parameters": round(fmean([o["non_embedding_parameters"] for o in seeds])),
+        "parameters": round(_mean([one["parameters"] for one in seeds])),
+        "non_embedding_parameters": round(_mean([o["non_embedding_parameters"] for o in seeds])),
         "flops": sum(flops.values()),
-        "network_flops": fmean([one["cost"]["network_flops"] for one in seeds]),
+        "network_flops": _mean([one["cost"]["network_flops"] for one in seeds]),
         "flops_by_purpose": flops,
-        "seconds": fmean([one["cost"]["seconds"] for one in seeds]),
-        "temperature": fmean(temperatures) if temperatures else None,
+        "seconds": _mean([one["cost"]["seconds"] for one in seeds]),
+        "temperature": _mean(temperatures) if temperatures else None,
         "trained_weight": None
         if seeds[0]["trained_weight"] is None
-        else fmean([one["trained_weight"] for one in seeds]),
+        else _mean([one["trained_weight"] for one in seeds]),
     }
 
 
@@ -144,11 +148,12 @@ def _notes(results: Results, measured: Results) -> list[str]:
         for one in row.values()
         if one.get("recall") is not None
     ]
-    found = (
-        [f"ScaNN finds {share_text(fmean(recalls))} of test rows' neighbours"] if recalls else []
-    )
     return [
-        *found,
+        *(
+            [f"ScaNN finds {share_text(_mean(recalls))} of test rows' neighbours"]
+            if recalls
+            else []
+        ),
         "training flops count everything that a row was made from, teacher, embedding, index and "
         f"search included; what is no network counts seconds × {peak:.0f} GFLOP/s, the measured "
         "peak of this CPU",
