@@ -25,8 +25,8 @@ from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.index_builder import choose_settings
 from mlpmem_jax.retrieval.merge import drop_own_row
 from mlpmem_jax.retrieval.routed import CellSettings, RoutedEngine
-from mlpmem_jax.retrieval.routed_builder import build_routed
-from mlpmem_jax.retrieval.routed_index import unfinished_cells
+from mlpmem_jax.retrieval.routed_builder import finish_routed
+from mlpmem_jax.retrieval.routed_index import build_cells, unfinished_cells
 
 _CENTRES = 500
 _BATCH = 8192
@@ -81,7 +81,8 @@ def _engines(flags: argparse.Namespace, keys: ArrayKeys, root: epath.Path) -> di
     truth = recall.draw_sample(keys, exact.search, config.recall_queries, flags.neighbors, (0, 1))
     built = {"exact": Built(exact, 0.0, "", min(rows, flags.exact_queries))}
     queries, started = min(rows, flags.queries), time.monotonic()
-    made = build_routed(root / "cells", keys, 512, config, 0, mesh, lambda: truth)
+    arrays = build_cells(root / "cells", keys, 512, config, 0, mesh)
+    made = finish_routed(root / "cells", arrays, config, lambda: truth)
     settings = CellSettings(int(made.counts["cells_to_search"]))
     engine = RoutedEngine(unfinished_cells(root / "cells"), settings)
     seconds, count = time.monotonic() - started, made.counts["cells"]

@@ -6,9 +6,11 @@ the messages of other exceptions. Either way the user gets one line that names t
 
 import contextlib
 import errno
+import importlib
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from mlpmem_jax.errors import UserError
 
@@ -169,7 +171,7 @@ def _explain_one(error: BaseException) -> str | None:
     reason = reason or next((text for words, text in _BY_WORDS.items() if words in lowered), None)
     if reason is not None:
         path = _path_in(message)
-        return f"{path}: {reason}" if path else f"{reason} ({_first_line(message)})"
+        return f"{path}: {reason}" if path else f"{reason} ({first_line(message, 200)})"
     if "resource_exhausted" in lowered and "memory" in lowered:
         return _out_of_memory(error, message)
     return None
@@ -181,7 +183,7 @@ def _out_of_memory(error: BaseException, message: str) -> str:
     note = next(notes, "")
     keys = _MEMORY_KEYS.get(note.removeprefix(_STAGE_NOTE).split("/")[0], _ANY_MEMORY_KEY)
     where = f" {note}" if note else ""
-    asked = f" ({_first_line(message)})" if message.strip() else ""
+    asked = f" ({first_line(message, 200)})" if message.strip() else ""
     return f"out of memory{where}{asked}; lower {keys}"
 
 
@@ -189,6 +191,22 @@ def _text(path: object) -> str:
     return path.decode(errors="replace") if isinstance(path, bytes) else str(path)
 
 
-def _first_line(message: str) -> str:
-    line = message.strip().splitlines()[0]
-    return line if len(line) <= 200 else line[:197] + "..."
+def first_line(error: BaseException | str, most: int | None = None) -> str:
+    """Returns the first line of a message (of its class where it has none), cut at a length."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if most is None or len(line) <= most else f"{line[:most]}…"
+
+
+def import_package(name: str, what: str, requirements: str) -> Any:
+    """Returns a package that only some runs need.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(
+            f"{what} needs the package {name}, which is not installed: "
+            f"pip install -r {requirements}"
+        ) from None

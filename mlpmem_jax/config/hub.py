@@ -5,6 +5,7 @@ import os
 import re
 
 from mlpmem_jax.errors import ConfigError
+from mlpmem_jax.failures import first_line
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 # No pickles, and no second copies of the weights for other software.
@@ -50,8 +51,7 @@ def _downloaded(given: str) -> str:
             )
         )
     except Exception as error:  # Its errors share no class: of HTTP, of files, of names.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"decoder.pretrained={given}: no such path, and no download from the Hugging Face "
-            f"Hub (offline, or no such model): {reason}"
+            f"Hub (offline, or no such model): {first_line(error)}"
         ) from None

@@ -86,7 +86,6 @@ def changed_config(
     """Returns a configuration with some keys changed.
 
     Args:
-        config: A validated configuration.
         assigned: Values by dotted path, already parsed.
         overrides: `section.key=value` each, taken before them.
 

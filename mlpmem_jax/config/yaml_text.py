@@ -86,9 +86,6 @@ for _name, (_pattern, _first) in _PLAIN.items():
 def parse_yaml(text: str) -> tuple[Any, list[tuple[str, int]]]:
     """Reads one YAML document.
 
-    Args:
-        text: The document.
-
     Returns:
         Its value, and each key that is given twice with the line of the second.
 

@@ -24,8 +24,6 @@ class Scan:
     """What the beginning of a corpus holds, by split.
 
     Attributes:
-        documents: Documents seen.
-        num_bytes: Bytes seen.
         complete: Whether this is all of the corpus.
         duplicates: Documents that were left out, because an equal one was seen.
         stopped_at: Bytes of the next document of each split, beyond corpus.max_bytes.
@@ -70,7 +68,6 @@ def check_before(
     """Refuses a corpus that cannot do, as far as a scan shows it.
 
     Args:
-        corpus: The text.
         settings: How a tokenizer is trained.
         given: The tokenizer, unless it is to be trained.
         window: What the training split must fill.
@@ -98,7 +95,6 @@ def tokenizer_for(
     """Trains a tokenizer.
 
     Args:
-        corpus: The text.
         settings: Size of the vocabulary, separator, and how much is read.
         on_progress: Called with the number of characters of each text that is read.
     """

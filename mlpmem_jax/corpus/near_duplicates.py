@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlpmem_jax.errors import UserError
+from mlpmem_jax.failures import import_package
 from mlpmem_jax.store.array_specs import Split
 
 NUM_PERMUTATIONS = 128
@@ -182,11 +182,5 @@ def import_datasketch(threshold: float) -> Any:
     Raises:
         UserError: It is not installed.
     """
-    try:
-        import datasketch
-    except ImportError:
-        raise UserError(
-            f"corpus.near_duplicates={threshold} needs the package datasketch, which is not "
-            "installed: pip install -r requirements-dedup.txt"
-        ) from None
-    return datasketch
+    what = f"corpus.near_duplicates={threshold}"
+    return import_package("datasketch", what, "requirements-dedup.txt")

@@ -16,7 +16,6 @@ def within_document(token_XM: Any, separator_id: int) -> Any:
 
     Args:
         token_XM: int [..., M] tokens of NumPy or JAX, the newest first.
-        separator_id: The token that starts each document.
 
     Returns:
         The same shape, of integers.
@@ -32,7 +31,6 @@ def recent_tokens(token_BT: np.ndarray, num_recent: int, separator_id: int) -> n
     Args:
         token_BT: int [B, L + M − 1]: the tokens of a window's rows, and M − 1 before them.
         num_recent: M, at least 1.
-        separator_id: The token that starts each document.
 
     Returns:
         int32 [B, L, M], the row's own token first; separators where the document had not begun.
@@ -47,7 +45,6 @@ def after_start(token_BT: np.ndarray, first: np.ndarray, separator_id: int) -> n
     Args:
         token_BT: int [B, T] tokens from max(first, 0) on.
         first: int64 [B], where each was to begin; it may be negative.
-        separator_id: The token that starts each document.
     """
     place_BT = np.arange(token_BT.shape[1]) + np.minimum(first, 0)[:, None]
     token_BT = np.take_along_axis(token_BT, np.maximum(place_BT, 0), axis=1)
@@ -60,7 +57,6 @@ def read_recent(
     """Reads the recent tokens of windows of a token stream.
 
     Args:
-        reader: The stream.
         starts: int64 [B] first row of each window.
         length: L.
         num_recent: M, at least 1.

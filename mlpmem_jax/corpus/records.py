@@ -21,7 +21,6 @@ def records_of(path: str, field: str, key: str, first: int) -> Iterator[Item]:
     """Yields the records of a file from number `first` on, one for each line.
 
     Args:
-        path: The file.
         field: The field that holds the text.
         key: The source's place in the configuration, for messages.
         first: The first record that is wanted, counted from 0.

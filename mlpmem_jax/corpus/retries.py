@@ -4,8 +4,10 @@ import errno
 import time
 
 from mlpmem_jax.errors import TryAgain, UserError
+from mlpmem_jax.failures import first_line
 
 MOST_RETRIES = 4
+MOST_CHARS = 150  # of what went wrong
 FIRST_WAIT_SECS = 1.0  # Doubled each time.
 _PASSING_STATUS = (408, 425, 429)  # As every 5xx.
 _PASSING_ERRNO = (
@@ -35,10 +37,10 @@ def wait_or_raise(error: Exception, failures: int, what: str) -> None:
         TryAgain: It has not helped so far.
     """
     if not is_passing(error):
-        raise UserError(f"{what}: {first_line(error)}") from None
+        raise UserError(f"{what}: {first_line(error, MOST_CHARS)}") from None
     if failures > MOST_RETRIES:
         raise TryAgain(
-            f"{what}: the connection broke {failures} times ({first_line(error)}); "
+            f"{what}: the connection broke {failures} times ({first_line(error, MOST_CHARS)}); "
             "the same command continues"
         ) from None
     time.sleep(FIRST_WAIT_SECS * 2 ** (failures - 1))
@@ -68,9 +70,3 @@ def _status(error: BaseException) -> int | None:
         if isinstance(value, int) and 400 <= value < 600:
             return value
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of a message, not too much of it."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if len(line) <= 150 else f"{line[:150]}…"

@@ -23,9 +23,7 @@ def count_rows(corpus: CorpusConfig, tokens: Artifact, split: Split) -> tuple[in
     Before there are tokens they are guessed from the bytes of the files.
 
     Args:
-        corpus: The files.
         tokens: Their tokens, finished or not.
-        split: Which rows.
 
     Returns:
         None where nothing can be said beforehand, as of a remote dataset.

@@ -5,8 +5,9 @@ from typing import Any
 
 from mlpmem_jax.config.data import Source
 from mlpmem_jax.corpus.records import Item, field_of
-from mlpmem_jax.corpus.retries import MOST_RETRIES, first_line, is_passing, wait_or_raise
+from mlpmem_jax.corpus.retries import MOST_CHARS, MOST_RETRIES, is_passing, wait_or_raise
 from mlpmem_jax.errors import UserError
+from mlpmem_jax.failures import first_line, import_package
 
 
 def import_datasets(key: str) -> Any:
@@ -15,14 +16,8 @@ def import_datasets(key: str) -> Any:
     Raises:
         UserError: It is not installed.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"{key}.source=huggingface needs the package datasets, which is not installed: "
-            "pip install -r requirements-huggingface.txt"
-        ) from None
-    return datasets
+    what = f"{key}.source=huggingface"
+    return import_package("datasets", what, "requirements-huggingface.txt")
 
 
 def dataset_rows(source: Source, key: str, first: int) -> Iterator[Item]:
@@ -49,7 +44,7 @@ def dataset_rows(source: Source, key: str, first: int) -> Iterator[Item]:
             name = f"{key}.dataset={source.dataset}"
             if number == 0 and (failures > MOST_RETRIES or not is_passing(error)):
                 # Rather a name or a proxy is wrong than the connection.
-                raise UserError(f"{name}: {first_line(error)}") from error
+                raise UserError(f"{name}: {first_line(error, MOST_CHARS)}") from error
             wait_or_raise(error, failures, f"{name}, row {number}")
 
 

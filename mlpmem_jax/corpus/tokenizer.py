@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from mlpmem_jax.config.gguf import is_gguf
 from mlpmem_jax.config.gguf_tokenizer import tokenizer_json
 from mlpmem_jax.errors import ArtifactError, UserError
-from mlpmem_jax.failures import reason_of
+from mlpmem_jax.failures import first_line, reason_of
 from mlpmem_jax.store.manifest import Artifact
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -36,7 +36,6 @@ class TextTokenizer:
     Attributes:
         rust: The tokenizer of the `tokenizers` package.
         separator: The token that starts each document.
-        separator_id: Its id.
         vocab_size: Token ids are below this, V.
     """
 
@@ -45,7 +44,6 @@ class TextTokenizer:
 
         Args:
             content: What a tokenizer.json holds.
-            separator: The token that starts each document.
             name: What the messages call it.
 
         Raises:
@@ -212,12 +210,8 @@ def _read(content: bytes, separator: str, name: str) -> Tokenizer:
         rust = Tokenizer.from_str(json.dumps(described))
     except Exception as error:
         # Parsing raises bare Exceptions, and any JSON may stand in the file.
-        raise UserError(f"{name}: is no tokenizer.json ({_first_line(error)})") from None
+        raise UserError(f"{name}: is no tokenizer.json ({first_line(error)})") from None
     rust.no_truncation()
     rust.no_padding()
     rust.encode_special_tokens = True
     return rust
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

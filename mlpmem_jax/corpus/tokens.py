@@ -116,7 +116,6 @@ class TokenSplit:
 
         Args:
             starts: int64 [B] first tokens.
-            length: Tokens in a window.
 
         Returns:
             int32 [B, length]; separators behind the end of the stream.

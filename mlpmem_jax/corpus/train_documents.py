@@ -33,7 +33,6 @@ class TrainDocuments:
         """Returns the documents of finished rows.
 
         Args:
-            rows: The rows.
             tokens: The token stream that they were made from, unless they keep their documents.
         """
         manifest = rows.load()

@@ -18,7 +18,6 @@ def segments_of(tokens: np.ndarray, separator_id: int) -> np.ndarray:
 
     Args:
         tokens: int [B, L].
-        separator_id: The token that starts each document.
 
     Returns:
         int32 [B, L]: 0 until the first separator behind the window's first token, then 1, …
@@ -26,6 +25,11 @@ def segments_of(tokens: np.ndarray, separator_id: int) -> np.ndarray:
     begins = np.asarray(tokens == separator_id, np.int32)
     begins[:, 0] = 0
     return np.cumsum(begins, axis=1, dtype=np.int32)
+
+
+def window_starts(windows: np.ndarray, length: int, num_rows: int) -> np.ndarray:
+    """Returns the first row of each window (int64 [B]); the last window shifts left."""
+    return np.maximum(0, np.minimum(windows * length, num_rows - length))
 
 
 class TokenWindows:
@@ -42,7 +46,6 @@ class TokenWindows:
         """Plans the windows.
 
         Args:
-            reader: The token stream.
             window_tokens: L.
             weights: train: every label counts, so that the end of a document is learned
                 too; score: separators are no labels.
@@ -57,8 +60,7 @@ class TokenWindows:
 
     def starts(self, windows: np.ndarray) -> np.ndarray:
         """Returns the first row of each window, int64 [B]."""
-        first = np.asarray(windows, np.int64) * self._length
-        return np.maximum(0, np.minimum(first, self.num_rows - self._length))
+        return window_starts(np.asarray(windows, np.int64), self._length, self.num_rows)
 
     def read(self, windows: np.ndarray) -> dict[str, np.ndarray]:
         """Reads windows.
@@ -161,7 +163,6 @@ class EmbeddingPlan:
         """Reads the windows of blocks.
 
         Args:
-            reader: The token stream.
             numbers: int64 [B] numbers of blocks.
             num_recent: Recent tokens of each token to read besides, M; 0: none.
 

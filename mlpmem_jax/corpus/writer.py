@@ -82,22 +82,19 @@ class SplitWriter:
             UserError: The tokenizer takes text of a document for the separator.
         """
         stream: list[np.ndarray] = []
-        offsets: list[int] = []
-        sizes: list[int] = []
-        words: list[int] = []
-        files: list[int] = []
-        digests: list[int] = []
+        new: dict[str, list[int]] = {name: [] for name in self._arrays if name != "token"}
+        offsets = new["document_offset"]
         position = self.num_tokens
         for piece, ids in zip(pieces, tokens, strict=True):
             if piece.begins:
                 if self.num_documents + len(offsets):
-                    sizes.append(int(self._open[0]))
-                    words.append(int(self._open[1]))
+                    new["document_bytes"].append(int(self._open[0]))
+                    new["document_words"].append(int(self._open[1]))
                 self._open = np.asarray([0, 1, False], np.int64)
                 self.num_words += 1
                 offsets.append(position)
-                files.append(self._file_number(piece))
-                digests.append(piece.digest)
+                new["document_file"].append(self._file_number(piece))
+                new["document_digest"].append(piece.digest)
                 stream.append(self._separator)
                 position += 1
             num_words = _num_gaps(piece.text) - int(self._open[2] and piece.text[0].isspace())
@@ -114,14 +111,8 @@ class SplitWriter:
                 "from the text of documents; choose a special token of its vocabulary"
             )
         self.crc = zlib.crc32(token.tobytes(), self.crc)
-        written = [
-            self._arrays["token"].append(token),
-            self._arrays["document_offset"].append(np.asarray(offsets, np.int64)),
-            self._arrays["document_bytes"].append(np.asarray(sizes, np.int64)),
-            self._arrays["document_words"].append(np.asarray(words, np.int64)),
-            self._arrays["document_file"].append(np.asarray(files, np.int64)),
-            self._arrays["document_digest"].append(np.asarray(digests, np.uint64)),
-        ]
+        written = [self._arrays["token"].append(token)]
+        written += [self._arrays[name].append(values) for name, values in new.items()]
         return any(written)
 
     def _file_number(self, piece: Piece) -> int:
@@ -188,8 +179,6 @@ class TokenWriter:
         """Starts, or continues where a killed start left its progress file.
 
         Args:
-            path: The artifact.
-            tokenizer: The tokenizer.
             known: Digests (uint64) of documents that are elsewhere already, by split: they are
                 left out.
         """
@@ -225,7 +214,6 @@ class TokenWriter:
         """Encodes and writes what the corpus still holds.
 
         Args:
-            corpus: The text.
             on_progress: Called with the number of bytes of each batch.
         """
         source = batches(corpus, self.position, self.seen())

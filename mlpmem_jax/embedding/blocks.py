@@ -7,8 +7,9 @@ a batch.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.parallel.sharding import constrain
 from mlpmem_jax.parallel.sharing import dealt, local_rows, whole
 
+T = TypeVar("T")
 BlockStep = Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]
 
 
@@ -114,15 +116,19 @@ def computed_rows(
 
     Args:
         step: Jitted; arrays of windows [B, W, …] to arrays of rows [B, R, …].
-        plan: The windows.
-        tokens: The split.
         batches: Numbers of blocks, int64 [B] each; negative: none.
         mesh: Devices; the caller has set it.
         own_P: Positions of a batch that this process takes, on its own devices; None: every
             process takes all.
         num_recent: Recent tokens that `step` reads of each token; 0: none.
     """
-    for number_B, rows in _computed(step, plan, tokens, batches, mesh, num_recent):
+
+    def dispatched(number_B: np.ndarray) -> tuple[np.ndarray, dict[str, jax.Array]]:
+        position_P = local_positions(mesh, len(number_B))
+        local = plan.read(tokens, np.maximum(number_B[position_P], 0), num_recent)
+        return number_B, step(to_devices(local, mesh, position_P, len(number_B)))
+
+    for number_B, rows in _one_behind(map(dispatched, batches)):
         own_B = number_B if own_P is None else number_B[own_P]
         host = {
             name: whole(array) if own_P is None else local_rows(array, own_P)
@@ -147,23 +153,6 @@ def by_window(array_BX: jax.Array) -> jax.Array:
     return constrain(array_BX, "batch", *(None,) * (array_BX.ndim - 1))
 
 
-def _computed(
-    step: BlockStep,
-    plan: EmbeddingPlan,
-    tokens: TokenSplit,
-    batches: Iterable[np.ndarray],
-    mesh: jax.sharding.Mesh,
-    num_recent: int,
-) -> Iterator[tuple[np.ndarray, dict[str, jax.Array]]]:
-    """Yields block numbers with their rows, one batch behind what is being computed."""
-    before: tuple[np.ndarray, dict[str, jax.Array]] | None = None
-    for number_B in batches:
-        position_P = local_positions(mesh, len(number_B))
-        local = plan.read(tokens, np.maximum(number_B[position_P], 0), num_recent)
-        batch = to_devices(local, mesh, position_P, len(number_B))
-        dispatched = (number_B, step(batch))
-        if before is not None:
-            yield before
-        before = dispatched
-    if before is not None:
-        yield before
+def _one_behind(items: Iterable[T]) -> Iterator[T]:
+    """Yields items once the next is there: on devices both are under way then."""
+    return (one for one, _ in itertools.pairwise(itertools.chain(items, [None])) if one is not None)

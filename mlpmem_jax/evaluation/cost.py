@@ -20,12 +20,7 @@ def parameter_bytes(network: nnx.Module) -> int:
 
 
 def datastore_bytes(datastore: Artifact, index: Artifact) -> int:
-    """Returns the bytes that a kNN-LM searches: labels, and keys or the index that holds them.
-
-    Args:
-        datastore: The training split's rows.
-        index: The index over them.
-    """
+    """Returns the bytes that a kNN-LM searches: labels, and keys or the index that holds them."""
     arrays, manifest = datastore.load().arrays, index.load()
     held = sum(int(file["bytes"]) for file in manifest.files.values())
     held += sum(_array_bytes(array) for array in manifest.arrays.values())
@@ -46,7 +41,6 @@ def costs(
     Args:
         decoder: What every system runs.
         memory: What the system "memory" runs besides.
-        systems: Names of the systems.
         searched_bytes: What the system "knn" keeps besides (`datastore_bytes`).
     """
     vocab = decoder.vocab_size

@@ -34,8 +34,6 @@ class Settings:
 
     Attributes:
         bootstrap_samples: Draws of clusters.
-        confidence: Level of the intervals.
-        seed: Of the draws.
         reference: Key of the row that the others are held against.
         full_gain: Key of the row whose gain is 100 %, if it is in the table.
         family: Pairs that verdicts are given on, corrected for their number; None: all.
@@ -121,7 +119,6 @@ class DrawnSums:
     """Sums of every row and seed over drawn clusters.
 
     Args:
-        choices: The rows.
         split: valid or test.
         without_largest: The cluster with most tokens is left out, if there is another: shows
             what does not depend on it.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlpmem_jax.evaluation.draws import DrawnSums, Settings
-from mlpmem_jax.evaluation.lines import interval_columns
+from mlpmem_jax.evaluation.lines import NOTHING, interval_columns
 from mlpmem_jax.evaluation.metrics import (
     QUALITY,
     DocumentCounts,
@@ -31,7 +31,6 @@ JOINT_DECODER = "joint_decoder"
 _MIXING = ("knn", "memory")
 _CURVE = np.linspace(0.0, 1.0, 51)
 _MOST_DOCUMENTS_DRAWN = 2000
-_NOTHING = dict.fromkeys(("value", "low", "high"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +110,6 @@ def compare(
         temperature: τ of the kNN distribution, as chosen on validation.
         temperature_at_bound: Which end of its range it reached; None: neither.
         bootstrap_samples: Draws of clusters, of validation for λ and of test.
-        confidence: Level of the intervals.
-        seed: Seed of the draws.
 
     Returns:
         What `evaluate.json` holds of scores: systems, curves, documents, notes.
@@ -132,8 +129,8 @@ def compare(
             "interpolation": valid.weight(key, weight_M[key]),
             "interpolation_source": _weight_source(valid, key),
             "temperature": temperature if key == "knn" else None,
-            **interval_columns("difference_nats", found.get("difference", _NOTHING), "difference"),
-            **interval_columns("gain_recovered", found.get("gain_recovered", _NOTHING)),
+            **interval_columns("difference_nats", found.get("difference", NOTHING), "difference"),
+            **interval_columns("gain_recovered", found.get("gain_recovered", NOTHING)),
         }
     notes = document_notes(test.counts, valid.counts)
     notes += temperature_notes(temperature, temperature_at_bound)

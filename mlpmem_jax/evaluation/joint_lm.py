@@ -3,7 +3,6 @@
 Suffixes: B windows, W tokens of a window, R rows that a window scores, N rows of the split.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -15,57 +14,29 @@ from flax import nnx
 from mlpmem_jax.console import progress
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.embedding.blocks import EmbeddingSettings, computed_rows, in_batches
+from mlpmem_jax.evaluation.memory_lm import Remembered
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.training.losses import token_logprob
 
 
-@dataclasses.dataclass(frozen=True)
-class JointScores:
-    """Log-probabilities of labels, float32 [N].
-
-    Attributes:
-        decoder_N: log p_LM(label) of the jointly trained decoder.
-        memory_N: log p_MEM(label).
-        gate_N: λ of the gate; None: there is none.
-    """
-
-    decoder_N: np.ndarray
-    memory_N: np.ndarray
-    gate_N: np.ndarray | None
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenWindows:
-    """A split that decoder and memory run over.
-
-    Attributes:
-        tokens: The split.
-        settings: The windows that `embed` uses, and the state "input" that the memory reads.
-    """
-
-    tokens: TokenSplit
-    settings: EmbeddingSettings
-
-
 def score_joint(
     decoder: Decoder,
     memory: Memory,
-    windows: TokenWindows,
+    tokens: TokenSplit,
+    settings: EmbeddingSettings,
     mesh: jax.sharding.Mesh,
     *,
     chunk_tokens: int,
-) -> JointScores:
+    weight: float | None,
+) -> Remembered:
     """Runs decoder and memory over a split.
 
     Args:
-        decoder: The decoder.
-        memory: The memory.
-        windows: The split.
-        mesh: Devices.
+        settings: The windows that `embed` uses, and the state "input" that the memory reads.
         chunk_tokens: Rows on a device whose logits exist at the same time.
+        weight: λ that a memory without a gate was trained with; None: it is to be chosen.
     """
-    tokens, settings = windows.tokens, windows.settings
     plan, site = settings.plan(tokens.num_rows), settings.states["input"]
     num_recent = memory.config.num_read_tokens
     graphdef, state = nnx.split((decoder, memory))
@@ -103,4 +74,4 @@ def score_joint(
                     found_N = found.setdefault(name, np.zeros(plan.num_rows, np.float32))
                     found_N[row : row + len(array)] = array
             bar.update(computed.num_rows)
-    return JointScores(found["decoder"], found["memory"], found.get("gate"))
+    return Remembered(found["memory"], found["decoder"], found.get("gate", weight), {})

@@ -6,6 +6,7 @@ from typing import Any
 from mlpmem_jax.evaluation.table import DASH, bracket_text, count_text, number
 
 Results = Mapping[str, Any]
+NOTHING = dict.fromkeys(("value", "low", "high"))  # A number that is not defined.
 
 # Of a pair: the verdict, the one without a correction, and what corrects it.
 VERDICT_COLUMNS = (
@@ -21,7 +22,7 @@ def quality_titles(level: str) -> list[str]:
 
 def quality_cells(row: Results) -> list[str]:
     """Returns a row's difference to the decoder, its interval, perplexities, bits per byte."""
-    difference = row.get("difference") or dict.fromkeys(("value", "low", "high"))
+    difference = row.get("difference") or NOTHING
     return [
         number(difference["value"], 3, sign=True),
         bracket_text(difference["low"], difference["high"], 3),

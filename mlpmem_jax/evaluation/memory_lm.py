@@ -1,4 +1,4 @@
-"""The memory's log-probabilities of a split's labels, from the stored inputs.
+"""What a memory gives a split's labels, from the stored inputs.
 
 Suffixes: B windows, L rows of a window, N rows of the split, D input width.
 """
@@ -20,18 +20,21 @@ from mlpmem_jax.training.losses import means, memory_loss, token_logprob
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryScores:
-    """What the memory says about a split.
+class Remembered:
+    """What a memory says about a split, trained alone or together with its decoder.
 
     Attributes:
-        logprob_N: log p_MEM(label), float32.
-        gate_N: λ that the memory's gate gives, float32; None: it has no gate.
+        logprob_N: float32 log p_MEM(label).
+        decoder_N: float32 log p_LM(label) of a decoder that was trained with the memory;
+            None: the run's decoder, whose are stored.
+        weight: λ as it was trained, of each row where it is a gate's; None: to be chosen.
         diagnostics: Means over scored rows against the kNN targets, where they were read:
-            cross-entropy, KL, agreement on the most probable token. Empty without targets.
+            cross-entropy, KL, agreement on the most probable token.
     """
 
     logprob_N: np.ndarray
-    gate_N: np.ndarray | None
+    decoder_N: np.ndarray | None
+    weight: np.ndarray | float | None
     diagnostics: Mapping[str, float]
 
 
@@ -42,7 +45,8 @@ def score_memory(
     mesh: jax.sharding.Mesh,
     *,
     chunk_tokens: int,
-) -> MemoryScores:
+    weight: float | None = None,
+) -> Remembered:
     """Runs the memory over a split.
 
     Args:
@@ -52,6 +56,7 @@ def score_memory(
         source: Rows of the split, in order.
         mesh: Devices; a batch's windows are spread over them.
         chunk_tokens: Rows on a device whose logits exist at the same time.
+        weight: λ that a memory without a gate was trained with; None: it is to be chosen.
     """
     assert source.batch_size is not None
     graphdef, state = nnx.split(memory)
@@ -105,4 +110,4 @@ def score_memory(
             total = {name: total.get(name, 0.0) + float(value) for name, value in sums.items()}
     diagnostics = {name: float(value) for name, value in means(total).items() if name != "loss"}
     whole = {name: np.concatenate(part)[: source.num_rows] for name, part in parts.items()}
-    return MemoryScores(whole["logprob"], whole.get("gate"), diagnostics)
+    return Remembered(whole["logprob"], None, whole.get("gate", weight), diagnostics)

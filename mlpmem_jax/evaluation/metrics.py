@@ -19,7 +19,7 @@ from mlpmem_jax.errors import ArtifactError
 
 # An effective sample size below this says little about the spread between clusters.
 FEW_CLUSTERS = 20
-# Of `Metrics`, what tables show beside nats.
+# What tables show beside nats.
 QUALITY = ("token_perplexity", "word_perplexity", "bits_per_byte")
 
 
@@ -134,8 +134,6 @@ def count_documents(
         label_N: The label of each row, token n + 1 of the split.
         separator: Id of the token that starts each document.
         offset_E: int64 [D + 1], the position of each document's separator, and T.
-        words_D: Words of each document.
-        bytes_D: Bytes of each document.
         file_D: File or record of each document; None: each is one.
         name: What to call the split in an error.
 
@@ -226,25 +224,8 @@ def _file_text(counts: DocumentCounts) -> str:
     return " file" if counts.num_clusters < np.count_nonzero(counts.tokens_D) else ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Metrics:
-    """One system on one split.
-
-    Attributes:
-        nats_per_token: Mean negative log-probability of the scored tokens.
-        token_perplexity: Its exponential.
-        word_perplexity: exp(total nats / words).
-        bits_per_byte: Total nats / (ln 2 · bytes).
-    """
-
-    nats_per_token: float
-    token_perplexity: float
-    word_perplexity: float
-    bits_per_byte: float
-
-
-def score(nats_D: np.ndarray, counts: DocumentCounts) -> Metrics:
-    """Returns the metrics of a split.
+def score(nats_D: np.ndarray, counts: DocumentCounts) -> dict[str, float]:
+    """Returns perplexities and bits per byte (`QUALITY`) of a split.
 
     Args:
         nats_D: Negative log-probability of each document's scored tokens, summed.
@@ -252,12 +233,11 @@ def score(nats_D: np.ndarray, counts: DocumentCounts) -> Metrics:
     """
     nats = float(np.sum(nats_D, dtype=np.float64))
     totals = counts.totals
-    return Metrics(
-        nats_per_token=_ratio(nats, totals["tokens"]),
-        token_perplexity=_exp(_ratio(nats, totals["tokens"])),
-        word_perplexity=_exp(_ratio(nats, totals["words"])),
-        bits_per_byte=_ratio(nats, math.log(2) * totals["bytes"]),
-    )
+    return {
+        "token_perplexity": _exp(_ratio(nats, totals["tokens"])),
+        "word_perplexity": _exp(_ratio(nats, totals["words"])),
+        "bits_per_byte": _ratio(nats, math.log(2) * totals["bytes"]),
+    }
 
 
 def finite(value: float) -> float | None:

@@ -20,7 +20,6 @@ def compared_pairs(
     """Returns the difference of every two rows, and whether it is significant.
 
     Args:
-        systems: The rows.
         rows: Their numbers.
         all_: Sums over all clusters.
         smaller: Over all but the largest.

@@ -5,19 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from mlpmem_jax.evaluation import style
 from mlpmem_jax.evaluation.evaluate_table import JOINT_DECODER, rows_of
-from mlpmem_jax.evaluation.style import (
-    COLORS,
-    DASHED,
-    INK,
-    LINE,
-    as_png,
-    axis_labels,
-    legend,
-    new_figure,
-    plain,
-    title,
-)
+from mlpmem_jax.evaluation.style import COLORS
 from mlpmem_jax.evaluation.table import level_text, number
 
 _DECODERS = ("decoder", JOINT_DECODER)
@@ -29,17 +19,17 @@ def draw(results: Mapping[str, Any]) -> bytes:
     Returns:
         A PNG.
     """
-    figure = new_figure(13.5, 4.6)
+    figure = style.new_figure(13.5, 4.6)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.15, 1.0, 1.0))
     for axes in (left, middle, right):
-        plain(axes)
+        style.plain(axes)
     rows = rows_of(results)
     reference = results["systems"]["decoder"]["test_nats"]
     draw_rows(left, rows, [COLORS[row["key"]] for row in rows], reference)
-    title(left, "Test", f"bars: {level_text(results)} interval of the paired difference")
+    style.title(left, "Test", f"bars: {level_text(results)} interval of the paired difference")
     _draw_weights(middle, results)
     _draw_documents(right, results)
-    return as_png(figure)
+    return style.as_png(figure)
 
 
 def draw_rows(
@@ -53,7 +43,7 @@ def draw_rows(
         colors: Of each row.
         reference: Nats of the decoder.
     """
-    axes.axvline(reference, color=COLORS["decoder"], linewidth=1, linestyle=DASHED)
+    axes.axvline(reference, color=COLORS["decoder"], linewidth=1, linestyle=style.DASHED)
     for height, (row, color) in enumerate(zip(rows, colors, strict=True)):
         nats = row["test_nats"]["value"]
         if nats is None:  # A label has no probability left.
@@ -90,7 +80,7 @@ def draw_rows(
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.06)
-    axis_labels(axes, "test nats per token (lower is better)")
+    style.axis_labels(axes, "test nats per token (lower is better)")
 
 
 def _draw_weights(axes: Any, results: Mapping[str, Any]) -> None:
@@ -119,13 +109,13 @@ def _draw_weights(axes: Any, results: Mapping[str, Any]) -> None:
     worst = max(decoders.values())
     span = max(worst - best, 1e-3)
     for key, nats in decoders.items():
-        axes.axhline(nats, color=COLORS[key], linewidth=1, linestyle=DASHED)
+        axes.axhline(nats, color=COLORS[key], linewidth=1, linestyle=style.DASHED)
     axes.set_ylim(best - 0.22 * span, worst + 0.35 * span)
     axes.set_xlim(0, 1)
-    axis_labels(axes, "weight λ of the kNN distribution or the memory")
-    legend(axes, size=9, place="upper center")
+    style.axis_labels(axes, "weight λ of the kNN distribution or the memory")
+    style.legend(axes, size=9, place="upper center")
     each = "the decoder of each" if JOINT_DECODER in systems else "the decoder"
-    title(axes, "Validation", f"nats per token; dashed: {each} (λ = 0)")
+    style.title(axes, "Validation", f"nats per token; dashed: {each} (λ = 0)")
 
 
 def _alignment(weight: float) -> str:
@@ -150,8 +140,8 @@ def _draw_documents(axes: Any, results: Mapping[str, Any]) -> None:
     if not len(tokens):
         return
     area = 6 + 90 * tokens / tokens.max()
-    axes.axhline(0, color=LINE, linewidth=0.8)
-    axes.axvline(0, color=LINE, linewidth=0.8)
+    axes.axhline(0, color=style.LINE, linewidth=0.8)
+    axes.axvline(0, color=style.LINE, linewidth=0.8)
     axes.scatter(
         knn, memory, s=area, color=COLORS["memory"], alpha=0.45, linewidth=0.4, edgecolor="white"
     )
@@ -162,7 +152,7 @@ def _draw_documents(axes: Any, results: Mapping[str, Any]) -> None:
     limits = (min(low, 0) - margin, max(high, 0) + margin)
     axes.set_xlim(limits)
     axes.set_ylim(limits)
-    axes.plot(limits, limits, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
+    axes.plot(limits, limits, color=style.INK, linewidth=0.8, linestyle=(0, (1, 2)))
     share = results["systems"]["memory"]["gain_recovered"]
     if share is not None:
         line = np.asarray(limits)
@@ -176,5 +166,9 @@ def _draw_documents(axes: Any, results: Mapping[str, Any]) -> None:
             text, (0.04, 0.95), xycoords="axes fraction", va="top", fontsize=10,
             fontweight="bold", color=COLORS["memory"],
         )  # fmt: skip
-    axis_labels(axes, "gain of the kNN-LM, nats per token", "gain of the memory, nats per token")
-    title(axes, "Test, document by document", "area: tokens; dotted: all of the gain recovered")
+    style.axis_labels(
+        axes, "gain of the kNN-LM, nats per token", "gain of the memory, nats per token"
+    )
+    style.title(
+        axes, "Test, document by document", "area: tokens; dotted: all of the gain recovered"
+    )

@@ -12,7 +12,7 @@ import numpy as np
 from mlpmem_jax.config.stages import EvaluateConfig
 from mlpmem_jax.evaluation.evaluate_table import SplitScores, compare
 from mlpmem_jax.evaluation.labels import StoredSplit
-from mlpmem_jax.evaluation.memory_scores import Remembered
+from mlpmem_jax.evaluation.memory_lm import Remembered
 from mlpmem_jax.retrieval.knn_lm import KnnLm
 from mlpmem_jax.retrieval.temperature import Tuned
 from mlpmem_jax.store.array_specs import Split
@@ -74,10 +74,8 @@ def score_run(
 
     Args:
         stored: Labels, and what the decoder gives them.
-        neighbors: The exact neighbours.
         remembered: What the memory gives the labels.
         most_rows: Rows of validation that τ is chosen on; None: all.
-        seed: Seed of their draw.
     """
     valid = stored["valid"]
     tuned = neighbors["valid"].tune(valid.counts.scored_N, valid.logprob_N, most_rows, seed)

@@ -17,7 +17,6 @@ import numpy as np
 
 from mlpmem_jax.evaluation.draws import BySeed, Choices, DrawnSums, Settings
 from mlpmem_jax.evaluation.metrics import (
-    QUALITY,
     DocumentCounts,
     choice_notes,
     document_notes,
@@ -34,7 +33,6 @@ class Table:
     Args:
         systems: The rows, in order; the reference among them.
         seeds: Scores of every row's parts, by seed.
-        settings: How intervals are made.
         bounds_valid: Whether the nats of validation have intervals too.
     """
 
@@ -83,8 +81,7 @@ class Table:
                 full = settings.full_gain
                 found["gain_recovered"] = self.test.share(key, settings.reference, full, seeds)
         nats_D = np.mean([self.choices.nats["test"][seed][key] for seed in seeds], axis=0)
-        metrics = score(nats_D, counts)
-        return found | {name: finite(getattr(metrics, name)) for name in QUALITY}
+        return found | {name: finite(value) for name, value in score(nats_D, counts).items()}
 
 
 def summarise(

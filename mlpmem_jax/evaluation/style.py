@@ -1,6 +1,7 @@
 """How pictures look, and how they become PNGs. The commands' pictures share it."""
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 COLORS = {
@@ -24,8 +25,6 @@ def new_figure(width: float, height: float, **paddings: Any) -> Any:
     """Returns a figure (inches) without pyplot: no display, no global state.
 
     Args:
-        width: Of the figure.
-        height: Of the figure.
         paddings: What matplotlib's constrained layout keeps free (w_pad, h_pad, wspace).
     """
     # Imported here: commands that draw nothing start faster.
@@ -95,3 +94,62 @@ def halo() -> list[Any]:
     from matplotlib.patheffects import withStroke
 
     return [withStroke(linewidth=3, foreground="white")]
+
+
+def label_points(
+    axes: Any, points: Sequence[tuple[float, float, str, str]], gap: float = 14.0
+) -> None:
+    """Writes labels beside axes whose limits are final, each at the height of its point or near.
+
+    Args:
+        axes: Where.
+        points: x, y, label and color of each.
+        gap: Least distance of two labels, in points.
+    """
+    axes.figure.draw_without_rendering()
+    scale = 72.0 / axes.figure.dpi
+    low, high = (edge * scale for edge in axes.get_window_extent().intervaly)
+    heights = [y * scale for _, y in axes.transData.transform([(x, y) for x, y, *_ in points])]
+    for (x, y, label, color), height in zip(points, _apart(heights, gap, low, high), strict=True):
+        axes.annotate(
+            label, (x, y), (1.04, (height - low) / (high - low)), textcoords="axes fraction",
+            va="center", fontsize=9, color=color, annotation_clip=False, zorder=3,
+            arrowprops={
+                "arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.5,
+                "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 4,
+            },
+        )  # fmt: skip
+
+
+def _apart(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Moves heights apart until neighbours have a gap, as little as that takes.
+
+    Args:
+        heights: What is wanted.
+        gap: Least distance.
+        low: Where none may lie below, if they all fit.
+        high: Where none may lie above, if they all fit.
+    """
+    order = sorted(range(len(heights)), key=lambda place: heights[place])
+    # Groups of neighbours that touch share one shift: the mean of what each would want.
+    groups: list[list[int]] = []
+    for place in order:
+        groups.append([place])
+        while len(groups) > 1 and _start(groups[-1], heights, gap, low, high) < (
+            _start(groups[-2], heights, gap, low, high) + gap * len(groups[-2])
+        ):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    moved = list(heights)
+    for group in groups:
+        start = _start(group, heights, gap, low, high)
+        for step, place in enumerate(group):
+            moved[place] = start + gap * step
+    return moved
+
+
+def _start(
+    group: Sequence[int], heights: Sequence[float], gap: float, low: float, high: float
+) -> float:
+    """Returns the height of the lowest of a group whose members are a gap apart."""
+    start = sum(heights[place] - gap * step for step, place in enumerate(group)) / len(group)
+    return max(low, min(start, high - gap * (len(group) - 1)))

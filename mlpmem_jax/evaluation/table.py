@@ -9,6 +9,8 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mlpmem_jax.units import short_number
+
 DASH = "–"
 _JOIN = "\x1f"  # stands for a space that may not be broken
 
@@ -80,12 +82,7 @@ def level_text(results: Mapping[str, Any]) -> str:
 
 def count_text(value: float | None) -> str:
     """Formats a large number with a unit of a thousand, million, …"""
-    if value is None:
-        return DASH
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return str(value) if isinstance(value, int) else f"{value:.3g}"
+    return DASH if value is None else short_number(value, form=".2f")
 
 
 def share_text(value: float | None, digits: int = 1) -> str:

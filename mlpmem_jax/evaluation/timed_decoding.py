@@ -19,6 +19,7 @@ import numpy as np
 
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.models.decoder import Site
+from mlpmem_jax.models.interpolation import neighbor_mixture
 from mlpmem_jax.parallel.sharding import replicated
 from mlpmem_jax.retrieval.distributions import neighbor_weights
 from mlpmem_jax.retrieval.engine import Engine
@@ -83,9 +84,7 @@ class CompiledModel:
         """Returns (log p_LM [B, V], shares [B, K], labels [B, K]) → token [B, 1]."""
 
         def mix(logprob_BV: jax.Array, share_BK: jax.Array, label_BK: jax.Array) -> jax.Array:
-            row_B1 = jnp.arange(len(logprob_BV))[:, None]
-            prob_BV = (1 - self._weight) * jnp.exp(logprob_BV)
-            prob_BV = prob_BV.at[row_B1, label_BK].add(share_BK)
+            prob_BV = neighbor_mixture(logprob_BV, share_BK, label_BK, self._weight)
             return jnp.argmax(prob_BV, axis=-1).astype(jnp.int32)[:, None]
 
         return jax.jit(mix, out_shardings=replicated(self.model.mesh))
@@ -94,9 +93,8 @@ class CompiledModel:
 def _compiled_extend(model: InterpolatedModel, key: Site, batch: int) -> Any:
     def step(parameters: Any, cache: Any, token_BL: jax.Array) -> Any:
         length_B = jnp.full(batch, token_BL.shape[1], jnp.int32)
-        logprob_BV, states, cache = model.extend_with_states(
-            parameters, cache, token_BL, length_B, (key,)
-        )
+        prediction, states, cache = model.predict(parameters, cache, token_BL, length_B, (key,))
+        logprob_BV = prediction.mixture()
         token_B1 = jnp.argmax(logprob_BV, axis=-1).astype(jnp.int32)[:, None]
         return cache, token_B1, logprob_BV, states[key].astype(jnp.float32)
 
@@ -184,10 +182,8 @@ def in_turns(
     longer than a piece, and in a fixed order that was always the same system.
 
     Args:
-        writers: By name.
         work: What is timed; returns what it spent.
         count: Pieces of each writer that count.
-        seed: Of the orders.
     """
     order = np.random.default_rng(seed)
     for writer in writers.values():
@@ -199,3 +195,21 @@ def in_turns(
             work(writer)
             for _ in range(min(_IN_A_ROW, count - done)):
                 yield name, work(writer)
+
+
+def time_tokens(systems: Mapping[str, System], num_tokens: int) -> dict[str, dict[str, float]]:
+    """Measures every system, in turns.
+
+    Returns:
+        Milliseconds per token: median, and the quartiles.
+    """
+    writers = {name: Writer(system, 1) for name, system in systems.items()}
+    secs: dict[str, list[float]] = {name: [] for name in writers}
+    for name, spent in in_turns(writers, Writer.write, num_tokens):
+        secs[name].append(spent.total)
+    return {
+        name: {
+            f"p{percent}": float(np.percentile(each, percent)) * 1000 for percent in (25, 50, 75)
+        }
+        for name, each in secs.items()
+    }

@@ -95,7 +95,6 @@ class Generator:
             prompts: Texts, of which the random keys are made.
             prompt_ids: Their tokens, without a leading separator.
             max_new_tokens: Tokens of each prompt, at most.
-            seed: Seed of the draws.
 
         Yields:
             Number of a prompt and its next token, or None once the prompt is finished. The

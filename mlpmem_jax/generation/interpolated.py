@@ -161,18 +161,6 @@ class InterpolatedModel:
         prediction, _, cache = self.predict(parameters, cache, token_BL, length_B, reach=reach)
         return prediction.mixture(weight_B), cache
 
-    def extend_with_states(
-        self,
-        parameters: Any,
-        cache: ModelCache,
-        token_BL: jax.Array,
-        length_B: jax.Array,
-        sites: Sequence[Site] = (),
-    ) -> tuple[jax.Array, dict[Site, jax.Array], ModelCache]:
-        """As `extend`, and returns the decoder's states [B, D] at the sites besides."""
-        prediction, last, cache = self.predict(parameters, cache, token_BL, length_B, sites)
-        return prediction.mixture(), {site: last[site] for site in sites}, cache
-
     def predict(
         self,
         parameters: Any,
@@ -185,17 +173,9 @@ class InterpolatedModel:
         """As `extend`, with the distributions of both networks apart, and states [B, D]."""
         final_BLD, states, after = self._read(parameters, cache, token_BL, length_B, sites, reach)
         last_B = jnp.maximum(length_B - 1, 0)
-
-        def at_last(state_BLD: jax.Array) -> jax.Array:
-            return jnp.take_along_axis(state_BLD, last_B[:, None, None], axis=1)[:, 0]
-
-        last = {site: at_last(state) for site, state in states.items()}
+        final_BD, last = _at_last((final_BLD, states), last_B)
         state_BD = last.get(self._site)
-        return (
-            self.predicted(parameters, at_last(final_BLD), state_BD, after.recent_BM),
-            last,
-            after,
-        )
+        return self.predicted(parameters, final_BD, state_BD, after.recent_BM), last, after
 
     def extend_and_score(
         self,
@@ -226,11 +206,7 @@ class InterpolatedModel:
         recent_BLM = self._recent(token_BL, cache.recent_BM) if self._num_recent else None
         places = (final_BLD, states.get(self._site), recent_BLM)
         last_B = jnp.maximum(length_B - 1, 0)
-
-        def at_last(array_BLX: jax.Array) -> jax.Array:
-            return jnp.take_along_axis(array_BLX, last_B[:, None, None], axis=1)[:, 0]
-
-        prediction = self.predicted(parameters, *jax.tree.map(at_last, places))
+        prediction = self.predicted(parameters, *_at_last(places, last_B))
         lead = (len(token_BL), token_BL.shape[1] - 1)
 
         def of_chunk(chunk: Any) -> Alternatives:
@@ -263,8 +239,10 @@ class InterpolatedModel:
         recent_BM = appended(cache.recent_BM, token_BL, length_B)
         return final_BLD, states, ModelCache(read, recent_BM)
 
-    def _recent(self, token_BL: jax.Array, before_BM: jax.Array) -> jax.Array:
-        """Returns the recent tokens of all places, [B, L, M]."""
+    def _recent(self, token_BL: jax.Array, before_BM: jax.Array | None = None) -> jax.Array:
+        """Returns the recent tokens of all places, [B, L, M]; without any before: of windows."""
+        if before_BM is None:
+            before_BM = jnp.full((len(token_BL), self._num_recent), self.separator, jnp.int32)
         before_BM = before_BM[:, : max(0, self._num_recent - 1)]
         return last_tokens(token_BL, before_BM)[..., : self._num_recent]
 
@@ -289,10 +267,7 @@ class InterpolatedModel:
         decoder: Any = nnx.merge(self._decoder, parameters[0])
         wanted = tuple(dict.fromkeys([*sites, *([self._site] if self._memory else [])]))
         final_BLD, states = decoder.hidden(token_BL, sites=wanted)
-        recent_BLM = None
-        if self._num_recent:
-            before_BM = jnp.full((len(token_BL), self._num_recent), self.separator, jnp.int32)
-            recent_BLM = self._recent(token_BL, before_BM)
+        recent_BLM = self._recent(token_BL) if self._num_recent else None
 
         def picked(array_BLX: jax.Array) -> jax.Array:
             return jnp.take_along_axis(array_BLX, place_BC[..., None], axis=1)
@@ -346,10 +321,15 @@ class InterpolatedModel:
         if self._memory is None:
             return logprob_BL
         memory: Any = nnx.merge(self._memory, memory_state)
-        before_BM = jnp.full((len(token_BL), self._num_recent), self.separator, jnp.int32)
-        recent_BLM = within_document(self._recent(token_BL, before_BM), self.separator)
+        recent_BLM = within_document(self._recent(token_BL), self.separator)
         input_BLX = memory.inputs(states[self._site], recent_BLM, decoder.embedding[...])
         memory_BL = label_logprob(memory.hidden(input_BLX), memory.head_VE(decoder.head_VD()))
         if weight is None:
             weight = memory.interpolation(input_BLX)
         return interpolate(memory_BL, logprob_BL, weight)
+
+
+def _at_last(arrays: Any, last_B: jax.Array) -> Any:
+    """Picks from a pytree of arrays [B, L, ...] the last place of each row."""
+    take = functools.partial(jnp.take_along_axis, indices=last_B[:, None, None], axis=1)
+    return jax.tree.map(lambda array_BLX: take(array_BLX)[:, 0], arrays)

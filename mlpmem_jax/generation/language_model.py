@@ -51,10 +51,8 @@ class LanguageModel:
         """Yields pieces of text as they are drawn.
 
         Args:
-            prompts: Texts to continue.
             max_new_tokens: Tokens of each continuation, at most.
             sampling: How tokens are drawn.
-            seed: Seed of the draws.
 
         Yields:
             Number of a prompt and what is new of its continuation (never a part of a character);

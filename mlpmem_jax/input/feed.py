@@ -36,9 +36,7 @@ def to_devices(
 
     Args:
         local: Arrays [len(positions), …].
-        mesh: The mesh.
         positions: Positions of those rows in the global batch.
-        batch_size: Global batch size.
     """
     place = {int(position): n for n, position in enumerate(positions)}
 
@@ -77,10 +75,7 @@ class Feed:
         """Prepares to read.
 
         Args:
-            source: Windows.
-            mesh: Devices.
             batch_size: Windows in a global batch.
-            seed: Of the order.
             steps: Steps whose batches are wanted.
             prefetch: Batches read ahead.
             shuffled: Whether the order is drawn; else that of the source.

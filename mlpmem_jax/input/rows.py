@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mlpmem_jax.corpus.recent import after_start, recent_tokens
+from mlpmem_jax.corpus.windows import window_starts
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.store.array_specs import input_array
 from mlpmem_jax.store.joined import stream_starts
@@ -62,17 +63,6 @@ class PendingRows:
             rows = read.result()
             place[: len(rows)] = rows
         return out
-
-
-def window_starts(windows: np.ndarray, length: int, num_rows: int) -> np.ndarray:
-    """Returns the first row of each window; the last window shifts left.
-
-    Args:
-        windows: int64 [B] numbers of windows.
-        length: Rows in a window.
-        num_rows: Rows in the split.
-    """
-    return np.maximum(0, np.minimum(windows * length, num_rows - length))
 
 
 def compare_labels(stored: np.ndarray, targets: np.ndarray, starts: np.ndarray, names: str) -> None:
@@ -132,9 +122,7 @@ class RecentReader:
         """Opens the labels of a datastore split.
 
         Args:
-            artifact: The split's rows.
             num_recent: M; 0: there is nothing to read.
-            separator_id: The token that starts each document.
         """
         self._labels = RowReader(artifact, {"label": "label"}) if num_recent else None
         # Where another stream begins, the label of the row before is not its first token.
@@ -204,7 +192,6 @@ class StoredRows:
         """Opens the arrays.
 
         Args:
-            datastore: The split's rows.
             length: Rows in a window, L.
             separator_id: Label that is not scored.
             num_recent: Recent tokens that the memory reads, M; 0: none.

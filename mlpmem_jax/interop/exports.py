@@ -28,8 +28,6 @@ def model_settings(
 
     Args:
         decoder: That of the decoder alone.
-        memory: The section `memory`.
-        decoder_width: D.
         site: The state that the memory reads.
         weight: λ; None: the memory's gate gives it.
     """

@@ -25,7 +25,6 @@ class Tensor:
 
     Attributes:
         name: Its name, without the prefix of the model before the head.
-        shape: Its shape.
         turn: Makes the parameter of it.
         back: Makes it of the parameter; where several parameters share a tensor, their parts
             stand side by side in its last dim.
@@ -57,7 +56,6 @@ class Family(abc.ABC):
 
     Attributes:
         prefix: Of all names but the head's.
-        table: Name of the embeddings.
     """
 
     prefix: str
@@ -72,7 +70,6 @@ class Family(abc.ABC):
 
         Args:
             config: Its shape.
-            vocab_size: V.
             shapes: Of the tensors of a file: tables may have more rows than are taken.
         """
         self._config, self._vocab_size, self._shapes = config, vocab_size, shapes or {}

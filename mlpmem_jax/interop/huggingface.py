@@ -98,7 +98,6 @@ def checked_tensors(
     Args:
         path: The directory, GGUF file or Hub id.
         config: The decoder's shape.
-        vocab_size: V of its tokenizer.
 
     Returns:
         The files, the name in them of each tensor, and where each parameter stands.
@@ -149,7 +148,6 @@ def save_decoder(
     """Writes a decoder as a directory that `transformers` loads.
 
     Args:
-        decoder: The decoder.
         folder: An empty directory.
         settings: Its `config.json` (`huggingface_settings`).
         file_bytes: A file is closed once it holds so much.
@@ -172,7 +170,6 @@ def save_tensors(
 
     Args:
         tensors: By name.
-        folder: The directory.
         file_bytes: A file is closed once it holds so much.
     """
     parts: list[dict[str, np.ndarray]] = [{}]

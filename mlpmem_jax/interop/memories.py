@@ -35,9 +35,6 @@ def memory_entries(
     """Yields every parameter of a memory, and the tensor that it is.
 
     Args:
-        config: The section `memory`.
-        decoder_width: D.
-        vocab_size: V.
         head_rows: Rows of the head in a file, which may be more than V.
     """
     width, input_width = config.width, config.input_width(decoder_width)
@@ -125,10 +122,7 @@ def load_memory(
     """Reads a memory of an official form, or one that `export` wrote alone.
 
     Args:
-        path: The directory.
         config: Its shape, as `config.pretrained_memory` reads it.
-        decoder_width: Width of the decoder's states.
-        vocab_size: V of the tokenizer.
         mesh: Where the parameters go.
         decoder_rows: Embeddings of the decoder in its own files, with spare ones.
 
@@ -153,10 +147,7 @@ def checked_memory_tensors(
     """Compares the tensors of a directory with a memory; reads headers alone.
 
     Args:
-        path: The directory.
         config: The memory's shape.
-        decoder_width: Width of the decoder's states.
-        vocab_size: V of the tokenizer.
         decoder_rows: See `load_memory`.
 
     Raises:
@@ -182,8 +173,6 @@ def official_settings(
     """Returns the `config.json` of a memory in the official layout: the decoder's, with its depth.
 
     Args:
-        config: The section `memory`.
-        decoder_width: D.
         site: Kind of the state that it reads.
         decoder: `huggingface_settings` of the decoder.
 

@@ -14,7 +14,6 @@ def huggingface_settings(
 
     Args:
         config: The section `decoder`, without `auto`.
-        vocab_size: V.
         separator_id: The token that starts, and so ends, each document.
 
     Raises:

@@ -52,7 +52,6 @@ def resolve_implementation(
 
     Args:
         name: The configured implementation.
-        num_tokens: Length of the windows.
         masked: Whether there are segment ids.
         dtype: Of queries, keys and values.
         head_width: Width of a head.
@@ -91,8 +90,6 @@ def causal_attention(
 
     Args:
         query_BLHA: Queries; H is a multiple of G (grouped-query attention).
-        key_BLGA: Keys.
-        value_BLGA: Values.
         segment_BL: int32 document numbers; positions of different numbers do not see each
             other. None: everything before a position is seen.
         implementation: Which computation; all give the same result up to rounding.
@@ -134,7 +131,6 @@ def cached_attention(
     """Attends to the entries of a cache up to each query's own position.
 
     Args:
-        query_BLHA: Queries.
         key_BMGA: Cached keys of M positions, those of the queries included.
         value_BMGA: Cached values.
         position_BL: int32 position of each query.

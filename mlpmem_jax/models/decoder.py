@@ -71,7 +71,6 @@ class Decoder(nnx.Module):
         """Draws initial parameters.
 
         Args:
-            config: The section `decoder`.
             vocab_size: V, entries of the tokenizer; the model pads it to 128.
             rngs: Source of the `params` keys; None: shapes in place of arrays.
         """

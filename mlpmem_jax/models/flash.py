@@ -40,8 +40,6 @@ def flash_attention(
 
     Args:
         query_BLHA: Queries; H is a multiple of G (grouped-query attention), and L of 128.
-        key_BLGA: Keys.
-        value_BLGA: Values.
         segment_BL: int32 document numbers; None: everything before a position is seen.
         window: Positions that a query sees, its own included; None: all before it.
 

@@ -56,3 +56,11 @@ def _interpolate_jvp(
         + (memory_ratio - decoder_ratio) * weight_dot
     )
     return mixed, tangent
+
+
+def neighbor_mixture(
+    logprob_BV: jax.Array, share_BK: jax.Array, label_BK: jax.Array, weight: float
+) -> jax.Array:
+    """Returns (1 − λ)·p_LM + λ·p_kNN [B, V] (Eq. 7); shares of the K neighbours sum to λ."""
+    row_B1 = jnp.arange(len(logprob_BV))[:, None]
+    return ((1 - weight) * jnp.exp(logprob_BV)).at[row_B1, label_BK].add(share_BK)

@@ -10,12 +10,7 @@ from mlpmem_jax.models.memory import Memory
 
 
 class Joint(nnx.Module):
-    """A decoder and the memory that reads its states.
-
-    Attributes:
-        decoder: The decoder.
-        memory: The memory.
-    """
+    """A decoder and the memory that reads its states."""
 
     def __init__(
         self,

@@ -27,7 +27,6 @@ class Spec(NamedTuple):
     """One parameter of a group.
 
     Attributes:
-        shape: Its shape.
         axes: The logical axis of each dim.
         scale: Standard deviation of its normal initial values; 0 means zeros, infinity ones.
         role: What it is.
@@ -130,7 +129,6 @@ def parameter(
     """Returns a float32 parameter.
 
     Args:
-        shape: Its shape.
         axes: The logical axis of each dim.
         scale: Standard deviation of its normal initial values; 0 means zeros, infinity ones.
         role: What it is.

@@ -40,7 +40,6 @@ class Memory(nnx.Module):
         """Draws initial parameters.
 
         Args:
-            config: The section `memory`.
             decoder_width: Width of the decoder states that it reads, D.
             vocab_size: V, as of the decoder.
             gate_start: λ for every input at first, if there is a gate.

@@ -23,8 +23,6 @@ class Machine:
     Attributes:
         platform: "cpu", "gpu" or "tpu".
         kind: The devices' kind, for messages.
-        num_devices: Devices of the run.
-        local_devices: Devices of one process.
         num_processes: Processes of the run, each on a host of its own.
         device_bytes: Memory of one device; None: not known, or the host's (CPU).
         host_bytes: Memory of the host that can be had; None: not known.

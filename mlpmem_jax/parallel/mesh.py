@@ -65,7 +65,6 @@ def check_batch(mesh: jax.sharding.Mesh, key_name: str, value: int, accumulation
     """Checks that a global batch can be cut over the devices that hold different tokens.
 
     Args:
-        mesh: The mesh of the run.
         key_name: The configuration key that holds the batch size.
         value: Windows in a batch, over all devices.
         accumulation: Parts into which a batch is cut before the devices share it.

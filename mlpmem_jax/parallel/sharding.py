@@ -67,7 +67,6 @@ def spec(names: Names, shape: tuple[int, ...], mesh: Any, without: str | None = 
 
     Args:
         names: One name (or None) a dimension.
-        shape: The array's shape.
         mesh: Concrete or abstract mesh.
         without: A mesh axis to leave out.
 
@@ -146,7 +145,6 @@ def state_shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
 
     Args:
         state: A pytree of arrays or ShapeDtypeStructs, in nnx.Variables or bare.
-        mesh: The mesh.
 
     Returns:
         A pytree of the same structure with a NamedSharding for each array.
@@ -183,7 +181,6 @@ def create_sharded(create: Any, mesh: jax.sharding.Mesh) -> Any:
 
     Args:
         create: A function without arguments that returns a pytree (nnx.State).
-        mesh: The mesh.
 
     Returns:
         The state, laid out by :func:`state_shardings`.

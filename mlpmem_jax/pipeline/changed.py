@@ -78,7 +78,6 @@ def made_with(run: "Artifacts", *, compacted: bool) -> dict[str, str]:
     """Returns what all rows of a corpus that changes must be made with.
 
     Args:
-        run: The artifacts of the configuration.
         compacted: Whether neighbours are kept whose number can no longer be chosen.
     """
     found = {

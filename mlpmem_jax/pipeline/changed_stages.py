@@ -43,7 +43,6 @@ def row_stages(run: Artifacts, base: Callable[[Artifacts], list[Stage]]) -> list
     """Returns the stages of the training rows.
 
     Args:
-        run: The artifacts of the configuration.
         base: Returns those of the text as it was first read.
     """
     if not run.corpus.changes:
@@ -63,7 +62,6 @@ def neighbors_stage(run: Artifacts, split: Split, exact: "ExactCache") -> Stage:
     """Returns the stage of the neighbours of a split after the last change.
 
     Args:
-        run: The artifacts of the configuration.
         split: Which it is.
         exact: Exact search among the training rows.
     """

@@ -13,7 +13,6 @@ def check_devices(run: Artifacts, *keys: str) -> None:
     """Refuses what the devices cannot do: the mesh, batches cut over it, the attention kernel.
 
     Args:
-        run: The artifacts of the configuration.
         keys: Sections whose `batch_size` is cut over the mesh.
 
     Raises:

@@ -29,8 +29,6 @@ def change(run: Artifacts, options: Options, make: Callable[[Artifacts], None]) 
     """Changes the training text of a work directory, one command at a time.
 
     Args:
-        run: The artifacts of the configuration.
-        options: Flags.
         make: Makes the change; gets the artifacts as they are once no other command changes them.
     """
     if options.rebuild:
@@ -92,7 +90,6 @@ def apply(run: Artifacts, after: Artifacts, stages: Sequence[Stage], options: Op
         run: The artifacts before it.
         after: Those after it.
         stages: What makes them.
-        options: Flags.
 
     Returns:
         Whether it was made.

@@ -1,14 +1,11 @@
 """The decoder over the corpus: keys, memory inputs, labels and log-probabilities."""
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from mlpmem_jax.parallel.hardware import Machine
-from mlpmem_jax.pipeline import held_out_stages
+from mlpmem_jax.pipeline import estimates, held_out_stages, needs
 from mlpmem_jax.pipeline.changed_stages import row_stages
 from mlpmem_jax.pipeline.checks import check_devices
-from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.array_specs import Split, datastore_arrays
@@ -28,17 +25,11 @@ def _stages(run: Artifacts, splits: Sequence[Split]) -> list[Stage]:
             artifact=run.datastore(split),
             build=functools.partial(_build, run, split),
             check=functools.partial(check_devices, run, "datastore"),
-            estimate=functools.partial(_estimate, run, split),
-            need=functools.partial(_need, run, split),
+            estimate=functools.partial(estimates.embedding_estimate, run, split),
+            need=functools.partial(needs.embedding_need, run, split),
         )
         for split in splits
     ]
-
-
-def _estimate(run: Artifacts, split: Split) -> Mapping[str, Any]:
-    from mlpmem_jax.pipeline.estimates import embedding_estimate
-
-    return embedding_estimate(run, split)
 
 
 def _build(run: Artifacts, split: Split) -> Completion:
@@ -49,15 +40,12 @@ def embedded(run: Artifacts, stream: Artifact, split: Split, rows: Artifact) -> 
     """Makes the rows of a token stream.
 
     Args:
-        run: The artifacts of the configuration.
-        stream: The tokens.
         split: Which of its splits.
         rows: Where the rows go.
     """
     from mlpmem_jax.corpus.tokens import TokenSplit
     from mlpmem_jax.embedding.embed import embed_split
     from mlpmem_jax.parallel.mesh import make_mesh
-    from mlpmem_jax.pipeline.estimates import embedding_flops
     from mlpmem_jax.pipeline.networks import finished_decoder
     from mlpmem_jax.pipeline.settings import embedding_settings
 
@@ -74,13 +62,7 @@ def embedded(run: Artifacts, stream: Artifact, split: Split, rows: Artifact) -> 
         mesh,
         f"embed {split}",
     )
-    flops = embedding_flops(run, tokens.num_rows)
+    flops = estimates.embedding_flops(run, tokens.num_rows)
     return Completion(
         counts={"rows": tokens.num_rows}, arrays=arrays, measured={"model_flops": flops}
     )
-
-
-def _need(run: Artifacts, split: Split, machine: Machine, count: RowCounter) -> Need:
-    from mlpmem_jax.pipeline.needs import embedding_need
-
-    return embedding_need(run, split, machine, count)

@@ -70,7 +70,6 @@ def training_estimate(run: Artifacts, steps: range | None = None) -> dict[str, A
     """Parameters, memory, disk and flops of training the memory, or both networks.
 
     Args:
-        run: The artifacts of the configuration.
         steps: Those of one phase; None: all.
     """
     config = run.config

@@ -4,17 +4,16 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.errors import StaleArtifact
 from mlpmem_jax.pipeline import needs, train
 from mlpmem_jax.pipeline.checks import check_devices, check_keys
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.reports import print_files, write_files
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.array_specs import SPLITS
 from mlpmem_jax.store.differences import differences
-from mlpmem_jax.store.files import read_json, write_bytes, write_json
 from mlpmem_jax.store.manifest import Artifact, Completion
 
 # Scores, counts and curves: a function of the run directory, bit for bit on CPU.
@@ -106,11 +105,8 @@ def _build(run: Artifacts) -> Completion:
     found, latency = evaluate_run(run, make_mesh(run.config.mesh))
     measured = {"latency_ms": latency}
     path = run.results.path
-    if is_speaker():
-        write_json(path / RESULTS, found)
-        write_json(path / MEASURED, measured)
-        write_bytes(path / TABLE, as_csv(found, measured).encode())
-        write_bytes(path / PICTURE, draw(found))
+    files = {RESULTS: found, MEASURED: measured, TABLE: as_csv(found, measured)}
+    write_files(path, files | {PICTURE: draw(found)})
     memory = found["systems"]["memory"]
     counts = {"test_tokens": found["test"]["tokens"], "test_nats": memory["test_nats"]}
     return Completion(counts=counts, files=[RESULTS], measured=measured)
@@ -121,13 +117,8 @@ def print_report(run: Artifacts) -> None:
     from mlpmem_jax.evaluation.report import as_text
 
     artifact = run.results
-    measured = {**artifact.verify().measured, "seconds": stage_seconds(run)}
-    say()
-    say(as_text(read_json(artifact.path / RESULTS), measured))
-    say()
-    for name in (RESULTS, TABLE, PICTURE):
-        say(f"  {artifact.path / name}")
-    say()
+    measured = {**artifact.load().measured, "seconds": stage_seconds(run)}
+    print_files(artifact, (RESULTS, TABLE, PICTURE), lambda found: as_text(found, measured))
 
 
 def stage_seconds(run: Artifacts) -> dict[str, float]:

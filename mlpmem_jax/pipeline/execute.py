@@ -35,8 +35,6 @@ def execute(
 
     Args:
         stages_of: Returns the stages.
-        run: The artifacts of the configuration.
-        options: Flags.
         when_rebuilding: What `--rebuild` does with complete artifacts.
         report: Prints what was found once everything is there.
     """

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlpmem_jax.console import say
 from mlpmem_jax.corpus.tokenizer import TextTokenizer, load_tokenizer
@@ -17,6 +17,10 @@ from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.interpolation import check_finished, interpolation
 from mlpmem_jax.pipeline.options import Exported, Options
 from mlpmem_jax.store import nearest
+
+if TYPE_CHECKING:
+    from mlpmem_jax.models.decoder import Site
+    from mlpmem_jax.pipeline.opened_run import Run
 
 
 def main(run: Artifacts, options: Options) -> int:
@@ -34,7 +38,6 @@ def export(artifacts: Artifacts, folder: Path, what: Exported = "decoder") -> No
     """Writes networks and tokenizer into a directory, whole or not at all.
 
     Args:
-        artifacts: Those of the configuration.
         folder: A directory that does not exist.
         what: decoder: alone, as a model of its family; model: decoder and memory; memory: alone,
             in the layout of the official release.
@@ -97,7 +100,7 @@ def _decoder(run: Any, settings: dict[str, Any], folder: Path) -> str:
     return f"a decoder of the family {settings['model_type']}, for transformers"
 
 
-def _model(run: Any, settings: dict[str, Any], folder: Path) -> str:
+def _model(run: "Run", settings: dict[str, Any], folder: Path) -> str:
     from mlpmem_jax.interop.exports import model_settings, save_model
     from mlpmem_jax.pipeline.networks import finished_networks
 
@@ -111,7 +114,7 @@ def _model(run: Any, settings: dict[str, Any], folder: Path) -> str:
     )
 
 
-def _memory(run: Any, settings: dict[str, Any], folder: Path) -> str:
+def _memory(run: "Run", settings: dict[str, Any], folder: Path) -> str:
     from mlpmem_jax.interop.huggingface import save_tensors
     from mlpmem_jax.interop.memories import memory_tensors, official_settings
 
@@ -125,7 +128,7 @@ def _memory(run: Any, settings: dict[str, Any], folder: Path) -> str:
     )
 
 
-def _site(run: Any) -> Any:
+def _site(run: "Run") -> "Site":
     from mlpmem_jax.models.decoder import Site
 
     return Site.of(run.config.datastore.input, run.config.decoder.num_layers)

@@ -24,7 +24,6 @@ def generate(artifacts: Artifacts, weight: float | None, *, with_memory: bool) -
     """Continues the prompts on the terminal.
 
     Args:
-        artifacts: Those of the configuration.
         weight: λ; None: of the memory's gate.
         with_memory: Whether there is a memory.
 

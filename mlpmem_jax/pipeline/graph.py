@@ -36,7 +36,6 @@ class Artifacts:
         given: Artifacts by role that take the place of the configuration's own.
         corpus: How the training text has changed.
         title: Which of several configurations it is, for people.
-        workdir: The run directory.
         store: Where artifacts lie; reports lie in the run directory.
     """
 

@@ -30,7 +30,6 @@ def train_task(
     """Trains a network into an artifact.
 
     Args:
-        run: The artifacts of the configuration.
         section_name: The section that says how.
         make_task: Makes the task on a mesh.
         artifact: Where checkpoints go.
@@ -76,8 +75,6 @@ def save_imported(
     Args:
         network: The network, on the mesh.
         artifact: Where its checkpoint goes.
-        mesh: Devices.
-        vocab_size: V of the tokenizer.
         path: Where it was read, for the message.
     """
     saved = save_network(network, artifact, 0, mesh)

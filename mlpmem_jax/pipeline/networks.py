@@ -62,8 +62,6 @@ def finished_memory(
     """Restores the run's memory, as it was after its last step or after a given one.
 
     Args:
-        run: The artifacts of the configuration.
-        mesh: Devices.
         step: A step whose checkpoint is there; None: the last.
         frozen: As of `finished_decoder`.
 
@@ -131,9 +129,7 @@ def finished_joint(
     """Restores decoder and memory of a joint run.
 
     Args:
-        run: The artifacts of the configuration.
         artifact: The joint run, or one phase of it.
-        mesh: Devices.
         step: A step whose checkpoint is complete, of a run that is not; None: it is finished.
         frozen: As of `finished_decoder`.
 

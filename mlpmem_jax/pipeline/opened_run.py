@@ -47,11 +47,7 @@ def open_run(workdir: str | Path, overrides: Sequence[str] = ()) -> "Run":
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The artifacts that a configuration names. What is read is checked against its manifest.
-
-    Attributes:
-        artifacts: The artifacts of the configuration.
-    """
+    """The artifacts that a configuration names. What is read is checked against its manifest."""
 
     artifacts: Artifacts
 

@@ -18,11 +18,7 @@ from mlpmem_jax.store.manifest import Artifact, Completion
 
 @dataclasses.dataclass(frozen=True)
 class Phases:
-    """The phases of a joint run.
-
-    Attributes:
-        run: The artifacts of the configuration.
-    """
+    """The phases of a joint run."""
 
     run: Artifacts
 

@@ -1,6 +1,6 @@
-"""What the commands that report share: JSON, CSV and a picture under one name."""
+"""What the commands that report share: results as JSON, and the files that are made from them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from etils import epath
@@ -9,7 +9,34 @@ from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.store.files import read_json, write_bytes, write_json
 from mlpmem_jax.store.manifest import Artifact
 
-_ENDINGS = (".json", ".csv", ".png")
+
+def write_files(path: epath.Path, files: Mapping[str, Any]) -> None:
+    """Writes files of a report by name: text, bytes, or what a .json file holds."""
+    for name, content in files.items() if is_speaker() else ():
+        if name.endswith(".json"):
+            write_json(path / name, content)
+        else:
+            write_bytes(path / name, content if isinstance(content, bytes) else content.encode())
+
+
+def print_files(artifact: Artifact, names: Iterable[str], as_text: Callable[[Any], str]) -> None:
+    """Prints the tables of a finished report, and where its files lie.
+
+    Args:
+        names: Its files, the results first.
+        as_text: Makes the tables from the results.
+
+    Raises:
+        ArtifactError: It is not finished, or a file of it is damaged.
+    """
+    artifact.verify()
+    files = [artifact.path / name for name in names]
+    say()
+    say(as_text(read_json(files[0])))
+    say()
+    for file in files:
+        say(f"  {file}")
+    say()
 
 
 def write_report(
@@ -20,23 +47,14 @@ def write_report(
     Returns:
         The file that holds the results: the others are made from it.
     """
-    if is_speaker():
-        write_json(path / f"{name}.json", results)
-        write_bytes(path / f"{name}.csv", table.encode())
-        write_bytes(path / f"{name}.png", picture)
+    write_files(path, dict(zip(_names(name), (results, table, picture), strict=True)))
     return [f"{name}.json"]
 
 
 def print_results(artifact: Artifact, name: str, as_text: Callable[[Any], str]) -> None:
-    """Prints the tables of a finished report, and where its files lie.
+    """Prints what `write_report` wrote, as `print_files` does."""
+    print_files(artifact, _names(name), as_text)
 
-    Raises:
-        ArtifactError: It is not finished, or a file of it is damaged.
-    """
-    artifact.verify()
-    say()
-    say(as_text(read_json(artifact.path / f"{name}.json")))
-    say()
-    for ending in _ENDINGS:
-        say(f"  {artifact.path / (name + ending)}")
-    say()
+
+def _names(name: str) -> list[str]:
+    return [name + ending for ending in (".json", ".csv", ".png")]

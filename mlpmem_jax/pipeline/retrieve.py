@@ -1,14 +1,12 @@
 """Neighbours of every row, and the next-token distributions that they imply."""
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from mlpmem_jax.parallel.hardware import Machine
-from mlpmem_jax.pipeline import changed_stages, held_out_stages
+from mlpmem_jax.pipeline import changed_stages, estimates, held_out_stages, needs
 from mlpmem_jax.pipeline.changed_stages import exact_cache
 from mlpmem_jax.pipeline.checks import check_retrieval
-from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.array_specs import Split
@@ -57,8 +55,8 @@ def stages(run: Artifacts) -> list[Stage]:
             artifact=run.targets(split),
             build=build,
             check=functools.partial(_check_targets, run),
-            estimate=functools.partial(_estimate_targets, run, split),
-            need=functools.partial(_targets_need, run, split),
+            estimate=functools.partial(estimates.targets_estimate, run, split),
+            need=functools.partial(needs.targets_need, run, split),
         )
         for split, build in builds.items()
     ]
@@ -86,8 +84,8 @@ def _neighbors_stage(run: Artifacts, split: Split, exact: "ExactCache") -> Stage
         artifact=run.neighbors(split),
         build=functools.partial(_build_neighbors, run, split, exact),
         check=functools.partial(check_retrieval, run),
-        estimate=functools.partial(_estimate, run, split),
-        need=functools.partial(_need, run, split),
+        estimate=functools.partial(estimates.neighbors_estimate, run, split),
+        need=functools.partial(needs.neighbors_need, run, split),
     )
 
 
@@ -99,36 +97,10 @@ def by_index_stages(run: Artifacts) -> list[Stage]:
         Stage(
             artifact=run.neighbors_by_index(split),
             build=functools.partial(_build_neighbors, run, split, exact, by_index=True),
-            need=functools.partial(_need, run, split, by_index=True),
+            need=functools.partial(needs.neighbors_need, run, split, by_index=True),
         )
         for split in splits
     ]
-
-
-def _estimate(run: Artifacts, split: Split) -> Mapping[str, Any]:
-    from mlpmem_jax.pipeline.estimates import neighbors_estimate
-
-    return neighbors_estimate(run, split)
-
-
-def _estimate_targets(run: Artifacts, split: Split) -> Mapping[str, Any]:
-    from mlpmem_jax.pipeline.estimates import targets_estimate
-
-    return targets_estimate(run, split)
-
-
-def _need(
-    run: Artifacts, split: Split, machine: Machine, count: RowCounter, *, by_index: bool = False
-) -> Need:
-    from mlpmem_jax.pipeline.needs import neighbors_need
-
-    return neighbors_need(run, split, machine, count, by_index=by_index)
-
-
-def _targets_need(run: Artifacts, split: Split, machine: Machine, count: RowCounter) -> Need:
-    from mlpmem_jax.pipeline.needs import targets_need
-
-    return targets_need(run, split, machine, count)
 
 
 def _build_neighbors(

@@ -8,12 +8,11 @@ import jax
 from mlpmem_jax.console import say
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.evaluation.cost import costs, datastore_bytes
-from mlpmem_jax.evaluation.joint_lm import TokenWindows
+from mlpmem_jax.evaluation.joint_lm import score_joint
 from mlpmem_jax.evaluation.labels import StoredSplit
-from mlpmem_jax.evaluation.latency import time_tokens
-from mlpmem_jax.evaluation.memory_scores import Remembered, remember
+from mlpmem_jax.evaluation.memory_lm import Remembered, score_memory
 from mlpmem_jax.evaluation.run_scores import EVALUATED, RunScores, score_run
-from mlpmem_jax.evaluation.timed_decoding import CompiledModel, System, make_search
+from mlpmem_jax.evaluation.timed_decoding import CompiledModel, System, make_search, time_tokens
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.input.rows import StoredRows
 from mlpmem_jax.models.decoder import Decoder, Site
@@ -40,7 +39,6 @@ def stored_rows(run: Artifacts, split: Split, *, with_targets: bool) -> StoredRo
     """Opens the stored inputs of a split, in order.
 
     Args:
-        run: The artifacts of the configuration.
         split: Which.
         with_targets: Whether the kNN targets are read too, for diagnostics.
     """
@@ -66,22 +64,22 @@ def memory_scores(
     """Scores the memory on a split, with the decoder that it was trained beside or with.
 
     Args:
-        run: The artifacts of the configuration.
         split: Which.
         decoder: On the mesh.
         memory: On the mesh.
-        mesh: Devices.
         weight: λ that a memory without a gate was trained with; None: it is to be chosen.
     """
     config = run.config
-    inputs: StoredRows | TokenWindows
+    limits: dict[str, Any] = {"chunk_tokens": config.train.loss_chunk_tokens, "weight": weight}
     if config.train.mode == "joint":
-        tokens = TokenSplit.open(run.tokens, split)
-        inputs = TokenWindows(tokens, embedding_settings(config, ("input",)))
-    else:  # There are targets of validation rows; those of test rows are never made.
-        inputs = stored_rows(run, split, with_targets=split == "valid")
-    chunk_tokens = config.train.loss_chunk_tokens
-    return remember(decoder, memory, inputs, mesh, chunk_tokens=chunk_tokens, weight=weight)
+        tokens, settings = (
+            TokenSplit.open(run.tokens, split),
+            embedding_settings(config, ("input",)),
+        )
+        return score_joint(decoder, memory, tokens, settings, mesh, **limits)
+    # There are targets of validation rows; those of test rows are never made.
+    rows = stored_rows(run, split, with_targets=split == "valid")
+    return score_memory(memory, decoder, rows, mesh, **limits)
 
 
 def run_scores(
@@ -182,11 +180,9 @@ def compiled_models(
     """Returns the decoder alone and with the memory, ready to be timed.
 
     Args:
-        run: The artifacts of the configuration.
         decoder: On the mesh.
         memory: On the mesh.
         systems: As in `evaluate.json`: λ of the kNN-LM and of the memory.
-        mesh: Devices.
     """
     config = run.config
     key, read = (

@@ -68,7 +68,6 @@ def measured_search(
     """Returns a search by the engine of the index, with its recall against the exact one.
 
     Args:
-        run: The artifacts of the configuration.
         machine: Where it runs.
         rows: Rows of each split.
         split: Whose rows are searched for.

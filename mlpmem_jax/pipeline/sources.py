@@ -31,7 +31,6 @@ class Sources:
         """Prepares.
 
         Args:
-            workdir: The work directory.
             reads: Whether files are read again, rather than remembered.
         """
         self._workdir = workdir

@@ -54,8 +54,6 @@ def pretrain_task(run: Artifacts, mesh: jax.sharding.Mesh, *, blank: bool = Fals
     """Returns what `pretrain` trains.
 
     Args:
-        run: The artifacts of the configuration.
-        mesh: Devices.
         blank: Whether it is only compiled: nothing is read, and arrays are shapes.
     """
     config, data = run.config, _data(run, "pretrain", blank=blank)
@@ -94,8 +92,6 @@ def joint_task(
     """Returns what `train` trains in mode `joint`; see `pretrain_task`.
 
     Args:
-        run: The artifacts of the configuration.
-        mesh: Devices.
         continues: A finished phase whose whole state this run goes on from.
         blank: See `pretrain_task`.
     """

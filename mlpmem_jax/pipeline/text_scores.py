@@ -9,7 +9,7 @@ import numpy as np
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.evaluation.evaluate_table import SplitScores
 from mlpmem_jax.evaluation.labels import StoredSplit
-from mlpmem_jax.evaluation.memory_scores import remember
+from mlpmem_jax.evaluation.memory_lm import score_memory
 from mlpmem_jax.evaluation.run_scores import EVALUATED
 from mlpmem_jax.input.rows import StoredRows
 from mlpmem_jax.models.decoder import Decoder
@@ -75,9 +75,9 @@ def _scores(
         config.memory.num_read_tokens,
         batch_size=config.evaluate.batch_size,
     )
-    remembered = remember(
-        decoder,
+    remembered = score_memory(
         memory,
+        decoder,
         inputs,
         mesh,
         chunk_tokens=config.train.loss_chunk_tokens,

@@ -25,10 +25,9 @@ from mlpmem_jax.corpus.tokenizer import (
 from mlpmem_jax.corpus.writer import PROGRESS_FILE, TokenWriter, batches, seen_by_first
 from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.parallel.agreement import of_first
-from mlpmem_jax.parallel.hardware import Machine
 from mlpmem_jax.parallel.multihost import is_writer
-from mlpmem_jax.pipeline.fitting import Need, RowCounter
 from mlpmem_jax.pipeline.graph import Artifacts
+from mlpmem_jax.pipeline.needs import tokens_need
 from mlpmem_jax.pipeline.stage import Builders, Stage
 from mlpmem_jax.store.array_specs import SPLITS, token_dtype
 from mlpmem_jax.store.files import check_free_space, write_bytes
@@ -64,15 +63,9 @@ def stages(run: Artifacts) -> list[Stage]:
             artifact=run.tokens,
             build=functools.partial(_make_tokens, run, corpus, text_bytes, scan),
             estimate=estimate,
-            need=functools.partial(_need, run),
+            need=functools.partial(tokens_need, run),
         ),
     ]
-
-
-def _need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
-    from mlpmem_jax.pipeline.needs import tokens_need
-
-    return tokens_need(run, machine, count)
 
 
 def _window(run: Artifacts) -> Window:

@@ -126,9 +126,7 @@ def build_shards(
     """Builds the shards that are not there yet; each process of a run builds its own.
 
     Args:
-        keys: All keys.
         path: Directory of the index.
-        config: The section.
 
     Yields:
         After each shard of this process: its number, and the number of all shards.

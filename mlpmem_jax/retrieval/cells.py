@@ -80,7 +80,6 @@ def train_centroids(sample_SD: np.ndarray, cells: int, mesh: Mesh) -> np.ndarray
     that no row is nearest to moves to one of the rows that are farthest from theirs.
 
     Args:
-        sample_SD: The sample.
         cells: C, at most as many as rows.
         mesh: Devices, each with its share of the sample.
     """

@@ -135,7 +135,6 @@ class _Same:
 
     Args:
         rank_T: Ranks of contexts by a power of two of last tokens.
-        token_Q: The queries.
         more_Q: How many more tokens are compared; if they are equal to the power of two, what is
             compared are the last ones twice, so many apart.
     """
@@ -151,22 +150,21 @@ class _Same:
 
     def first_place(self, order_E: np.ndarray, low_Q: np.ndarray, high_Q: np.ndarray) -> np.ndarray:
         """Returns the first place below `high_Q` from which on all are the same."""
-        while (low_Q < high_Q).any():
-            middle_Q = (low_Q + high_Q) // 2
-            is_same_Q = self._is_same(order_E[np.minimum(middle_Q, len(order_E) - 1)])
-            is_open_Q = low_Q < high_Q
-            high_Q = np.where(is_open_Q & is_same_Q, middle_Q, high_Q)
-            low_Q = np.where(is_open_Q & ~is_same_Q, middle_Q + 1, low_Q)
-        return low_Q
+        return self._first(order_E, low_Q, high_Q, same=True)
 
     def end_place(self, order_E: np.ndarray, low_Q: np.ndarray, high_Q: np.ndarray) -> np.ndarray:
         """Returns the first place from `low_Q` on that is not the same."""
+        return self._first(order_E, low_Q, high_Q, same=False)
+
+    def _first(
+        self, order_E: np.ndarray, low_Q: np.ndarray, high_Q: np.ndarray, *, same: bool
+    ) -> np.ndarray:
         while (low_Q < high_Q).any():
             middle_Q = (low_Q + high_Q) // 2
-            is_same_Q = self._is_same(order_E[np.minimum(middle_Q, len(order_E) - 1)])
+            is_it_Q = self._is_same(order_E[np.minimum(middle_Q, len(order_E) - 1)]) == same
             is_open_Q = low_Q < high_Q
-            low_Q = np.where(is_open_Q & is_same_Q, middle_Q + 1, low_Q)
-            high_Q = np.where(is_open_Q & ~is_same_Q, middle_Q, high_Q)
+            low_Q = np.where(is_open_Q & ~is_it_Q, middle_Q + 1, low_Q)
+            high_Q = np.where(is_open_Q & is_it_Q, middle_Q, high_Q)
         return low_Q
 
 
@@ -174,7 +172,6 @@ def _ranks(token_T: np.ndarray, length_T: np.ndarray) -> list[np.ndarray]:
     """Returns ranks of contexts by their last 1, 2, 4, … tokens, until more tell no more apart.
 
     Args:
-        token_T: The tokens.
         length_T: Tokens of the context of each.
 
     Returns:

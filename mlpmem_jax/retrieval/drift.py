@@ -32,11 +32,8 @@ def neighbor_agreement(
 
     Args:
         decoder: The decoder of now.
-        tokens: The training split.
         rows: Its datastore, which is compared with.
         settings: How its keys were made.
-        seed: Seed of the sample.
-        mesh: Devices.
     """
     plan = settings.plan(tokens.num_rows)
     wanted = min(plan.num_blocks, max(1, SAMPLE_ROWS // settings.stride_tokens))

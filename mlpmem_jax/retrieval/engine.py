@@ -249,8 +249,6 @@ def choose_engine(config: RetrievalConfig, num_rows: int, platform: str) -> Choi
     """Resolves `retrieval.engine`.
 
     Args:
-        config: The section.
-        num_rows: Rows of the datastore.
         platform: Kind of the devices, for example "cpu".
 
     Raises:

@@ -90,7 +90,6 @@ def exact_plan(
         num_rows: N.
         width: D.
         shard_rows: Rows of a shard of the datastore, which is a key shard.
-        config: The section.
         num_devices: Devices that share the keys.
         memory_bytes: Memory of each device; None: not known.
     """
@@ -116,7 +115,6 @@ def index_plan(
     Args:
         num_rows: N.
         width: D.
-        config: The section.
         num_processes: Processes that share the shards.
         memory_bytes: Memory of each process; None: not known.
     """
@@ -170,7 +168,6 @@ def routed_plan(
     Args:
         num_rows: N.
         width: D.
-        config: The section.
         memory_bytes: Memory of each process; None: not known.
     """
     budget_bytes = _budget(config, memory_bytes)
@@ -199,9 +196,7 @@ def spilled_bytes(num_queries: int, num_neighbors: int, plan: KeyShardPlan) -> i
     """Returns what running lists take on disk at a time; nothing where all keys fit.
 
     Args:
-        num_queries: Rows to search for.
         num_neighbors: K.
-        plan: How keys are searched.
     """
     if plan.num_loads == 1:
         return 0

@@ -43,7 +43,6 @@ class ExactEngine:
         keys: Keys; each device holds its part.
         mesh: Where they lie.
         key_chunk_rows: Keys that one device scores at once; auto: by its memory.
-        first_row: Number of the first row.
     """
 
     name: EngineName = "exact"

@@ -23,7 +23,8 @@ from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.neighbors import check_enough_rows
 from mlpmem_jax.retrieval.routed import CellSettings
-from mlpmem_jax.retrieval.routed_builder import build_routed, open_routed
+from mlpmem_jax.retrieval.routed_builder import finish_routed, open_routed
+from mlpmem_jax.retrieval.routed_index import build_cells
 from mlpmem_jax.store.files import check_free_space, describe_file, read_json, write_json
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.store.verification import verify_together
@@ -85,19 +86,15 @@ def build_index(
     Args:
         artifact: Where it goes.
         train: The datastore of the training rows, whose keys it holds.
-        retrieval: The section.
         seed: Seed of the sample on which it is calibrated.
-        mesh: Devices.
 
     Raises:
         UserError: There are too few rows, too little memory or disk, or ScaNN is missing.
     """
     keys = StoredKeys(train)
     check_enough_rows(retrieval.num_neighbors, keys.num_rows, str(train.path))
-    path, choice = (
-        artifact.path,
-        choose_engine(retrieval, keys.num_rows, mesh.devices.flat[0].platform),
-    )
+    path = artifact.path
+    choice = choose_engine(retrieval, keys.num_rows, mesh.devices.flat[0].platform)
     exact = functools.partial(exact_engine, train, mesh, retrieval)
     if choice.engine == "scann" and not _is_given_up(path):
         say(f"index: {choice.engine} engine ({choice.why})")
@@ -114,9 +111,8 @@ def build_index(
         index_files.remove_shards(path)
     draw = functools.partial(_calibration_sample, keys, exact, retrieval, seed)
     chunk_rows = int(train.load().arrays["key"]["chunk_rows"])
-    return _completed(
-        build_routed(path, keys, chunk_rows, retrieval, seed, mesh, draw), choice, keys
-    )
+    arrays = build_cells(path, keys, chunk_rows, retrieval, seed, mesh)
+    return _completed(finish_routed(path, arrays, retrieval, draw), choice, keys)
 
 
 def _completed(made: Completion, choice: Choice, keys: Keys) -> Completion:
@@ -215,8 +211,6 @@ def choose_settings(
         path: Directory of the finished shards.
         keys: The keys that they hold.
         exact: Opens the exact engine over the same keys, where it is needed.
-        retrieval: The section.
-        seed: Seed of the sample.
 
     Returns:
         The settings, and their recall on the calibration sample (none: nothing was auto).
@@ -270,8 +264,6 @@ def open_index(
     """Opens the engine that an index names; its files are verified first.
 
     Args:
-        artifact: The index.
-        retrieval: The section.
         width: Of its keys.
         exact: Opens the exact engine, where that is the one.
 
@@ -334,7 +326,6 @@ class ExactCache:
 
     Args:
         train: The datastore of the training rows.
-        retrieval: The section.
         mesh: Devices, which are not touched before they are needed.
     """
 

@@ -23,16 +23,15 @@ from mlpmem_jax.parallel.preemption import (
     stopping_where_asked,
 )
 from mlpmem_jax.parallel.sharing import is_mine
-from mlpmem_jax.retrieval.engine import Engine, Keys, row_ranges
+from mlpmem_jax.retrieval.engine import Engine, row_ranges
 from mlpmem_jax.retrieval.estimates import LIST_BYTES, spilled_rows
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.merge import Neighbors, concatenate, merge, no_neighbors
-from mlpmem_jax.retrieval.neighbors import Consume, drain
-from mlpmem_jax.retrieval.queries import Queries, first_list
+from mlpmem_jax.retrieval.neighbors import SplitSearch, drain, spent
+from mlpmem_jax.retrieval.queries import first_list
 from mlpmem_jax.retrieval.running_lists import RunningLists
 from mlpmem_jax.store.contents import RUNNING
 from mlpmem_jax.store.files import check_free_space
-from mlpmem_jax.store.shards import ShardWriter
 
 _MAX_PENDING_BLOCKS = 2
 # Lists in memory at a time where those that are short are searched for again.
@@ -41,17 +40,7 @@ _WIDENED_BYTES = 1 << 30
 Block = tuple[int, slice]
 
 
-def search_by_shards(
-    engine: KeyShards,
-    keys: Keys,
-    writer: ShardWriter,
-    consume: Consume,
-    *,
-    num_neighbors: int,
-    query_batch: int,
-    queries: Queries,
-    description: str,
-) -> dict[str, float]:
+def search_by_shards(engine: KeyShards, split: SplitSearch) -> dict[str, float]:
     """Searches every row of a split that is not written yet, as `neighbors.search_split` does.
 
     Several processes load shards at the same time and go through the same blocks; each keeps the
@@ -61,8 +50,9 @@ def search_by_shards(
         Preempted: The machine is about to go; what is on disk stays.
         UserError: Running lists and results do not fit on the disk.
     """
-    exclusion = queries.exclusion
-    wide = None if exclusion is None else engine.visiting(first_list(num_neighbors))
+    writer, queries, description = split.writer, split.queries, split.description
+    num_neighbors, query_batch = split.num_neighbors, split.query_batch
+    wide = None if queries.exclusion is None else engine.visiting(first_list(num_neighbors))
     lists = RunningLists(writer.path, num_neighbors)
     missing = writer.missing_shards()
     counts = {shard: queries.count(writer.rows_of(shard)) for shard in missing}
@@ -77,9 +67,7 @@ def search_by_shards(
     bar = progress(writer.num_rows, "row", description, initial=done)
     started = time.monotonic()
     with bar, stopping_where_asked(), concurrent.futures.ThreadPoolExecutor(1) as pool:
-        search = functools.partial(
-            _Wave, wide or engine, keys, writer, lists, consume, num_neighbors, queries, description
-        )
+        search = functools.partial(_Wave, wide or engine, split, lists)
         for shards in [*waves, []]:  # Last none: what earlier waves left is removed.
             blocks = [
                 (shard, rows)
@@ -94,14 +82,8 @@ def search_by_shards(
             wave.run(widens=wide is not None)
         engine.release()
         writer.close()
-    seconds = time.monotonic() - started
-    return {
-        "queries": num_queries,
-        "search_secs": round(seconds, 3),
-        "queries_per_sec": round(num_queries / seconds, 1) if num_queries else 0.0,
-        "key_shards": engine.plan.num_shards,
-        "key_shards_at_once": engine.plan.at_once,
-    }
+    plan = {"key_shards": engine.plan.num_shards, "key_shards_at_once": engine.plan.at_once}
+    return spent(num_queries, time.monotonic() - started) | plan
 
 
 def _waves(counts: Mapping[int, int], most: int) -> list[list[int]]:
@@ -127,13 +109,8 @@ class _Wave:
 
     Args:
         engine: What is searched.
-        keys: The queries: keys of the split.
-        writer: Where results go.
+        split: The split that the queries are of.
         lists: Where running lists go.
-        consume: Turns rows and their neighbours into the arrays to write.
-        num_neighbors: Neighbours of a running list.
-        queries: Which rows are searched for, and what is no neighbour of theirs.
-        description: What the progress bar says.
         blocks: The queries, in order.
         covered: How many key shards each block has been searched in.
         pool: One thread, which finishes blocks in order.
@@ -143,21 +120,17 @@ class _Wave:
     def __init__(
         self,
         engine: KeyShards,
-        keys: Keys,
-        writer: ShardWriter,
+        split: SplitSearch,
         lists: RunningLists,
-        consume: Consume,
-        num_neighbors: int,
-        queries: Queries,
-        description: str,
         blocks: Sequence[Block],
         covered: Sequence[int],
         pool: concurrent.futures.ThreadPoolExecutor,
         bar: Progress,
     ):
-        self._engine, self._keys, self._writer, self._lists = engine, keys, writer, lists
-        self._consume, self._num_neighbors = consume, num_neighbors
-        self._queries, self._description = queries, description
+        self._engine, self._lists = engine, lists
+        self._keys, self._writer = split.keys, split.writer
+        self._consume, self._num_neighbors = split.consume, split.num_neighbors
+        self._queries, self._description = split.queries, split.description
         self._blocks, self._covered = list(blocks), list(covered)
         self._pool, self._bar = pool, bar
         self._tasks: list[concurrent.futures.Future[Any]] = []

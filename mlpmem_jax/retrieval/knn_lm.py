@@ -78,7 +78,6 @@ class KnnLm(abc.ABC):
             scored_N: Rows that are scored, bool.
             decoder_N: log p_LM(label).
             most_rows: Use so many scored rows, drawn at random; None: all.
-            seed: Seed of that draw.
             temperature: τ, where it is given; λ alone is chosen then.
 
         Raises:
@@ -101,7 +100,6 @@ class StoredKnn(KnnLm):
     """The kNN-LM of stored neighbours.
 
     Args:
-        artifact: The neighbours.
         label_N: Labels of the rows whose neighbours they are.
         train_label: Labels of the training rows.
 
@@ -135,7 +133,6 @@ def tuning_rows(scored_N: np.ndarray, most_rows: int | None, seed: int) -> np.nd
         scored_N: Rows that are scored, bool.
         most_rows: Rows to draw at random where there are more, since what is tuned on holds K
             neighbours of each in memory; None: all.
-        seed: Seed of the draw.
     """
     row_N = draw_rows(scored_N, most_rows, seed)
     num_scored = int(np.count_nonzero(scored_N))

@@ -5,6 +5,7 @@ and writes finished shards; ScaNN, XLA and NumPy release the interpreter's lock.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,24 +50,11 @@ def check_enough_rows(num_neighbors: int, num_rows: int, name: str) -> None:
         )
 
 
-def search_split(
-    engine: Engine,
-    keys: Keys,
-    writer: ShardWriter,
-    consume: Consume,
-    *,
-    num_neighbors: int,
-    query_batch: int,
-    queries: Queries,
-    description: str,
-) -> dict[str, float]:
-    """Searches every row of a split that is not written yet.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitSearch:
+    """A split whose neighbours are wanted.
 
-    Each of several processes searches for its own shards, unless the engine spans them: then
-    all of them search for all, together, and each writes its own.
-
-    Args:
-        engine: What is searched.
+    Attributes:
         keys: The queries: keys of the split.
         writer: Where results go; finished shards are skipped.
         consume: Turns rows and their neighbours into the arrays to write, in another thread.
@@ -74,6 +62,22 @@ def search_split(
         query_batch: Queries searched at once.
         queries: Which rows are searched for; the others have no neighbours.
         description: What the progress bar says.
+    """
+
+    keys: Keys
+    writer: ShardWriter
+    consume: Consume
+    num_neighbors: int
+    query_batch: int
+    queries: Queries
+    description: str
+
+
+def search_split(engine: Engine, split: SplitSearch) -> dict[str, float]:
+    """Searches every row of a split that is not written yet.
+
+    Each of several processes searches for its own shards, unless the engine spans them: then
+    all of them search for all, together, and each writes its own.
 
     Returns:
         Numbers for the manifest: queries of this start, seconds, queries per second.
@@ -81,18 +85,20 @@ def search_split(
     Raises:
         Preempted: The machine is about to go; finished shards stay.
     """
+    keys, writer, queries = split.keys, split.writer, split.queries
+    num_neighbors, query_batch = split.num_neighbors, split.query_batch
     missing = writer.missing_shards()
     searched = missing if engine.spans_processes else share_of(missing)
     num_queries = sum(queries.count(writer.rows_of(shard)) for shard in missing)
     # So often all processes ask whether to stop, however many shards are theirs.
     turns = len(missing) if engine.spans_processes else most_shared(missing)
     done = writer.num_rows - writer.count_rows(missing)
-    bar = progress(writer.num_rows, "row", description, initial=done)
+    bar = progress(writer.num_rows, "row", split.description, initial=done)
     started = time.monotonic()
     block_rows = max(query_batch, _READ_BYTES // (4 * keys.width))
 
     def take(row_Q: np.ndarray, finish: Callable[[], Neighbors]) -> Mapping[str, np.ndarray]:
-        return consume(row_Q, finish())
+        return split.consume(row_Q, finish())
 
     with bar, stopping_where_asked(), concurrent.futures.ThreadPoolExecutor(1) as pool:
         tasks: list[concurrent.futures.Future[Any]] = []
@@ -120,19 +126,23 @@ def search_split(
                         if is_mine(searched[turn]):
                             parts.append((row_N[part], pool.submit(take, row_N[part], found)))
                             tasks = drain([*tasks, parts[-1][1]], _MAX_PENDING_BATCHES)
-                        stop_if_alone(f"{description}: finished shards are kept")
+                        stop_if_alone(f"{split.description}: finished shards are kept")
                 if parts:
                     written = pool.submit(_write, writer, shard, parts)
                     tasks = drain([*tasks, written], _MAX_PENDING_BATCHES)
                 if preempted():
-                    raise Preempted(f"{description}: finished shards are kept")
+                    raise Preempted(f"{split.description}: finished shards are kept")
         except Preempted:
             drain(tasks, 0)
             writer.flush()
             raise
         drain(tasks, 0)
         writer.close()
-    seconds = time.monotonic() - started
+    return spent(num_queries, time.monotonic() - started)
+
+
+def spent(num_queries: int, seconds: float) -> dict[str, float]:
+    """Returns what manifests record of a search."""
     return {
         "queries": num_queries,
         "search_secs": round(seconds, 3),

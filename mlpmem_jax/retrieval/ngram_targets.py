@@ -43,8 +43,6 @@ def make_ngram_targets(
     Args:
         artifact: Where they go.
         split: Whose rows; a training row is no occurrence for itself.
-        tokens: The token stream.
-        config: The section.
         chunking: How arrays are cut: as those of the datastore.
         seed: Of the share of training rows that have targets.
     """
@@ -81,9 +79,7 @@ class NgramTeacher:
     """Next-token distributions of rows by what follows their contexts elsewhere in training.
 
     Args:
-        tokens: The token stream.
         split: Whose rows are asked about.
-        config: The section.
 
     Raises:
         ConfigError: There are too many tokens.

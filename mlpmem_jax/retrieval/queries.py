@@ -272,8 +272,6 @@ def exclusion_of(config: RetrievalConfig, tokens: Artifact, train: Artifact) -> 
     """Returns what the section excludes besides each row itself; None: nothing.
 
     Args:
-        config: The section.
-        tokens: The token stream.
         train: The datastore of the training rows.
     """
     if not config.excludes_more:

@@ -67,9 +67,7 @@ def draw_sample(
     Args:
         keys: The datastore; fewer rows than `num_queries` are all taken.
         search: The exact search of an engine.
-        num_queries: Rows to draw.
         num_neighbors: K.
-        seed: Seed of the draw.
     """
     count = min(num_queries, keys.num_rows)
     generator = np.random.default_rng(seed)

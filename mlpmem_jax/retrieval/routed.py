@@ -24,7 +24,7 @@ from mlpmem_jax.retrieval.blocked import (
 )
 from mlpmem_jax.retrieval.distances import squared_distances
 from mlpmem_jax.retrieval.engine import READ_ROWS, EngineName, row_ranges
-from mlpmem_jax.retrieval.merge import MISSING_ROW, Neighbors, nearest
+from mlpmem_jax.retrieval.merge import Neighbors, nearest, no_neighbors
 from mlpmem_jax.retrieval.tiles import augmented, host_device, padded_lengths, pair_scores
 
 _MOST_THREADS = 8  # More would share a batch in pieces of too few queries a cell.
@@ -137,7 +137,6 @@ class RoutedEngine:
     """Searches cells that are in memory; processes search each for themselves.
 
     Args:
-        cells: The index.
         settings: How thoroughly; can be replaced between searches.
         held: Consecutive cells to hold; None: all. A query's visits to others find nothing.
         capacity: Rows to have room for: engines of one capacity share compiled programs.
@@ -188,7 +187,7 @@ class RoutedEngine:
 
     def search(self, query_QD: np.ndarray, num_neighbors: int) -> Neighbors:
         """Returns the nearest rows of the visited cells, as the protocol says."""
-        found = _nothing(len(query_QD), num_neighbors)
+        found = no_neighbors(len(query_QD), num_neighbors)
         threads = min(_MOST_THREADS, max(2, (os.cpu_count() or 2) // 2))
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             parts = list(row_ranges(len(query_QD), max(1, -(-len(query_QD) // threads))))
@@ -300,8 +299,3 @@ def _stacked(parts: list[np.ndarray]) -> np.ndarray:
         np.pad(part, ((0, 0), (0, most - part.shape[1])), constant_values=-1) for part in parts
     ]
     return np.concatenate(filled) if filled else np.empty((0, most), np.int64)
-
-
-def _nothing(num_queries: int, num_neighbors: int) -> Neighbors:
-    shape = (num_queries, num_neighbors)
-    return Neighbors(np.full(shape, np.inf, np.float32), np.full(shape, MISSING_ROW, np.int64))

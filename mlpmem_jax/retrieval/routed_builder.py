@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from etils import epath
-from jax.sharding import Mesh
 
 from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.console import say
@@ -12,43 +12,28 @@ from mlpmem_jax.parallel.agreement import smallest_of_all
 from mlpmem_jax.parallel.hardware import check_host_memory, host_memory
 from mlpmem_jax.parallel.multihost import is_writer
 from mlpmem_jax.retrieval import recall
-from mlpmem_jax.retrieval.engine import Keys
 from mlpmem_jax.retrieval.estimates import first_cells_to_search, routed_plan
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.routed import Cells, CellSettings, RoutedEngine
-from mlpmem_jax.retrieval.routed_index import (
-    build_cells,
-    described,
-    stored_cells,
-    unfinished_cells,
-)
+from mlpmem_jax.retrieval.routed_index import described, stored_cells, unfinished_cells
 from mlpmem_jax.store.files import describe_file, read_json, write_json
 from mlpmem_jax.store.manifest import Artifact, Completion
 
 SEARCH = "search.json"
 
 
-def build_routed(
+def finish_routed(
     path: epath.Path,
-    keys: Keys,
-    chunk_rows: int,
+    arrays: dict[str, Any],
     retrieval: RetrievalConfig,
-    seed: int,
-    mesh: Mesh,
     draw: Callable[[], recall.Sample],
 ) -> Completion:
-    """Builds an index of cells, or continues a build that was interrupted.
+    """Chooses how an index is searched whose cells are built.
 
     Args:
-        path: Its directory.
-        keys: All keys.
-        chunk_rows: Rows of its smallest readable piece.
-        retrieval: The section.
-        seed: Seed of the sample on which centroids are trained.
-        mesh: Devices, for k-means.
+        arrays: What `build_cells` returned.
         draw: Draws the sample on which the number of cells to visit is chosen.
     """
-    arrays = build_cells(path, keys, chunk_rows, retrieval, seed, mesh)
     cells, measured = unfinished_cells(path), {}
     settings, calibrated = _choose_settings(path, cells, retrieval, draw)
     if calibrated is not None:

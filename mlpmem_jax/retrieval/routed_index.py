@@ -57,9 +57,7 @@ def build_cells(
 
     Args:
         path: Directory of the index.
-        keys: All keys.
         chunk_rows: Rows of the smallest readable piece.
-        retrieval: The section.
         seed: Seed of the sample on which centroids are trained.
         mesh: Devices, for k-means.
 

@@ -15,7 +15,7 @@ from mlpmem_jax.retrieval.index_builder import MEASUREMENT_SEED, ExactCache, ope
 from mlpmem_jax.retrieval.key_major import search_by_shards
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.merge import Neighbors
-from mlpmem_jax.retrieval.neighbors import Consume, check_enough_rows, search_split
+from mlpmem_jax.retrieval.neighbors import Consume, SplitSearch, check_enough_rows, search_split
 from mlpmem_jax.retrieval.queries import Queries, exclusion_of
 from mlpmem_jax.retrieval.shares import Share
 from mlpmem_jax.store.array_specs import Split, neighbors_arrays
@@ -32,7 +32,6 @@ class Search:
         train: The datastore of the training rows.
         index: Their index; None: they are searched exactly.
         exact: The exact engine over them.
-        retrieval: The section.
         seed: Seed of the sample on which recall is measured, and of the rows to search for.
         tokens: The token stream; not read unless rows of a document are excluded.
     """
@@ -101,16 +100,19 @@ class Search:
 
         See `neighbors.search_split`.
         """
-        about: dict[str, Any] = {
-            "num_neighbors": self.retrieval.num_neighbors,
-            "query_batch": self.retrieval.query_batch,
-            "queries": self.queries(split, share),
-            "description": f"retrieve {split}",
-        }
+        job = SplitSearch(
+            keys=keys,
+            writer=writer,
+            consume=consume,
+            num_neighbors=self.retrieval.num_neighbors,
+            query_batch=self.retrieval.query_batch,
+            queries=self.queries(split, share),
+            description=f"retrieve {split}",
+        )
         if isinstance(engine, KeyShards):
-            numbers = search_by_shards(engine, keys, writer, consume, **about)
+            numbers = search_by_shards(engine, job)
         else:
-            numbers = search_split(engine, keys, writer, consume, **about)
+            numbers = search_split(engine, job)
         if numbers["queries"]:
             say(
                 f"retrieve: {numbers['queries']:,} rows of {split} by the {engine.name} engine, "

@@ -16,7 +16,6 @@ class Share:
 
     Attributes:
         share: Probability of each draw.
-        seed: Of the draws.
         document_offset: First row of each document, and the end of the last, int64 [D + 1]; None:
             rows are drawn.
     """

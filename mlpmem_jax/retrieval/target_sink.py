@@ -40,10 +40,7 @@ def share_of_rows(
     """Returns which training rows have targets; None: all.
 
     Args:
-        config: The section.
-        tokens: The token stream.
         label_N: Labels of the training rows.
-        seed: Of the draw.
 
     Raises:
         ConfigError: It leaves no scored row.
@@ -79,8 +76,6 @@ class TargetSink:
         Args:
             artifact: Where they go.
             split: Whose rows they are about.
-            tokens: The token stream.
-            config: The section.
             chunking: How arrays are cut: as those of the datastore.
             label_N: Labels of the rows.
             share: Rows that have targets; None: all.

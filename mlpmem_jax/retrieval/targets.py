@@ -30,10 +30,8 @@ class TargetInputs:
     """What targets are made from besides training rows and their neighbours.
 
     Attributes:
-        tokens: The token stream.
         valid: The datastore of the validation rows, on which τ is chosen.
         valid_neighbors: Their exact neighbours.
-        targets: The section.
         chunking: How arrays are cut: as those of the datastore.
     """
 

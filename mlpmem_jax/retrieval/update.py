@@ -38,7 +38,6 @@ class UpdateInputs:
         all: Exact search among all of these.
         new: Exact search among those that are new, which are the last; None: there are none.
         kept: Neighbours of the split before the change.
-        retrieval: The section.
         chunking: How arrays are cut: as those of the datastore.
     """
 

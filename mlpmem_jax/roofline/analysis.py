@@ -44,7 +44,6 @@ def analyse(step: LoweredStep, mesh: jax.sharding.Mesh, settings: CompileConfig)
     Args:
         step: Lowered on the mesh.
         mesh: Devices, which need not exist.
-        settings: The section `compile`.
 
     Returns:
         The report, JSON-ready; "roofline" and "flops" are None where the compiler refused

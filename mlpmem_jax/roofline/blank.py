@@ -41,10 +41,6 @@ class BlankRun:
 
     Attributes:
         vocab_size: V of the tokenizer, unpadded.
-        decoder_config: The section `decoder`.
-        memory_config: The section `memory`.
-        datastore: The section `datastore`.
-        targets: The section `targets`.
         within: As in `RunData`.
         with_logprob: As in `RunData`.
     """

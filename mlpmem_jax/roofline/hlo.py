@@ -55,7 +55,6 @@ class Instruction(NamedTuple):
         name: Unique in its computation.
         opcode: For example "fusion".
         shapes: Arrays of the result; a tuple has several.
-        operands: Names of the arguments.
         attributes: The rest of the line.
     """
 

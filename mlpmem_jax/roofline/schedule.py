@@ -24,7 +24,6 @@ class Total:
     """What a computation costs, loops unrolled.
 
     Attributes:
-        secs: Estimated time.
         bound_secs: That time by what it waits for.
         flops: Operations of matrix products.
         memory_bytes: Bytes from and to memory.
@@ -74,7 +73,6 @@ class Simulator:
         """Prepares.
 
         Args:
-            program: The program.
             chip: Its devices; None: times are NaN, counts are still right.
             fabric: Their links.
             unknown_trips: Rounds of loops whose number is decided while they run.

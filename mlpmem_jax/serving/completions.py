@@ -38,7 +38,6 @@ class Service:
         name: Of the model.
         model: Networks and tokenizer.
         worker: Continues texts.
-        metrics: Counts.
     """
 
     config: ServeConfig

@@ -129,7 +129,6 @@ class PairedSums:
     Attributes:
         total_M: Over all clusters.
         drawn_RM: Of each draw.
-        confidence: Level of the intervals.
         has_interval: Whether there are clusters enough for intervals.
     """
 

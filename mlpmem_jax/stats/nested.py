@@ -40,7 +40,6 @@ def choose(logp_MN: np.ndarray, cluster_N: np.ndarray, draws: Draws) -> np.ndarr
     Args:
         logp_MN: Log-probabilities of the models, the base first; -inf is allowed.
         cluster_N: int64 cluster of each row; every cluster has rows.
-        draws: Draws of these clusters.
     """
     num_models = len(logp_MN)
     if num_models == 1:
@@ -66,7 +65,6 @@ def sum_nats(
         logp_MN: Log-probabilities of the models, the base first; -inf is allowed.
         cluster_N: int64 cluster of each row.
         weight_RM: The weights of each draw.
-        draws: Draws of these clusters.
     """
     nats_C = np.bincount(cluster_N, -logp_MN[0].astype(np.float64), draws.num_clusters)
     base_R = draws.sums(nats_C[:, None])[:, 0]

@@ -56,7 +56,7 @@ class Appender:
         """Rows appended so far."""
         return self._rows + self._num_pending
 
-    def append(self, rows: np.ndarray) -> bool:
+    def append(self, rows: np.ndarray | list[int]) -> bool:
         """Adds rows; returns whether a shard was written, so that `state` is worth saving."""
         self._add(np.asarray(rows, self._dtype))
         if self._num_pending < self._shard_rows:

@@ -28,7 +28,6 @@ class ArraySpec:
 
     Attributes:
         tail: Shape after the rows.
-        dtype: NumPy dtype.
         shard_rows: Rows of a shard.
         chunk_rows: Rows of a readable piece.
     """

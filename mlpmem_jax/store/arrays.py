@@ -75,7 +75,6 @@ def create_array(
     """Creates an array, or opens the one that an interrupted start left.
 
     Args:
-        path: Directory of the array.
         shape: Rows first.
         dtype: NumPy dtype, `ml_dtypes.bfloat16` included.
         shard_rows: Rows of a shard, the unit of writing.

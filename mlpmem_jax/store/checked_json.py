@@ -36,7 +36,6 @@ def read_checked_json(path: str | epath.Path, way_out: str = START_AGAIN) -> dic
     """Reads what `write_checked_json` wrote.
 
     Args:
-        path: The file.
         way_out: What the user can do where it is damaged.
 
     Raises:

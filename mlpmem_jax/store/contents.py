@@ -70,7 +70,6 @@ def foreign_file(root: epath.Path, kind: str | None) -> str | None:
     Symbolic links are foreign: this program makes none.
 
     Args:
-        root: The directory.
         kind: Of the artifact; None: it is none, and its records alone are known.
     """
     names = () if kind is None else (*_FILES.get(kind, ()), *_listed(root))

@@ -18,7 +18,6 @@ def copy_rows(
         source: A finished artifact of rows, joined or not.
         target: Where the copy goes.
         specs: Its arrays.
-        num_rows: Rows to copy.
 
     Returns:
         The arrays as the manifest describes them.

@@ -8,7 +8,6 @@ import glob
 import itertools
 import json
 import os
-import shutil
 import tempfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -18,7 +17,8 @@ from etils import epath
 
 from mlpmem_jax.config.keys import holds_path
 from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
-from mlpmem_jax.failures import of_file
+from mlpmem_jax.failures import first_line, of_file
+from mlpmem_jax.parallel.hardware import free_disk
 from mlpmem_jax.units import human_bytes
 
 # Of what is written before it gets its name: no name that a user gives a file.
@@ -146,11 +146,7 @@ def unreachable(error: Exception) -> str:
     """Says why a bucket cannot be read, whatever its driver raised."""
     if isinstance(error, ImportError):
         return "paths in buckets need further packages (pip install -r requirements-remote.txt)"
-    return f"cannot be reached ({_first_line(error)})"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"cannot be reached ({first_line(error)})"
 
 
 def _see_what_others_write() -> None:
@@ -204,7 +200,7 @@ def _put(path: epath.Path, data: bytes) -> None:
     except FileNotFoundError:  # Anybody may look for objects in a bucket that is not there.
         raise UserError(f"{path}: cannot be written (there is no such bucket)") from None
     except Exception as error:
-        raise UserError(f"{path}: cannot be written ({_first_line(error)})") from None
+        raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
 
 
 def write_json(path: str | epath.Path, value: Any) -> None:
@@ -273,10 +269,8 @@ def check_free_space(path: str | epath.Path, needed_bytes: int, what: str) -> No
     Raises:
         UserError: Fewer bytes are free than needed.
     """
-    if not is_local(path):
-        return
-    free = shutil.disk_usage(_existing(path)).free
-    if needed_bytes > free:
+    free = free_disk(os.fspath(path))
+    if free is not None and needed_bytes > free:
         raise UserError(
             f"workdir={path}: {what} needs {human_bytes(needed_bytes)} and {human_bytes(free)} "
             "are free; free some space or set workdir to another disk"

@@ -20,7 +20,6 @@ class Entry:
     """One artifact of a store.
 
     Attributes:
-        artifact: The artifact.
         manifest: Its manifest; None: it is not finished, or its manifest is damaged.
         num_bytes: Of its files.
         users: "WORKDIR: ROLE" of each work directory that uses it, or uses what is made from it.
@@ -40,7 +39,6 @@ def entries(
     """Returns the artifacts of a store, by kind and age.
 
     Args:
-        store: The store.
         workdir: A work directory that may use it unregistered, since it was moved or copied.
         kept_by: Returns what a work directory cannot do without, by role, whatever its record says.
 

@@ -37,7 +37,6 @@ def only_maker(artifact: Artifact, *, waits: bool = True) -> Iterator[Callable[[
     alone.
 
     Args:
-        artifact: What is made.
         waits: Whether to wait for another run that is making it.
 
     Yields:
@@ -55,7 +54,7 @@ def only_maker(artifact: Artifact, *, waits: bool = True) -> Iterator[Callable[[
             _wait(lock, artifact)
         elif (holder := _take(lock, artifact.root)) is not None:
             raise BeingMade(f"{artifact.path}: is being made by another run ({holder})")
-        yield lock.confirm if lock else _confirm_nothing
+        yield lock.confirm if lock else lambda: None
     finally:
         if lock:
             lock.release()
@@ -101,7 +100,3 @@ def _take(lock: FileLock | Lease | None, folder: epath.Path) -> str | None:
             _warned.add(folder)
             warn(f"{folder}: {missing}: two runs in it at the same time are not kept apart")
         return None
-
-
-def _confirm_nothing() -> None:
-    """Of the processes that hold nothing."""

@@ -30,6 +30,23 @@ SCHEMA_VERSION = 2
 _SOFTWARE = ("mlpmem_jax", "jax", "flax", "orbax-checkpoint", "tensorstore", "scann", "tokenizers")
 
 
+# The commands that make the kinds of artifacts which are not named like them.
+_COMMANDS = {
+    "tokenizer": "tokenize",
+    "tokens": "tokenize",
+    "decoder": "pretrain",
+    "datastore": "embed",
+    "neighbors": "retrieve",
+    "targets": "retrieve",
+    "memory": "train",
+    "joint": "train",
+    "results": "evaluate",
+    "analysis": "analyze",
+    "scores": "compare",
+    "machine": "compare",
+}
+
+
 class Status(enum.Enum):
     """How far an artifact is."""
 
@@ -108,7 +125,6 @@ class Artifact:
         root: The store, or where reports go.
         relative: KIND/ID.
         kind: What sort of artifact.
-        path: Its directory.
         recipe: The settings that decide its content; None: those that its manifest records.
         inputs: The artifacts that it is made from.
         label: Its role in a run, for example "datastore/train".
@@ -215,33 +231,10 @@ class Artifact:
         """
         return without_checksum(self.path / BUILDING, self._record(BUILDING), self._way_out)
 
-    def _write_begun(self, begun: Mapping[str, Any]) -> None:
-        write_checked_json(self.path / BUILDING, begun)
-
     @property
     def command(self) -> str:
         """The command that makes this kind of artifact."""
-        return {
-            "tokenizer": "tokenize",
-            "tokens": "tokenize",
-            "decoder": "pretrain",
-            "datastore": "embed",
-            "index": "index",
-            "neighbors": "retrieve",
-            "targets": "retrieve",
-            "memory": "train",
-            "joint": "train",
-            "results": "evaluate",
-            "analysis": "analyze",
-            "cost": "cost",
-            "search-quality": "search-quality",
-            "evaluate-tasks": "evaluate-tasks",
-            "scores": "compare",
-            "machine": "compare",
-            "compare": "compare",
-            "overfitting": "overfitting",
-            "ablate": "ablate",
-        }[self.kind]
+        return _COMMANDS.get(self.kind, self.kind)
 
     def verify(self) -> Manifest:
         """Reads the manifest and compares the checksum of every file that it lists.
@@ -316,7 +309,7 @@ class Artifact:
             # An attempt from other inputs, which left nothing, is no part of this one.
             if {name: before.get(name) for name in begun} == begun:
                 seconds = self.spent()
-        self._write_begun(begun | {"run": run, "seconds": seconds})
+        write_checked_json(self.path / BUILDING, begun | {"run": run, "seconds": seconds})
 
     def spent(self) -> float:
         """Returns the seconds that earlier starts have spent on it, as far as they recorded it."""
@@ -326,7 +319,7 @@ class Artifact:
 
     def record_spent(self, seconds: float) -> None:
         """Records the seconds spent so far, for the start after a kill."""
-        self._write_begun(self._begun() | {"seconds": seconds})
+        write_checked_json(self.path / BUILDING, self._begun() | {"seconds": seconds})
 
     def is_of(self, run: str | None) -> bool:
         """Returns whether this run made or began it; a run without a name made nothing."""

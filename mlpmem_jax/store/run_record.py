@@ -27,7 +27,6 @@ class RunRecord:
     """What `run.json` holds.
 
     Attributes:
-        workdir: The work directory.
         store: Another store than the work directory's own.
         roles: KIND/ID by role, for example "datastore/train".
         sources: What was read of texts and files, by the settings that name them.
@@ -89,7 +88,6 @@ class RunRecord:
         another has written.
 
         Args:
-            workdir: The work directory.
             store: The key `store`.
             roles: Roles to add.
             sources: Digests to add.

@@ -17,7 +17,6 @@ def record_written(path: epath.Path, shard: int, digests: Mapping[str, str]) -> 
     """Records that a shard of all arrays of an artifact is on disk.
 
     Args:
-        path: The artifact.
         shard: Its number.
         digests: By name of the array.
     """

@@ -51,7 +51,6 @@ class ShardWriter:
         """Opens the arrays, created or left by an interrupted start.
 
         Args:
-            path: Directory of the arrays.
             specs: The arrays; all have the same shard size.
             num_rows: Rows of each.
             refuse_non_finite: Whether infinities and NaN are an error (they are the
@@ -127,7 +126,6 @@ class ShardWriter:
         """Takes consecutive rows that lie in one shard.
 
         Args:
-            first_row: Number of the first row.
             rows: For each array its rows.
 
         Raises:

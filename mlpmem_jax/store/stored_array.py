@@ -22,7 +22,6 @@ class StoredArray:
     Attributes:
         path: Directory of the array.
         shape: Rows first.
-        dtype: NumPy dtype.
     """
 
     def __init__(self, artifact: Artifact, name: str):

@@ -20,7 +20,6 @@ def verify_together(root: epath.Path, expected: Mapping[str, Any]) -> None:
     """Compares files with their checksums. All processes must call it, and all are told.
 
     Args:
-        root: Directory of the files.
         expected: Bytes and CRC-32 by path; the same on all processes.
 
     Raises:

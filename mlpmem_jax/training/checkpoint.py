@@ -21,7 +21,7 @@ from etils import epath
 
 from mlpmem_jax.console import warn
 from mlpmem_jax.errors import ArtifactError, RunFailed, UserError
-from mlpmem_jax.failures import os_error_in
+from mlpmem_jax.failures import first_line, os_error_in
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.multihost import barrier, is_writer
 from mlpmem_jax.store.files import check_free_space, has_locks, is_local, read_own_paths_literally
@@ -85,7 +85,6 @@ class Checkpoints:
             directory: Of the run.
             keep: Scheduled checkpoints that are kept, the newest; and the last that is known to be
                 good, while the newest is not.
-            item_names: What a checkpoint holds.
             is_scheduled: Whether a step is one of the run's own; others, saved on a notice
                 of preemption, are kept until the next one is there.
         """
@@ -121,9 +120,7 @@ class Checkpoints:
         # Before Orbax begins: its threads meet a full disk with tracebacks, not with an error.
         check_free_space(self._directory, _estimated_bytes(items), f"the checkpoint of step {step}")
         if step in self._manager.all_steps():  # A damaged one of that step: replace it.
-            if is_writer():
-                self._sums_file(step).unlink(missing_ok=True)
-            self._manager.delete(step)
+            self._remove(step)
         arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         if not self._manager.save(step, args=ocp.args.Composite(**arguments), force=True):
             raise RunFailed(f"{self._directory}: the checkpoint of step {step} was not saved")
@@ -136,9 +133,12 @@ class Checkpoints:
         kept = self._policy.kept(steps)
         for step in steps:
             if self._policy.last_good in steps and step < steps[-1] and step not in kept:
-                if is_writer():
-                    self._sums_file(step).unlink(missing_ok=True)
-                self._manager.delete(step)
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        if is_writer():
+            self._sums_file(step).unlink(missing_ok=True)
+        self._manager.delete(step)
 
     def poll(self) -> None:
         """Raises what has gone wrong with the last save, if it has ended. Never waits."""
@@ -305,9 +305,9 @@ def _restored(
         of_system = os_error_in(error, directory)
         if of_system is not None:
             raise of_system from None
-        first_line = str(error).strip().splitlines()[0]
         raise ArtifactError(
-            f"{directory}/{CHECKPOINTS}/{step}: does not fit the configured network ({first_line})"
+            f"{directory}/{CHECKPOINTS}/{step}: does not fit the configured network "
+            f"({first_line(error)})"
         ) from None
     return {name: restored[name] for name in abstract_items}
 

@@ -75,7 +75,6 @@ def chunked_loss(
         ids: Of each head, the ids [B, L, X] whose logits are wanted.
         data: [B, L, ...] arrays, not differentiated; "weight" [B, L] among them.
         extra: Pytree of [B, L, ...] float arrays, differentiable (the logit of a gate).
-        vocab_size: Real entries of the vocabulary.
         chunk_tokens: Tokens on a device whose logits exist at the same time.
 
     Returns:

@@ -43,7 +43,6 @@ def decoder_flops_per_token(
     """Returns flops of a forward pass, per token of a window.
 
     Args:
-        config: The section `decoder`.
         vocab_size: V; padded here.
         window_tokens: L, over which attention runs.
         num_layers: Blocks that run, when the states above are not wanted; None: all.
@@ -74,7 +73,6 @@ def memory_flops_per_token(
     """Returns flops of a forward pass of the memory, per token.
 
     Args:
-        config: The section `memory`.
         decoder_width: Width of the states that it reads, D.
         vocab_size: V; padded here.
         head: Whether logits are computed.
@@ -137,10 +135,8 @@ def joint_training_flops_per_token(
     back to a decoder that moves.
 
     Args:
-        train: The section `train`.
         decoder_forward: Flops of the decoder's forward pass, per token.
         memory_forward: Of the memory's, head included.
-        steps: Which.
         tied_head_forward: Of a head that is the decoder's: it moves where the decoder does.
         frozen_input: What `frozen_input_flops_per_token` says.
     """

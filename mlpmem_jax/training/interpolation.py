@@ -19,7 +19,6 @@ def interpolation_of(
     """Returns λ of each token, float32 [B, L].
 
     Args:
-        train: The section `train`.
         memory: The memory, with or without a gate.
         input_BLX: What it reads.
         step: Finished steps, int32 [].

@@ -14,12 +14,7 @@ import jax.numpy as jnp
 from mlpmem_jax.config.schema import LossWeights
 from mlpmem_jax.models.interpolation import interpolate
 from mlpmem_jax.training.chunked import Metrics, chunked_loss
-from mlpmem_jax.training.losses import (
-    Stats,
-    memory_terms,
-    memory_token_loss,
-    normalization,
-)
+from mlpmem_jax.training.losses import Stats, memory_terms, memory_token_loss
 
 
 class JointTerms(NamedTuple):
@@ -63,7 +58,6 @@ def joint_loss(
     *,
     vocab_size: int,
     chunk_tokens: int,
-    normalizer: jax.Array | float | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """The three terms, and the pull of the gate.
 
@@ -75,12 +69,10 @@ def joint_loss(
         interpolation_BL: λ of each token, float32 in [0, 1]; gradients flow into it.
         batch: label, weight, target_id, target_prob, target_mass, as `memory_loss` reads.
         terms: How the terms are weighted.
-        vocab_size: Real entries of the vocabulary.
         chunk_tokens: Tokens on a device whose logits exist at the same time.
-        normalizer: What the summed loss is divided by; None: the sum of the weights.
 
     Returns:
-        Mean loss in nats, and sums over scored tokens: those of `memory_loss`, `joint_sum`
+        Summed loss in nats, and sums over scored tokens: those of `memory_loss`, `joint_sum`
         (−log p), `lm_sum` (−log p_LM) and `interpolation_sum` (λ).
     """
     id_BLX, data = memory_terms(batch)
@@ -93,7 +85,7 @@ def joint_loss(
     else:
         assert terms.weights.lm == 0, "a decoder that does not run learns nothing"
         data["logprob"] = decoder.astype(jnp.float32)
-    total, metrics = chunked_loss(
+    return chunked_loss(
         functools.partial(_token_loss, terms=terms),
         tuple(hidden),
         tuple(heads),
@@ -103,7 +95,6 @@ def joint_loss(
         vocab_size=vocab_size,
         chunk_tokens=chunk_tokens,
     )
-    return total / normalization(data["weight"], normalizer), metrics
 
 
 def _token_loss(

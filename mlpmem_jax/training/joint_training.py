@@ -146,6 +146,5 @@ class JointTask(WindowTask):
             self._terms,
             vocab_size=decoder.vocab_size,
             chunk_tokens=self._train.loss_chunk_tokens,
-            normalizer=1.0,
         )
         return LossParts(total, sums)

@@ -42,10 +42,8 @@ def fit(
     """Trains from the last good checkpoint, if there is one, to the end.
 
     Args:
-        task: What is trained.
         config: Steps, optimiser, intervals.
         seed: Of the initial weights; the data order is the task's.
-        mesh: Devices.
         directory: The artifact's directory; checkpoints go below it.
         metrics_directory: Where metrics go.
         first_step: Where a phase of a run in phases begins; its flops count from there.

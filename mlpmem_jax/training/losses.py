@@ -30,7 +30,6 @@ def lm_loss(
     *,
     vocab_size: int,
     chunk_tokens: int,
-    normalizer: jax.Array | float | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Next-token cross-entropy.
 
@@ -39,16 +38,13 @@ def lm_loss(
         head_VD: Output head, [padded V, D].
         label_BL: int32 next tokens.
         weight_BL: Weight of each token; 0 leaves it out.
-        vocab_size: Real entries of the vocabulary.
         chunk_tokens: Tokens on a device whose logits exist at the same time.
-        normalizer: What the summed loss is divided by; None: the sum of the weights. With
-            accumulation: the weights of the whole batch.
 
     Returns:
-        Mean loss in nats, and sums over tokens: `loss_sum`, `weight_sum`, `correct_sum`.
+        Summed loss in nats, and sums over tokens: `loss_sum`, `weight_sum`, `correct_sum`.
     """
     data = {"weight": weight_BL.astype(jnp.float32)}
-    total, metrics = chunked_loss(
+    return chunked_loss(
         _lm_token_loss,
         (hidden_BLD,),
         (head_VD,),
@@ -57,7 +53,6 @@ def lm_loss(
         vocab_size=vocab_size,
         chunk_tokens=chunk_tokens,
     )
-    return total / normalization(data["weight"], normalizer), metrics
 
 
 def memory_loss(
@@ -68,7 +63,6 @@ def memory_loss(
     *,
     vocab_size: int,
     chunk_tokens: int,
-    normalizer: jax.Array | float | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """α·KL(p_kNN ‖ p_MEM) + (1-α)·CE (paper, Eq. 4-6); CE alone where there is no target.
 
@@ -80,17 +74,15 @@ def memory_loss(
             `target_prob` [B, L, S], their probabilities, padding is 0, renormalised here in
             float32; `target_mass` [B, L], the mass that was kept, 0 where there is no target.
         alpha: α, the weight of the KL term.
-        vocab_size: Real entries of the vocabulary.
         chunk_tokens: Tokens on a device whose logits exist at the same time.
-        normalizer: As in :func:`lm_loss`.
 
     Returns:
-        Mean loss in nats, and sums over tokens: `loss_sum`, `weight_sum`, `ce_sum`; over
+        Summed loss in nats, and sums over tokens: `loss_sum`, `weight_sum`, `ce_sum`; over
         tokens with a target: `kl_sum`, `agreement_sum` (the memory's most probable token is
         the retriever's), `target_weight_sum`.
     """
     id_BLX, data = memory_terms(batch)
-    total, metrics = chunked_loss(
+    return chunked_loss(
         functools.partial(memory_token_loss, alpha=alpha),
         (hidden_BLE,),
         (head_VE,),
@@ -99,7 +91,6 @@ def memory_loss(
         vocab_size=vocab_size,
         chunk_tokens=chunk_tokens,
     )
-    return total / normalization(data["weight"], normalizer), metrics
 
 
 def memory_terms(batch: Mapping[str, jax.Array]) -> tuple[jax.Array, Metrics]:
@@ -140,7 +131,6 @@ def token_logprob(
         hidden_BLD: States after the final norm.
         head_VD: Output head, [padded V, D].
         label_BL: int32 next tokens.
-        vocab_size: Real entries of the vocabulary.
         chunk_tokens: Tokens on a device whose logits exist at the same time.
     """
 
@@ -167,11 +157,6 @@ def token_logprob(
         out_specs=layout.tokens,
         check_vma=False,
     )(hidden_BLD, head_VD, label_BL)
-
-
-def normalization(weight_BL: jax.Array, given: jax.Array | float | None) -> jax.Array | float:
-    """Returns what a summed loss is divided by: the weights' sum, unless it is given."""
-    return jnp.maximum(jnp.sum(weight_BL), 1e-9) if given is None else given
 
 
 def _lm_token_loss(stats: Stats, _: object, data: Metrics) -> tuple[jax.Array, Metrics]:

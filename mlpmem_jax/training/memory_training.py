@@ -165,27 +165,11 @@ class MemoryTask(WindowTask):
             head_VD = nnx.merge(self._decoder_graphdef, frozen).head_VD()
         input_BLX = self._inputs(model, frozen, batch)
         hidden_BLE, head_VE = model.hidden(input_BLX), model.head_VE(head_VD)
-        chunk_tokens = self._train.loss_chunk_tokens
+        limits = {"vocab_size": model.vocab_size, "chunk_tokens": self._train.loss_chunk_tokens}
         if self._terms.weights.joint:
-            total, sums = joint_loss(
-                hidden_BLE,
-                head_VE,
-                batch["logprob"],
-                interpolation_of(self._train, model, input_BLX, step),
-                batch,
-                self._terms,
-                vocab_size=model.vocab_size,
-                chunk_tokens=chunk_tokens,
-                normalizer=1.0,
+            weight_BL = interpolation_of(self._train, model, input_BLX, step)
+            logprob_BL, terms = batch["logprob"], self._terms
+            return LossParts(
+                *joint_loss(hidden_BLE, head_VE, logprob_BL, weight_BL, batch, terms, **limits)
             )
-            return LossParts(total, sums)
-        total, sums = memory_loss(
-            hidden_BLE,
-            head_VE,
-            batch,
-            self._terms.alpha,
-            vocab_size=model.vocab_size,
-            chunk_tokens=chunk_tokens,
-            normalizer=1.0,
-        )
-        return LossParts(total, sums)
+        return LossParts(*memory_loss(hidden_BLE, head_VE, batch, self._terms.alpha, **limits))

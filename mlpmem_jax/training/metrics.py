@@ -6,12 +6,11 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
 
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from mlpmem_jax.console import is_speaker, progress, warn
+from mlpmem_jax.console import is_speaker, warn
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.store.files import is_local, write_bytes
 from mlpmem_jax.training.uploads import GrowingObject, Uploads, pieces_of
@@ -21,63 +20,43 @@ _BEGIN = b'{"step": '
 _EVENTS = "events.out.tfevents.*"
 
 
-class _Sink(Protocol):
-    """Where records go."""
-
-    def write(self, line: bytes, step: int, values: Mapping[str, float]) -> None: ...
-
-    def poll(self) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class MetricsLog:
-    """Appends records; a resumed run drops what the interrupted one wrote too far.
-
-    In a bucket they arrive once a minute and at checkpoints, in pieces (training/uploads.py);
-    what a kill loses is the last minute. Process 0 alone writes.
-
-    Attributes:
-        directory: Where `metrics.jsonl` and the TensorBoard events lie.
-    """
-
-    def __init__(self, directory: epath.Path, start_step: int):
-        self.directory = directory
-        self._sink: _Sink | None = None
-        if is_speaker():
-            directory.mkdir(parents=True, exist_ok=True)
-            local = is_local(directory)
-            self._sink = (_Folder if local else _Bucket)(directory, start_step)
+    """Takes records; this one, of processes other than 0, keeps none."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one record: values by name, after `step` finished steps."""
-        if self._sink is None:
-            return
-        record = {"step": step} | {
-            name: value if math.isfinite(value) else str(value) for name, value in values.items()
-        }
-        self._sink.write((json.dumps(record) + "\n").encode(), step, values)
 
     def poll(self) -> None:
         """Sends records away if it is time to. Never waits for that."""
-        if self._sink is not None:
-            self._sink.poll()
 
     def flush(self) -> None:
         """Sends records away now."""
-        if self._sink is not None:
-            self._sink.flush()
 
     def close(self) -> None:
         """Writes what is left; waits for it."""
-        if self._sink is not None:
-            self._sink.close()
 
 
-class _Folder:
-    """A local directory."""
+def metrics_log(directory: epath.Path, start_step: int) -> MetricsLog:
+    """Returns what appends records; a resumed run drops what the interrupted one wrote too far.
+
+    In a bucket they arrive once a minute and at checkpoints, in pieces (training/uploads.py);
+    what a kill loses is the last minute. Process 0 alone writes.
+    """
+    if not is_speaker():
+        return MetricsLog()
+    directory.mkdir(parents=True, exist_ok=True)
+    return (_Folder if is_local(directory) else _Bucket)(directory, start_step)
+
+
+def _line(step: int, values: Mapping[str, float]) -> bytes:
+    record = {"step": step} | {
+        name: value if math.isfinite(value) else str(value) for name, value in values.items()
+    }
+    return (json.dumps(record) + "\n").encode()
+
+
+class _Folder(MetricsLog):
+    """A local directory: lines are there at once, events by a thread of the writer's own."""
 
     def __init__(self, directory: epath.Path, start_step: int):
         self._file = directory / METRICS
@@ -85,23 +64,17 @@ class _Folder:
         _remove_abandoned_events(directory, start_step)
         self._writer = _event_writer(directory, start_step)
 
-    def write(self, line: bytes, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         with open(self._file, "ab") as file:
-            file.write(line)
+            file.write(_line(step, values))
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-
-    def poll(self) -> None:
-        pass  # Lines are there at once; events follow from a thread of the writer's own.
-
-    def flush(self) -> None:
-        pass
 
     def close(self) -> None:
         self._writer.close()
 
 
-class _Bucket:
+class _Bucket(MetricsLog):
     """A directory in a bucket. TensorBoard's writer would send a whole file at each flush."""
 
     def __init__(self, directory: epath.Path, start_step: int):
@@ -125,8 +98,8 @@ class _Bucket:
         write_bytes(target, data)
         return GrowingObject(target, data)
 
-    def write(self, line: bytes, step: int, values: Mapping[str, float]) -> None:
-        self._new_lines += line
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._new_lines += _line(step, values)
         if self._writer is None:
             self._writer = _event_writer(self._temporary.name, 0)
         for name, value in values.items():
@@ -228,20 +201,3 @@ def _step_of(line: bytes) -> int | None:
         return None
     step = record.get("step") if isinstance(record, dict) else None
     return step if isinstance(step, int) else None
-
-
-class TrainingBar:
-    """The progress bar of a training run."""
-
-    def __init__(self, total_steps: int, start_step: int, description: str):
-        self._bar = progress(total_steps, "step", description, initial=start_step)
-
-    def update(self, **shown: Any) -> None:
-        """Advances by one step; keyword values are shown behind the bar."""
-        if shown:
-            self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(1)
-
-    def close(self) -> None:
-        """Leaves the bar."""
-        self._bar.close()

@@ -9,11 +9,11 @@ import jax
 from etils import epath
 
 from mlpmem_jax.config.stages import TrainingConfig
-from mlpmem_jax.console import say
+from mlpmem_jax.console import progress, say
 from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.training.checkpoint import Checkpoints
 from mlpmem_jax.training.flops import peak_flops
-from mlpmem_jax.training.metrics import MetricsLog, TrainingBar
+from mlpmem_jax.training.metrics import metrics_log
 from mlpmem_jax.training.task import WindowTask
 
 _MUST_BE_FINITE = ("loss", "grad_norm", "update_norm")
@@ -112,8 +112,8 @@ class Monitor:
         self._config = config
         self._stop_step = stop_step
         self._checkpoints = checkpoints
-        self._log = MetricsLog(directory, start_step)
-        self._bar = TrainingBar(stop_step, start_step, task.name)
+        self._log = metrics_log(directory, start_step)
+        self._bar = progress(stop_step, "step", task.name, initial=start_step)
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         # NaN for an accelerator that the table does not know: no share is better than a wrong one.
         peak = peak_flops(jax.local_devices()[0])
@@ -126,7 +126,7 @@ class Monitor:
     def dispatched(self, step: int, metrics: Mapping[str, jax.Array], wait_secs: float) -> None:
         """Takes the metrics of a step that has just been dispatched."""
         self._clock.dispatched(wait_secs)
-        self._read_pending()
+        self.settle()
         self._pending = (step, metrics)
         self._checkpoints.poll()
         self._log.poll()
@@ -135,16 +135,13 @@ class Monitor:
         """Sends what was logged to where it is kept, beside the checkpoint of this step."""
         self._log.flush()
 
-    def settle(self) -> None:
-        """Waits for the last dispatched step and reads its metrics."""
-        self._read_pending()
-
     def pause(self) -> None:
-        """Waits likewise; what follows, until `validation`, is not the time of training."""
+        """Waits as `settle`; what follows, until `validation`, is not the time of training."""
         self.settle()
         self._clock.pause()
 
-    def _read_pending(self) -> None:
+    def settle(self) -> None:
+        """Waits for the last dispatched step and reads its metrics."""
         if self._pending is None:
             return
         (step, on_device), self._pending = self._pending, None
@@ -154,9 +151,8 @@ class Monitor:
         if step % self._config.log_interval_steps == 0 or step == self._stop_step:
             metrics |= self._speed(step)
             self._log.write(step, metrics)
-            self._bar.update(loss=f"{metrics['loss']:.4f}")
-        else:
-            self._bar.update()
+            self._bar.set_postfix({"loss": f"{metrics['loss']:.4f}"}, refresh=False)
+        self._bar.update(1)
 
     def _refuse_non_finite(self, step: int, metrics: Mapping[str, float]) -> None:
         bad = {n: metrics[n] for n in _MUST_BE_FINITE if not math.isfinite(metrics[n])}

@@ -42,13 +42,7 @@ class PretrainTask(WindowTask):
         """Prepares.
 
         Args:
-            decoder: The section `decoder`.
-            settings: The section `pretrain`.
-            data: What is read.
-            mesh: Devices.
             start: Reads the decoder that training begins with; None: a fresh one.
-            window_tokens: Tokens in a window.
-            seed: Of the data order.
         """
         self._chunk_tokens = settings.loss_chunk_tokens
         self._alpha = settings.alpha
@@ -80,11 +74,7 @@ class PretrainTask(WindowTask):
         """The loss summed over the batch."""
         final_BLD, _ = model.hidden(batch["token"], batch.get("segment"))
         assert final_BLD is not None
-        limits: dict[str, Any] = {
-            "vocab_size": model.vocab_size,
-            "chunk_tokens": self._chunk_tokens,
-            "normalizer": 1.0,
-        }
+        limits = {"vocab_size": model.vocab_size, "chunk_tokens": self._chunk_tokens}
         head_VD = model.head_VD()
         if self._alpha:
             batch = {**batch, "weight": batch["lm_weight"]}

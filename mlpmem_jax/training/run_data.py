@@ -40,7 +40,6 @@ class RunData:
     """The artifacts that training reads (`roofline.blank.BlankRun` is the same without any).
 
     Attributes:
-        tokens: The token stream.
         datastore: Stored rows of each split.
         targets: The kNN targets of each split.
         num_recent: Recent tokens that the memory reads, M; 0: none.

@@ -45,7 +45,6 @@ class TrainStep(Protocol):
         Args:
             state: Parameters and optimiser.
             frozen: Arrays that the loss reads and nothing changes.
-            batch: Windows.
             waiting: Names of groups that do not move yet: no gradient of theirs is computed.
         """
         ...
@@ -70,7 +69,6 @@ def make_train_step(
         loss: (network, frozen arrays, batch, finished steps) to sums over the batch.
         graphdef: Structure of the network.
         optimizer: Of all its parameters.
-        config: The section of the configuration.
 
     The loss is the mean over the whole batch, so cutting the batch into
     `accumulation_steps` parts changes memory and not the result (to rounding).

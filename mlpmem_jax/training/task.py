@@ -48,12 +48,10 @@ class WindowTask(abc.ABC):
 
         Args:
             settings: The section of the configuration.
-            mesh: Devices.
             build: Makes the network.
             train: Windows of the training split.
             valid: Windows of the validation split.
             window_tokens: Tokens (or rows) in a window.
-            seed: Of the data order.
             mix_windows: Windows whose rows are dealt out together.
             windows_of: Global record numbers to windows; None: all windows in a drawn order.
         """

@@ -14,9 +14,6 @@ class TrainSettings:
     """The settings of `MemoryTask` and `JointTask`.
 
     Attributes:
-        train: The section `train`.
-        decoder: The section `decoder`.
-        memory: The section `memory`.
         site: The decoder's state that is the memory's input.
         weights: Weights of the loss terms.
         window_tokens: Rows or tokens in a window.

@@ -63,9 +63,6 @@ class Validator:
         """Prepares.
 
         Args:
-            source: Windows of the validation split.
-            mesh: Devices.
-            batch_size: Windows in a batch.
             num_batches: Batches at most; fewer if they cover the split.
             sums: (network state, frozen arrays, batch) to summed metrics; jitted here.
         """

@@ -91,7 +91,7 @@ def decoder_step(graphdef, state, data):
         logprob = token_logprob(
             final, model.head_VD(), data["label"], vocab_size=VOCAB, chunk_tokens=7
         )
-        return value, (means(sums), logprob, final, states[SITE])
+        return value / data["weight"].sum(), (means(sums), logprob, final, states[SITE])
 
     return jax.value_and_grad(loss, has_aux=True)(state)
 
@@ -105,7 +105,7 @@ def memory_step(graphdef, state, data):
             model.hidden(model.inputs(data["input"], data["recent"])), model.head_VE(),
             data, 0.4, vocab_size=VOCAB, chunk_tokens=5,
         )  # fmt: skip
-        return value, means(sums)
+        return value / data["weight"].sum(), means(sums)
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -179,7 +179,7 @@ def joint_step(graphdef, state, data):
             data,
             JointTerms(LossWeights(1.0, 1.0, 0.5), 0.4), vocab_size=VOCAB, chunk_tokens=5,
         )  # fmt: skip
-        return value, means(sums)
+        return value / data["weight"].sum(), means(sums)
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 

@@ -81,6 +81,7 @@ def main():
     from mlpmem_jax.retrieval.exact import ExactEngine
     from mlpmem_jax.retrieval.key_major import search_by_shards
     from mlpmem_jax.retrieval.key_shards import KeyShards
+    from mlpmem_jax.retrieval.neighbors import SplitSearch
     from mlpmem_jax.store.shards import ShardWriter
 
     directory, name, rule = epath.Path(sys.argv[1]), *sys.argv[2:]
@@ -105,13 +106,15 @@ def main():
     writer = ShardWriter(directory / name, specs(), ROWS, refuse_non_finite=False)
     search_by_shards(
         engine,
-        keys,
-        writer,
-        lambda row, found: {"row": found.row_QK, "distance": found.distance_QK},
-        num_neighbors=K,
-        query_batch=100,
-        queries=queries(rule),
-        description=f"search on processes ({name})",
+        SplitSearch(
+            keys=keys,
+            writer=writer,
+            consume=lambda row, found: {"row": found.row_QK, "distance": found.distance_QK},
+            num_neighbors=K,
+            query_batch=100,
+            queries=queries(rule),
+            description=f"search on processes ({name})",
+        ),
     )
     Path(directory / f"done-{name}-{jax.process_index()}").touch()
 

@@ -172,14 +172,15 @@ def test_learns(family):
     def step(params, moments):
         def loss(params):
             model = nnx.merge(graphdef, params)
-            return lm_loss(
+            total, sums = lm_loss(
                 model.hidden(tokens_BL[:, :-1])[0],
                 model.head_VD(),
                 tokens_BL[:, 1:],
                 jnp.ones((4, LENGTH - 1)),
                 vocab_size=VOCAB,
                 chunk_tokens=32,
-            )[0]
+            )
+            return total / sums["weight_sum"]
 
         value, grads = jax.value_and_grad(loss)(params)
         updates, moments = optimizer.update(grads, moments, params)

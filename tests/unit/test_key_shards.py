@@ -16,7 +16,7 @@ from mlpmem_jax.retrieval.index_files import leaf_order
 from mlpmem_jax.retrieval.key_major import search_by_shards
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.merge import Neighbors
-from mlpmem_jax.retrieval.neighbors import search_split
+from mlpmem_jax.retrieval.neighbors import SplitSearch, search_split
 from mlpmem_jax.retrieval.queries import Queries
 from mlpmem_jax.retrieval.running_lists import RunningLists
 from mlpmem_jax.store.array_specs import ArraySpec
@@ -59,13 +59,15 @@ def _search(search, engine, key, path, *, own=True, num_neighbors=30, batch=300)
     writer = ShardWriter(epath.Path(path), specs, len(key), refuse_non_finite=False)
     numbers = search(
         engine,
-        ArrayKeys(key),
-        writer,
-        lambda row, found: {"row": found.row_QK, "distance": found.distance_QK},
-        num_neighbors=num_neighbors,
-        query_batch=batch,
-        queries=Queries(are_keys=own),
-        description="test",
+        SplitSearch(
+            keys=ArrayKeys(key),
+            writer=writer,
+            consume=lambda row, found: {"row": found.row_QK, "distance": found.distance_QK},
+            num_neighbors=num_neighbors,
+            query_batch=batch,
+            queries=Queries(are_keys=own),
+            description="test",
+        ),
     )
     return numbers, _stored(path)
 

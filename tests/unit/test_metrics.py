@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.evaluation import metrics
 from mlpmem_jax.training import uploads
-from mlpmem_jax.training.metrics import MetricsLog
+from mlpmem_jax.training.metrics import metrics_log
 
 SEPARATOR = 0
 # Three documents: "0 5 6 7", "0", "0 8 9". Row n predicts token n + 1.
@@ -96,10 +96,10 @@ def test_scores_of_a_worked_example():
     nats_D = counts.sum_by_document(nats_N)
     assert nats_D.tolist() == [6.0, 0.0, 2.0]
     result = metrics.score(nats_D, counts)
-    assert result.nats_per_token == pytest.approx(8 / 5)
-    assert result.token_perplexity == pytest.approx(math.exp(8 / 5))
-    assert result.word_perplexity == pytest.approx(math.exp(8 / 3))
-    assert result.bits_per_byte == pytest.approx(8 / (16 * math.log(2)))
+    assert tuple(result) == metrics.QUALITY
+    assert result["token_perplexity"] == pytest.approx(math.exp(8 / 5))
+    assert result["word_perplexity"] == pytest.approx(math.exp(8 / 3))
+    assert result["bits_per_byte"] == pytest.approx(8 / (16 * math.log(2)))
 
 
 def test_a_separator_inside_a_document_is_not_scored():
@@ -124,8 +124,8 @@ def test_no_words_and_overflow_are_not_errors():
         np.array([5, 6]), SEPARATOR, np.array([0, 3]), np.array([0]), np.array([4])
     )
     result = metrics.score(np.array([5000.0]), counts)
-    assert math.isnan(result.word_perplexity)
-    assert result.token_perplexity == math.inf
+    assert math.isnan(result["word_perplexity"])
+    assert result["token_perplexity"] == math.inf
 
 
 class Bucket(MemoryFileSystem):
@@ -193,12 +193,12 @@ def _scalars(directory):
 def _sent(log):
     """Flushes, and waits until the additions have arrived."""
     log.flush()
-    log._sink._uploads._running.result()
+    log._uploads._running.result()
 
 
 def test_a_bucket_gets_a_line_a_few_times_and_not_at_each_further_line(bucket):
     directory, uploaded = bucket
-    log = MetricsLog(directory, 0)
+    log = metrics_log(directory, 0)
     count = 128
     for step in range(1, count + 1):
         log.write(step, {"loss": 1 / step, "grad_norm": math.inf})
@@ -220,7 +220,7 @@ def test_lines_are_sent_once_a_minute(bucket, monkeypatch):
     directory, uploaded = bucket
     now = [1000.0]
     monkeypatch.setattr(uploads.time, "monotonic", lambda: now[0])
-    log = MetricsLog(directory, 0)
+    log = metrics_log(directory, 0)
     begun = len(uploaded.sizes)
     for step in range(1, 60):
         now[0] += 1
@@ -229,7 +229,7 @@ def test_lines_are_sent_once_a_minute(bucket, monkeypatch):
     assert len(uploaded.sizes) == begun and _steps(directory) == []
     now[0] += 1
     log.poll()  # Without a further line too.
-    log._sink._uploads._running.result()
+    log._uploads._running.result()
     assert _steps(directory) == list(range(1, 60))
     sent = len(uploaded.sizes)
     now[0] += 61
@@ -240,14 +240,14 @@ def test_lines_are_sent_once_a_minute(bucket, monkeypatch):
 
 def test_a_killed_run_goes_on_and_drops_what_it_repeats(bucket):
     directory, _ = bucket
-    log = MetricsLog(directory, 0)
+    log = metrics_log(directory, 0)
     for step in range(1, 12):
         log.write(step, {"loss": float(step)})
         _sent(log)
     # Killed while pieces were merged: the second still stands beside the first, which holds it.
     first, second = uploads.pieces_of(directory / "metrics.jsonl")[:2]
     first.write_bytes(first.read_bytes() + second.read_bytes())
-    again = MetricsLog(directory, 8)
+    again = metrics_log(directory, 8)
     assert _steps(directory) == list(range(1, 9))
     again.write(9, {"loss": -9.0})
     again.close()
@@ -258,11 +258,11 @@ def test_a_killed_run_goes_on_and_drops_what_it_repeats(bucket):
 
 def test_a_bucket_out_of_reach_holds_up_nothing_and_loses_nothing(bucket, capsys):
     directory, uploaded = bucket
-    log = MetricsLog(directory, 0)
+    log = metrics_log(directory, 0)
     uploaded.reachable.clear()
     log.write(1, {"loss": 1.0})
     log.flush()
-    assert log._sink._uploads._running.exception() is not None
+    assert log._uploads._running.exception() is not None
     log.write(2, {"loss": 2.0})
     uploaded.reachable.set()
     _sent(log)
@@ -275,13 +275,13 @@ def test_a_bucket_out_of_reach_holds_up_nothing_and_loses_nothing(bucket, capsys
 
 
 def test_a_local_log_is_there_at_once(tmp_path):
-    log = MetricsLog(epath.Path(tmp_path), 0)
+    log = metrics_log(epath.Path(tmp_path), 0)
     for step in (1, 2, 3):
         log.write(step, {"loss": 1.0})
         assert _steps(epath.Path(tmp_path)) == list(range(1, step + 1))
     log.close()
     assert _scalars(epath.Path(tmp_path)) == [("loss", 1), ("loss", 2), ("loss", 3)]
-    MetricsLog(epath.Path(tmp_path), 2).close()
+    metrics_log(epath.Path(tmp_path), 2).close()
     assert _steps(epath.Path(tmp_path)) == [1, 2]
 
 
@@ -291,7 +291,7 @@ def test_an_attempt_from_the_beginning_removes_what_the_one_before_logged(bucket
     directory = bucket[0] if place == "bucket" else epath.Path(tmp_path / "metrics")
 
     def attempt(start, steps):
-        log = MetricsLog(directory, start)
+        log = metrics_log(directory, start)
         for step in steps:
             log.write(step, {"loss": 1.0})
         log.close()
@@ -308,14 +308,14 @@ def test_an_attempt_from_the_beginning_removes_what_the_one_before_logged(bucket
 
 @pytest.mark.parametrize("damaged", [b"\xff\x00{", b'{"loss": 1.0}', b"[2]", b'{"step": "2"}'])
 def test_a_damaged_line_is_left_out_and_named_and_those_after_it_stay(tmp_path, damaged, capsys):
-    log = MetricsLog(epath.Path(tmp_path), 0)
+    log = metrics_log(epath.Path(tmp_path), 0)
     for step in (1, 2, 3):
         log.write(step, {"loss": 1.0})
     log.close()
     file = tmp_path / "metrics.jsonl"
     lines = file.read_bytes().splitlines()
     file.write_bytes(b"\n".join([lines[0], damaged, lines[2], b'{"step": 3, "lo']))
-    MetricsLog(epath.Path(tmp_path), 3).close()
+    metrics_log(epath.Path(tmp_path), 3).close()
     assert _steps(epath.Path(tmp_path)) == [1, 3]
     assert capsys.readouterr().err == f"warning: {file}: line 2 is damaged; it is left out\n"
 
@@ -325,5 +325,5 @@ def test_metrics_of_somebody_else_are_not_written_over(tmp_path):
     file.write_text('{"loss": 1.0}\n')
     for step in (0, 2):
         with pytest.raises(ArtifactError, match="metrics.jsonl: not written by this program"):
-            MetricsLog(epath.Path(tmp_path), step)
+            metrics_log(epath.Path(tmp_path), step)
     assert file.read_text() == '{"loss": 1.0}\n'

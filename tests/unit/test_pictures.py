@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlpmem_jax.studies.tables.picture import _apart
+from mlpmem_jax.evaluation.style import _apart
 
 GAP, LOW, HIGH = 10.0, 0.0, 200.0
 

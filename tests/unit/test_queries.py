@@ -17,7 +17,7 @@ from mlpmem_jax.retrieval.estimates import KeyShardPlan
 from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.key_major import _waves, search_by_shards
 from mlpmem_jax.retrieval.key_shards import KeyShards
-from mlpmem_jax.retrieval.neighbors import search_split
+from mlpmem_jax.retrieval.neighbors import SplitSearch, search_split
 from mlpmem_jax.retrieval.queries import Exclusion, Queries
 from mlpmem_jax.retrieval.routed import CellSettings, RoutedEngine
 from mlpmem_jax.retrieval.routed_index import build_cells, unfinished_cells
@@ -91,13 +91,15 @@ def _search(engine, key, path, queries, batch=150):
     search = search_by_shards if isinstance(engine, KeyShards) else search_split
     numbers = search(
         engine,
-        ArrayKeys(key),
-        writer,
-        lambda row, found: {"row": found.row_QK, "distance": found.distance_QK},
-        num_neighbors=K,
-        query_batch=batch,
-        queries=queries,
-        description="test",
+        SplitSearch(
+            keys=ArrayKeys(key),
+            writer=writer,
+            consume=lambda row, found: {"row": found.row_QK, "distance": found.distance_QK},
+            num_neighbors=K,
+            query_batch=batch,
+            queries=queries,
+            description="test",
+        ),
     )
     stores = (open_array(epath.Path(path) / name) for name in ("row", "distance"))
     return numbers, *(read_rows(store, 0, store.shape[0]) for store in stores)

@@ -15,7 +15,7 @@ from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.key_major import search_by_shards
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.merge import drop_own_row
-from mlpmem_jax.retrieval.neighbors import search_split
+from mlpmem_jax.retrieval.neighbors import SplitSearch, search_split
 from mlpmem_jax.retrieval.queries import Queries
 from mlpmem_jax.retrieval.routed import Cells, CellSettings, RoutedEngine
 from mlpmem_jax.retrieval.routed_index import build_cells, described, stored_cells, unfinished_cells
@@ -159,13 +159,15 @@ def _search(search, engine, key, path):
     writer = ShardWriter(epath.Path(path), specs, len(key), refuse_non_finite=False)
     search(
         engine,
-        ArrayKeys(key),
-        writer,
-        lambda row, found: {"row": found.row_QK, "distance": found.distance_QK},
-        num_neighbors=30,
-        query_batch=300,
-        queries=Queries(are_keys=True),
-        description="test",
+        SplitSearch(
+            keys=ArrayKeys(key),
+            writer=writer,
+            consume=lambda row, found: {"row": found.row_QK, "distance": found.distance_QK},
+            num_neighbors=30,
+            query_batch=300,
+            queries=Queries(are_keys=True),
+            description="test",
+        ),
     )
     stores = (open_array(epath.Path(path) / name) for name in specs)
     return [read_rows(store, 0, store.shape[0]) for store in stores]

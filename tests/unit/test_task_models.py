@@ -109,8 +109,8 @@ def _decoder_step() -> Any:
 
     def step(parameters: Any, token_1L: jax.Array, length_1: jax.Array) -> Any:
         cache = networks.empty_cache(1)
-        found = networks.extend_with_states(parameters, cache, token_1L, length_1, (SITE,))
-        return found[0][0], found[1][SITE]
+        prediction, states, _ = networks.predict(parameters, cache, token_1L, length_1, (SITE,))
+        return prediction.mixture()[0], states[SITE]
 
     return jax.jit(step)
 

@@ -120,7 +120,6 @@ class Memory(nn.Module):
 
         Args:
             about: `mlp_memory` of `config.json`.
-            vocab_size: V.
         """
         super().__init__()
         self.about = about

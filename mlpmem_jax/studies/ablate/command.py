@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlpmem_jax.config.suite import SweepConfig
-from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline.checks import check_trains_memory
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.reports import print_files, write_files
 from mlpmem_jax.pipeline.stage import Stage
-from mlpmem_jax.store.files import read_json, write_bytes, write_json
 from mlpmem_jax.store.manifest import Artifact, Completion
+from mlpmem_jax.studies.ablate import sweeps
 from mlpmem_jax.studies.ablate.sweeps import CONFIGURED, value_text
 from mlpmem_jax.studies.tables.rows import Row, SeedPlan, model_parts
 from mlpmem_jax.studies.tables.runner import (
@@ -149,7 +149,6 @@ def picture_name(place: int, sweep: SweepConfig) -> str:
 
 
 def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed]) -> Completion:
-    from mlpmem_jax.studies.ablate import sweeps
     from mlpmem_jax.studies.tables.assemble import table_costs, table_results
 
     config = run.config
@@ -178,13 +177,10 @@ def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed])
     names = ("seeds", "confidence", "bootstrap_samples", "valid", "test")
     table = {name: results[name] for name in names} | {"sweeps": found}
     measured = {"sweeps": costs}
-    path = artifact.path
-    if is_speaker():
-        write_json(path / RESULTS, table)
-        write_json(path / MEASURED, measured)
-        write_bytes(path / TABLE, sweeps.as_csv(table, measured).encode())
-        for place, sweep in enumerate(config.ablate.sweeps):
-            write_bytes(path / picture_name(place, sweep), sweeps.draw(table, found[place]))
+    files = {RESULTS: table, MEASURED: measured, TABLE: sweeps.as_csv(table, measured)}
+    for place, sweep in enumerate(config.ablate.sweeps):
+        files[picture_name(place, sweep)] = sweeps.draw(table, found[place])
+    write_files(artifact.path, files)
     return Completion(counts={"sweeps": len(found)}, files=[RESULTS], measured=measured)
 
 
@@ -192,14 +188,13 @@ def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
     check_trains_memory(run, "ablate")
     check_sweeps(run)
-    made = run_suite("ablate", run, options, works(run), functools.partial(table_stage, run))
-    if made is not None:
-        from mlpmem_jax.studies.ablate.sweeps import as_text
+    table, report = functools.partial(table_stage, run), functools.partial(_print, run)
+    return run_suite("ablate", run, options, works(run), table, report)
 
-        path, measured = made.artifact.path, made.artifact.verify().measured
-        say()
-        say(as_text(read_json(path / RESULTS), measured))
-        pictures = [picture_name(*each) for each in enumerate(run.config.ablate.sweeps)]
-        for name in (RESULTS, TABLE, *pictures):
-            say(f"  {path / name}")
-    return 0
+
+def _print(run: Artifacts, artifact: Artifact) -> None:
+    measured = artifact.load().measured
+    pictures = [picture_name(*each) for each in enumerate(run.config.ablate.sweeps)]
+    print_files(
+        artifact, (RESULTS, TABLE, *pictures), lambda found: sweeps.as_text(found, measured)
+    )

@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mlpmem_jax.evaluation import style
 from mlpmem_jax.evaluation.lines import (
+    NOTHING,
     VERDICT_COLUMNS,
     correction_note,
     interval_columns,
@@ -11,21 +13,12 @@ from mlpmem_jax.evaluation.lines import (
     seeds_cell,
     weights_cell,
 )
-from mlpmem_jax.evaluation.style import (
-    COLORS,
-    DASHED,
-    INK,
-    as_png,
-    axis_labels,
-    halo,
-    plain,
-    wide_figure,
-    wide_title,
-)
+from mlpmem_jax.evaluation.style import COLORS
 from mlpmem_jax.evaluation.table import (
     bracket_text,
     count_text,
     csv_text,
+    level_text,
     note_lines,
     number,
     render,
@@ -87,7 +80,7 @@ def against_configured(rows: Sequence[Results]) -> set[tuple[str, str]]:
 
 def as_text(results: Results, measured: Results) -> str:
     """Returns a table a sweep."""
-    level = f"{100 * results['confidence']:g} %"
+    level = level_text(results)
     blocks = []
     for place, sweep in enumerate(results["sweeps"]):
         costs = measured["sweeps"][place]
@@ -148,15 +141,15 @@ def _csv_lines(results: Results, measured: Results) -> Iterator[dict[str, Any]]:
 
 
 def _score_columns(seed: str, found: Results) -> dict[str, Any]:
-    difference = found.get("difference", dict.fromkeys(("value", "low", "high")))
-    return score_columns(seed, found) | interval_columns("difference", difference)
+    difference = interval_columns("difference", found.get("difference", NOTHING))
+    return score_columns(seed, found) | difference
 
 
 def draw(results: Results, sweep: Results) -> bytes:
     """Draws one sweep: nats against the value; returns a PNG."""
-    figure = wide_figure(7.6, 4.6)
+    figure = style.wide_figure(7.6, 4.6)
     axes = figure.subplots()
-    plain(axes)
+    style.plain(axes)
     points = sweep["points"]
     places, is_number = _places(axes, [point["value"] for point in points])
     configured = sweep["configured"]["test_nats"]["value"]
@@ -181,22 +174,24 @@ def draw(results: Results, sweep: Results) -> bytes:
     for place, value, following in zip(places, nats, [*nats[1:], nats[-1]], strict=True):
         above = not is_number or following <= value  # Where the line to the next does not go.
         offset = (8, 6 if above else -14)
-        axes.annotate(number(value, 3), (place, value), offset, textcoords="offset points",
-                      fontsize=8.5, color=INK, zorder=5, path_effects=halo())  # fmt: skip
-    axes.axhline(configured, color=_COLOR, linewidth=1, linestyle=DASHED, alpha=0.7)
+        axes.annotate(
+            number(value, 3), (place, value), offset, textcoords="offset points", fontsize=8.5,
+            color=style.INK, zorder=5, path_effects=style.halo(),
+        )  # fmt: skip
+    axes.axhline(configured, color=_COLOR, linewidth=1, linestyle=style.DASHED, alpha=0.7)
     shown = [*nats, *(end for pair in ends for end in pair), *drawn, configured]
     span = max(max(shown) - min(shown), 1e-4)
     axes.set_ylim(min(shown) - 0.15 * span, max(shown) + 0.25 * span)
-    axis_labels(axes, y="test nats per token, decoder + memory")
+    style.axis_labels(axes, y="test nats per token, decoder + memory")
     decoder = sweep["decoder"]["test_nats"]["value"]
-    level = f"{100 * results['confidence']:g} %"
-    wide_title(
+    level = level_text(results)
+    style.wide_title(
         axes,
         sweep["title"],
         f"dashed: as configured; bars: {level} interval of the paired difference to it; "
         f"decoder alone {number(decoder, 3)}",
     )
-    return as_png(figure)
+    return style.as_png(figure)
 
 
 def _places(axes: Any, values: Sequence[Any]) -> tuple[list[float], bool]:

@@ -16,6 +16,7 @@ from mlpmem_jax.stats.bootstrap import INTERVALS
 from mlpmem_jax.store.array_specs import SPLITS
 from mlpmem_jax.store.files import read_json
 from mlpmem_jax.store.manifest import Artifact, Completion
+from mlpmem_jax.studies.analyze.table import as_csv, as_text
 
 NAME: Report = "analyze"
 
@@ -43,13 +44,8 @@ def analysis(run: Artifacts) -> Artifact:
 
 def stages(run: Artifacts) -> list[Stage]:
     """Returns the one stage of this command."""
-    return [
-        Stage(
-            artifact=analysis(run),
-            build=functools.partial(_build, run),
-            check=functools.partial(_check, run),
-        )
-    ]
+    build, check = functools.partial(_build, run), functools.partial(_check, run)
+    return [Stage(analysis(run), build, check=check)]
 
 
 def _check(run: Artifacts) -> None:
@@ -65,7 +61,6 @@ def _build(run: Artifacts) -> Completion:
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.studies.analyze.picture import draw
     from mlpmem_jax.studies.analyze.study import analyze_run
-    from mlpmem_jax.studies.analyze.table import as_csv
 
     table = run.results
     table.verify()
@@ -75,15 +70,10 @@ def _build(run: Artifacts) -> Completion:
     return Completion(counts=counts, files=files)
 
 
-def print_report(run: Artifacts) -> None:
-    """Prints the tables of a finished analysis."""
-    from mlpmem_jax.studies.analyze.table import as_text
-
-    print_results(analysis(run), NAME, as_text)
-
-
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
     check_unchanged_text(run, NAME, "n-grams are counted in the text as it was first read")
     check_trained_apart(run, NAME, "tables of joint models are made by evaluate and compare")
-    return execute(stages, run, options, report=print_report)
+    return execute(
+        stages, run, options, report=lambda run: print_results(analysis(run), NAME, as_text)
+    )

@@ -67,14 +67,12 @@ def measure_sample(
     """Measures the distributions at some rows of a split.
 
     Args:
-        run: The artifacts of the configuration.
         decoder: On the mesh.
         memory: On the mesh.
         split: Whose rows; its exact neighbours are stored.
         row_N: Rows, ascending.
         temperature: τ of the kNN distribution, which is over all K neighbours.
         weight: λ of the memory in the mixture.
-        mesh: Devices.
     """
     settings = run.config.analyze
     tokens = TokenSplit.open(run.tokens, split)

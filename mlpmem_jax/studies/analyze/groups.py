@@ -26,14 +26,10 @@ def gains_by_group(
     """Compares systems with the decoder in each group of tokens.
 
     Args:
-        counts: Documents and scored rows.
         group_N: Group of each row, below len(labels); −1 in none.
-        labels: Names of the groups.
         decoder_N: log p of the label by the decoder.
         system_N: log p of the label by each other system.
         bootstrap_samples: Draws of clusters; the same in every group.
-        confidence: Level of the intervals.
-        seed: Seed of the draws.
 
     Returns:
         For each group its tokens, the decoder's nats per token, and for each system the gain

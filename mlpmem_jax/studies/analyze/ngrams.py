@@ -26,9 +26,7 @@ class NgramCounts:
 
     Args:
         token_T: The small text, its documents one after the other.
-        separator_id: The token that begins each document.
         vocab_size: Token ids are below this.
-        orders: The n that are wanted.
     """
 
     def __init__(
@@ -115,8 +113,6 @@ def counts_of_labels(
     Args:
         test: The small text; row n has the label token n + 1.
         train: The large text, read once.
-        orders: The n.
-        read_tokens: Tokens read at once.
 
     Returns:
         For each n, int64 [rows of test]; −1 where the document has fewer than n tokens.

@@ -5,20 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from mlpmem_jax.evaluation.style import (
-    COLORS,
-    DASHED,
-    INK,
-    LINE,
-    QUIET,
-    as_png,
-    axis_labels,
-    legend,
-    new_figure,
-    plain,
-    title,
-)
-from mlpmem_jax.evaluation.table import number
+from mlpmem_jax.evaluation import style
+from mlpmem_jax.evaluation.style import COLORS
+from mlpmem_jax.evaluation.table import level_text, number
 from mlpmem_jax.studies.analyze.table import NAMES
 
 Results = Mapping[str, Any]
@@ -27,16 +16,16 @@ _OFFSET = 0.13
 
 def draw(results: Results) -> bytes:
     """Draws gains by frequency and by n-gram, and the sharpness; returns a PNG."""
-    figure = new_figure(14.5, 9.2)
+    figure = style.new_figure(14.5, 9.2)
     grid = figure.add_gridspec(2, 2, width_ratios=(1.35, 1.0), hspace=0.08, wspace=0.06)
     places = [figure.add_subplot(grid[row, column]) for row in range(2) for column in range(2)]
     for axes in places:
-        plain(axes)
+        style.plain(axes)
     _draw_frequency(places[0], results)
     _draw_ngrams(places[1], results)
     _draw_mass(places[2], results)
     _draw_agreement(places[3], results)
-    return as_png(figure)
+    return style.as_png(figure)
 
 
 def _draw_gains(axes: Any, groups: Sequence[Results], results: Results) -> None:
@@ -49,7 +38,7 @@ def _draw_gains(axes: Any, groups: Sequence[Results], results: Results) -> None:
         high = [_value(group[system]["gain_high"]) for group in groups]
         axes.vlines(place, low, high, color=color, linewidth=2.2, alpha=0.55)
         axes.plot(place, gain, "o", color=color, markersize=7, label=label, zorder=3)
-    axes.axhline(0, color=COLORS["decoder"], linewidth=1, linestyle=DASHED)
+    axes.axhline(0, color=COLORS["decoder"], linewidth=1, linestyle=style.DASHED)
     # A bin of a few tokens must not decide the scale.
     shown: list[float] = [
         group[system][key]
@@ -74,15 +63,15 @@ def _draw_frequency(axes: Any, results: Results) -> None:
         for group in groups
     ]
     axes.set_xticks(range(len(groups)), names, fontsize=8.5)
-    legend(axes, place="upper right")
-    axis_labels(
+    style.legend(axes, place="upper right")
+    style.axis_labels(
         axes,
         "times that the label token occurs in the training text, and share of test tokens",
         "gain over the decoder, nats per token",
     )
-    level = f"{100 * results['confidence']:g} %"
+    level = level_text(results)
     about = f"bars: {level} interval over documents; bins under 0.2 % may lie outside"
-    title(axes, "By frequency of the token", about)
+    style.title(axes, "By frequency of the token", about)
 
 
 def _draw_shares(axes: Any, shares: Sequence[float]) -> None:
@@ -107,10 +96,10 @@ def _draw_ngrams(axes: Any, results: Results) -> None:
     _draw_gains(axes, groups, results)
     _draw_shares(axes, [group["token_share"] for group in groups])
     for place in range(2, len(groups), 2):
-        axes.axvline(place - 0.5, color=LINE, linewidth=0.7, linestyle=(0, (1, 2)))
+        axes.axvline(place - 0.5, color=style.LINE, linewidth=0.7, linestyle=(0, (1, 2)))
     axes.set_xticks(range(len(groups)), names, fontsize=8.5)
-    axis_labels(axes, "", "gain over the decoder, nats per token")
-    title(
+    style.axis_labels(axes, "", "gain over the decoder, nats per token")
+    style.title(
         axes,
         "By whether context and label were seen",
         "n-gram: the n tokens that end with the label; seen: in the training text",
@@ -123,26 +112,26 @@ def _draw_mass(axes: Any, results: Results) -> None:
     for system, one in sharp["systems"].items():
         mass = [_value(value) for value in one["mean_mass"]]
         # The mixture may lie on one of its parts (λ = 0 or 1): both stay visible.
-        style = (0, (2, 2)) if system == "mixture" else "solid"
-        axes.plot(steps, mass, color=COLORS[system], linewidth=2.2, linestyle=style)
+        dashes = (0, (2, 2)) if system == "mixture" else "solid"
+        axes.plot(steps, mass, color=COLORS[system], linewidth=2.2, linestyle=dashes)
     axes.set_xscale("log")
     axes.set_xlim(1, steps[-1])
     axes.set_ylim(0, 1.02)
     for mass in sharp["masses"]:
-        axes.axhline(mass, color=LINE, linewidth=0.5, linestyle=(0, (1, 3)))
+        axes.axhline(mass, color=style.LINE, linewidth=0.5, linestyle=(0, (1, 3)))
     lines = [f"mean tokens for {' / '.join(f'{100 * mass:g}' for mass in sharp['masses'])} %"]
     lines += [
         f"{NAMES[system]}: {' / '.join(map(_short, one['mean_tokens']))}"
         for system, one in sharp["systems"].items()
     ]
-    colors = [QUIET, *(COLORS[system] for system in sharp["systems"])]
+    colors = [style.QUIET, *(COLORS[system] for system in sharp["systems"])]
     for row, (line, color) in enumerate(zip(reversed(lines), reversed(colors), strict=True)):
         axes.annotate(
             line, (0.985, 0.05 + 0.065 * row), xycoords="axes fraction", ha="right",
-            fontsize=9, color=color, fontweight="normal" if color == QUIET else "bold",
+            fontsize=9, color=color, fontweight="normal" if color == style.QUIET else "bold",
         )  # fmt: skip
-    axis_labels(axes, "most probable tokens", "mean probability that they hold")
-    title(axes, "How sharp the distributions are", f"mean over {sharp['rows']:,} test tokens")
+    style.axis_labels(axes, "most probable tokens", "mean probability that they hold")
+    style.title(axes, "How sharp the distributions are", f"mean over {sharp['rows']:,} test tokens")
 
 
 def _draw_agreement(axes: Any, results: Results) -> None:
@@ -159,11 +148,13 @@ def _draw_agreement(axes: Any, results: Results) -> None:
             value, y = one[key], place + side * height
             axes.barh(y, value, height * 0.92, color=color, alpha=alpha)
             if one[f"{key}_low"] is not None:
-                axes.hlines(y, one[f"{key}_low"], one[f"{key}_high"], color=INK, linewidth=1.4)
+                axes.hlines(
+                    y, one[f"{key}_low"], one[f"{key}_high"], color=style.INK, linewidth=1.4
+                )
             end = max(value, one[f"{key}_high"] or 0)
             axes.annotate(
                 f"{words} {100 * value:.1f} %", (end, y), (5, 0), textcoords="offset points",
-                va="center", fontsize=9, color=INK,
+                va="center", fontsize=9, color=style.INK,
             )  # fmt: skip
     labels = []
     for system in names:
@@ -175,7 +166,7 @@ def _draw_agreement(axes: Any, results: Results) -> None:
     axes.set_xlim(0, 1.05)
     axes.grid(visible=False, axis="y")
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    title(
+    style.title(
         axes,
         "What the first choice agrees with",
         "share of test tokens; KL(kNN ‖ distribution) in nats, over all neighbours",

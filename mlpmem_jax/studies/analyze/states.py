@@ -30,9 +30,7 @@ def final_states(
     Args:
         settings: The windows, those of `embed`.
         decoder: On the mesh.
-        tokens: The split.
         row_N: Rows, ascending.
-        mesh: Devices.
 
     Yields:
         Some of the rows, ascending, and their states after the final norm, float32 [n, D].

@@ -6,6 +6,7 @@ from typing import Any
 from mlpmem_jax.evaluation.table import (
     bracket_text,
     csv_text,
+    level_text,
     note_lines,
     number,
     render,
@@ -94,7 +95,7 @@ def as_text(results: Results) -> str:
 
 
 def _gain_table(results: Results) -> str:
-    level = f"{100 * results['confidence']:g} %"
+    level = level_text(results)
     header = ["", "share of\ntokens", "decoder\nnats"]
     for label in results["labels"].values():
         header += [f"{label}\ngain", f"{level}\ninterval"]
@@ -138,7 +139,7 @@ def _sharpness_table(results: Results) -> str:
 
 
 def _agreement_table(results: Results) -> str:
-    level = f"{100 * results['confidence']:g} %\ninterval"
+    level = f"{level_text(results)}\ninterval"
     header = ["", "top-1 is\nthe label", level, "top-1 as\nkNN", level, "KL from\nkNN", level]
     rows = []
     for system, one in results["sharpness"]["systems"].items():

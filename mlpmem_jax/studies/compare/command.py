@@ -4,12 +4,12 @@ import functools
 from collections.abc import Mapping
 
 from mlpmem_jax.config.suite import CompareConfig, RowName
-from mlpmem_jax.console import is_speaker, say
+from mlpmem_jax.console import say
 from mlpmem_jax.pipeline.checks import check_trained_apart, check_trains_memory
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.reports import print_files, write_files
 from mlpmem_jax.pipeline.stage import Stage
-from mlpmem_jax.store.files import read_json, write_bytes, write_json
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.studies.tables.rows import SeedPlan, check_recipes, planned_row, row_recipe
 from mlpmem_jax.studies.tables.runner import (
@@ -98,14 +98,15 @@ def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed])
     results = table_results(run, rows, interval_settings(run, REFERENCE, FULL_GAIN))
     documents = results.pop("documents")
     measured = table_costs(run, rows)
-    path = artifact.path
-    if is_speaker():
-        write_json(path / RESULTS, results)
-        write_json(path / MEASURED, measured)
-        write_bytes(path / TABLE, report.rows_csv(results, measured).encode())
-        write_bytes(path / PAIRS, report.pairs_csv(results).encode())
-        write_bytes(path / DOCUMENTS, report.documents_csv(documents).encode())
-        write_bytes(path / PICTURE, draw(results, measured))
+    files = {
+        RESULTS: results,
+        MEASURED: measured,
+        TABLE: report.rows_csv(results, measured),
+        PAIRS: report.pairs_csv(results),
+        DOCUMENTS: report.documents_csv(documents),
+        PICTURE: draw(results, measured),
+    }
+    write_files(artifact.path, files)
     counts = {"test_tokens": results["test"]["tokens"], "rows": len(results["rows"])}
     return Completion(counts, files=[RESULTS, PAIRS, DOCUMENTS], measured=measured)
 
@@ -114,12 +115,8 @@ def print_report(artifact: Artifact) -> None:
     """Prints the finished table and where its files lie."""
     from mlpmem_jax.studies.tables.report import as_text
 
-    measured = artifact.verify().measured
-    say()
-    say(as_text(read_json(artifact.path / RESULTS), measured))
-    say()
-    for name in (RESULTS, TABLE, PAIRS, DOCUMENTS, PICTURE):
-        say(f"  {artifact.path / name}")
+    measured, names = artifact.load().measured, (RESULTS, TABLE, PAIRS, DOCUMENTS, PICTURE)
+    print_files(artifact, names, lambda results: as_text(results, measured))
 
 
 def main(run: Artifacts, options: Options) -> int:
@@ -130,7 +127,5 @@ def main(run: Artifacts, options: Options) -> int:
     check_trains_memory(run, "compare")
     check_recipes(run)
     _say_what_is_missing(run)
-    made = run_suite("compare", run, options, works(run), functools.partial(table_stage, run))
-    if made is not None:
-        print_report(made.artifact)
-    return 0
+    table = functools.partial(table_stage, run)
+    return run_suite("compare", run, options, works(run), table, print_report)

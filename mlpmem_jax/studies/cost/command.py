@@ -24,6 +24,7 @@ from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.array_specs import SPLITS, Split, datastore_arrays
 from mlpmem_jax.store.files import read_json
 from mlpmem_jax.store.manifest import Artifact, Completion
+from mlpmem_jax.studies.cost.table import as_csv, as_text
 
 NAME: Report = "cost"
 
@@ -153,7 +154,6 @@ def _build(run: Artifacts) -> Completion:
     from mlpmem_jax.studies.cost.picture import draw
     from mlpmem_jax.studies.cost.quality import measure_quality
     from mlpmem_jax.studies.cost.study import measure_growth
-    from mlpmem_jax.studies.cost.table import as_csv
 
     mesh, table, path = make_mesh(run.config.mesh), run.results, measurement(run).path
     table.verify()
@@ -164,13 +164,6 @@ def _build(run: Artifacts) -> Completion:
     return Completion(counts={"sizes": len(results["rows"])}, files=files)
 
 
-def print_report(run: Artifacts) -> None:
-    """Prints the tables of a finished measurement."""
-    from mlpmem_jax.studies.cost.table import as_text
-
-    print_results(measurement(run), NAME, as_text)
-
-
 def main(run: Artifacts, options: Options) -> int:
     """Runs the command."""
     check_trained_apart(run, NAME, "the time that a joint model takes is in evaluate")
@@ -178,4 +171,6 @@ def main(run: Artifacts, options: Options) -> int:
         check_trains_memory(run, "cost.quality=train")
         why = "its parts are the first rows of the text as it was first read: use cost.quality=none"
         check_unchanged_text(run, "cost.quality=train", why)
-    return execute(stages, run, options, report=print_report)
+    return execute(
+        stages, run, options, report=lambda run: print_results(measurement(run), NAME, as_text)
+    )

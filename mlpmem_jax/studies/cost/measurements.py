@@ -6,7 +6,7 @@ round. What was prepared or timed lies in small files, so that a start after a k
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -35,8 +35,6 @@ from mlpmem_jax.store.files import check_free_space
 
 PLAIN = ("decoder", "memory")  # systems that search nothing
 
-Systems = Mapping[str, System]
-
 
 def sizes(num_rows: int, doublings: int, num_neighbors: int) -> list[int]:
     """Returns numbers of rows, each about twice the one before, up to all rows.
@@ -59,8 +57,6 @@ class Timer:
     """What is timed, the same at every size.
 
     Attributes:
-        run: The artifacts of the configuration.
-        mesh: Devices.
         path: Where files of the measurement lie.
         models: Compiled models: "decoder" and "memory".
         train_label: Labels of all training rows.
@@ -138,13 +134,29 @@ class Timer:
         file = self.path / f"round-{round_number}-{num_rows}.json"
         if file.exists():
             return read_checked_json(file)
-        systems = self._systems(num_rows, prepared)
-        times = {name: _Times() for name in systems}
+        systems, cost, prompt = (
+            self._systems(num_rows, prepared),
+            self.run.config.cost,
+            self._prompt(),
+        )
         seed = (self.run.config.seed, round_number, num_rows)
-        self._time_tokens(systems, times, seed)
-        self._time_prompts(systems, times, seed)
-        self._time_steps(systems, times, seed)
-        found = {name: dataclasses.asdict(one) for name, one in times.items()}
+
+        def timed(
+            batch: int, work: Callable[[Writer], Spent], count: int
+        ) -> Iterator[tuple[str, Spent]]:
+            """The systems take turns."""
+            writers = {name: Writer(system, batch) for name, system in systems.items()}
+            return in_turns(writers, work, count, seed)
+
+        names = ("token", "search", "first", "step")
+        found: dict[str, Any] = {system: {name: [] for name in names} for system in systems}
+        for name, spent in timed(1, Writer.write, cost.num_tokens):  # One text.
+            found[name]["token"].append(1000 * spent.total)
+            found[name]["search"].append(1000 * spent.search)
+        for name, spent in timed(1, lambda writer: writer.read(prompt), cost.num_prompts):
+            found[name]["first"].append(1000 * spent.total)
+        for name, spent in timed(cost.batch_size, Writer.write, cost.batch_steps):
+            found[name]["step"].append(1000 * spent.total)
         write_checked_json(file, found)
         return found
 
@@ -168,49 +180,14 @@ class Timer:
             systems[name] = System(self.models["decoder"], search)
         return systems
 
-    def _time_tokens(
-        self, systems: Systems, times: Mapping[str, "_Times"], seed: Sequence[int]
-    ) -> None:
-        """One text, one token at a time; the systems take turns."""
-        writers = {name: Writer(system, 1) for name, system in systems.items()}
-        for name, spent in in_turns(writers, Writer.write, self.run.config.cost.num_tokens, seed):
-            times[name].token.append(1000 * spent.total)
-            times[name].search.append(1000 * spent.search)
-
-    def _time_prompts(
-        self, systems: Systems, times: Mapping[str, "_Times"], seed: Sequence[int]
-    ) -> None:
-        cost = self.run.config.cost
-        vocab = self.models["decoder"].model.vocab_size
-        prompt = np.random.default_rng(self.run.config.seed).integers(0, vocab, cost.prompt_tokens)
-        writers = {name: Writer(system, 1) for name, system in systems.items()}
-
-        def read(writer: Writer) -> Spent:
-            return writer.read(prompt[None].astype(np.int32))
-
-        for name, spent in in_turns(writers, read, cost.num_prompts, seed):
-            times[name].first.append(1000 * spent.total)
-
-    def _time_steps(
-        self, systems: Systems, times: Mapping[str, "_Times"], seed: Sequence[int]
-    ) -> None:
-        cost = self.run.config.cost
-        writers = {name: Writer(system, cost.batch_size) for name, system in systems.items()}
-        for name, spent in in_turns(writers, Writer.write, cost.batch_steps, seed):
-            times[name].step.append(1000 * spent.total)
+    def _prompt(self) -> np.ndarray:
+        """Returns random tokens, int32 [1, L]."""
+        config, vocab_size = self.run.config, self.models["decoder"].model.vocab_size
+        rng = np.random.default_rng(config.seed)
+        return rng.integers(0, vocab_size, (1, config.cost.prompt_tokens)).astype(np.int32)
 
     def remove_indices(self) -> None:
         """Removes what was built only to be measured."""
         for left in self.path.iterdir():
             if re.fullmatch(r"index-[0-9]+", left.name):
                 left.rmtree()
-
-
-@dataclasses.dataclass
-class _Times:
-    """Milliseconds of one system in one round."""
-
-    token: list[float] = dataclasses.field(default_factory=list)
-    search: list[float] = dataclasses.field(default_factory=list)
-    first: list[float] = dataclasses.field(default_factory=list)
-    step: list[float] = dataclasses.field(default_factory=list)

@@ -5,16 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from mlpmem_jax.evaluation.style import (
-    COLORS,
-    as_png,
-    axis_labels,
-    legend,
-    new_figure,
-    plain,
-    title,
-)
+from mlpmem_jax.evaluation import style
+from mlpmem_jax.evaluation.style import COLORS
 from mlpmem_jax.evaluation.table import bracket_text, number
+from mlpmem_jax.units import short_number
 
 Results = Mapping[str, Any]
 
@@ -23,27 +17,29 @@ def draw(results: Results) -> bytes:
     """Draws time, throughput, bytes and, where measured, quality; returns a PNG."""
     has_quality = "quality" in results
     num_lines = 3 if has_quality else 2
-    figure = new_figure(14.0, 4.3 * num_lines)
+    figure = style.new_figure(14.0, 4.3 * num_lines)
     grid = figure.add_gridspec(num_lines, 2, hspace=0.08, wspace=0.06)
     places = [figure.add_subplot(grid[row, column]) for row in range(2) for column in range(2)]
     if has_quality:
         places.append(figure.add_subplot(grid[2, :]))
     for axes in places:
-        plain(axes)
+        style.plain(axes)
     machine, protocol = results["machine"], results["protocol"]
     where = f"{machine['devices']} × {machine['device_kind']}, {machine['cores']} cores"
     _draw(places[0], results, "token_ms_p50", "token_ms_p95", "milliseconds")
-    title(places[0], "Time per token", f"median; shaded up to the 95th percentile; {where}")
+    style.title(places[0], "Time per token", f"median; shaded up to the 95th percentile; {where}")
     _draw(places[1], results, "first_ms_p50", "first_ms_p95", "milliseconds")
     after = f"after a prompt of {protocol['prompt_tokens']} tokens; median to 95th percentile"
-    title(places[1], "Time to the first token", after)
+    style.title(places[1], "Time to the first token", after)
     _draw(places[2], results, "tokens_per_sec", None, "tokens per second")
-    title(places[2], "Throughput", f"{protocol['batch_size']} texts continued together")
+    style.title(places[2], "Throughput", f"{protocol['batch_size']} texts continued together")
     _draw(places[3], results, "bytes", None, "bytes")
-    title(places[3], "What must be kept", "weights; for a kNN-LM labels too, and keys or index")
+    style.title(
+        places[3], "What must be kept", "weights; for a kNN-LM labels too, and keys or index"
+    )
     if has_quality:
         _draw_quality(places[4], results)
-    return as_png(figure)
+    return style.as_png(figure)
 
 
 def _draw(axes: Any, results: Results, main: str, upper: str | None, unit: str) -> None:
@@ -54,40 +50,21 @@ def _draw(axes: Any, results: Results, main: str, upper: str | None, unit: str) 
         value = np.asarray(one[main], np.float64)
         if upper:
             axes.fill_between(rows, value, one[upper], color=color, alpha=0.13, linewidth=0)
-        style = (0, (4, 2)) if system == "decoder" else "solid"
-        axes.plot(rows, value, "o", color=color, markersize=5, linestyle=style, linewidth=2)
+        dashes = (0, (4, 2)) if system == "decoder" else "solid"
+        axes.plot(rows, value, "o", color=color, markersize=5, linestyle=dashes, linewidth=2)
         slope = one["slopes"][main]
         words = f"{results['labels'][system]}\nslope {number(slope['slope'], 3, sign=True)}"
         if slope["low"] is not None:
             words += f" {bracket_text(slope['low'], slope['high'], 3)}"
-        ends.append((float(value[-1]), words, color))
+        ends.append((rows[-1], float(value[-1]), words, color))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xlim(rows[0] / 1.15, rows[-1] * (rows[-1] / rows[0]) ** 0.62)
-    axes.set_xticks(rows, [_count(value) for value in rows], fontsize=8.5)
+    axes.set_xlim(rows[0] / 1.15, rows[-1] * 1.15)
+    axes.set_xticks(rows, [short_number(value) for value in rows], fontsize=8.5)
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter(_short)
-    _label_ends(axes, rows[-1], ends)
-    axis_labels(axes, "rows of the datastore", unit)
-
-
-def _label_ends(axes: Any, last: float, ends: list[tuple[float, str, str]]) -> None:
-    """Writes names at the right ends of lines, moved apart where they would touch."""
-    low, high = (np.log(limit) for limit in axes.get_ylim())
-    apart = 0.115  # of the axes' height: two lines of text
-    ordered = sorted(ends)
-    wanted = [(np.log(value) - low) / (high - low) for value, _, _ in ordered]
-    heights: list[float] = []
-    for place in wanted:
-        heights.append(max(place, heights[-1] + apart) if heights else place)
-    over = max(0.0, heights[-1] - 0.96)
-    heights = [max(place - over, 0.03) for place in heights]
-    for number_, (value, words, color) in enumerate(ordered):
-        axes.annotate(
-            words, (last, value), (last * 1.12, heights[number_]),
-            textcoords=axes.get_xaxis_transform(),
-            fontsize=8.8, color=color, va="center", annotation_clip=False,
-        )  # fmt: skip
+    axes.yaxis.set_major_formatter(lambda value, _: short_number(value, "kMGT"))
+    style.axis_labels(axes, "rows of the datastore", unit)
+    style.label_points(axes, ends, gap=27.0)
 
 
 def _draw_quality(axes: Any, results: Results) -> None:
@@ -105,26 +82,12 @@ def _draw_quality(axes: Any, results: Results) -> None:
                 ends = [base + low, base + high]
                 axes.plot([place, place], ends, color=COLORS[name], alpha=0.5, linewidth=2)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(rows, [_count(value) for value in rows], fontsize=8.5)
+    axes.set_xticks(rows, [short_number(value) for value in rows], fontsize=8.5)
     axes.minorticks_off()
-    legend(axes)
-    axis_labels(axes, "rows of the datastore", "test nats per token")
-    title(
+    style.legend(axes)
+    style.axis_labels(axes, "rows of the datastore", "test nats per token")
+    style.title(
         axes,
         "Quality at fixed memory size",
         "a memory trained on each part; bars: interval of the difference to the decoder",
     )
-
-
-def _count(value: float) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f}"
-
-
-def _short(value: float, _: Any) -> str:
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g}"

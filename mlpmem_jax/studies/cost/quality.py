@@ -37,9 +37,7 @@ def measure_quality(
     """Scores the memories of all sizes on test.
 
     Args:
-        run: The artifacts of the configuration.
         parts: Rows and artifacts of each finished part, the run itself last.
-        mesh: Devices.
     """
     sizes = []
     noted: dict[str, list[str]] = {}

@@ -3,29 +3,11 @@
 Suffixes: S sizes, R rounds, T values of a round.
 """
 
-import dataclasses
-from collections.abc import Callable
-
 import numpy as np
 from scipy import stats
 
-from mlpmem_jax.stats.bootstrap import Interval
-
-# Maps values [..., n] to one number a row.
-Statistic = Callable[[np.ndarray], np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Slope:
-    """How a quantity grows: proportional to rows^slope.
-
-    Attributes:
-        slope: Least squares over sizes, of log value against log rows; the mean of rounds.
-        interval: Over rounds; None where the quantity does not vary.
-    """
-
-    slope: float
-    interval: Interval | None
+# How a quantity grows: proportional to rows^slope; "low" and "high" of its interval, or None.
+Slope = dict[str, float | None]
 
 
 def fit(rows_S: np.ndarray, value_S: np.ndarray) -> np.ndarray:
@@ -40,20 +22,6 @@ def fit(rows_S: np.ndarray, value_S: np.ndarray) -> np.ndarray:
     return np.asarray(np.log(np.asarray(value_S, np.float64)) @ x_S / (x_S @ x_S))
 
 
-def slope_by_round(rows_S: np.ndarray, value_SRT: np.ndarray, statistic: Statistic) -> np.ndarray:
-    """Fits the slope of a statistic in each round alone.
-
-    Args:
-        rows_S: Sizes.
-        value_SRT: Values of each size and round.
-        statistic: What is fitted, for example the median.
-
-    Returns:
-        Slopes [R].
-    """
-    return fit(rows_S, statistic(value_SRT).T)
-
-
 def over_rounds(slope_R: np.ndarray, confidence: float) -> Slope:
     """Returns the mean of the slopes of rounds, with Student's t interval.
 
@@ -62,19 +30,8 @@ def over_rounds(slope_R: np.ndarray, confidence: float) -> Slope:
 
     Args:
         slope_R: Slopes of rounds, at least two.
-        confidence: Level of the interval.
     """
     slope = float(slope_R.mean())
     error = float(slope_R.std(ddof=1)) / np.sqrt(len(slope_R))
     half = float(stats.t.ppf((1 + confidence) / 2, len(slope_R) - 1)) * error
-    return Slope(slope, Interval(slope - half, slope + half))
-
-
-def percentile(percent: float) -> Statistic:
-    """Returns the statistic "percentile"."""
-    return lambda values: np.asarray(np.percentile(values, percent, axis=-1))
-
-
-def mean(values: np.ndarray) -> np.ndarray:
-    """Returns means."""
-    return np.asarray(values.mean(axis=-1))
+    return {"slope": slope, "low": slope - half, "high": slope + half}

@@ -3,8 +3,9 @@
 Suffixes: S sizes, R rounds, T values of a round.
 """
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -149,8 +150,6 @@ def summarize(
     searches nothing, so that its own slope is the clock's.
 
     Args:
-        cost: The section `cost`.
-        rows_S: Sizes.
         value_SRT: Milliseconds of each system, "decoder" among them, and of each kind.
         kept_bytes: Bytes of each system at each size.
     """
@@ -164,38 +163,33 @@ def summarize(
                 summary[name][quantity] = [None] * len(rows_S)
                 continue
             summary[name][quantity] = statistic(values[what].reshape(len(rows_S), -1)).tolist()
-            slope_R[name][quantity] = slopes.slope_by_round(
-                np.asarray(rows_S), values[what], statistic
-            )
+            # Of each round alone.
+            slope_R[name][quantity] = slopes.fit(np.asarray(rows_S), statistic(values[what]).T)
     for name, found in slope_R.items():
         growth = float(slopes.fit(np.asarray(rows_S), np.asarray(kept_bytes[name])))
         level, clock_R = cost.confidence, slope_R["decoder"]
-        summary[name]["slopes"] = {"bytes": _slope_json(slopes.Slope(growth, None))} | {
-            quantity: _slope_json(slopes.over_rounds(one, level)) for quantity, one in found.items()
+        summary[name]["slopes"] = {"bytes": {"slope": growth, "low": None, "high": None}} | {
+            quantity: slopes.over_rounds(one, level) for quantity, one in found.items()
         }
         summary[name]["slopes_above_decoder"] = {
-            quantity: _slope_json(slopes.over_rounds(one - clock_R[quantity], level))
+            quantity: slopes.over_rounds(one - clock_R[quantity], level)
             for quantity, one in found.items()
             if name != "decoder" and quantity in clock_R
         }
     return summary
 
 
-def _quantities(batch: int) -> dict[str, tuple[str, slopes.Statistic]]:
-    """Returns what is summarised: of which times, and how."""
+def _quantities(batch: int) -> dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]:
+    """Returns what is summarised: of which times, and how values [..., n] become one number."""
+    median, high = (functools.partial(np.percentile, q=q, axis=-1) for q in (50, 95))
     return {
-        "token_ms_p50": ("token", slopes.percentile(50)),
-        "token_ms_p95": ("token", slopes.percentile(95)),
-        "search_ms_p50": ("search", slopes.percentile(50)),
-        "first_ms_p50": ("first", slopes.percentile(50)),
-        "first_ms_p95": ("first", slopes.percentile(95)),
-        "tokens_per_sec": ("step", lambda values: 1000 * batch / slopes.mean(values)),
+        "token_ms_p50": ("token", median),
+        "token_ms_p95": ("token", high),
+        "search_ms_p50": ("search", median),
+        "first_ms_p50": ("first", median),
+        "first_ms_p95": ("first", high),
+        "tokens_per_sec": ("step", lambda values: 1000 * batch / values.mean(axis=-1)),
     }
-
-
-def _slope_json(slope: slopes.Slope) -> dict[str, float | None]:
-    low, high = (slope.interval.low, slope.interval.high) if slope.interval else (None, None)
-    return {"slope": slope.slope, "low": low, "high": high}
 
 
 def _notes(

@@ -4,8 +4,15 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mlpmem_jax.evaluation.table import bracket_text, csv_text, note_lines, number, render
-from mlpmem_jax.units import human_bytes
+from mlpmem_jax.evaluation.table import (
+    bracket_text,
+    csv_text,
+    level_text,
+    note_lines,
+    number,
+    render,
+)
+from mlpmem_jax.units import human_bytes, short_number
 
 Results = Mapping[str, Any]
 
@@ -102,7 +109,7 @@ def _size_table(results: Results, main: str, second: str | None, title: str) -> 
         rows.append(cells)
     columns = _columns_that_fit(rows, results["rows"])
     header = [title.split(": ")[0] + ("\n" + title.split(": ")[1] if ": " in title else "")]
-    header += [_count(results["rows"][place]) + "\nrows" for place in columns]
+    header += [short_number(results["rows"][place]) + "\nrows" for place in columns]
     return render(header, [[row[0], *(row[1 + place] for place in columns)] for row in rows])
 
 
@@ -118,7 +125,7 @@ def _columns_that_fit(rows: Sequence[Sequence[str]], sizes: Sequence[int]) -> li
 
 def _recall_line(results: Results) -> list[str]:
     found = [
-        f"{number(recall, 3)} at {_count(rows)}"
+        f"{number(recall, 3)} at {short_number(rows)}"
         for rows, recall in zip(results["rows"], results["recall"], strict=True)
         if recall is not None
     ]
@@ -126,7 +133,7 @@ def _recall_line(results: Results) -> list[str]:
 
 
 def _slope_table(results: Results) -> str:
-    level = f"{100 * results['confidence']:g} %"
+    level = level_text(results)
     wanted = ("token_ms_p50", "search_ms_p50", "first_ms_p50", "tokens_per_sec", "bytes")
     rows = []
     for system, one in results["systems"].items():
@@ -163,7 +170,10 @@ def _quality_table(results: Results) -> list[str]:
     quality = results.get("quality")
     if not quality:
         return []
-    header = ["test nats per token", *(_count(one["rows"]) + "\nrows" for one in quality["sizes"])]
+    header = [
+        "test nats per token",
+        *(short_number(one["rows"]) + "\nrows" for one in quality["sizes"]),
+    ]
     rows = [
         [label, *(number(one["test_nats"][name], 3) for one in quality["sizes"])]
         for name, label in quality["labels"].items()
@@ -196,10 +206,3 @@ def _figures(value: float | None) -> str:
         return number(None, 0)
     digits = 0 if value >= 100 else 1 if value >= 10 else 2
     return f"{value:,.{digits}f}"
-
-
-def _count(value: int) -> str:
-    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return str(value)

@@ -8,14 +8,14 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.pipeline.checks import check_trained_apart, check_trains_memory
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.options import Options
+from mlpmem_jax.pipeline.reports import print_files, write_files
 from mlpmem_jax.pipeline.stage import Stage
-from mlpmem_jax.store.files import read_json, write_bytes, write_json
 from mlpmem_jax.store.manifest import Artifact, Completion
+from mlpmem_jax.studies.overfitting import epochs
 from mlpmem_jax.studies.overfitting.epochs import LABELS, row_key
 from mlpmem_jax.studies.tables.part_scores import Part
 from mlpmem_jax.studies.tables.rows import Row, SeedPlan, model_parts
@@ -112,7 +112,6 @@ def table_stage(run: Artifacts) -> Stage:
 
 
 def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed]) -> Completion:
-    from mlpmem_jax.studies.overfitting import epochs
     from mlpmem_jax.studies.tables.assemble import table_costs, table_results
     from mlpmem_jax.studies.tables.report import documents_csv
 
@@ -132,13 +131,14 @@ def _build(run: Artifacts, artifact: Artifact, tables: Mapping[str, RowsBySeed])
         "reference_nats": reference["test_nats"]["value"],
         "networks": epochs.by_epoch(found, steps),
     }
-    path = artifact.path
-    if is_speaker():
-        write_json(path / RESULTS, results)
-        write_json(path / MEASURED, table_costs(run, rows, with_costs=False))
-        write_bytes(path / TABLE, epochs.as_csv(results).encode())
-        write_bytes(path / DOCUMENTS, documents_csv(found["documents"]).encode())
-        write_bytes(path / PICTURE, epochs.draw(results))
+    files = {
+        RESULTS: results,
+        MEASURED: table_costs(run, rows, with_costs=False),
+        TABLE: epochs.as_csv(results),
+        DOCUMENTS: documents_csv(found["documents"]),
+        PICTURE: epochs.draw(results),
+    }
+    write_files(artifact.path, files)
     counts = {"test_tokens": results["test"]["tokens"]}
     return Completion(counts=counts, files=[RESULTS, TABLE, DOCUMENTS])
 
@@ -154,13 +154,8 @@ def main(run: Artifacts, options: Options) -> int:
         )
     check_trains_memory(run, "overfitting")
     table = functools.partial(table_stage, run)
-    made = run_suite("overfitting", run, options, works(run), table)
-    if made is not None:
-        from mlpmem_jax.studies.overfitting.epochs import as_text
+    return run_suite("overfitting", run, options, works(run), table, _print)
 
-        made.artifact.verify()
-        say()
-        say(as_text(read_json(made.artifact.path / RESULTS)))
-        for name in (RESULTS, TABLE, DOCUMENTS, PICTURE):
-            say(f"  {made.artifact.path / name}")
-    return 0
+
+def _print(artifact: Artifact) -> None:
+    print_files(artifact, (RESULTS, TABLE, DOCUMENTS, PICTURE), epochs.as_text)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mlpmem_jax.evaluation import style
 from mlpmem_jax.evaluation.draws import Family
 from mlpmem_jax.evaluation.lines import (
     VERDICT_COLUMNS,
@@ -12,21 +13,12 @@ from mlpmem_jax.evaluation.lines import (
     score_columns,
     weights_cell,
 )
-from mlpmem_jax.evaluation.style import (
-    COLORS,
-    INK,
-    LINE,
-    as_png,
-    axis_labels,
-    legend,
-    plain,
-    wide_figure,
-    wide_title,
-)
+from mlpmem_jax.evaluation.style import COLORS
 from mlpmem_jax.evaluation.table import (
     DASH,
     bracket_text,
     csv_text,
+    level_text,
     note_lines,
     number,
     paragraph,
@@ -143,7 +135,7 @@ def _difference(
 
 def as_text(results: Results) -> str:
     """Returns the table for the terminal, and one sentence a network."""
-    level = f"{100 * results['confidence']:g} %"
+    level = level_text(results)
     blocks = []
     for network in results["networks"].values():
         rows = [
@@ -206,11 +198,11 @@ def _csv_lines(results: Results) -> Iterator[dict[str, Any]]:
 
 def draw(results: Results) -> bytes:
     """Draws test nats by epoch, and what is lost against the best; returns a PNG."""
-    figure = wide_figure(13.0, 4.8)
+    figure = style.wide_figure(13.0, 4.8)
     left, right = figure.subplots(1, 2)
-    level = f"{100 * results['confidence']:g} %"
+    level = level_text(results)
     for axes in (left, right):
-        plain(axes)
+        style.plain(axes)
         axes.xaxis.get_major_locator().set_params(integer=True)
     for name, network in results["networks"].items():
         color = _COLORS[name]
@@ -228,18 +220,18 @@ def draw(results: Results) -> bytes:
                   markeredgecolor=color, markeredgewidth=1.5)  # fmt: skip
         _draw_loss(right, network, epochs, color)
     reference = results["reference_nats"]
-    left.axhline(reference, color=INK, linewidth=0.9, linestyle=(0, (1, 2)),
+    left.axhline(reference, color=style.INK, linewidth=0.9, linestyle=(0, (1, 2)),
                  label="decoder as configured")  # fmt: skip
-    legend(left, size=8.5)
-    right.axhline(0, color=LINE, linewidth=0.8)
+    style.legend(left, size=8.5)
+    right.axhline(0, color=style.LINE, linewidth=0.8)
     epochs_label = "epochs over the training text"
-    axis_labels(left, epochs_label, "nats per token")
-    axis_labels(right, epochs_label, "test nats above the epoch that validation chooses")
+    style.axis_labels(left, epochs_label, "nats per token")
+    style.axis_labels(right, epochs_label, "test nats above the epoch that validation chooses")
     about = "dashed: validation; rings: the epoch that validation chooses"
-    wide_title(left, "Test and validation by epoch", about)
+    style.wide_title(left, "Test and validation by epoch", about)
     about = f"band: {level} interval of the paired difference"
-    wide_title(right, "What is lost", about)
-    return as_png(figure)
+    style.wide_title(right, "What is lost", about)
+    return style.as_png(figure)
 
 
 def _draw_loss(axes: Any, network: Results, epochs: Sequence[int], color: str) -> None:
@@ -249,4 +241,4 @@ def _draw_loss(axes: Any, network: Results, epochs: Sequence[int], color: str) -
     if all(one["low"] is not None for one in after):
         low, high = ([one[end] for one in after] for end in ("low", "high"))
         axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
-    legend(axes, size=8.5)
+    style.legend(axes, size=8.5)

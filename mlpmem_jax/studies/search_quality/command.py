@@ -22,6 +22,7 @@ from mlpmem_jax.stats.bootstrap import INTERVALS
 from mlpmem_jax.store.array_specs import SPLITS
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.studies.search_quality.settings import with_setting
+from mlpmem_jax.studies.search_quality.table import as_csv, as_text
 from mlpmem_jax.studies.tables.variants import made_by
 
 NAME: Report = "search-quality"
@@ -98,19 +99,11 @@ def _build(run: Artifacts) -> Completion:
     from mlpmem_jax.parallel.mesh import make_mesh
     from mlpmem_jax.studies.search_quality.picture import draw
     from mlpmem_jax.studies.search_quality.study import measure_settings
-    from mlpmem_jax.studies.search_quality.table import as_csv
 
     path = comparison(run).path
     results = measure_settings(run, make_mesh(run.config.mesh), path)
     files = write_report(path, NAME, results, as_csv(results), draw(results))
     return Completion(counts={"settings": len(results["settings"])}, files=files)
-
-
-def print_report(run: Artifacts) -> None:
-    """Prints the tables of a finished comparison."""
-    from mlpmem_jax.studies.search_quality.table import as_text
-
-    print_results(comparison(run), NAME, as_text)
 
 
 def main(run: Artifacts, options: Options) -> int:
@@ -126,4 +119,10 @@ def main(run: Artifacts, options: Options) -> int:
     if run.config.retrieval.keep_train == "all":
         why = "kept neighbours follow from those before: use retrieval.keep_train=none"
         check_unchanged_text(run, NAME, why)
-    return execute(stages, run, options, Rebuild.STALE, print_report)
+    return execute(
+        stages,
+        run,
+        options,
+        Rebuild.STALE,
+        lambda run: print_results(comparison(run), NAME, as_text),
+    )

@@ -6,8 +6,6 @@ takes its place: KL(p ‖ (1 − ε) q + ε p) with ε = 0.01 (Lee 1999), at mos
 Suffixes: Q rows, K neighbours, M tokens of all distributions.
 """
 
-import dataclasses
-
 import numpy as np
 
 from mlpmem_jax.retrieval.distributions import SparseDistributions, sparse_distributions
@@ -17,25 +15,16 @@ SKEW = 0.01
 _HALF = np.int64(32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Divergence:
-    """Means over rows.
-
-    Attributes:
-        skew_kl: KL(exact ‖ 0.99 approximate + 0.01 exact), nats.
-        missed_mass: Exact probability of tokens to which the approximate one gives none.
-        top1: Share of rows with the same most probable token.
-    """
-
-    skew_kl: float
-    missed_mass: float
-    top1: float
-
-
 def compare_neighbors(
     found: Neighbors, truth: Neighbors, train_label: np.ndarray, temperature: float
-) -> Divergence:
-    """Compares the distributions that two lists of neighbours of the same rows imply."""
+) -> dict[str, float]:
+    """Compares the distributions that two lists of neighbours of the same rows imply.
+
+    Returns:
+        Means over rows: `skew_kl` (KL(exact ‖ 0.99 approximate + 0.01 exact), nats), `missed_mass`
+        (exact probability of tokens to which the approximate one gives none), `top1` (share of rows
+        with the same most probable token).
+    """
     exact, approximate = (_distributions(one, train_label, temperature) for one in (truth, found))
     num_queries, num_tokens = exact.prob_QS.shape
     prob_QS = exact.prob_QS.astype(np.float64)
@@ -45,11 +34,11 @@ def compare_neighbors(
     ratio_QS = np.log(np.where(is_there, prob_QS, 1.0)) - np.log(mixed_QS)
     kl_Q = np.where(is_there, prob_QS * ratio_QS, 0.0).sum(axis=1)
     missed_Q = np.where(is_there & (other_QS == 0), prob_QS, 0.0).sum(axis=1)
-    return Divergence(
-        skew_kl=float(kl_Q.mean()),
-        missed_mass=float(missed_Q.mean()),
-        top1=float((exact.id_QS[:, 0] == approximate.id_QS[:, 0]).mean()),
-    )
+    return {
+        "skew_kl": float(kl_Q.mean()),
+        "missed_mass": float(missed_Q.mean()),
+        "top1": float((exact.id_QS[:, 0] == approximate.id_QS[:, 0]).mean()),
+    }
 
 
 def _distributions(

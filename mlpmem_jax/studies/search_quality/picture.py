@@ -5,17 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from mlpmem_jax.evaluation.style import (
-    COLORS,
-    DASHED,
-    QUIET,
-    as_png,
-    axis_labels,
-    legend,
-    new_figure,
-    plain,
-    title,
-)
+from mlpmem_jax.evaluation import style
+from mlpmem_jax.evaluation.style import COLORS
+from mlpmem_jax.evaluation.table import level_text
 from mlpmem_jax.studies.search_quality.table import LABELS
 
 Results = Mapping[str, Any]
@@ -23,23 +15,23 @@ Results = Mapping[str, Any]
 
 def draw(results: Results) -> bytes:
     """Draws nats against recall and against KL, and speed against recall; returns a PNG."""
-    figure = new_figure(15.0, 5.0)
+    figure = style.new_figure(15.0, 5.0)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1.0, 0.9))
     for axes in (left, middle, right):
-        plain(axes)
+        style.plain(axes)
     _draw_nats(left, results)
     _draw_loss(middle, results)
     _draw_speed(right, results)
-    return as_png(figure)
+    return style.as_png(figure)
 
 
 def _draw_nats(axes: Any, results: Results) -> None:
     """Test nats of kNN-LM and memory against recall; intervals of the paired difference."""
     decoder = results["decoder_test_nats"]
-    axes.axhline(decoder, color=COLORS["decoder"], linewidth=1, linestyle=DASHED)
+    axes.axhline(decoder, color=COLORS["decoder"], linewidth=1, linestyle=style.DASHED)
     axes.annotate(
         "decoder", (0.01, decoder), (0, 4), xycoords=("axes fraction", "data"),
-        textcoords="offset points", fontsize=9, color=QUIET,
+        textcoords="offset points", fontsize=9, color=style.QUIET,
     )  # fmt: skip
     ordered = sorted(results["settings"], key=lambda one: one["recall"])
     recall = [one["recall"] for one in ordered]
@@ -52,16 +44,16 @@ def _draw_nats(axes: Any, results: Results) -> None:
                 ends = [decoder + against["low"], decoder + against["high"]]
                 axes.plot([place, place], ends, color=COLORS[system], linewidth=2, alpha=0.35)
     _recall_axis(axes)
-    legend(axes)
-    axis_labels(axes, f"recall@{results['num_neighbors']}", "test nats per token")
-    level = f"{100 * results['confidence']:g} %"
-    title(axes, "What it costs", f"bars: {level} interval of the difference to the decoder")
+    style.legend(axes)
+    style.axis_labels(axes, f"recall@{results['num_neighbors']}", "test nats per token")
+    level = level_text(results)
+    style.title(axes, "What it costs", f"bars: {level} interval of the difference to the decoder")
 
 
 def _draw_loss(axes: Any, results: Results) -> None:
     """What is lost against exact search, by how far the distributions are from exact ones."""
     ordered = sorted(results["settings"], key=lambda one: one["skew_kl"])
-    axes.axhline(0, color=QUIET, linewidth=0.8)
+    axes.axhline(0, color=style.QUIET, linewidth=0.8)
     for offset, (system, label) in zip((-1, 1), LABELS.items(), strict=True):
         for number_, one in enumerate(ordered):
             against = one[system]["against_exact"]
@@ -79,12 +71,14 @@ def _draw_loss(axes: Any, results: Results) -> None:
     axes.set_xticks(np.arange(len(ordered)), names, fontsize=8.3)
     axes.set_xlim(-0.5, len(ordered) - 0.5)
     axes.grid(visible=False, axis="x")
-    axis_labels(
+    style.axis_labels(
         axes,
         "setting, its recall, KL from the exact distribution (nats)",
         "test nats per token, above exact search",
     )
-    title(axes, "Against exact search", "bars: interval of the difference, paired over documents")
+    style.title(
+        axes, "Against exact search", "bars: interval of the difference, paired over documents"
+    )
 
 
 def _draw_speed(axes: Any, results: Results) -> None:
@@ -102,8 +96,8 @@ def _draw_speed(axes: Any, results: Results) -> None:
     axes.set_yscale("log")
     axes.margins(y=0.15)
     _recall_axis(axes)
-    axis_labels(axes, f"recall@{results['num_neighbors']}", "queries per second")
-    title(axes, "What it saves", "search of every training row")
+    style.axis_labels(axes, f"recall@{results['num_neighbors']}", "queries per second")
+    style.title(axes, "What it saves", "search of every training row")
 
 
 def _recall_axis(axes: Any) -> None:

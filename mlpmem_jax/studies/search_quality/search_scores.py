@@ -19,12 +19,7 @@ class SearchedKnn(KnnLm):
     """Searches the rows of a split as they are needed; keeps no neighbours.
 
     Args:
-        engine: What searches.
-        datastore: The split's rows.
-        label_N: Their labels.
-        train_label: Label of each training row.
         num_neighbors: K.
-        query_batch: Rows searched at once.
     """
 
     def __init__(

@@ -45,8 +45,6 @@ def measure_settings(run: Artifacts, mesh: jax.sharding.Mesh, path: epath.Path) 
     """Measures all settings whose indices, targets and memories are finished.
 
     Args:
-        run: The artifacts of the configuration.
-        mesh: Devices.
         path: Where what was measured of each setting is kept.
 
     Returns:
@@ -118,7 +116,7 @@ class _Study:
         found = engine.search(sample.query_QD, retrieval.num_neighbors + 1)
         found = drop_own_row(found, sample.row_Q)
         divergence = compare_neighbors(found, sample.truth, self.train_label, temperature)
-        return {"recall": recall.recall(found, sample.truth), **dataclasses.asdict(divergence)}
+        return {"recall": recall.recall(found, sample.truth), **divergence}
 
     def _knn(self, run: Artifacts, engine: Engine) -> dict[str, Any]:
         config, retrieval = run.config, run.config.retrieval
@@ -197,7 +195,6 @@ def summarize(
     """Adds what is paired: differences to the decoder and to the exact setting.
 
     Args:
-        run: The artifacts of the configuration.
         counts: Documents of test.
         decoder_N: log p_LM of the labels of test.
         found: What was measured of each setting.

@@ -6,6 +6,7 @@ from typing import Any
 from mlpmem_jax.evaluation.table import (
     bracket_text,
     csv_text,
+    level_text,
     note_lines,
     number,
     render,
@@ -88,7 +89,7 @@ def _search_table(results: Results) -> str:
 
 
 def _nats_table(results: Results) -> str:
-    level = f"{100 * results['confidence']:g} %\ninterval"
+    level = f"{level_text(results)}\ninterval"
     header = [""]
     for label in LABELS.values():
         header += [f"{label}\ntest nats", "against\nexact", level]

@@ -28,7 +28,6 @@ def table_results(run: Artifacts, rows: Rows, settings: Settings) -> dict[str, A
     Args:
         run: The artifacts of the configuration, for the tokens.
         rows: The rows of each seed, the same keys in the same order.
-        settings: How intervals are made.
     """
     labels = {split: _labels_by_tokens(run, rows, split) for split in SCORED}
     names = _part_names(rows)

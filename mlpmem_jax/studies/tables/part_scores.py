@@ -132,10 +132,12 @@ def _by_index_stages(variant: Variant) -> list[Stage]:
 
 
 def _score_stage(part: Part, split: Split) -> Stage:
+    # The section whose batches are cut over the mesh: windows are those of `embed`.
+    section = "datastore" if part.kind in ("decoder", "joint") else "evaluate"
     return Stage(
         artifact=part.scores(split),
         build=functools.partial(_score, part, split),
-        check=functools.partial(check_devices, part.run, *_batches_of(part)),
+        check=functools.partial(check_devices, part.run, section),
         need=functools.partial(_need, part, split),
     )
 
@@ -146,11 +148,6 @@ def _need(part: Part, split: Split, machine: Machine, count: RowCounter) -> Need
     if not part.kind.startswith("knn") or split == "test":  # τ is chosen on validation.
         return Need()
     return scores_need(part.run, machine, count)
-
-
-def _batches_of(part: Part) -> tuple[str, ...]:
-    """Returns the sections whose batches are cut over the mesh: windows are those of `embed`."""
-    return ("datastore",) if part.kind in ("decoder", "joint") else ("evaluate",)
 
 
 def _score(part: Part, split: Split) -> Completion:

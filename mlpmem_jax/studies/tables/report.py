@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mlpmem_jax.evaluation.lines import (
+    NOTHING,
     VERDICT_COLUMNS,
     correction_note,
     interval_columns,
@@ -127,7 +128,9 @@ def _share_cell(share: Results | None) -> str:
 
 
 def _cost(row: Results, cost: Results) -> list[str]:
-    weights = weights_cell(row["weights"]) or _trained_cell(cost["trained_weight"])
+    trained = cost["trained_weight"]
+    shown = DASH if trained is None else f"{number(trained, 3)} (trained)"
+    weights = weights_cell(row["weights"]) or shown
     return [
         row["label"],
         *size_cells(row["valid_nats"]["value"], weights, cost),
@@ -135,10 +138,6 @@ def _cost(row: Results, cost: Results) -> list[str]:
         f"{cost['network_flops']:.3g}",
         duration(cost["seconds"]),
     ]
-
-
-def _trained_cell(weight: float | None) -> str:
-    return DASH if weight is None else f"{number(weight, 3)} (trained)"
 
 
 def _notes(results: Results, measured: Results) -> list[str]:
@@ -250,7 +249,7 @@ def _flat_row(row: Results, seed: str, found: Results) -> dict[str, Any]:
         ("difference", ""),
         ("gain_recovered", ""),
     ):
-        one = found.get(name) or {"value": None, "low": None, "high": None}
+        one = found.get(name) or NOTHING
         flat |= interval_columns(name, one, ends=ends)
     if seed == "mean":
         spread = row["spread"]

@@ -65,10 +65,6 @@ def score_mixture(
     """Scores decoder and memory mixed by the λ that they were trained with.
 
     Args:
-        run: The artifacts of the configuration.
-        split: What is scored.
-        artifact: Where the scores go.
-        mesh: Devices.
         step: Of a memory beside a frozen decoder, a step before its last; None: the last.
     """
     config = run.config
@@ -97,9 +93,6 @@ def score_knn(
     """Scores the kNN distribution over all K neighbours.
 
     Args:
-        run: The artifacts of the configuration.
-        split: What is scored.
-        artifact: Where the scores go.
         by_index: Whether the neighbours are those that the engine of the index finds,
             rather than the exact ones.
         temperature: τ; None chooses it, together with λ, on this split.

@@ -16,7 +16,6 @@ from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.studies.tables.ledger import Ledger
 from mlpmem_jax.studies.tables.part_scores import Part
-from mlpmem_jax.studies.tables.texts import share_tokens
 from mlpmem_jax.studies.tables.variants import (
     Variant,
     base_variant,
@@ -24,6 +23,8 @@ from mlpmem_jax.studies.tables.variants import (
     taught_variant,
     without_memory,
 )
+
+Parts = tuple[Part, ...] | None  # None: they cannot be made here.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +79,6 @@ class SeedPlan:
     def decoder(self) -> Part:
         """The decoder that all others are held against."""
         return Part("decoder", self.base)
-
-    def knn(self) -> Part:
-        """The exact kNN distribution."""
-        return Part("knn", self.base)
-
-    def memory(self) -> Part:
-        """The memory."""
-        return Part("memory", self.base)
 
     def with_memory(self, overrides: dict[str, Any], label: str) -> tuple[Part, ...]:
         """The decoder with a memory of other settings."""
@@ -144,17 +137,12 @@ class SeedPlan:
             return int(tokens.load().counts["vocab_size"])
         return self.config.tokenizer.vocab_size
 
-    def costs_are_known(self) -> bool:
-        """Whether the memory is finished, so that what it cost stands in manifests."""
-        run = self.base.run
-        return all(one.is_complete() for one in (run.memory, run.machine))
-
     def extra_flops(self) -> float:
         """Flops that the memory cost beyond its decoder, by manifests or by estimates."""
         from mlpmem_jax.pipeline.estimates import embedding_estimate, training_estimate
 
         run = self.base.run
-        if not self.costs_are_known():
+        if not (run.memory.is_complete() and run.machine.is_complete()):
             known = [training_estimate(run), embedding_estimate(run, "train")]
             return float(sum(estimate.get("model flops", 0.0) for estimate in known))
         ledger = Ledger(run.store, float(run.machine.load().counts["peak_flops"]))
@@ -181,28 +169,26 @@ class SeedPlan:
 
     def of_equal_size(self) -> Part:
         """A decoder with the parameters of decoder and memory together, on the same tokens."""
-        from mlpmem_jax.studies.tables.sizes import decoder_shape
         from mlpmem_jax.training.flops import decoder_parameters
 
         config = self.base.config
         wanted = decoder_parameters(config.decoder, self.vocab_size)["total"]
-        wanted += self._memory_parameters()
-        tolerance = self.config.compare.parameter_tolerance
-        _, overrides = decoder_shape(config.decoder, self.vocab_size, wanted, tolerance)
-        return self._decoder(overrides, "equal-size")
+        return self._decoder(self._shape(wanted + self._memory_parameters()), "equal-size")
 
     def small_lm(self) -> Part:
         """A decoder with the parameters of the memory, trained for the flops that it cost."""
-        from mlpmem_jax.studies.tables.sizes import decoder_shape
-
-        config = self.base.config
-        wanted = self._memory_parameters()
-        tolerance = self.config.compare.parameter_tolerance
-        _, overrides = decoder_shape(config.decoder, self.vocab_size, wanted, tolerance)
+        overrides = self._shape(self._memory_parameters())
         shaped = changed_variant(without_memory(self.base), overrides, "small").config
         num_steps = self.extra_flops() / _flops_per_step(shaped, self.vocab_size)
         overrides["pretrain.num_steps"] = max(1, round(num_steps))
         return self._decoder(overrides, "small")
+
+    def _shape(self, wanted: int) -> dict[str, Any]:
+        from mlpmem_jax.studies.tables.sizes import decoder_shape
+
+        tolerance = self.config.compare.parameter_tolerance
+        shape = self.base.config.decoder
+        return decoder_shape(shape, self.vocab_size, wanted, tolerance)[1]
 
     def _memory_parameters(self) -> int:
         from mlpmem_jax.training.flops import memory_parameters
@@ -217,16 +203,16 @@ class SeedPlan:
             overrides["pretrain.optimizer.warmup_steps"] = num_steps // 2
         return Part("decoder", changed_variant(without_memory(self.base), overrides, label))
 
-    def knn_scann(self) -> Part | None:
-        """The kNN distribution of what ScaNN finds, where it is installed."""
+    def knn_scann(self) -> Parts:
+        """The kNN-LM of what ScaNN finds, where it is installed."""
         from mlpmem_jax.retrieval.engine import is_approximate_installed
 
         if not is_approximate_installed():
             return None
-        if self._engine() == "scann":
-            return Part("knn_by_index", self.base)
-        variant = changed_variant(self.base, {"retrieval.engine": "scann"}, "scann")
-        return Part("knn_by_index", variant)
+        variant = self.base
+        if self._engine() != "scann":
+            variant = changed_variant(self.base, {"retrieval.engine": "scann"}, "scann")
+        return (self.decoder, Part("knn_by_index", variant))
 
     def _engine(self) -> str:
         """The engine of the base, as far as it is known."""
@@ -253,9 +239,6 @@ def _flops_per_step(config: Config, vocab_size: int) -> float:
     return TRAINING_FACTOR * forward * config.pretrain.batch_size * window
 
 
-Parts = tuple[Part, ...] | None
-
-
 @dataclasses.dataclass(frozen=True)
 class RowRecipe:
     """How a row is made.
@@ -273,19 +256,16 @@ class RowRecipe:
     uses_costs: bool = False
 
 
-def _scann(plan: SeedPlan) -> Parts:
-    found = plan.knn_scann()
-    return None if found is None else (plan.decoder, found)
-
-
 ROWS: dict[RowName, RowRecipe] = {
     "decoder": RowRecipe("decoder", lambda plan: (plan.decoder,)),
     "longer": RowRecipe(
         "decoder, equal flops", lambda plan: (plan.trained_longer(),), uses_costs=True
     ),
     "equal_size": RowRecipe("decoder, equal size", lambda plan: (plan.of_equal_size(),)),
-    "knn": RowRecipe("+ kNN-LM, exact", lambda plan: (plan.decoder, plan.knn())),
-    "knn_scann": RowRecipe("+ kNN-LM, ScaNN", _scann, missing="the package scann is not installed"),
+    "knn": RowRecipe("+ kNN-LM, exact", lambda plan: (plan.decoder, Part("knn", plan.base))),
+    "knn_scann": RowRecipe(
+        "+ kNN-LM, ScaNN", SeedPlan.knn_scann, missing="the package scann is not installed"
+    ),
     "memory": RowRecipe("+ memory", lambda plan: model_parts(plan.base)),
     "memory_ce": RowRecipe(
         "+ memory, CE only", lambda plan: plan.with_memory({"train.alpha": 0.0}, "ce")
@@ -297,7 +277,8 @@ ROWS: dict[RowName, RowRecipe] = {
         "+ second small LM", lambda plan: (plan.decoder, plan.small_lm()), uses_costs=True
     ),
     "memory_knn": RowRecipe(
-        "+ memory + kNN-LM", lambda plan: (plan.decoder, plan.memory(), plan.knn())
+        "+ memory + kNN-LM",
+        lambda plan: (plan.decoder, Part("memory", plan.base), Part("knn", plan.base)),
     ),
     "joint": RowRecipe("joint", lambda plan: (plan.joint("none", "joint"),)),
     "joint_gate": RowRecipe("joint, learned gate", lambda plan: (plan.joint("learned", "gate"),)),
@@ -368,7 +349,7 @@ def check_recipes(run: Artifacts) -> None:
         except ConfigError as error:
             mistakes += [f"{where}: {message}" for message in error.messages]
             continue
-        if not share_tokens([part.run for part in parts]):
+        if len({part.run.tokens.relative for part in parts}) > 1:
             mistakes.append(
                 f"{where}: parts={recipe.parts} mixes networks, which need the same tokens: the "
                 "same keys of corpus and tokenizer"

@@ -24,7 +24,7 @@ from mlpmem_jax.store.array_specs import SPLITS
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.studies.tables.part_scores import SCORED
 from mlpmem_jax.studies.tables.rows import Row
-from mlpmem_jax.studies.tables.texts import refuse_other_documents, text_stages
+from mlpmem_jax.studies.tables.texts import refuse_other_documents
 from mlpmem_jax.studies.tables.variants import made_by
 
 _PEAK_SECONDS = 2.0
@@ -60,8 +60,6 @@ def rows_stage(
     """Returns the stage that makes tables from the finished scores of their rows.
 
     Args:
-        run: The artifacts of the configuration of the command.
-        command: Its name.
         tables: The rows, by table and seed.
         recipe: What else decides the content.
         build: Makes them.
@@ -117,11 +115,8 @@ def interval_settings(
 
 def machine_stage(run: Artifacts) -> Stage:
     """Returns the stage that measures the machine, once, so that costs stay the same."""
-    return Stage(artifact=run.machine, build=_measure_machine)
-
-
-def _measure_machine() -> Completion:
-    return Completion(counts={"peak_flops": cpu_peak_flops(_PEAK_SECONDS)})
+    peak = functools.partial(cpu_peak_flops, _PEAK_SECONDS)
+    return Stage(artifact=run.machine, build=lambda: Completion(counts={"peak_flops": peak()}))
 
 
 def cpu_peak_flops(seconds: float) -> float:
@@ -140,18 +135,14 @@ def run_suite(
     options: Options,
     works: Sequence[Work],
     table: Callable[[], Stage],
-) -> Stage | None:
-    """Plans or does all the work and makes the table.
+    report: Callable[[Artifact], None],
+) -> int:
+    """Plans or does all the work, makes the table and prints it; returns the exit code.
 
     Args:
-        command: Its name, for logs.
-        run: The artifacts of the configuration of the command.
-        options: Flags.
         works: The pieces, in an order in which each finds what it is sized by.
         table: Returns the last stage.
-
-    Returns:
-        The stage of the finished table; None of a dry run.
+        report: Prints the finished table.
     """
     rebuild = Rebuild.STALE if options.rebuild else Rebuild.REFUSE
     check_config_file(run)
@@ -160,14 +151,15 @@ def run_suite(
     planned = [work.stages() for work in works]
     if options.dry_run:
         _print_plan(command, run, [*tokens, machine_stage(run)], works, table, rebuild)
-        return None
+        return 0
 
     def make(stages: Sequence[Stage], rebuild: Rebuild = rebuild) -> None:
         run_stages(stages, rebuild, before_building=lambda: write_run(run, stages))
         record(run, stages)
 
     check_fit([*tokens, *_each_once(planned)])
-    make([*made_by([*tokens, *text_stages(_each_once(planned))]), machine_stage(run)])
+    text = [one for one in _each_once(planned) if one.artifact.kind in ("tokenizer", "tokens")]
+    make([*made_by([*tokens, *text]), machine_stage(run)])
     refuse_other_documents(run, _each_once(planned))
     # Again, and before networks are trained: the vocabulary is known now.
     planned = [work.stages() for work in works]
@@ -191,7 +183,8 @@ def run_suite(
         done |= dict.fromkeys(stage.artifact.relative for stage in stages)
     last = table()
     make([last], _of_table(rebuild))
-    return last
+    report(last.artifact)
+    return 0
 
 
 def _of_table(rebuild: Rebuild) -> Rebuild:

@@ -44,7 +44,6 @@ def decoder_shape(
 
     Args:
         config: The decoder whose proportions are wanted.
-        vocab_size: V.
         wanted: Parameters, embeddings and head included.
         tolerance: How far off they may be, as a share of `wanted`.
 
@@ -89,7 +88,6 @@ def memory_shape(
         config: The memory whose parameters are wanted.
         num_layers: Blocks that it is to have.
         input_width: D.
-        vocab_size: V.
     """
     wanted = memory_parameters(config, input_width, vocab_size)["total"]
     proportion = layers.ffn_width(config.ffn_width, config.width, config.block) / config.width

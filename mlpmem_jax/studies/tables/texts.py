@@ -8,13 +8,6 @@ from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.studies.tables.part_scores import SCORED
 
-_OF_TEXT = ("tokenizer", "tokens")
-
-
-def text_stages(stages: Sequence[Stage]) -> list[Stage]:
-    """Returns the stages that make tokenizers and tokens."""
-    return [stage for stage in stages if stage.artifact.kind in _OF_TEXT]
-
 
 def refuse_other_documents(run: Artifacts, stages: Sequence[Stage]) -> None:
     """Refuses rows whose validation or test text is not the table's, before networks are trained.
@@ -42,8 +35,3 @@ def refuse_other_documents(run: Artifacts, stages: Sequence[Stage]) -> None:
     ]
     if mistakes:
         raise ConfigError(mistakes)
-
-
-def share_tokens(runs: Sequence[Artifacts]) -> bool:
-    """Returns whether networks are about the same tokens, so that they can be mixed."""
-    return len({run.tokens.relative for run in runs}) == 1

@@ -60,14 +60,11 @@ class Variant:
         before = Variant.of(self.teacher).targets_stages() if taught else []
         return [*before, *_decoder_stages(self.run)]
 
-    def datastore_stages(self) -> list[Stage]:
-        """Returns the stages up to the datastore of what is evaluated."""
-        return [*self.decoder_stages(), *embed.stages(self.run)]
-
     def retrieval_stages(self) -> list[Stage]:
         """Returns the stages up to neighbours and targets."""
         return [
-            *self.datastore_stages(),
+            *self.decoder_stages(),
+            *embed.stages(self.run),
             *_decoder_stages(self.teacher),
             *embed.stages(self.teacher),
             *index.stages(self.teacher),

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlpmem_jax.console import is_speaker, say
 from mlpmem_jax.errors import ConfigError, UserError
 from mlpmem_jax.pipeline.checks import check_trained_apart, check_unchanged_text
 from mlpmem_jax.pipeline.evaluate import check_current
@@ -18,14 +17,15 @@ from mlpmem_jax.pipeline.graph import Artifacts, Report
 from mlpmem_jax.pipeline.interpolation import interpolation
 from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.recipes import Recipe, compute_dtypes
+from mlpmem_jax.pipeline.reports import print_files, write_files
 from mlpmem_jax.pipeline.stage import Stage
-from mlpmem_jax.store.files import read_json, write_bytes, write_json
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.studies.tasks.table import as_csv, as_text
 
 NAME: Report = "evaluate-tasks"
 SCHEMA_VERSION = 1
 SAMPLES = "samples.jsonl"
+_FILES = (f"{NAME}.json", f"{NAME}.csv", SAMPLES)
 _READ_BYTES = 1 << 20
 
 
@@ -89,13 +89,8 @@ def _pieces(file: Path) -> Iterator[bytes]:
 
 def stages(run: Artifacts) -> list[Stage]:
     """Returns the one stage of this command."""
-    return [
-        Stage(
-            artifact=results(run),
-            build=functools.partial(_build, run),
-            check=functools.partial(_check, run),
-        )
-    ]
+    build, check = functools.partial(_build, run), functools.partial(_check, run)
+    return [Stage(results(run), build, check=check)]
 
 
 def _check(run: Artifacts) -> None:
@@ -160,24 +155,8 @@ def _build(run: Artifacts) -> Completion:
 
 
 def _write(artifact: Artifact, report: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
-    if not is_speaker():
-        return
     lines = "".join(json.dumps(one, ensure_ascii=False, default=str) + "\n" for one in samples)
-    write_json(artifact.path / f"{NAME}.json", report)
-    write_bytes(artifact.path / f"{NAME}.csv", as_csv(report).encode())
-    write_bytes(artifact.path / SAMPLES, lines.encode())
-
-
-def print_report(run: Artifacts) -> None:
-    """Prints the table of finished results."""
-    artifact = results(run)
-    artifact.verify()
-    say()
-    say(as_text(read_json(artifact.path / f"{NAME}.json")))
-    say()
-    for name in (f"{NAME}.json", f"{NAME}.csv", SAMPLES):
-        say(f"  {artifact.path / name}")
-    say()
+    write_files(artifact.path, dict(zip(_FILES, (report, as_csv(report), lines), strict=True)))
 
 
 def main(run: Artifacts, options: Options) -> int:
@@ -185,4 +164,6 @@ def main(run: Artifacts, options: Options) -> int:
     if run.config.tasks.model == "rag":
         why = "passages are cut from the text as it was first read"
         check_unchanged_text(run, f"{NAME} with tasks.model=rag", why)
-    return execute(stages, run, options, report=print_report)
+    return execute(
+        stages, run, options, report=lambda run: print_files(results(run), _FILES, as_text)
+    )

@@ -31,9 +31,6 @@ _SUGGESTIONS = 5
 def load_tasks(config: TasksConfig) -> list[Task | Group]:
     """Loads tasks with their records; groups stay together, tags are the tasks that have them.
 
-    Args:
-        config: The section.
-
     Raises:
         ConfigError: A name is unknown.
         UserError: A task cannot be loaded.
@@ -94,8 +91,6 @@ def evaluate_tasks(
 
     Args:
         tasks: Loaded tasks and groups.
-        model: What is evaluated.
-        config: The section.
         seed: Of the examples in prompts and of the bootstrap.
 
     Returns:

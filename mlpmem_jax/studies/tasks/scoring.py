@@ -20,6 +20,7 @@ from mlpmem_jax.generation.engine import buckets
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.generation.prediction import Alternatives, alternatives
 from mlpmem_jax.models.decoder import Site
+from mlpmem_jax.models.interpolation import neighbor_mixture
 from mlpmem_jax.training.chunked import from_chunks, into_chunks
 
 # Places whose whole distributions exist at once.
@@ -57,9 +58,7 @@ class KnnMixture:
 
     def mix(self, logprob_CV: jax.Array, share_CK: jax.Array, label_CK: jax.Array) -> jax.Array:
         """Returns log((1 - λ) p + λ p_kNN), [C, V]."""
-        row_C1 = jnp.arange(len(logprob_CV))[:, None]
-        prob_CV = (1 - self.weight) * jnp.exp(logprob_CV)
-        return jnp.log(prob_CV.at[row_C1, label_CK].add(share_CK))
+        return jnp.log(neighbor_mixture(logprob_CV, share_CK, label_CK, self.weight))
 
 
 class RowScorer:

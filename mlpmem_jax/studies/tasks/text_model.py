@@ -32,7 +32,6 @@ class TextModel:
         context_tokens: Tokens that a row may read.
         scorer: Scores rows.
         writer: Continues prompts.
-        seed: Of random draws.
         passages: Passages to set before prompts; None: no retrieval.
     """
 
@@ -51,7 +50,6 @@ class TextModel:
         """Returns a prompt with passages before it, if there is retrieval and room for them.
 
         Args:
-            context: The prompt.
             num_new: Tokens that will follow it.
         """
         if self.passages is None or not context.strip():

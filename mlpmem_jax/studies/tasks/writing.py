@@ -196,8 +196,8 @@ class KnnWriter:
     ) -> tuple[ModelCache, jax.Array, jax.Array]:
         site, read_B = self._knn.site, length_B > 0
         before = cache.emptied(read_B & restarted, self._model.separator)
-        logprob_BV, states, after = self._model.extend_with_states(
+        prediction, states, after = self._model.predict(
             parameters, before, token_BL, length_B, (site,)
         )
         after = after.with_entries_of(cache, ~read_B)
-        return after, logprob_BV, states[site].astype(jnp.float32)
+        return after, prediction.mixture(), states[site].astype(jnp.float32)
