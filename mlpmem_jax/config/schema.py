@@ -32,7 +32,7 @@ __all__ = ["Config", "LossWeights"]
 
 # Windows whose rows are shuffled together, and their limit for a whole batch: these rows, and as
 # many that are read ahead, are held in host memory.
-_MIX_WINDOWS, _MOST_MIXED = 8, 4096
+_MIX_WINDOWS, _MOST_MIXED = 32, 4096
 
 
 class LossWeights(NamedTuple):

@@ -175,7 +175,7 @@ class TrainConfig(TrainingConfig):
     alpha: Fraction = setting(0.4, "weight of KL(p_kNN ‖ p_MEM) against cross-entropy (Eq. 6)")
     mix_windows: Count | Auto = setting(
         "auto",
-        "shuffle rows across batch_size * mix_windows windows; 1: whole windows; auto: 8 for "
+        "shuffle rows across batch_size * mix_windows windows; 1: whole windows; auto: 32 for "
         "stored rows (fewer, if that is more than 4096 windows), 1 if the decoder runs",
     )
     normalizer_batches: Count = setting(4, "batches for memory.input_norm=standardize")
