@@ -174,7 +174,7 @@ def test_numbers_come_from_the_stored_scores(compared: Path):
 
     for seed in ("0", "3"):
         plan = _plan(compared, int(seed))
-        base, memory = plan.decoder, plan.memory()
+        base, memory = plan.decoder, Part("memory", plan.base)
         decoder_nats = -scores(base, "test").mean()
         found = rows["decoder"]["by_seed"][seed]["test_nats"]["value"]
         assert found == pytest.approx(decoder_nats, rel=1e-6)

@@ -217,11 +217,11 @@ def test_auto_gives_scann_up_for_cells_where_its_recall_stays_low(make_run, caps
     run_stages(index.stages(given))
     assert given.index.load().counts["engine"] == "scann"
     assert "raise retrieval.num_leaves_to_search (now 54)" in capsys.readouterr().err
-    run, build = make_run("retrieval.engine=auto"), index_builder.build_routed
-    monkeypatch.setattr(index_builder, "build_routed", lambda *_: (_ for _ in ()).throw(_Killed))
+    run, build = make_run("retrieval.engine=auto"), index_builder.build_cells
+    monkeypatch.setattr(index_builder, "build_cells", lambda *_: (_ for _ in ()).throw(_Killed))
     with pytest.raises(_Killed):
         run_stages(index.stages(run))
-    monkeypatch.setattr(index_builder, "build_routed", build)
+    monkeypatch.setattr(index_builder, "build_cells", build)
     monkeypatch.setattr(index_builder, "choose_settings", pytest.fail)
     search(run)
     why = "auto: ScaNN reaches recall@12=0.7000, below retrieval.min_recall=0.95"

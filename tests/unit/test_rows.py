@@ -12,6 +12,7 @@ from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.studies.ablate import command as ablate
 from mlpmem_jax.studies.compare import command as compare
 from mlpmem_jax.studies.overfitting import command as overfitting
+from mlpmem_jax.studies.tables.part_scores import Part
 from mlpmem_jax.studies.tables.rows import ROWS, SeedPlan, check_recipes, planned_row
 from mlpmem_jax.studies.tables.variants import made_by
 from tests.unit.test_variants import CONTINUED
@@ -69,7 +70,7 @@ def test_rows_are_planned_before_anything_exists(make_config: Callable[..., Conf
     assert both is not None
     assert [part.kind for part in both.parts] == ["decoder", "memory", "knn"]
     assert [part.scores("test").relative for part in both.parts[:2]] == [
-        part.scores("test").relative for part in (plan.decoder, plan.memory())
+        part.scores("test").relative for part in (plan.decoder, Part("memory", plan.base))
     ]
     small, longer = rows["small_lm"], rows["longer"]
     assert small is not None and longer is not None
