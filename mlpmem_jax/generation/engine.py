@@ -67,10 +67,7 @@ class Engine:
             self._read_into, donate_argnums=1, out_shardings=(places, everywhere, everywhere)
         )
         self._advance = jax.jit(
-            self._advanced,
-            static_argnums=4,
-            donate_argnums=1,
-            out_shardings=(places, everywhere),
+            self._advanced, donate_argnums=1, out_shardings=(places, everywhere)
         )
 
     def free_slots(self) -> list[int]:
@@ -120,10 +117,9 @@ class Engine:
         if not others:
             return found
         active_S = np.isin(np.arange(self.num_slots), others)
-        reach = self.model.reach(max(self._occupants[slot].in_cache for slot in others) + 1)
         with jax.set_mesh(self.model.mesh):
             self._slots, result = self._advance(
-                self.model.parameters, self._slots, active_S, np.bool_(scored), reach
+                self.model.parameters, self._slots, active_S, np.bool_(scored)
             )
         token_S, told = jax.device_get(result)
         for slot in others:
@@ -134,14 +130,12 @@ class Engine:
 
     def compile(self) -> None:
         """Compiles everything beforehand, by reading and stepping once."""
-        context = self.model.context_tokens
-        for width in buckets(context):
+        for width in buckets(self.model.context_tokens):
             self.insert(0, [self.model.separator] * width, GREEDY)
             self.evict(0)
-        for width in sorted({self.model.reach(size) for size in buckets(context)}):
-            self.insert(0, [self.model.separator] * max(1, width - 1), GREEDY)
-            self.step()
-            self.evict(0)
+        self.insert(0, [self.model.separator], GREEDY)
+        self.step()
+        self.evict(0)
 
     def _taken(self, occupant: _Occupant, drawn: Drawn) -> Drawn:
         occupant.tokens.append(drawn.token)
@@ -212,17 +206,15 @@ class Engine:
         return Slots(cache, jax.tree.map(put, slots.rows, rows)), (rows.token, told), scores
 
     def _advanced(
-        self, parameters: Any, slots: Slots, active_S: jax.Array, scored: jax.Array, reach: int
+        self, parameters: Any, slots: Slots, active_S: jax.Array, scored: jax.Array
     ) -> tuple[Slots, tuple[jax.Array, Alternatives]]:
-        """Reads the token drawn last and draws the next, in every slot that is active."""
+        """Reads the token drawn last and draws the next, in every slot that is active.
+
+        All of the cache is looked at: what the longest text needs would round the others otherwise.
+        """
         rows = slots.rows
         logprob_SV, cache = self.model.extend(
-            parameters,
-            slots.cache,
-            rows.token[:, None],
-            active_S.astype(jnp.int32),
-            rows.weight,
-            reach,
+            parameters, slots.cache, rows.token[:, None], active_S.astype(jnp.int32), rows.weight
         )
         rows, told = next_tokens(rows, logprob_SV, active_S, scored, self.num_top)
         return Slots(cache, rows), (rows.token, told)

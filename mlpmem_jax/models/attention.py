@@ -17,8 +17,6 @@ MASKED = -1e30
 # Blocked attention cuts the queries in at most so many pieces, none shorter than this.
 MAX_QUERY_BLOCKS = 8
 MIN_QUERY_BLOCK = 64
-# Entries of a cache whose values are added up at a time.
-CACHE_CHUNK = 256
 
 
 def unusable(name: Implementation, platform: str, head_width: int, *, half: bool) -> str | None:
@@ -137,8 +135,7 @@ def cached_attention(
         window: As in :func:`causal_attention`.
 
     Returns:
-        [B, L, H, A] in the queries' dtype. On CPU single queries have the same bits however many
-        entries beyond their position there are.
+        [B, L, H, A] in the queries' dtype.
     """
     batch, length, heads, width = query_BLHA.shape
     groups = key_BMGA.shape[2]
@@ -151,17 +148,7 @@ def cached_attention(
     if window is not None:
         seen_BLM = seen_BLM & (entry_M > position_BL[:, :, None] - window)
     weight = jax.nn.softmax(jnp.where(seen_BLM[:, None, None], score, MASKED), axis=-1)
-    weight, size = weight.astype(value_BMGA.dtype), key_BMGA.shape[1]
-    if length > 1 or size < CACHE_CHUNK:
-        out = jnp.einsum("bgrlm,bmga->blgra", weight, value_BMGA)
-    else:
-        # Sums over chunks of one size stay the same when those of further chunks, zeros, are added.
-        rest = (0, -size % CACHE_CHUNK)
-        weight = jnp.pad(weight, (*[(0, 0)] * 4, rest))
-        weight = weight.reshape(*weight.shape[:-1], -1, CACHE_CHUNK)
-        value = jnp.pad(value_BMGA, ((0, 0), rest, (0, 0), (0, 0)))
-        value = value.reshape(batch, -1, CACHE_CHUNK, groups, width)
-        out = jnp.einsum("bgrlnm,bnmga->nblgra", weight, value).sum(axis=0)
+    out = jnp.einsum("bgrlm,bmga->blgra", weight.astype(value_BMGA.dtype), value_BMGA)
     return out.reshape(query_BLHA.shape).astype(query_BLHA.dtype)
 
 

@@ -158,14 +158,19 @@ def test_an_endless_file_is_refused():
 PATH_KEYS = [path for path in all_keys() if holds_path(path)]
 
 
+ARROW = ("targets.train_arrow", "targets.valid_arrow")
+
+
 def test_the_schema_knows_its_paths():
     assert set(PATH_KEYS) == {
         "workdir", "store", "tokenizer.path", "targets.workdir", "corpus.paths",
         "corpus.more.N.paths", "corpus.train.paths", "corpus.valid.paths", "corpus.test.paths",
         "decoder.pretrained", "memory.pretrained", "tasks.data_path", "tasks.include_path",
+        "targets.train_arrow", "targets.valid_arrow",
     }  # fmt: skip
     named = {path for path in all_keys() if re.search("dir$|path|file", path.rsplit(".", 1)[-1])}
-    assert named == set(PATH_KEYS) - {"decoder.pretrained", "memory.pretrained", "store"}
+    unlike = {"decoder.pretrained", "memory.pretrained", "store", *ARROW}
+    assert named == set(PATH_KEYS) - unlike
     assert holds_path("corpus.more.3.paths") and not holds_path("corpus.field")
 
 
@@ -185,6 +190,8 @@ def test_the_home_directory_is_found_in_every_path(load, refused, path, monkeypa
     splits = [f"corpus.{split}.paths.0=x" for split in ("train", "valid", "test")]
     others = splits if path.split(".")[1:2] in (["train"], ["valid"], ["test"]) else []
     others += ["tokenizer.path=x"] if path == "decoder.pretrained" else []
+    if path in ARROW:
+        others += ["targets.teacher=arrow", *(f"{other}=x" for other in ARROW if other != path)]
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for module in ("load", "checks"):  # No such directories are there to be read.
         monkeypatch.setattr(f"mlpmem_jax.config.{module}.pretrained_keys", lambda path: {})
