@@ -197,7 +197,7 @@ class TargetsConfig(Section):
     teacher: Literal["knn", "ngram", "arrow"] = setting(
         "knn",
         "knn: neighbours of each row; ngram: what follows the longest context seen elsewhere; "
-        "arrow: files of the official code",
+        "arrow: those of the official code",
     )
     train_arrow: PathText | None = runtime(
         None, "teacher=arrow: file or directory (*.arrow) with the targets of training rows"
