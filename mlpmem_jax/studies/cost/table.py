@@ -160,8 +160,9 @@ def _slope_table(results: Results) -> str:
 
 def _slope_cells(slope: Mapping[str, Any]) -> list[str]:
     ends = [slope[end] for end in ("slope", "low", "high") if slope[end] is not None]
-    # Slopes that large are noise: digits of it would widen the table.
-    digits = 1 if max(map(abs, ends)) >= 10 else 3
+    # Slopes of 1 and more are noise: digits of it would widen the table.
+    largest = max(map(abs, ends))
+    digits = 1 if largest >= 10 else 2 if largest >= 1 else 3
     shown = "" if slope["low"] is None else bracket_text(slope["low"], slope["high"], digits)
     return [number(slope["slope"], digits, sign=True), shown]
 
