@@ -18,17 +18,18 @@ from pathlib import Path
 
 from mlpmem_jax.corpus.sources import stdlib_files
 
-VALID, TEST = 0.03, 0.04
+HELD_OUT = {"rst": (0.005, 0.008), "python": (0.015, 0.03)}  # Shares of files: validation, test.
 LARGEST_HELD_OUT = 100_000  # Bytes: larger files would be most of a split; they are in train.
 LEFT_OUT = ("translations",)  # Of the documentation: not English.
 
 
-def split_of(name: str, data: bytes) -> str:
+def split_of(kind: str, name: str, data: bytes) -> str:
     """Returns the split of a file."""
+    valid, test = HELD_OUT[kind]
     if len(data) > LARGEST_HELD_OUT:
         return "train"
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
-    return "valid" if place < VALID else "test" if place < VALID + TEST else "train"
+    return "valid" if place < valid else "test" if place < valid + test else "train"
 
 
 def documentation(root: Path) -> Iterator[tuple[str, bytes]]:
@@ -64,7 +65,7 @@ def main() -> int:
         "python": standard_library(),
     }.items():
         for name, data in files:
-            path = flags.out / kind / split_of(name, data) / name
+            path = flags.out / kind / split_of(kind, name, data) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
     return 0

@@ -1,0 +1,64 @@
+"""What each row of a table gains or loses on two kinds of text in its test split.
+
+    .venv/bin/python -m benchmarks.adaptation_losses DOCUMENTS --first 17
+
+DOCUMENTS is documents.csv of a table, runs/adapt/results/compare-…/documents.csv.
+
+--first is how many files of test, in the order of their paths, are of the first kind (of
+configs/adapt.yaml: Python's source); the others are of the second. Printed are nats per token,
+the mean over seeds, and the difference from the decoder with a 95 % interval over files.
+"""
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+NOT_ROWS = ("split", "seed", "document", "tokens", "words", "bytes", "cluster")
+NUM_DRAWS = 4000
+
+
+def sums_by_file(lines: Sequence[dict[str, str]], rows: Sequence[str]) -> np.ndarray:
+    """Returns [files, 1 + rows]: tokens and the nats of each row, summed over seeds."""
+    num_files = 1 + max(int(line["cluster"]) for line in lines)
+    sums = np.zeros((num_files, 1 + len(rows)))
+    for line in lines:
+        sums[int(line["cluster"])] += [float(line[name]) for name in ("tokens", *rows)]
+    return sums
+
+
+def per_token(sums: np.ndarray) -> np.ndarray:
+    """Returns [..., rows]: nats per token of sums over files, [..., 1 + rows]."""
+    return sums[..., 1:] / sums[..., :1]
+
+
+def report(sums: np.ndarray, rows: Sequence[str], kind: str) -> None:
+    """Prints the rows for the files of one kind."""
+    draw = np.random.default_rng(0).integers(0, len(sums), (NUM_DRAWS, len(sums)))
+    drawn = per_token(sums[draw].sum(1))
+    nats = per_token(sums.sum(0))
+    low, high = np.percentile(drawn - drawn[:, :1], (2.5, 97.5), axis=0)
+    for place, name in enumerate(rows):
+        change = nats[place] - nats[0]
+        interval = f"[{low[place]:+.3f}, {high[place]:+.3f}]"
+        print(f"{kind:8}{name:20}{nats[place]:8.3f}{change:+9.3f}  {interval}")
+
+
+def main() -> None:
+    """Prints both kinds."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("documents", type=Path, help="documents.csv of a table")
+    parser.add_argument("--first", type=int, required=True, help="files of the first kind")
+    flags = parser.parse_args()
+    with open(flags.documents, newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["split"] == "test"]
+    rows = [name for name in lines[0] if name not in NOT_ROWS]
+    sums = sums_by_file(lines, rows)
+    report(sums[: flags.first], rows, "first")
+    report(sums[flags.first :], rows, "second")
+
+
+if __name__ == "__main__":
+    main()
