@@ -9,7 +9,6 @@ Suffixes: B prompts, L tokens, V vocabulary, R steps of one call.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -102,7 +101,7 @@ class Generator:
         """
         rows = [_Row([self._separator, *ids]) for ids in prompt_ids]
         key_B = prompt_keys(seed, prompts)
-        progress = self._empty(len(rows))
+        progress = self._empty(len(rows), max(len(row.tokens) for row in rows))
         self.timing = Timing()
         while active := [row for row in rows if not row.finished]:
             started = time.perf_counter()
@@ -140,14 +139,28 @@ class Generator:
                 if row.finished:
                     yield place, None
 
-    def _empty(self, num_prompts: int) -> Progress:
+    def _empty(self, num_prompts: int, num_tokens: int) -> Progress:
+        size = self._model.cache_tokens(num_tokens)
+
         def make() -> Progress:
             zero_B = jnp.zeros(num_prompts, jnp.int32)
-            return Progress(self._model.empty_cache(num_prompts), zero_B, zero_B)
+            return Progress(self._model.empty_cache(num_prompts, size), zero_B, zero_B)
 
         with jax.set_mesh(self._model.mesh):
             # Jitted, since donated buffers must be distinct and lie where they belong.
             return jax.jit(make, out_shardings=self._shardings(num_prompts))()
+
+    def _with_room(self, progress: Progress, num_tokens: int) -> tuple[Progress, int]:
+        """Returns it with room for so many tokens a row, and how many there is room for."""
+        has = progress.cache.decoder.key.shape[3]
+        size = max(has, self._model.cache_tokens(num_tokens))
+        if size > has:
+            grown = jax.jit(
+                lambda old: old._replace(cache=old.cache.grown(size)),
+                out_shardings=self._shardings(len(progress.token_B)),
+            )
+            progress = grown(progress)
+        return progress, size
 
     def _shardings(self, num_prompts: int) -> Progress:
         everywhere: Any = replicated(self._model.mesh)
@@ -174,9 +187,9 @@ class Generator:
             if window:
                 rows[place].in_cache = len(window)
         length_B = np.array([len(window) for window in windows], np.int32)
+        progress, size = self._with_room(progress, width)
         arguments = (progress, key_B, token_BL, length_B)
-        start = functools.partial(self._start, reach=width)
-        progress, drawn_RB = self._call((len(rows), width, width), start, arguments)
+        progress, drawn_RB = self._call((len(rows), width, size), self._start, arguments)
         return progress, np.asarray(drawn_RB)
 
     def _advance(
@@ -184,18 +197,17 @@ class Generator:
     ) -> tuple[Progress, np.ndarray]:
         """Draws `num_steps` further tokens for every row that is not finished."""
         active_B = np.array([not row.finished for row in rows])
-        arguments = (progress, key_B, active_B, np.int32(num_steps))
         most = max(row.in_cache or 0 for row in rows if not row.finished)
-        reach = self._model.reach(most + num_steps)
-        steps = functools.partial(self._steps, reach=reach)
-        progress, drawn_RB = self._call((len(rows), 1, reach), steps, arguments)
+        progress, size = self._with_room(progress, most + num_steps)
+        arguments = (progress, key_B, active_B, np.int32(num_steps))
+        progress, drawn_RB = self._call((len(rows), 1, size), self._steps, arguments)
         for row in rows:
             if not row.finished:
                 row.in_cache = (row.in_cache or 0) + num_steps
         return progress, np.asarray(drawn_RB)[:num_steps]
 
     def _call(self, shape: tuple[int, int, int], function: Any, arguments: tuple[Any, ...]) -> Any:
-        """Calls a function compiled for batch, tokens and reach; counts the time of compiling."""
+        """Calls a function compiled for batch, tokens and cache; counts the time of compiling."""
         parameters = self._model.parameters
         with jax.set_mesh(self._model.mesh):
             if shape not in self._compiled:
@@ -236,13 +248,12 @@ class Generator:
         key_B: jax.Array,
         token_BL: jax.Array,
         length_B: jax.Array,
-        reach: int,
     ) -> tuple[Progress, jax.Array]:
         """Reads windows into the rows whose length is not 0 and draws a token for each."""
         read_B = length_B > 0
         old = progress.cache
         cache = old.emptied(read_B, self._separator)
-        logprob_BV, cache = self._model.extend(parameters, cache, token_BL, length_B, reach=reach)
+        logprob_BV, cache = self._model.extend(parameters, cache, token_BL, length_B)
         cache = cache.with_entries_of(old, ~read_B)
         after = self._drawn(progress, cache, logprob_BV, key_B, read_B)
         return after, jnp.where(read_B, after.token_B, _NONE)[None]
@@ -254,7 +265,6 @@ class Generator:
         key_B: jax.Array,
         active_B: jax.Array,
         num_steps: jax.Array,
-        reach: int | None = None,
     ) -> tuple[Progress, jax.Array]:
         """Reads the token drawn last and draws the next, `num_steps` times."""
 
@@ -265,7 +275,6 @@ class Generator:
                 before.cache,
                 before.token_B[:, None],
                 active_B.astype(jnp.int32),
-                reach=reach,
             )
             after = self._drawn(before, cache, logprob_BV, key_B, active_B)
             return after, drawn_RB.at[index].set(after.token_B)

@@ -29,9 +29,9 @@ from mlpmem_jax.training.chunked import from_chunks, into_chunks
 from mlpmem_jax.training.losses import token_logprob
 
 _SCORE_CHUNK_TOKENS = 1024
-_LEAST_REACH = 256  # One step is compiled for each power of two from here to the context.
+_LEAST_CACHE_TOKENS = 256  # One step is compiled for each power of two from here to the context.
 _WHOLE_CHUNK_TOKENS = 64  # places whose whole distributions exist at once
-_CACHE_NAMES = ("layers", "batch", None, "kv_heads", "head_width")
+_CACHE_NAMES = ("layers", "batch", "kv_heads", None, "head_width")
 
 
 class ModelCache(NamedTuple):
@@ -58,6 +58,12 @@ class ModelCache(NamedTuple):
             jnp.where(row_B111, theirs, own)
             for theirs, own in zip(other.decoder[:2], self.decoder[:2], strict=True)
         )
+        return self._replace(decoder=self.decoder._replace(key=key, value=value))
+
+    def grown(self, num_tokens: int) -> "ModelCache":
+        """Returns the cache with room for so many tokens a row."""
+        more = num_tokens - self.decoder.key.shape[3]
+        key, value = (jnp.pad(old, [(0, 0)] * 3 + [(0, more), (0, 0)]) for old in self.decoder[:2])
         return self._replace(decoder=self.decoder._replace(key=key, value=value))
 
 
@@ -119,9 +125,9 @@ class InterpolatedModel:
         size = self.context_tokens if num_tokens is None else num_tokens
         return ModelCache(decoder.init_cache(num_prompts, size), recent_BM)
 
-    def reach(self, num_tokens: int) -> int:
-        """Returns how many entries of a cache to look at where rows have so many tokens."""
-        size = _LEAST_REACH
+    def cache_tokens(self, num_tokens: int) -> int:
+        """Returns how large a cache to make for rows of so many tokens: every step reads it all."""
+        size = _LEAST_CACHE_TOKENS
         while size < num_tokens:
             size *= 2
         return min(size, self.context_tokens)
@@ -141,7 +147,6 @@ class InterpolatedModel:
         token_BL: jax.Array,
         length_B: jax.Array,
         weight_B: jax.Array | None = None,
-        reach: int | None = None,
     ) -> tuple[jax.Array, ModelCache]:
         """Reads tokens and predicts what follows the last of each row.
 
@@ -152,13 +157,12 @@ class InterpolatedModel:
             length_B: int32, tokens to read of each row; a row that reads none keeps its
                 length, and its prediction means nothing.
             weight_B: λ of each row; NaN, or None for all of them: the model's own.
-            reach: Entries of the cache that are looked at, as `Decoder.extend` has it.
 
         Returns:
             float32 log-probabilities of the interpolated distribution [B, V], -inf for
             padding of the vocabulary; and the cache.
         """
-        prediction, _, cache = self.predict(parameters, cache, token_BL, length_B, reach=reach)
+        prediction, _, cache = self.predict(parameters, cache, token_BL, length_B)
         return prediction.mixture(weight_B), cache
 
     def predict(
@@ -168,10 +172,9 @@ class InterpolatedModel:
         token_BL: jax.Array,
         length_B: jax.Array,
         sites: Sequence[Site] = (),
-        reach: int | None = None,
     ) -> tuple[Prediction, dict[Site, jax.Array], ModelCache]:
         """As `extend`, with the distributions of both networks apart, and states [B, D]."""
-        final_BLD, states, after = self._read(parameters, cache, token_BL, length_B, sites, reach)
+        final_BLD, states, after = self._read(parameters, cache, token_BL, length_B, sites)
         last_B = jnp.maximum(length_B - 1, 0)
         final_BD, last = _at_last((final_BLD, states), last_B)
         state_BD = last.get(self._site)
@@ -230,12 +233,11 @@ class InterpolatedModel:
         token_BL: jax.Array,
         length_B: jax.Array,
         sites: Sequence[Site] = (),
-        reach: int | None = None,
     ) -> tuple[jax.Array, dict[Site, jax.Array], ModelCache]:
         """Returns states of all places: the last ones, those at the sites and the memory's."""
         decoder: Any = nnx.merge(self._decoder, parameters[0])
         wanted = tuple(dict.fromkeys([*sites, *([self._site] if self._memory else [])]))
-        final_BLD, states, read = decoder.extend(token_BL, cache.decoder, length_B, wanted, reach)
+        final_BLD, states, read = decoder.extend(token_BL, cache.decoder, length_B, wanted)
         recent_BM = appended(cache.recent_BM, token_BL, length_B)
         return final_BLD, states, ModelCache(read, recent_BM)
 

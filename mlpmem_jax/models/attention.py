@@ -121,16 +121,16 @@ def causal_attention(
 
 def cached_attention(
     query_BLHA: jax.Array,
-    key_BMGA: jax.Array,
-    value_BMGA: jax.Array,
+    key_BGMA: jax.Array,
+    value_BGMA: jax.Array,
     position_BL: jax.Array,
     window: int | None = None,
 ) -> jax.Array:
     """Attends to the entries of a cache up to each query's own position.
 
     Args:
-        key_BMGA: Cached keys of M positions, those of the queries included.
-        value_BMGA: Cached values.
+        key_BGMA: Cached keys of M positions, those of the queries included.
+        value_BGMA: Cached values.
         position_BL: int32 position of each query.
         window: As in :func:`causal_attention`.
 
@@ -138,17 +138,17 @@ def cached_attention(
         [B, L, H, A] in the queries' dtype.
     """
     batch, length, heads, width = query_BLHA.shape
-    groups = key_BMGA.shape[2]
+    groups, size = key_BGMA.shape[1:3]
     query = query_BLHA.reshape(batch, length, groups, heads // groups, width)
     score = jnp.einsum(
-        "blgra,bmga->bgrlm", query, key_BMGA, preferred_element_type=jnp.float32
+        "blgra,bgma->bgrlm", query, key_BGMA, preferred_element_type=jnp.float32
     ) / math.sqrt(width)
-    entry_M = jnp.arange(key_BMGA.shape[1])
+    entry_M = jnp.arange(size)
     seen_BLM = entry_M <= position_BL[:, :, None]
     if window is not None:
         seen_BLM = seen_BLM & (entry_M > position_BL[:, :, None] - window)
     weight = jax.nn.softmax(jnp.where(seen_BLM[:, None, None], score, MASKED), axis=-1)
-    out = jnp.einsum("bgrlm,bmga->blgra", weight.astype(value_BMGA.dtype), value_BMGA)
+    out = jnp.einsum("bgrlm,bgma->blgra", weight.astype(value_BGMA.dtype), value_BGMA)
     return out.reshape(query_BLHA.shape).astype(query_BLHA.dtype)
 
 

@@ -45,7 +45,8 @@ class Cache(NamedTuple):
     """Keys and values of the tokens read so far.
 
     Attributes:
-        key: [layers, B, M, G, A] in the compute dtype.
+        key: [layers, B, G, M, A] in the compute dtype; heads before tokens, as attention's products
+            read them.
         value: The same.
         length_B: int32, tokens read; entries from there on are garbage and never seen.
         recent_BN: int32, the tokens read last that n-grams of the next take, the newest first.
@@ -193,7 +194,7 @@ class Decoder(nnx.Module):
 
     def init_cache(self, batch: int, max_tokens: int) -> Cache:
         """Returns an empty cache for `batch` sequences of up to `max_tokens` tokens."""
-        shape = (self.config.num_layers, batch, max_tokens, self.num_kv_heads, self.head_width)
+        shape = (self.config.num_layers, batch, self.num_kv_heads, max_tokens, self.head_width)
         zeros = jnp.zeros(shape, self.dtype)
         return Cache(zeros, zeros, jnp.zeros((batch,), jnp.int32), self._no_tokens(batch))
 
@@ -203,7 +204,6 @@ class Decoder(nnx.Module):
         cache: Cache,
         length_B: jax.Array | None = None,
         sites: Sequence[Site] = (),
-        reach: int | None = None,
     ) -> tuple[jax.Array, dict[Site, jax.Array], Cache]:
         """Reads further tokens: whole prompts into an empty cache, or one token a sequence.
 
@@ -214,8 +214,6 @@ class Decoder(nnx.Module):
                 callers size it for prompt plus new tokens.
             length_B: int32 tokens to read of each sequence; None: all L.
             sites: States to return.
-            reach: Entries of the cache that are looked at, of which no sequence that reads
-                tokens needs more; None: all.
 
         Returns:
             The states after the final norm, [B, L, D]; the states at the sites; the cache.
@@ -228,12 +226,12 @@ class Decoder(nnx.Module):
         def attend(layer: Any, pair: Any, query: Any, key: Any, value: Any) -> Any:
             query, key = self._rotate(query, angle), self._rotate(key, angle)
             pair = tuple(
-                old.at[layer, row_B1, position_BL].set(new, mode="drop")
+                old.at[layer, row_B1, :, position_BL].set(new, mode="drop")
                 for old, new in zip(pair, (key, value), strict=True)
             )
-            key_BMGA, value_BMGA = (cached[layer, :, :reach] for cached in pair)
+            key_BGMA, value_BGMA = (cached[layer] for cached in pair)
             window = self.config.attention_window
-            return cached_attention(query, key_BMGA, value_BMGA, position_BL, window), pair
+            return cached_attention(query, key_BGMA, value_BGMA, position_BL, window), pair
 
         x_BLD = self._embed(tokens_BL, position_BL, cache.recent_BN)
         pair = (cache.key, cache.value)

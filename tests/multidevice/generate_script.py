@@ -64,9 +64,9 @@ def served(model):
 cut = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 tokens, (slots, piece), decoder = drawn(cut)
 assert decoder.head.get_raw_value().sharding.shard_shape((128, 32)) == (64, 16)
-assert piece == (1, 1, 16, 2, 8)  # of [layers, slots, context, heads, width]
+assert piece == (1, 1, 2, 16, 8)  # of [layers, slots, heads, context, width]
 expected, (alone, whole), _ = drawn(single_device_mesh())
-assert whole == (1, 4, 16, 4, 8)
+assert whole == (1, 4, 4, 16, 8)
 assert tokens == expected
 assert slots == alone and len(set(slots)) > 10
 assert max(token for _, token in tokens if token is not None) < 61

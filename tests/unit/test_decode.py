@@ -174,7 +174,7 @@ def test_distributions_sum_to_one():
     assert cache.decoder.length_B.tolist() == [3, 0]
 
 
-def test_a_step_is_the_same_however_far_it_looks_and_however_layers_are_stored():
+def test_a_step_is_the_same_in_any_cache_and_however_layers_are_stored():
     """Each is a program of its own, whose sums may round otherwise."""
     tokens = np.random.default_rng(0).integers(1, VOCAB, (2, 250)).astype(np.int32)
     length, one = np.array([250, 9], np.int32), np.ones(2, np.int32)
@@ -189,10 +189,11 @@ def test_a_step_is_the_same_however_far_it_looks_and_however_layers_are_stored()
             decoder, memory, site=SITE, weight=WEIGHT, separator=SEPARATOR,
             mesh=single_device_mesh(),
         )  # fmt: skip
-        extend = jax.jit(model.extend, static_argnames="reach")
-        _, cache = extend(model.parameters, model.empty_cache(2), tokens, length, reach=256)
-        for reach in {model.reach(251), model.reach(400), None} if split else {None}:
-            logprob_BV, _ = extend(model.parameters, cache, tokens[:, :1], one, reach=reach)
+        extend = jax.jit(model.extend)
+        sizes = [model.cache_tokens(251), model.cache_tokens(400), 600]
+        _, cache = extend(model.parameters, model.empty_cache(2, sizes[0]), tokens, length)
+        for size in sizes if split else sizes[-1:]:
+            logprob_BV, _ = extend(model.parameters, cache.grown(size), tokens[:, :1], one)
             found.append(np.asarray(logprob_BV))
     assert len(found) == 4
     for other in found[1:]:
@@ -203,9 +204,9 @@ def test_a_step_is_the_same_however_far_it_looks_and_however_layers_are_stored()
     ("context", "tokens", "expected"),
     [(40, 3, 40), (600, 256, 256), (600, 257, 512), (600, 600, 600)],
 )
-def test_reach(context: int, tokens: int, expected: int):
+def test_size_of_a_cache(context: int, tokens: int, expected: int):
     decoder, _ = networks("llama", context=context)
     model = InterpolatedModel(
         decoder, None, site=SITE, weight=None, separator=SEPARATOR, mesh=single_device_mesh()
     )
-    assert model.reach(tokens) == expected
+    assert model.cache_tokens(tokens) == expected
