@@ -6,7 +6,8 @@ DOCUMENTS is documents.csv of a table, runs/adapt/results/compare-…/documents.
 
 --first is how many files of test, in the order of their paths, are of the first kind (of
 configs/adapt.yaml: Python's source); the others are of the second. Printed are nats per token,
-the mean over seeds, and the difference from the decoder with a 95 % interval over files.
+the mean over seeds, and the difference from the decoder (or --against another row) with a 95 %
+interval over files.
 """
 
 import argparse
@@ -34,14 +35,15 @@ def per_token(sums: np.ndarray) -> np.ndarray:
     return sums[..., 1:] / sums[..., :1]
 
 
-def report(sums: np.ndarray, rows: Sequence[str], kind: str) -> None:
+def report(sums: np.ndarray, rows: Sequence[str], kind: str, against: str) -> None:
     """Prints the rows for the files of one kind."""
+    base = rows.index(against)
     draw = np.random.default_rng(0).integers(0, len(sums), (NUM_DRAWS, len(sums)))
     drawn = per_token(sums[draw].sum(1))
     nats = per_token(sums.sum(0))
-    low, high = np.percentile(drawn - drawn[:, :1], (2.5, 97.5), axis=0)
+    low, high = np.percentile(drawn - drawn[:, [base]], (2.5, 97.5), axis=0)
     for place, name in enumerate(rows):
-        change = nats[place] - nats[0]
+        change = nats[place] - nats[base]
         interval = f"[{low[place]:+.3f}, {high[place]:+.3f}]"
         print(f"{kind:8}{name:20}{nats[place]:8.3f}{change:+9.3f}  {interval}")
 
@@ -51,13 +53,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("documents", type=Path, help="documents.csv of a table")
     parser.add_argument("--first", type=int, required=True, help="files of the first kind")
+    parser.add_argument("--against", default="decoder", help="the row that differences are from")
     flags = parser.parse_args()
     with open(flags.documents, newline="") as file:
         lines = [line for line in csv.DictReader(file) if line["split"] == "test"]
     rows = [name for name in lines[0] if name not in NOT_ROWS]
     sums = sums_by_file(lines, rows)
-    report(sums[: flags.first], rows, "first")
-    report(sums[flags.first :], rows, "second")
+    report(sums[: flags.first], rows, "first", flags.against)
+    report(sums[flags.first :], rows, "second", flags.against)
 
 
 if __name__ == "__main__":
