@@ -101,7 +101,8 @@ class Generator:
         """
         rows = [_Row([self._separator, *ids]) for ids in prompt_ids]
         key_B = prompt_keys(seed, prompts)
-        progress = self._empty(len(rows), max(len(row.tokens) for row in rows))
+        longest = max((len(row.tokens) for row in rows), default=1)
+        progress = self._empty(len(rows), longest)
         self.timing = Timing()
         while active := [row for row in rows if not row.finished]:
             started = time.perf_counter()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mlpmem_jax.config.networks import MemoryConfig
+from mlpmem_jax.generation import interpolated
 from mlpmem_jax.generation.decode import Generator
 from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.generation.sampling import Sampling
@@ -198,6 +199,24 @@ def test_a_step_is_the_same_in_any_cache_and_however_layers_are_stored():
     assert len(found) == 4
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=1e-6)
+
+
+def test_a_cache_that_grows_changes_no_text(monkeypatch):
+    decoder, memory = networks("llama", context=64)
+    model = InterpolatedModel(
+        decoder, memory, site=SITE, weight=WEIGHT, separator=SEPARATOR, mesh=single_device_mesh()
+    )
+    names = ["", "b", "c"]
+    expected = _generate(model, names, FLAT, tokens=45)
+    sizes, grown = [], interpolated.ModelCache.grown
+    monkeypatch.setattr(interpolated, "_LEAST_CACHE_TOKENS", 16)
+    monkeypatch.setattr(
+        interpolated.ModelCache,
+        "grown",
+        lambda cache, size: sizes.append(size) or grown(cache, size),
+    )
+    assert _generate(model, names, FLAT, tokens=45) == expected
+    assert sizes == [32, 64]
 
 
 @pytest.mark.parametrize(
