@@ -1,12 +1,12 @@
-"""The texts of configs/adapt.yaml and configs/smollm2.yaml: two kinds of text, in splits by file.
+"""The texts of configs/adapt.yaml and configs/smollm2.yaml: three kinds of text, in splits by file.
 
     .venv/bin/python -m benchmarks.adaptation_texts DOCUMENTATION OUT
 
-DOCUMENTATION is a directory of reStructuredText (`.rst` or `.rst.gz`; measured were those of
-Debian's package linux-doc-6.1, in /usr/share/doc/linux-doc-6.1/Documentation), the other text
-the standard library of this Python. Writes OUT/rst and OUT/python with folders train, valid
-and test; a file's split follows from its name, and large
-files are in train.
+DOCUMENTATION is a directory of reStructuredText and YAML (`.rst`, `.yaml`, or the same with `.gz`;
+measured were those of Debian's package linux-doc-6.1, in
+/usr/share/doc/linux-doc-6.1/Documentation, whose YAML describes the bindings of devices); the
+third text is the standard library of this Python. Writes OUT/rst, OUT/yaml and OUT/python with
+folders train, valid and test; a file's split follows from its name, and large files are in train.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from pathlib import Path
 
 from mlpmem_jax.corpus.sources import stdlib_files
 
-HELD_OUT = {"rst": (0.005, 0.008), "python": (0.015, 0.03)}  # Shares of files: validation, test.
+# Shares of files: validation, test.
+HELD_OUT = {"rst": (0.005, 0.008), "yaml": (0.008, 0.012), "python": (0.015, 0.03)}
 LARGEST_HELD_OUT = 100_000  # Bytes: larger files would be most of a split; they are in train.
 LEFT_OUT = ("translations",)  # Of the documentation: not English.
 
@@ -32,11 +33,11 @@ def split_of(kind: str, name: str, data: bytes) -> str:
     return "valid" if place < valid else "test" if place < valid + test else "train"
 
 
-def documentation(root: Path) -> Iterator[tuple[str, bytes]]:
-    """Yields names and contents of the documentation."""
-    for path in sorted(root.rglob("*.rst*")):
+def documentation(root: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
+    """Yields names and contents of the documentation's files with a suffix."""
+    for path in sorted(root.rglob(f"*{suffix}*")):
         name = str(path.relative_to(root))
-        if path.parts[len(root.parts)] not in LEFT_OUT and name.endswith((".rst", ".rst.gz")):
+        if path.parts[len(root.parts)] not in LEFT_OUT and name.endswith((suffix, f"{suffix}.gz")):
             data = path.read_bytes()
             yield name.removesuffix(".gz"), gzip.decompress(data) if name.endswith(".gz") else data
 
@@ -61,7 +62,8 @@ def main() -> int:
         print(f"error: {flags.out} exists; name a new directory", file=sys.stderr)
         return 2
     for kind, files in {
-        "rst": documentation(flags.documentation),
+        "rst": documentation(flags.documentation, ".rst"),
+        "yaml": documentation(flags.documentation, ".yaml"),
         "python": standard_library(),
     }.items():
         for name, data in files:

@@ -176,6 +176,11 @@ class RetrievalConfig(Section):
         "keys scored at once per device (exact engine); auto: 65,536 on a CPU, else by its memory",
     )
     keep_train: Literal["none", "all"] = setting("none", "neighbours of training rows to keep")
+    exact_rows: Rows | Literal["all"] = setting(
+        "all",
+        "neighbours of valid and test: all: exact ones; a number: those that the index finds, and "
+        "exact ones of so many rows of test, which say what that costs the kNN-LM",
+    )
     exclude: Literal["row", "document"] = setting(
         "row", "never neighbours of a training row: itself, or all rows of its document"
     )
@@ -183,6 +188,10 @@ class RetrievalConfig(Section):
         0,
         "never neighbours of a training row: those with its label after its last n tokens; 0: off",
     )
+
+    def searches_by_index(self, split: str) -> bool:
+        """Returns whether the neighbours of a split are those that the index finds."""
+        return split == "train" or self.exact_rows != "all"
 
     @property
     def excludes_more(self) -> bool:
@@ -212,6 +221,11 @@ class TargetsConfig(Section):
     num_tokens: Width = setting(32, "most probable tokens kept per distribution, S")
     min_mass: PositiveFraction | None = setting(
         None, "keep the fewest tokens with this mass, at most num_tokens; not set: num_tokens"
+    )
+    min_recall: Fraction | None = setting(
+        None,
+        "search for training rows only as thoroughly as this recall@K takes; not set: as the index "
+        "is searched (retrieval.min_recall)",
     )
     share: PositiveFraction = setting(
         1.0, "share of training rows with targets; the others are not searched for and learn labels"

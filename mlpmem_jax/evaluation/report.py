@@ -136,6 +136,14 @@ def _remarks(results: Results, measured: Mapping[str, Any]) -> list[str]:
             f"neighbours: {retrieval['engine']} engine, K = {retrieval['num_neighbors']}, "
             f"recall {retrieval['recall']:.4f}"
         )
+    sample = retrieval.get("exact_sample")
+    if sample is not None:
+        costs = sample["costs_nats"]
+        bracket = bracket_text(costs["low"], costs["high"], 4)
+        lines.append(
+            f"kNN-LM: {sample['recall']:.4f} of the neighbours of {sample['rows']:,} test rows are "
+            f"found; all would gain {number(costs['value'], 4)} nats {bracket}".rstrip()
+        )
     seconds = measured.get("seconds", {})
     if seconds:
         parts = [f"{name} {value:.0f} s" for name, value in seconds.items()]

@@ -13,8 +13,10 @@ from mlpmem_jax.config.stages import EvaluateConfig
 from mlpmem_jax.evaluation.evaluate_table import SplitScores, compare
 from mlpmem_jax.evaluation.labels import StoredSplit
 from mlpmem_jax.evaluation.memory_lm import Remembered
+from mlpmem_jax.evaluation.metrics import DocumentCounts
 from mlpmem_jax.retrieval.knn_lm import KnnLm
 from mlpmem_jax.retrieval.temperature import Tuned
+from mlpmem_jax.stats.bootstrap import Number, PairedSums, bootstrap_sums
 from mlpmem_jax.store.array_specs import Split
 
 EVALUATED: tuple[Split, ...] = ("valid", "test")
@@ -61,6 +63,28 @@ class RunScores:
                 ),
             }
         return report
+
+
+def difference_of_rows(
+    counts: DocumentCounts,
+    row_Q: np.ndarray,
+    nats_Q: np.ndarray,
+    settings: EvaluateConfig,
+    seed: int,
+) -> Number:
+    """Returns the mean of a difference over some rows, with an interval over their files.
+
+    Args:
+        counts: Documents of the split.
+        row_Q: Scored rows.
+        nats_Q: The difference of each.
+    """
+    cluster_Q = counts.cluster_D[counts.document_N[row_Q]]
+    of_clusters = np.unique(cluster_Q, return_inverse=True)[1]
+    sums_CM = np.stack([np.bincount(of_clusters, nats_Q), np.bincount(of_clusters)], axis=1)
+    drawn = bootstrap_sums(sums_CM, settings.bootstrap_samples, seed)
+    sums = PairedSums(sums_CM.sum(axis=0), drawn, settings.confidence, len(sums_CM) > 1)
+    return sums.number(lambda sums_M: sums_M[..., 0] / sums_M[..., 1])
 
 
 def score_run(

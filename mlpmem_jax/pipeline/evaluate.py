@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlpmem_jax.errors import StaleArtifact
-from mlpmem_jax.pipeline import needs, train
+from mlpmem_jax.pipeline import exact_sample, needs, train
 from mlpmem_jax.pipeline.checks import check_devices, check_keys
 from mlpmem_jax.pipeline.execute import execute
 from mlpmem_jax.pipeline.graph import Artifacts
@@ -130,6 +130,7 @@ def stage_seconds(run: Artifacts) -> dict[str, float]:
         *(run.datastore(split) for split in SPLITS),
         run.index,
         *(run.neighbors(split) for split in SPLITS),
+        *exact_sample.artifacts(run),
         *(run.targets(split) for split in ("train", "valid")),
         *(stage.artifact for stage in train.stages(run)),  # All phases of a joint run.
         run.results,

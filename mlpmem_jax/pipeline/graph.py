@@ -11,7 +11,7 @@ from etils import epath
 
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.pipeline import changed, recipes
+from mlpmem_jax.pipeline import changed, exact_sample, recipes
 from mlpmem_jax.pipeline.corpus_record import CorpusRecord
 from mlpmem_jax.pipeline.recipes import Recipe
 from mlpmem_jax.pipeline.sources import Sources
@@ -222,11 +222,11 @@ class Artifacts:
         )
 
     def neighbors(self, split: Split) -> Artifact:
-        """The K nearest training rows of each row; those of valid and test are exact."""
+        """The K nearest training rows of each row, as `retrieval.exact_rows` says."""
         if self.corpus.changes:
             return self._updated(split)
-        if split == "train":
-            return self._found("neighbors/train", "train")
+        if self.config.retrieval.searches_by_index(split):
+            return self._found(f"neighbors/{split}", split)
         return self._role(
             f"neighbors/{split}",
             "neighbors",
@@ -370,6 +370,7 @@ class Artifacts:
             self.index,
             self.neighbors("valid"),
             self.neighbors("test"),
+            *exact_sample.artifacts(self),
             self.targets("valid"),
             self.trained,
             *changed.held_out_inputs(self),

@@ -163,10 +163,20 @@ def neighbors_need(
     """Returns what the kept neighbours of a split take."""
     rows = count(run)
     disk = rows[split] * num_neighbors(run, rows) * _NEIGHBOR_BYTES
-    if split == "train" or by_index:
+    if by_index or run.config.retrieval.searches_by_index(split):
         return measured_search(run, machine, rows, split, disk)
     plan = exact_search_plan(run, machine, rows)
     return search_need(run, rows, split, disk, (exact_moment(run, machine, rows),), plan)
+
+
+def exact_sample_need(run: Artifacts, machine: Machine, count: RowCounter) -> Need:
+    """Returns what exact neighbours of some rows of test take."""
+    rows, most = count(run), run.config.retrieval.exact_rows
+    assert most != "all"
+    rows = {**rows, "test": min(most, rows["test"])}
+    disk = rows["test"] * num_neighbors(run, rows) * _NEIGHBOR_BYTES
+    plan = exact_search_plan(run, machine, rows)
+    return search_need(run, rows, "test", disk, (exact_moment(run, machine, rows),), plan)
 
 
 def targets_need(run: Artifacts, split: Split, machine: Machine, count: RowCounter) -> Need:

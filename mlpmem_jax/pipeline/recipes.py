@@ -115,6 +115,12 @@ def exact_neighbors(config: Config) -> Recipe:
     return {"retrieval": neighbors, "datastore": chunking(config)}
 
 
+def exact_sample(config: Config) -> Recipe:
+    """Returns the recipe of exact neighbours of some rows of test."""
+    drawn = {"split": "test", "seed": config.seed, "exact_rows": config.retrieval.exact_rows}
+    return drawn | exact_neighbors(config)
+
+
 def found_neighbors(config: Config, split: Split) -> Recipe:
     """Returns the recipe of the neighbours that the engine of the index finds."""
     retrieval = config.retrieval.recipe()
@@ -138,6 +144,8 @@ def targets(config: Config, split: Split, files: str | None = None) -> Recipe:
     """
     own = config.targets.recipe()
     del own["workdir"]
+    if config.targets.min_recall is None:
+        del own["min_recall"]
     if config.targets.share == 1 or split != "train":
         del own["share"], own["share_by"]
     if config.targets.teacher != "knn":

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mlpmem_jax.pipeline import changed_stages, estimates, held_out_stages, needs
+from mlpmem_jax.pipeline import changed_stages, estimates, exact_sample, held_out_stages, needs
 from mlpmem_jax.pipeline.changed_stages import exact_cache
 from mlpmem_jax.pipeline.checks import check_retrieval
 from mlpmem_jax.pipeline.graph import Artifacts
@@ -23,9 +23,9 @@ _WITH_TARGETS: tuple[Split, ...] = ("train", "valid")
 def stages(run: Artifacts) -> list[Stage]:
     """Returns the stages: neighbours of valid and test, then targets of train and valid.
 
-    Valid and test are searched exactly, whatever the engine: they tune and score the
-    explicit kNN-LM that the memory is held against. Train is searched by the engine, where its
-    targets are those of the kNN-LM.
+    Valid and test tune and score the explicit kNN-LM that the memory is held against, so they are
+    searched exactly unless `retrieval.exact_rows` asks for the engine of the index. It always
+    searches for train, where its targets are those of the kNN-LM.
     """
     exact = exact_cache(run)
     splits: tuple[Split, ...] = ("valid", "test")
@@ -35,6 +35,14 @@ def stages(run: Artifacts) -> list[Stage]:
         _neighbors_stage(run, split, exact)
         for split in splits
         if f"neighbors/{split}" not in run.given  # What `compact` made is made once.
+    ]
+    found += [
+        Stage(
+            artifact=one,
+            build=functools.partial(exact_sample.build, run, one, exact),
+            need=functools.partial(needs.exact_sample_need, run),
+        )
+        for one in exact_sample.artifacts(run)
     ]
     found += held_out_stages.neighbor_stages(run, exact)
     if not run.makes_targets:
@@ -108,7 +116,7 @@ def _build_neighbors(
 ) -> Completion:
     from mlpmem_jax.retrieval.search import keep_neighbors
 
-    index = run.index if by_index or split == "train" else None
+    index = run.index if by_index or run.config.retrieval.searches_by_index(split) else None
     artifact = run.neighbors_by_index(split) if by_index else run.neighbors(split)
     rows, search = run.datastore(split), _search(run, index, exact)
     return keep_neighbors(artifact, rows, split, run.config.datastore, search)

@@ -17,6 +17,7 @@ from mlpmem_jax.generation.interpolated import InterpolatedModel
 from mlpmem_jax.input.rows import StoredRows
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.models.memory import Memory
+from mlpmem_jax.pipeline import exact_sample
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.networks import finished_networks, separator_id
 from mlpmem_jax.pipeline.settings import embedding_settings
@@ -122,6 +123,10 @@ def evaluate_run(run: Artifacts, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
         results["systems"][system] |= cost
     results["diagnostics"] = scored.diagnostics()
     results["retrieval"] = _retrieval(run)
+    test, train_label = stored_split(run, "test"), read_labels(run.datastore("train"))
+    compared = exact_sample.compared(run, test, results["systems"]["knn"], train_label)
+    if compared is not None:
+        results["retrieval"]["exact_sample"] = compared
     if run.corpus.held_out:
         results["texts"] = text_scores(run, results, decoder, memory, mesh)
     return results, _latency(run, decoder, memory, results["systems"], mesh)

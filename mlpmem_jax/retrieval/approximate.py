@@ -67,6 +67,13 @@ class SearchSettings:
             dataclasses.replace(self, num_reorder=candidates),
         ]
 
+    def lowest(self, config: RetrievalConfig) -> "SearchSettings":
+        """Returns the least thorough search for K neighbours; what is given stays."""
+        return SearchSettings(
+            1 if config.num_leaves_to_search == "auto" else self.num_leaves_to_search,
+            config.num_neighbors + 1 if config.num_reorder == "auto" else self.num_reorder,
+        )
+
     @property
     def way_out(self) -> str:
         """The keys that bring more recall, with their values, and the engine that does."""

@@ -36,6 +36,7 @@ GIVEN_UP = "instead.json"  # Why ScaNN was given up for cells.
 SHARD_BY = "rows"  # How ScaNN's shards are cut: by ranges of rows.
 MEASUREMENT_SEED = 2
 _MAX_REORDER_GROWTH = 8
+Settings = SearchSettings | CellSettings
 
 
 def exact_engine(
@@ -259,13 +260,18 @@ def _calibration_sample(
 
 
 def open_index(
-    artifact: Artifact, retrieval: RetrievalConfig, width: int, exact: Callable[[], Engine]
-) -> tuple[Engine, SearchSettings | CellSettings | None]:
+    artifact: Artifact,
+    retrieval: RetrievalConfig,
+    width: int,
+    exact: Callable[[], Engine],
+    settings: Settings | None = None,
+) -> tuple[Engine, Settings | None]:
     """Opens the engine that an index names; its files are verified first.
 
     Args:
         width: Of its keys.
         exact: Opens the exact engine, where that is the one.
+        settings: How thoroughly it searches; None: as was chosen when it was built.
 
     Returns:
         The engine, and how thoroughly it searches (none: exactly).
@@ -281,14 +287,17 @@ def open_index(
     if manifest.counts["engine"] == "exact":
         return exact(), None
     if manifest.counts["engine"] == "routed":
-        return open_routed(artifact, retrieval)
+        assert not isinstance(settings, SearchSettings)
+        return open_routed(artifact, retrieval, settings)
     shard_by = manifest.counts.get("shard_by", SHARD_BY)
     if shard_by != SHARD_BY:
         raise ArtifactError(
             f"{artifact.path}: an index whose shards are cut by {shard_by}; this software reads "
             f"shards cut by {SHARD_BY}; make it again with --rebuild"
         )
-    settings = SearchSettings(**read_json(artifact.path / SEARCH))
+    if settings is None:
+        settings = SearchSettings(**read_json(artifact.path / SEARCH))
+    assert isinstance(settings, SearchSettings)
     num_rows = int(manifest.counts["rows"])
     return _approximate(artifact.path, settings, num_rows, width, retrieval), settings
 

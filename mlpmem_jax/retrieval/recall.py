@@ -26,6 +26,10 @@ class Thoroughness(Protocol):
         """Returns the next larger settings, none of them above `last`."""
         ...
 
+    def lowest(self, config: RetrievalConfig) -> Self:
+        """Returns the least thorough search; what is given stays."""
+        ...
+
     @property
     def way_out(self) -> str:
         """The keys that bring more recall, with their values, and the engine that does."""
@@ -146,15 +150,22 @@ def calibrate(
 
 
 def check(
-    measured: float, config: RetrievalConfig, settings: Thoroughness | None, num_queries: int
+    measured: float,
+    config: RetrievalConfig,
+    settings: Thoroughness | None,
+    num_queries: int,
+    floor: float | None = None,
 ) -> None:
     """Warns of a recall below `retrieval.min_recall`: targets serve with less than the best.
+
+    Args:
+        floor: `targets.min_recall`, where that is what was searched for.
 
     Raises:
         ConfigError: The exact engine is below it, so its answers are wrong.
     """
     if settings is not None:
-        warn_of(measured, config, settings)
+        warn_of(measured, config, settings, floor)
     elif measured < config.min_recall:
         raise ConfigError(
             f"recall@{config.num_neighbors} of the exact engine is {measured:.4f} on {num_queries} "
@@ -163,10 +174,18 @@ def check(
         )
 
 
-def warn_of(measured: float, config: RetrievalConfig, settings: Thoroughness) -> None:
-    """Warns of a recall below `retrieval.min_recall`; names the keys to raise, and their values."""
-    if measured < config.min_recall:
+def warn_of(
+    measured: float, config: RetrievalConfig, settings: Thoroughness, floor: float | None = None
+) -> None:
+    """Warns of a recall below `retrieval.min_recall`; names the keys to raise, and their values.
+
+    Args:
+        floor: As of `check`.
+    """
+    key = "retrieval.min_recall" if floor is None else "targets.min_recall"
+    floor = config.min_recall if floor is None else floor
+    if measured < floor:
         warn(
-            f"recall@{config.num_neighbors} is {measured:.4f}, below "
-            f"retrieval.min_recall={config.min_recall}: raise {settings.way_out}"
+            f"recall@{config.num_neighbors} is {measured:.4f}, below {key}={floor}: raise "
+            f"{settings.way_out}"
         )

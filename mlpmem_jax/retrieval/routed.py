@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.retrieval.blocked import (
     FINITE,
     ROUNDING,
@@ -49,6 +50,10 @@ class CellSettings:
         """Returns the next larger settings, none of them above `last`."""
         more = min(last.cells_to_search, math.ceil(self.cells_to_search * _GROWTH))
         return [CellSettings(more)]
+
+    def lowest(self, config: RetrievalConfig) -> "CellSettings":
+        """Returns the least thorough search; what is given stays."""
+        return CellSettings(1) if config.cells_to_search == "auto" else self
 
     @property
     def way_out(self) -> str:

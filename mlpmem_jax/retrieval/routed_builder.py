@@ -74,15 +74,19 @@ def _choose_settings(
 
 
 def open_routed(
-    artifact: Artifact, retrieval: RetrievalConfig
+    artifact: Artifact, retrieval: RetrievalConfig, settings: CellSettings | None = None
 ) -> tuple[RoutedEngine | KeyShards, CellSettings]:
     """Opens the engine of a finished index whose files are verified, and how it searches.
+
+    Args:
+        settings: How thoroughly; None: as was chosen when it was built.
 
     Raises:
         ArtifactError: A file is missing or damaged.
         UserError: Memory does not hold a key shard.
     """
-    settings = CellSettings(**read_json(artifact.path / SEARCH))
+    if settings is None:
+        settings = CellSettings(**read_json(artifact.path / SEARCH))
     return _open(artifact.path, stored_cells(artifact), settings, retrieval), settings
 
 

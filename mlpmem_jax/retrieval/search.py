@@ -1,7 +1,7 @@
 """Search among the training rows for every row of a split, and the neighbours that are kept."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,21 @@ from mlpmem_jax.config.data import DatastoreConfig, RetrievalConfig
 from mlpmem_jax.console import say
 from mlpmem_jax.errors import ArtifactError
 from mlpmem_jax.retrieval import recall
-from mlpmem_jax.retrieval.engine import Engine, StoredKeys
-from mlpmem_jax.retrieval.index_builder import MEASUREMENT_SEED, ExactCache, open_index
+from mlpmem_jax.retrieval.approximate import ApproximateEngine
+from mlpmem_jax.retrieval.engine import Engine, Keys, StoredKeys
+from mlpmem_jax.retrieval.index_builder import (
+    CALIBRATION_SEED,
+    MEASUREMENT_SEED,
+    ExactCache,
+    Settings,
+    open_index,
+)
 from mlpmem_jax.retrieval.key_major import search_by_shards
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.merge import Neighbors
 from mlpmem_jax.retrieval.neighbors import Consume, SplitSearch, check_enough_rows, search_split
 from mlpmem_jax.retrieval.queries import Queries, exclusion_of
+from mlpmem_jax.retrieval.routed import RoutedEngine
 from mlpmem_jax.retrieval.shares import Share
 from mlpmem_jax.store.array_specs import Split, neighbors_arrays
 from mlpmem_jax.store.joined import first_part
@@ -58,8 +66,25 @@ class Search:
         num_rows = int(self.train.load().counts["rows"])
         check_enough_rows(self.retrieval.num_neighbors, num_rows, str(self.train.path))
 
-    def measured_engine(self) -> tuple[Engine, dict[str, Any]]:
+    def opened_engine(self, split: Split) -> tuple[Engine, dict[str, Any]]:
+        """Opens the engine that searches for a split, and what a manifest says of it.
+
+        Of the rows of valid nothing says how well they are searched for; that of training rows
+        is measured for the others.
+        """
+        if self.index is None:
+            return self.exact(), {"engine": "exact"}
+        if split != "valid":
+            return self.measured_engine()
+        width = StoredKeys(self.train).width
+        engine, _ = open_index(self.index, self.retrieval, width, self.exact)
+        return engine, {"engine": engine.name}
+
+    def measured_engine(self, floor: float | None = None) -> tuple[Engine, dict[str, Any]]:
         """Opens the engine of the index and measures its recall; warns where it is low.
+
+        Args:
+            floor: Search only as thoroughly as this recall takes; None: as the index is searched.
 
         Raises:
             ConfigError: The exact engine does not find what a plain search finds.
@@ -68,29 +93,60 @@ class Search:
         retrieval, keys = self.retrieval, StoredKeys(self.train)
         is_exact = self.index.load().counts["engine"] == "exact"
         reference = recall.plain_search(keys) if is_exact else self.exact().search
-        sample = recall.draw_sample(
-            keys,
-            reference,
-            retrieval.recall_queries,
-            retrieval.num_neighbors,
-            (self.seed, MEASUREMENT_SEED),
-        )
+        sample = self._sample(keys, reference, MEASUREMENT_SEED)
+        if floor is not None and not is_exact:
+            chosen_on = self._sample(keys, reference, CALIBRATION_SEED)
         if not is_exact:  # Keys and index need not fit in memory together.
             self.exact.release()
         engine, settings = open_index(self.index, retrieval, keys.width, self.exact)
+        if floor is not None and settings is not None:
+            engine, settings = self._less_thorough(engine, settings, floor, chosen_on)
         found = recall.measure(engine, sample)
         num_queries = len(sample.row_Q)
         say(
             f"retrieve: recall@{retrieval.num_neighbors} of the {engine.name} engine is "
             f"{found:.4f} on {num_queries:,} random rows"
         )
-        recall.check(found, retrieval, settings, num_queries)
-        return engine, {"engine": engine.name, "recall": found, "recall_queries": num_queries}
+        recall.check(found, retrieval, settings, num_queries, floor)
+        about = {"engine": engine.name, "recall": found, "recall_queries": num_queries}
+        return engine, about if settings is None else {**about, **dataclasses.asdict(settings)}
+
+    def _sample(
+        self, keys: StoredKeys, search: Callable[[np.ndarray, int], Neighbors], seed: int
+    ) -> recall.Sample:
+        asked = self.retrieval.recall_queries, self.retrieval.num_neighbors
+        return recall.draw_sample(keys, search, *asked, (self.seed, seed))
+
+    def _less_thorough(
+        self,
+        engine: Engine,
+        settings: Settings,
+        floor: float,
+        sample: recall.Sample,
+    ) -> tuple[Engine, Settings]:
+        """Returns the engine with the least thorough settings whose recall suffices."""
+        assert self.index is not None
+        index, retrieval, width = self.index, self.retrieval, StoredKeys(self.train).width
+
+        def searching(tried: Settings) -> Engine:
+            if isinstance(engine, KeyShards):  # Each load opens its shards with the settings.
+                return open_index(index, retrieval, width, self.exact, tried)[0]
+            assert isinstance(engine, ApproximateEngine | RoutedEngine)
+            engine.settings = tried
+            return engine
+
+        def found(tried: Settings) -> float:
+            return recall.measure(searching(tried), sample)
+
+        lowest: Settings = settings.lowest(retrieval)
+        chosen, _ = recall.calibrate(found, lowest, settings, floor)
+        say(f"retrieve: {chosen} suffice for targets.min_recall={floor}")
+        return searching(chosen), chosen
 
     def search_split(
         self,
         engine: Engine,
-        keys: StoredKeys,
+        keys: Keys,
         split: Split,
         writer: ShardWriter,
         consume: Consume,
@@ -122,7 +178,12 @@ class Search:
 
 
 def keep_neighbors(
-    artifact: Artifact, rows: Artifact, split: Split, chunking: DatastoreConfig, search: Search
+    artifact: Artifact,
+    rows: Artifact,
+    split: Split,
+    chunking: DatastoreConfig,
+    search: Search,
+    keys: Keys | None = None,
 ) -> Completion:
     """Finds and stores the neighbours of a split among the training rows.
 
@@ -132,20 +193,15 @@ def keep_neighbors(
         split: Which it is; a training row is never its own neighbour.
         chunking: How arrays are cut: as those of the datastore.
         search: What is searched, and how.
+        keys: Those of the rows that are searched for; None: of all rows of the split.
     """
     _check_same_origin(search.train, rows)
-    keys = StoredKeys(rows)
+    keys = StoredKeys(rows) if keys is None else keys
     search.check_rows()
     specs = neighbors_arrays(chunking, search.retrieval.num_neighbors)
     # The distance of a neighbour that does not exist is infinite.
     writer = ShardWriter(artifact.path, specs, keys.num_rows, refuse_non_finite=False)
-    measured: dict[str, Any] = {"engine": "exact"}
-    engine: Engine
-    if search.index is None:
-        engine = search.exact()
-    else:
-        engine, about = search.measured_engine()
-        measured |= about
+    engine, measured = search.opened_engine(split)
 
     def consume(row_Q: np.ndarray, found: Neighbors) -> Mapping[str, np.ndarray]:
         del row_Q

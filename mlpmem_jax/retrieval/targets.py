@@ -66,7 +66,7 @@ def make_train_targets(
         measured |= _search_numbers(kept.load().measured)
         _take_stored(sink, consume, StoredNeighbors(kept))
     else:
-        engine, about = search.measured_engine()
+        engine, about = search.measured_engine(inputs.targets.min_recall)
         measured |= about
         keys = StoredKeys(search.train)
         measured |= search.search_split(engine, keys, "train", sink.writer, consume, share)

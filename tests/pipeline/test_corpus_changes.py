@@ -340,6 +340,7 @@ def test_what_cannot_be_changed_is_refused_in_one_line(
         (("append", "--text", f"{folder}/none.txt"), "--text: .*none.txt.* does not exist"),
         (("append", *new, "corpus.attention=across"), "corpus.attention=across: states depend"),
         (("append", *new, "retrieval.keep_train=none"), "set retrieval.keep_train=all"),
+        (("append", *new, "retrieval.exact_rows=9"), "set retrieval.exact_rows=all"),
         (("append", *new, "decoder.num_layers=3"), "datastore/train does not exist"),
         (
             ("append", *new, "tokenizer.vocab_size=299"),

@@ -184,6 +184,26 @@ def test_auto_says_what_it_chose_and_an_index_that_is_there_decides(make_run, ca
     assert run.targets("train").load().measured["engine"] == "exact"
 
 
+@pytest.mark.parametrize("name", ["routed", "scann"])
+def test_targets_take_a_less_thorough_search_than_the_index(make_run, name, capsys):
+    """No more cells or leaves than the recall takes; those of the index stay as they were."""
+    if name == "scann":
+        pytest.importorskip("scann")
+    layout = ("retrieval.cells=40", "retrieval.num_leaves=40", f"retrieval.engine={name}")
+    usual = search(make_run(*layout)).targets("train").load()
+    run = search(make_run(*layout, "targets.min_recall=0.6"))
+    made, index_counts = run.targets("train").load(), run.index.load().counts
+    assert "suffice for targets.min_recall=0.6" in capsys.readouterr().out
+    assert 0.6 <= made.measured["recall"] < usual.measured["recall"]
+    assert made.fingerprint != usual.fingerprint
+    key = {"routed": "cells_to_search", "scann": "num_leaves_to_search"}[name]
+    assert made.measured[key] < usual.measured[key] == index_counts[key]
+    # The rows that are found are the nearest of those that are visited: never nearer ones.
+    given = f"retrieval.{key}={index_counts[key]}", "retrieval.num_reorder=26"
+    fixed = search(make_run(*layout, *given, "targets.min_recall=0.6")).targets("train").load()
+    assert fixed.measured[key] == index_counts[key]
+
+
 def test_auto_routes_many_rows_from_plan_to_the_knn_lm(make_run, capsys, monkeypatch):
     monkeypatch.setattr(engine, "ROUTED_ROWS", 2999)
     run = make_run("retrieval.engine=auto", "retrieval.cells=40")

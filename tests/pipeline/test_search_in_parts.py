@@ -31,9 +31,15 @@ ROWS = {"train": 3000, "valid": 700, "test": 500}
 MEMORY = {"exact": 140_000, "scann": 1_300_000, "routed": 140_000}
 SETTINGS = {
     "exact": ("retrieval.engine=exact", "retrieval.keep_train=all"),
-    "scann": ("retrieval.engine=scann", "retrieval.shard_rows=800", "retrieval.num_leaves=30"),
-    "routed": ("retrieval.engine=routed", "retrieval.shard_rows=800", "retrieval.cells=40"),
-}
+    "scann": (
+        "retrieval.engine=scann", "retrieval.shard_rows=800", "retrieval.num_leaves=30",
+        "targets.min_recall=0.5",
+    ),
+    "routed": (
+        "retrieval.engine=routed", "retrieval.shard_rows=800", "retrieval.cells=40",
+        "retrieval.exact_rows=100", "targets.min_recall=0.6",
+    ),
+}  # fmt: skip
 SHARED = (
     "datastore.shard_rows=1024", f"decoder.width={WIDTH}", "retrieval.num_neighbors=12",
     "retrieval.query_batch=300", "targets.num_tokens=6",

@@ -57,6 +57,9 @@ def _label(row: Row) -> str:
         if part.kind == "knn_by_index":
             engine = part.run.neighbors_by_index("test").load().measured["engine"]
             return row.label if engine == "scann" else f"{row.label} (given up, {engine} search)"
+        if part.kind == "knn" and part.run.config.retrieval.exact_rows != "all":
+            engine = part.run.neighbors("test").load().measured["engine"]
+            return row.label.replace("exact", engine)
     return row.label
 
 
