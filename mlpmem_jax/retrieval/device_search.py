@@ -60,12 +60,26 @@ def search_all(
 
     `skipped_PQ2` has for each query the rows [start, stop) of each device that are no neighbours.
     """
-    local = functools.partial(_search_device, wanted=wanted, chunk=chunk, rescored=rescored)
+    # Each device merges the lists of its share of the queries, or all lists if they are few.
+    shared = query_block % mesh.size == 0
+
+    def local(*arrays: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        lists = _search_device(*arrays, wanted=wanted, chunk=chunk, rescored=rescored)
+        if shared:
+            lists = [lax.all_to_all(one, AXES, 0, 1, tiled=True) for one in lists]
+        else:
+            lists = [lax.all_gather(one, AXES, axis=1, tiled=True) for one in lists]
+        distance, row = lists  # [R, P · K], by device: equal distances keep the smaller row.
+        smallest, place = lax.top_k(-distance, kept)
+        return -smallest, place // wanted, jnp.take_along_axis(row, place, axis=1)
+
+    by_query = PartitionSpec(AXES) if shared else PartitionSpec()
     search = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(*(PartitionSpec(AXES),) * 3, PartitionSpec(), PartitionSpec(AXES)),
-        out_specs=(PartitionSpec(None, AXES), PartitionSpec(None, AXES)),
+        out_specs=(by_query,) * 3,
+        check_vma=shared,
     )
 
     def block(
@@ -73,18 +87,17 @@ def search_all(
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         query_RD, skipped_RP2 = some
         skipped_PR2 = None if skipped_RP2 is None else skipped_RP2.swapaxes(0, 1)
-        # [R, P · K]: the devices' lists side by side. Stable: equal distances keep the smaller row.
-        lists = search(key_ND, mean_PD, norm_N, query_RD, skipped_PR2)
-        distance, row = (lax.with_sharding_constraint(one, replicated(mesh)) for one in lists)
-        smallest, place = lax.top_k(-distance, kept)
-        return -smallest, place // wanted, jnp.take_along_axis(row, place, axis=1)
+        return search(key_ND, mean_PD, norm_N, query_RD, skipped_PR2)  # type: ignore[no-any-return]
 
     in_blocks = query_QD.reshape(-1, query_block, query_QD.shape[1])
     skipped = skipped_PQ2
     if skipped is not None:
         skipped = skipped.swapaxes(0, 1).reshape(-1, query_block, len(skipped), 2)
     blocks = lax.map(block, (in_blocks, skipped))
-    return tuple(one.reshape(-1, kept) for one in blocks)  # type: ignore[return-value]
+    everywhere = replicated(mesh)
+    return tuple(  # type: ignore[return-value]
+        lax.with_sharding_constraint(one.reshape(-1, kept), everywhere) for one in blocks
+    )
 
 
 def _search_device(
