@@ -27,6 +27,11 @@ def artifacts(run: "Artifacts") -> list[Artifact]:
     return [Artifact.of(run.store, "neighbors", recipe, searched, "neighbors/test-exact")]
 
 
+def neighbors_of_test(run: "Artifacts") -> list[Artifact]:
+    """Returns all neighbours of test rows: they serve tables alone."""
+    return [run.neighbors("test"), *artifacts(run)]
+
+
 def _drawn(run: "Artifacts") -> np.ndarray:
     """Returns the rows of test that are searched exactly, int64 ascending."""
     from mlpmem_jax.retrieval.knn_lm import draw_rows

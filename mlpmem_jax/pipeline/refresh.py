@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from mlpmem_jax.pipeline import embed, index, retrieve
+from mlpmem_jax.pipeline import embed, exact_sample, index, retrieve
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.manifest import Artifact, Completion
@@ -117,7 +117,8 @@ def refresh_stages(phases: Phases, phase: int) -> list[Stage]:
         estimate=lambda: {"model flops": 0.0},
     )
     made = [decoder, *embed.stages(run), *index.stages(run), *retrieve.stages(run)]
-    only_evaluated = {run.datastore("test").relative, run.neighbors("test").relative}
+    of_test = [run.datastore("test"), *exact_sample.neighbors_of_test(run)]
+    only_evaluated = {one.relative for one in of_test}
     skip = functools.partial(phases.is_fresh, phase)
     return [
         dataclasses.replace(stage, skip=skip)

@@ -65,11 +65,13 @@ def search_all(
 
     def local(*arrays: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         lists = _search_device(*arrays, wanted=wanted, chunk=chunk, rescored=rescored)
-        if shared:
-            lists = [lax.all_to_all(one, AXES, 0, 1, tiled=True) for one in lists]
-        else:
-            lists = [lax.all_gather(one, AXES, axis=1, tiled=True) for one in lists]
-        distance, row = lists  # [R, P · K], by device: equal distances keep the smaller row.
+        # [R, P · K], in the order of devices: of equal distances the smaller row stays.
+        distance, row = (
+            lax.all_to_all(one, AXES, 0, 1, tiled=True)
+            if shared
+            else lax.all_gather(one, AXES, axis=1, tiled=True)
+            for one in lists
+        )
         smallest, place = lax.top_k(-distance, kept)
         return -smallest, place // wanted, jnp.take_along_axis(row, place, axis=1)
 

@@ -19,9 +19,8 @@ EngineName = Literal["scann", "exact", "routed"]
 # search it, where every row is a query.
 EXACT_ROWS_CPU = 60_000
 # Rows above which `auto` routes, on every platform. Accelerators score every pair up to it, some
-# hundred times faster than CPUs; on CPU it is ScaNN up to it, although routed search was faster at
-# equal recall at all sizes measured (benchmarks.routing): the shipped configurations for CPU are
-# smaller and keep their results.
+# hundred times faster than CPUs; on CPU it is ScaNN up to it, whose index holds so many rows in
+# one shard: every further shard costs a query as much again.
 ROUTED_ROWS = 4_000_000
 READ_ROWS = 65536
 # Of a key's norm: the square of the distance of two keys is at most four times as large.

@@ -173,7 +173,8 @@ def _recall(row: Row) -> float | None:
     for part in row.parts:
         if part.kind == "knn_by_index":
             found, truth = part.run.neighbors_by_index("test"), part.run.neighbors("test")
-            if truth.is_complete():
+            is_exact = not part.run.config.retrieval.searches_by_index("test")
+            if is_exact and truth.is_complete():
                 return StoredNeighbors(found).recall(StoredNeighbors(truth))
             return float(found.load().measured["recall"])
     return None

@@ -110,9 +110,11 @@ class Part:
             "joint": self.variant.memory_stages,
         }
         stages = making[self.kind]()
-        if self.kind == "knn":  # Targets and the index serve memories alone.
+        if self.kind == "knn":  # Targets serve memories alone, and so may the index.
             wanted = {self.run.neighbors(split).relative for split in SCORED}
-            kinds = ("tokenizer", "tokens", "decoder", "datastore")
+            kinds = {"tokenizer", "tokens", "decoder", "datastore"}
+            if self.run.config.retrieval.searches_by_index("test"):
+                kinds.add("index")
             stages = [
                 stage
                 for stage in stages

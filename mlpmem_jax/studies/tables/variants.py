@@ -11,7 +11,16 @@ from typing import Any, Literal
 from mlpmem_jax.config.load import changed_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.errors import ConfigError
-from mlpmem_jax.pipeline import embed, index, pretrain, recipes, retrieve, tokenize, train
+from mlpmem_jax.pipeline import (
+    embed,
+    exact_sample,
+    index,
+    pretrain,
+    recipes,
+    retrieve,
+    tokenize,
+    train,
+)
 from mlpmem_jax.pipeline.checks import check_unchanged_text
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.resolve import resolved
@@ -77,8 +86,8 @@ class Variant:
         if self.teacher.config.targets.teacher == "ngram":  # Nothing is searched for.
             searched = ("index", "neighbors")
             return [one for one in stages if one.artifact.kind not in searched]
-        test = self.teacher.neighbors("test").relative
-        return [one for one in stages if one.artifact.relative != test]
+        unused = {one.relative for one in exact_sample.neighbors_of_test(self.teacher)}
+        return [one for one in stages if one.artifact.relative not in unused]
 
     def memory_stages(self) -> list[Stage]:
         """Returns the stages up to the memory."""
