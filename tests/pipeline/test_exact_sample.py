@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlpmem_jax.config.load import changed_config
 from mlpmem_jax.config.schema import Config
 from mlpmem_jax.evaluation.metrics import count_documents
 from mlpmem_jax.evaluation.report import as_text
@@ -14,9 +15,12 @@ from mlpmem_jax.evaluation.run_scores import difference_of_rows
 from mlpmem_jax.pipeline import evaluate, exact_sample, index, retrieve
 from mlpmem_jax.pipeline.graph import Artifacts
 from mlpmem_jax.pipeline.scoring import stored_split
+from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import run_stages
 from mlpmem_jax.retrieval.knn_lm import read_labels
 from mlpmem_jax.store.arrays import open_array, read_rows
+from mlpmem_jax.studies.tables.part_scores import Part
+from mlpmem_jax.studies.tables.variants import base_variant
 
 ROWS = 300
 
@@ -100,3 +104,23 @@ def test_the_interval_draws_files():
     only = row_Q[counts.document_N[row_Q] == 2]
     one = difference_of_rows(counts, only, np.full(len(only), 2.0), settings, seed=3)
     assert one == {"value": 2.0, "low": None, "high": None}
+
+
+@pytest.mark.parametrize("exact_rows", ["all", 9])
+def test_the_index_is_made_for_the_knn_lm_where_it_finds_its_neighbours(
+    tiny_run: Config, exact_rows: object
+):
+    config = changed_config(tiny_run, {"retrieval.exact_rows": exact_rows})
+    variant = base_variant(config, 0, Sources(config.workdir, reads=False))
+    stages = Part("knn", variant).stages()
+    order = [stage.artifact.relative for stage in stages]
+    run, is_searched = variant.run, exact_rows != "all"
+    assert (run.index.relative in order) == is_searched
+    neighbors = [run.neighbors(split).relative for split in ("valid", "test")]
+    assert set(neighbors) < set(order)
+    if is_searched:
+        assert all(order.index(run.index.relative) < order.index(one) for one in neighbors)
+    # Exact neighbours of a sample serve the table of `evaluate` alone.
+    sample = {one.relative for one in exact_sample.artifacts(run)}
+    assert len(sample) == is_searched
+    assert not sample & {*order, *(one.artifact.relative for one in variant.memory_stages())}

@@ -53,6 +53,7 @@ def own_kinds(variant: Variant, base: Variant) -> set[str]:
         ("targets.temperature", 3.0, MEMORY_OF_TARGETS),
         ("targets.num_tokens", 4, MEMORY_OF_TARGETS),
         ("retrieval.num_neighbors", 8, SEARCHED),
+        ("retrieval.exact_rows", 9, {"neighbors"} | MEMORY_OF_TARGETS),
         ("datastore.input.layer", 1.0, {"datastore", "memory"}),
         ("datastore.input.site", "residual", {"datastore", "memory"}),
         ("datastore.key.layer", 0.5, STATES),
@@ -132,6 +133,7 @@ def test_studies_of_search_refuse_targets_that_need_none(make_config: Callable[.
         ("retrieval.exclude_repeats_tokens", 8, MEMORY_OF_TARGETS),
         ("targets.share", 0.5, MEMORY_OF_TARGETS),
         ("targets.min_mass", 0.9, MEMORY_OF_TARGETS),
+        ("targets.min_recall", 0.5, MEMORY_OF_TARGETS),
         ("targets.share_by", "row", set()),  # Without effect.
         ("targets.ngram_min_count", 3, set()),
     ],
