@@ -23,6 +23,7 @@ from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.sharing import is_mine, process_count, share_of
 from mlpmem_jax.retrieval.engine import EngineName, Keys, SomeKeys, read_all
+from mlpmem_jax.retrieval.far_rows import FAR_FILES, FarRows, far_rows, write_far_rows
 from mlpmem_jax.retrieval.index_files import LEAF_OF_ROW, SHARD, is_whole, shard_names, shard_path
 from mlpmem_jax.retrieval.merge import (
     MISSING_ROW,
@@ -148,6 +149,10 @@ def build_shards(
 
 def _build_shard(keys: Keys, rows: range, target: epath.Path, config: RetrievalConfig) -> None:
     key_ND = read_all(keys)
+    row_F = far_rows(key_ND) if len(key_ND) >= AH_MIN_ROWS else np.empty(0, np.int64)
+    key_FD = key_ND[row_F]
+    if len(row_F):
+        key_ND = np.delete(key_ND, row_F, axis=0)
     scann = _import()
     builder = scann.scann_ops_pybind.builder(key_ND, config.num_neighbors + 1, "squared_l2")
     # No random start: the same keys give the same index, bit for bit, whatever the number
@@ -177,8 +182,9 @@ def _build_shard(keys: Keys, rows: range, target: epath.Path, config: RetrievalC
         whole = epath.Path(temporary) / "shard"
         whole.mkdir()
         searcher.serialize(os.fspath(whole), relative_path=True)
+        write_far_rows(whole, row_F, key_FD)
         files = sorted(file.name for file in whole.iterdir() if not is_foreign(file.name))
-        _check_written(whole, files, rows)
+        _check_written(whole, files, len(key_ND))
         about = {
             "first_row": rows.start,
             "num_rows": len(rows),
@@ -195,7 +201,7 @@ def _build_shard(keys: Keys, rows: range, target: epath.Path, config: RetrievalC
                 (whole / name).copy(target / name, overwrite=True)
 
 
-def _check_written(path: epath.Path, files: Sequence[str], rows: range) -> None:
+def _check_written(path: epath.Path, files: Sequence[str], num_rows: int) -> None:
     # A full disk truncates files without an error from ScaNN. Mapping an array fails where its
     # file is shorter than its header says; other files are small, and the list of files, which
     # is written after them, would not find room either.
@@ -207,7 +213,7 @@ def _check_written(path: epath.Path, files: Sequence[str], rows: range) -> None:
         }
     except (ValueError, FileNotFoundError, EOFError):
         lengths = {}
-    if lengths.get("dataset.npy") != len(rows):
+    if lengths.get("dataset.npy") != num_rows:
         raise UserError(
             f"{path.parent.parent}: the index could not be written whole; is the disk full?"
         )
@@ -239,7 +245,7 @@ class ApproximateEngine:
         self.settings = settings
         self.spans_processes = process_count() > 1 and not alone
         self.num_rows = first_row = 0
-        self._shards: list[tuple[Any, int]] = []
+        self._shards: list[tuple[Any, int, FarRows]] = []
         leaves: list[np.ndarray] = []
         scann = _import()
         names = shard_names(path)
@@ -254,13 +260,14 @@ class ApproximateEngine:
             files: Mapping[str, Any] = about["files"]
             is_held = is_mine(number) or not self.spans_processes
             # The order of queries needs the leaves of all rows: four bytes a row.
-            needed = {n: of for n, of in files.items() if is_held or n == LEAF_OF_ROW}
+            needed = {n: of for n, of in files.items() if is_held or n in (LEAF_OF_ROW, *FAR_FILES)}
             with _on_local_disk(shard, needed) as local:
+                far = FarRows(local, needed)
                 if is_held:
                     searcher = scann.scann_ops_pybind.load_searcher(os.fspath(local))
-                    self._shards.append((searcher, int(about["first_row"])))
+                    self._shards.append((searcher, int(about["first_row"]), far))
                 if LEAF_OF_ROW in files:
-                    leaves.append(np.load(local / LEAF_OF_ROW))
+                    leaves.append(far.with_gaps(np.load(local / LEAF_OF_ROW)))
                 else:
                     leaves.append(np.zeros(about["num_rows"], np.int32))
             self.num_rows += int(about["num_rows"])
@@ -293,15 +300,17 @@ class ApproximateEngine:
         share = -(-len(queries) // (os.cpu_count() or 1))
         per_task = min(max(share, _QUERIES_PER_TASK.start), _QUERIES_PER_TASK.stop)
         parts = []
-        for searcher, first_row in self._shards:
-            row_QK, distance_QK = searcher.search_batched_parallel(
+        for searcher, first_row, far in self._shards:
+            id_QK, distance_QK = searcher.search_batched_parallel(
                 queries,
                 final_num_neighbors=num_neighbors,
                 pre_reorder_num_neighbors=max(num_neighbors, self.settings.num_reorder),
                 leaves_to_search=self.settings.num_leaves_to_search,
                 batch_size=per_task,
             )
-            parts.append(_in_order(distance_QK, row_QK, first_row))
+            found = far.merged(_in_order(distance_QK, far.rows_of(id_QK)), queries)
+            found.row_QK[found.row_QK != MISSING_ROW] += first_row
+            parts.append(found)
         return merge(parts or [no_neighbors(len(queries), num_neighbors)], num_neighbors)
 
     def visiting_order(self, rows: slice) -> np.ndarray | None:
@@ -309,16 +318,16 @@ class ApproximateEngine:
         return np.argsort(self._leaf_N[rows], kind="stable")
 
 
-def _in_order(distance_QK: np.ndarray, id_QK: np.ndarray, first_row: int) -> Neighbors:
-    """Orders a shard's answer by (distance, row).
+def _in_order(distance_QK: np.ndarray, row_QK: np.ndarray) -> Neighbors:
+    """Orders a shard's answer by (distance, row), rows counted from the shard's first.
 
     Places that the visited leaves could not fill hold id 0 and distance NaN: missing.
     """
     distance_QK = np.where(np.isnan(distance_QK), np.float32(np.inf), np.maximum(distance_QK, 0))
-    packed = sortable(distance_QK, id_QK)
+    packed = sortable(distance_QK, row_QK)
     packed.sort(axis=1)
     distance_QK, row_QK = unpack(packed)
-    return Neighbors(distance_QK, np.where(np.isinf(distance_QK), MISSING_ROW, row_QK + first_row))
+    return Neighbors(distance_QK, np.where(np.isinf(distance_QK), MISSING_ROW, row_QK))
 
 
 @contextlib.contextmanager

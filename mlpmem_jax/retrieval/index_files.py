@@ -11,6 +11,7 @@ from etils import epath
 
 from mlpmem_jax.console import warn
 from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.retrieval.far_rows import FarRows
 from mlpmem_jax.store.checked_json import read_checked_json, write_checked_json
 from mlpmem_jax.store.files import describe_file, is_local, verify_file, write_bytes
 
@@ -105,10 +106,11 @@ def leaf_order(path: epath.Path) -> Callable[[slice], np.ndarray | None]:
     for name in shard_names(path):
         about, file = read_checked_json(path / name / SHARD), path / name / LEAF_OF_ROW
         firsts.append(int(about["first_row"]))
-        is_tree = LEAF_OF_ROW in about["files"]
-        leaves.append(
-            np.load(file, mmap_mode="r") if is_tree else np.zeros(about["num_rows"], np.int32)
-        )
+        if LEAF_OF_ROW in about["files"]:
+            leaf_N = np.load(file, mmap_mode="r")
+            leaves.append(FarRows(path / name, about["files"]).with_gaps(leaf_N))
+        else:
+            leaves.append(np.zeros(about["num_rows"], np.int32))
 
     def order(rows: slice) -> np.ndarray:
         parts = [
