@@ -224,8 +224,8 @@ class TargetsConfig(Section):
     )
     min_recall: Fraction | None = setting(
         None,
-        "search for training rows only as thoroughly as this recall@K takes; not set: as the index "
-        "is searched (retrieval.min_recall)",
+        "search for training rows only as thoroughly as this recall@K takes, and at most as the "
+        "index is searched; not set: like that. teacher=knn and keep_train=none",
     )
     share: PositiveFraction = setting(
         1.0, "share of training rows with targets; the others are not searched for and learn labels"

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 def target_mistakes(config: Config) -> Iterator[str]:
     """Yields one line for each broken rule."""
-    for rule in (_made_elsewhere, _share, _min_recall, _arrow, _without_search):
+    for rule in (_made_elsewhere, _share, _arrow, _without_search):
         yield from rule(config)
 
 
 def _made_elsewhere(config: Config) -> Iterator[str]:
-    targets, ours = config.targets, ("teacher", "min_mass", "share", "min_recall")
+    targets, ours = config.targets, ("teacher", "min_mass", "share")
     if targets.workdir is None:
         return
     for name in ours:
@@ -34,22 +34,6 @@ def _share(config: Config) -> Iterator[str]:
         yield (
             f"targets.share={targets.share} saves the search for the other rows, and "
             f"retrieval.keep_train={kept} searches for all: use retrieval.keep_train=none"
-        )
-
-
-def _min_recall(config: Config) -> Iterator[str]:
-    wanted, retrieval = config.targets.min_recall, config.retrieval
-    if wanted is None:
-        return
-    asked = f"targets.min_recall={wanted}"
-    if wanted > retrieval.min_recall:
-        yield f"{asked} must be at most retrieval.min_recall={retrieval.min_recall}"
-    if config.targets.teacher != "knn":
-        yield f"{asked} has no effect with targets.teacher={config.targets.teacher}"
-    if retrieval.keep_train == "all":
-        yield (
-            f"{asked} makes the search for training rows less thorough, and their neighbours are "
-            "kept: use retrieval.keep_train=none"
         )
 
 

@@ -144,7 +144,8 @@ def targets(config: Config, split: Split, files: str | None = None) -> Recipe:
     """
     own = config.targets.recipe()
     del own["workdir"]
-    if config.targets.min_recall is None:
+    searches = config.targets.teacher == "knn" and config.retrieval.keep_train == "none"
+    if config.targets.min_recall is None or not searches:
         del own["min_recall"]
     if config.targets.share == 1 or split != "train":
         del own["share"], own["share_by"]

@@ -94,6 +94,8 @@ class Search:
         is_exact = self.index.load().counts["engine"] == "exact"
         reference = recall.plain_search(keys) if is_exact else self.exact().search
         sample = self._sample(keys, reference, MEASUREMENT_SEED)
+        if floor is not None:  # An index that was given less reaches no more.
+            floor = min(floor, retrieval.min_recall)
         if floor is not None and not is_exact:
             chosen_on = self._sample(keys, reference, CALIBRATION_SEED)
         if not is_exact:  # Keys and index need not fit in memory together.

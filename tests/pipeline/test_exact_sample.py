@@ -124,3 +124,19 @@ def test_the_index_is_made_for_the_knn_lm_where_it_finds_its_neighbours(
     sample = {one.relative for one in exact_sample.artifacts(run)}
     assert len(sample) == is_searched
     assert not sample & {*order, *(one.artifact.relative for one in variant.memory_stages())}
+
+
+@pytest.mark.parametrize("without", [{"targets.teacher": "ngram"}, {"retrieval.keep_train": "all"}])
+def test_the_recall_of_targets_is_no_setting_where_nothing_is_searched_for_them(
+    tiny_run: Config, without: dict[str, object]
+):
+    plain = changed_config(tiny_run, without)
+    asked = changed_config(plain, {"targets.min_recall": 0.5})
+    for split in ("train", "valid"):
+        found, usual = (Artifacts(one).targets(split).relative for one in (asked, plain))
+        assert found == usual
+    searched = changed_config(tiny_run, {"targets.min_recall": 0.5})
+    assert (
+        Artifacts(searched).targets("train").relative
+        != Artifacts(tiny_run).targets("train").relative
+    )

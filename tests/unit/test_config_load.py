@@ -185,18 +185,6 @@ def test_what_is_no_override(mistakes, override):
             "targets.share=0.5 saves the search for the other rows, and retrieval.keep_train=all",
         ),
         (
-            ["targets.min_recall=0.96"],
-            "targets.min_recall=0.96 must be at most retrieval.min_recall=0.95",
-        ),
-        (
-            ["targets.min_recall=0.5", "targets.teacher=ngram"],
-            "targets.min_recall=0.5 has no effect with targets.teacher=ngram",
-        ),
-        (
-            ["targets.min_recall=0.5", "retrieval.keep_train=all"],
-            "targets.min_recall=0.5 makes the search for training rows less thorough, and their",
-        ),
-        (
             ["retrieval.exact_rows=0"],
             "retrieval.exact_rows=0: must be a whole number from 1 to 1e12, or all",
         ),
