@@ -54,6 +54,8 @@ def load_shipped(path: Path) -> Config:
     given = (
         f"decoder.pretrained={GOLDEN / 'pretrained' / 'llama'}",
         "decoder.context_tokens=64",
+        "datastore.stride_tokens=auto",  # What follows from its window and its width.
+        "memory.width=16",
         f"tokenizer.path={tokenizer}",
         "tokenizer.separator=<s>",
     )
