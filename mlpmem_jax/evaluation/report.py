@@ -132,8 +132,9 @@ def _remarks(results: Results, measured: Mapping[str, Any]) -> list[str]:
     lines = []
     retrieval = results["retrieval"]
     if retrieval.get("recall") is not None:
+        name = "targets" if retrieval.get("of_targets") else "neighbours"
         lines.append(
-            f"neighbours: {retrieval['engine']} engine, K = {retrieval['num_neighbors']}, "
+            f"{name}: {retrieval['engine']} engine, K = {retrieval['num_neighbors']}, "
             f"recall {retrieval['recall']:.4f}"
         )
     sample = retrieval.get("exact_sample")

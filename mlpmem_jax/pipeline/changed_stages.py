@@ -123,6 +123,12 @@ def check_alone(run: Artifacts) -> None:
             f"corpus.attention={config.corpus.attention}: states depend on the document before; "
             "a training text that changes needs corpus.attention=within (and its own decoder)"
         )
+    exact_rows = config.retrieval.exact_rows
+    if exact_rows != "all":
+        raise ConfigError(
+            f"retrieval.exact_rows={exact_rows}: a training text that changes needs exact "
+            "neighbours of valid and test; set retrieval.exact_rows=all and run `retrieve`"
+        )
     if config.targets.workdir is not None:
         raise ConfigError(
             f"targets.workdir={config.targets.workdir}: targets of a teacher cannot follow a "

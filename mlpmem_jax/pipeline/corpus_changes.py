@@ -57,12 +57,6 @@ def _check(run: Artifacts) -> None:
             f"retrieval.keep_train={kept}: a training text that changes needs the neighbours of "
             "its rows; set retrieval.keep_train=all and run `retrieve`"
         )
-    exact = run.config.retrieval.exact_rows
-    if exact != "all":
-        raise ConfigError(
-            f"retrieval.exact_rows={exact}: a training text that changes needs exact neighbours of "
-            "valid and test; set retrieval.exact_rows=all and run `retrieve`"
-        )
     check_config_file(run)
     run.datastore("train").load()
     for split in SPLITS:

@@ -173,9 +173,15 @@ def neighbors_estimate(run: Artifacts, split: Split) -> dict[str, Any]:
         return {"rows": UNKNOWN_ROWS}
     num_rows, num_keys = queries[0], keys[0]
     specs = neighbors_arrays(config.datastore, config.retrieval.num_neighbors)
-    return {
+    found: dict[str, Any] = {
         **rows_entry(*queries),
         "bytes on disk": num_rows * sum(spec.row_bytes for spec in specs.values()),
+    }
+    if config.retrieval.searches_by_index(split):
+        if _is_routed(run, num_keys):
+            found[ROUTED_FLOPS] = num_rows * _routed_flops(run, num_keys)
+        return found
+    return found | {
         "bytes of all keys, all devices": exact_bytes(num_keys, config.decoder.width, 1),
         "flops": 2.0 * num_rows * num_keys * config.decoder.width,
     }

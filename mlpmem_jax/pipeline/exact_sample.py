@@ -71,36 +71,41 @@ def compared(
         train_label: Labels of the training rows.
 
     Returns:
-        Scored rows, recall of the neighbours that the index found, and the nats per token that
-        these cost, with an interval; None: all neighbours are exact.
+        Scored rows among them, recall of the neighbours that the index found for these, and the
+        nats per token that it costs, with an interval; None: all neighbours are exact, or none of
+        the rows is scored.
     """
     from mlpmem_jax.evaluation.run_scores import difference_of_rows
     from mlpmem_jax.retrieval.knn_lm import StoredKnn
     from mlpmem_jax.retrieval.neighbors import StoredNeighbors
+    from mlpmem_jax.retrieval.recall import recall
     from mlpmem_jax.stats.mixing import mixture_logprob
 
     for artifact in artifacts(run):
-        row_Q, found = _drawn(run), run.neighbors("test")
+        found, drawn_Q = StoredNeighbors(run.neighbors("test")), _drawn(run)
+        is_scored_Q = test.counts.scored_N[drawn_Q]
+        row_Q = drawn_Q[is_scored_Q]
+        if not len(row_Q):
+            return None
         is_scored_N = np.zeros(len(test.label_N), bool)
-        is_scored_N[row_Q] = test.counts.scored_N[row_Q]
-        is_scored_Q, temperature = is_scored_N[row_Q], knn["temperature"]
-        by_index = StoredKnn(found, test.label_N, train_label)
-        by_all = StoredKnn(artifact, test.label_N[row_Q], train_label)
-        logprob_2Q = [
-            by_index.logprob(is_scored_N, temperature)[row_Q],
-            by_all.logprob(is_scored_Q, temperature),
-        ]
+        is_scored_N[row_Q] = True
+        by_index = StoredKnn(run.neighbors("test"), test.label_N, train_label)
+        by_all = StoredKnn(artifact, test.label_N[drawn_Q], train_label)
         index_Q, exact_Q = (
             mixture_logprob(each, test.logprob_N[row_Q], knn["interpolation"])
-            for each in logprob_2Q
+            for each in (
+                by_index.logprob(is_scored_N, knn["temperature"])[row_Q],
+                by_all.logprob(is_scored_Q, knn["temperature"])[is_scored_Q],
+            )
         )
+        config = run.config
         costs = difference_of_rows(
-            test.counts,
-            row_Q[is_scored_Q],
-            (exact_Q - index_Q)[is_scored_Q],
-            run.config.evaluate,
-            run.config.seed,
+            test.counts, row_Q, exact_Q - index_Q, config.evaluate, config.seed
         )
-        recall = StoredNeighbors(found).recall_of(row_Q, StoredNeighbors(artifact))
-        return {"rows": int(is_scored_Q.sum()), "recall": recall, "costs_nats": costs}
+        truth = StoredNeighbors(artifact).take(np.flatnonzero(is_scored_Q))
+        return {
+            "rows": len(row_Q),
+            "recall": recall(found.take(row_Q), truth),
+            "costs_nats": costs,
+        }
     return None

@@ -144,7 +144,8 @@ class Forecaster:
             return share * train / _SEARCHED_ROWS if split == "train" else 1.0
         if recipe.get("by_index"):
             return num_rows[split] / _SEARCHED_ROWS
-        return 2.0 * num_rows[split] * train * self._width / (_EXACT_SHARE * self._peak)
+        queries = min(num_rows[split], int(recipe.get("exact_rows", num_rows[split])))
+        return 2.0 * queries * train * self._width / (_EXACT_SHARE * self._peak)
 
     def _rates(self, relatives: Iterable[str]) -> dict[str, float]:
         """Returns flop/s of the finished artifacts of each kind of network."""

@@ -86,7 +86,7 @@ def memory_scores(
 def run_scores(
     run: Artifacts, decoder: Decoder, memory: Memory, mesh: jax.sharding.Mesh
 ) -> RunScores:
-    """Scores the three systems, the kNN-LM with exact neighbours.
+    """Scores the three systems, the kNN-LM with the neighbours that are stored.
 
     Raises:
         ArtifactError: Something is missing, damaged, or speaks of other tokens.
@@ -123,10 +123,10 @@ def evaluate_run(run: Artifacts, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
         results["systems"][system] |= cost
     results["diagnostics"] = scored.diagnostics()
     results["retrieval"] = _retrieval(run)
-    test, train_label = stored_split(run, "test"), read_labels(run.datastore("train"))
-    compared = exact_sample.compared(run, test, results["systems"]["knn"], train_label)
-    if compared is not None:
-        results["retrieval"]["exact_sample"] = compared
+    if exact_sample.artifacts(run):
+        test, train_label = stored_split(run, "test"), read_labels(run.datastore("train"))
+        found = exact_sample.compared(run, test, results["systems"]["knn"], train_label)
+        results["retrieval"]["exact_sample"] = found
     if run.corpus.held_out:
         results["texts"] = text_scores(run, results, decoder, memory, mesh)
     return results, _latency(run, decoder, memory, results["systems"], mesh)
@@ -140,6 +140,7 @@ def _retrieval(run: Artifacts) -> dict[str, Any]:
         "engine": index.counts.get("engine", config.retrieval.engine),
         "num_neighbors": config.retrieval.num_neighbors,
         "recall": measured.get("recall"),
+        "of_targets": config.targets.min_recall is not None,
     }
 
 

@@ -23,7 +23,7 @@ from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.sharing import is_mine, process_count, share_of
 from mlpmem_jax.retrieval.engine import EngineName, Keys, SomeKeys, read_all
-from mlpmem_jax.retrieval.far_rows import FAR_FILES, FarRows, far_rows, write_far_rows
+from mlpmem_jax.retrieval.far_rows import FAR_ROW, FarRows, far_rows, write_far_rows
 from mlpmem_jax.retrieval.index_files import LEAF_OF_ROW, SHARD, is_whole, shard_names, shard_path
 from mlpmem_jax.retrieval.merge import (
     MISSING_ROW,
@@ -260,7 +260,8 @@ class ApproximateEngine:
             files: Mapping[str, Any] = about["files"]
             is_held = is_mine(number) or not self.spans_processes
             # The order of queries needs the leaves of all rows: four bytes a row.
-            needed = {n: of for n, of in files.items() if is_held or n in (LEAF_OF_ROW, *FAR_FILES)}
+            wanted = {LEAF_OF_ROW, FAR_ROW}
+            needed = {n: of for n, of in files.items() if is_held or n in wanted}
             with _on_local_disk(shard, needed) as local:
                 far = FarRows(local, needed)
                 if is_held:

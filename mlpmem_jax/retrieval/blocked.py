@@ -205,10 +205,18 @@ class BlockedSearch:
         rows = _KEYS * (_QUERIES // num_queries)
         if rows not in self._blocks:
             self._blocks[rows] = [
-                jax.device_put(self._key_NA[start : start + rows], may_alias=True)
+                jax.device_put(self._key_NA[start : start + rows], host_device(), may_alias=True)
                 for start in range(0, len(self._key_NA), rows)
             ]
         return self._blocks[rows]
+
+
+def host_device() -> jax.Device:
+    """Returns a CPU device of this process: selection is NumPy's, and keys are in host memory."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out.
+        return jax.local_devices()[0]
 
 
 def _padded_rows(num_rows: int) -> int:

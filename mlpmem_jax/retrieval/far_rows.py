@@ -17,7 +17,7 @@ from mlpmem_jax.retrieval.blocked import BlockedSearch
 from mlpmem_jax.retrieval.engine import READ_ROWS, row_ranges
 from mlpmem_jax.retrieval.merge import Neighbors, merge
 
-FAR_FILES = _ROW, _KEY = "far_row.npy", "far_key.npy"
+FAR_ROW, _KEY = "far_row.npy", "far_key.npy"
 _SAMPLE_ROWS = 20_000
 # Distances from the median key, against the median of these: the largest is 1.14 for the decoders
 # that are trained here; 2.2 for SmolLM2's other rows and 6 for those of first tokens.
@@ -46,7 +46,7 @@ def far_rows(key_ND: np.ndarray) -> np.ndarray:
 def write_far_rows(folder: epath.Path, row_F: np.ndarray, key_FD: np.ndarray) -> None:
     """Writes them beside ScaNN's files, if there are any."""
     if len(row_F):
-        np.save(folder / _ROW, row_F, allow_pickle=False)
+        np.save(folder / FAR_ROW, row_F, allow_pickle=False)
         np.save(folder / _KEY, key_FD, allow_pickle=False)
 
 
@@ -60,8 +60,9 @@ class FarRows:
 
     def __init__(self, folder: epath.Path, files: Collection[str]):
         self._row_F, self._key_FD = np.empty(0, np.int64), np.empty((0, 0), np.float32)
-        if _ROW in files:
-            self._row_F = np.load(folder / _ROW, allow_pickle=False)
+        if FAR_ROW in files:
+            self._row_F = np.load(folder / FAR_ROW, allow_pickle=False)
+        if _KEY in files:  # Of a shard that is searched here.
             self._key_FD = np.load(folder / _KEY, allow_pickle=False)
         # So many of ScaNN's numbers lie before each far row.
         self._before_F = self._row_F - np.arange(len(self._row_F))

@@ -264,14 +264,12 @@ def open_index(
     retrieval: RetrievalConfig,
     width: int,
     exact: Callable[[], Engine],
-    settings: Settings | None = None,
 ) -> tuple[Engine, Settings | None]:
     """Opens the engine that an index names; its files are verified first.
 
     Args:
         width: Of its keys.
         exact: Opens the exact engine, where that is the one.
-        settings: How thoroughly it searches; None: as was chosen when it was built.
 
     Returns:
         The engine, and how thoroughly it searches (none: exactly).
@@ -287,19 +285,25 @@ def open_index(
     if manifest.counts["engine"] == "exact":
         return exact(), None
     if manifest.counts["engine"] == "routed":
-        assert not isinstance(settings, SearchSettings)
-        return open_routed(artifact, retrieval, settings)
+        return open_routed(artifact, retrieval)
     shard_by = manifest.counts.get("shard_by", SHARD_BY)
     if shard_by != SHARD_BY:
         raise ArtifactError(
             f"{artifact.path}: an index whose shards are cut by {shard_by}; this software reads "
             f"shards cut by {SHARD_BY}; make it again with --rebuild"
         )
-    if settings is None:
-        settings = SearchSettings(**read_json(artifact.path / SEARCH))
-    assert isinstance(settings, SearchSettings)
-    num_rows = int(manifest.counts["rows"])
-    return _approximate(artifact.path, settings, num_rows, width, retrieval), settings
+    settings = SearchSettings(**read_json(artifact.path / SEARCH))
+    return searching_with(settings, artifact, retrieval, width), settings
+
+
+def searching_with(
+    settings: Settings, artifact: Artifact, retrieval: RetrievalConfig, width: int
+) -> Engine:
+    """Opens the engine of an index that has been opened before, with other settings."""
+    if isinstance(settings, CellSettings):
+        return open_routed(artifact, retrieval, settings)[0]
+    num_rows = int(artifact.load().counts["rows"])
+    return _approximate(artifact.path, settings, num_rows, width, retrieval)
 
 
 def _approximate(

@@ -192,10 +192,6 @@ class StoredNeighbors:
         """Returns the neighbours of single rows (int64)."""
         return Neighbors(self._distance.take(row_Q), self._row.take(row_Q))
 
-    def recall_of(self, row_Q: np.ndarray, truth: "StoredNeighbors") -> float:
-        """Returns recall@K of some rows, against their true neighbours."""
-        return recall(self.take(row_Q), truth.read(0, truth.num_rows))
-
     def recall(self, truth: "StoredNeighbors") -> float:
         """Returns recall@K over all rows of a split, against its true neighbours."""
         found = 0.0

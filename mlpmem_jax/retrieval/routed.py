@@ -21,12 +21,13 @@ from mlpmem_jax.retrieval.blocked import (
     Survivors,
     aligned_zeros,
     block_scores,
+    host_device,
     sample_threshold,
 )
 from mlpmem_jax.retrieval.distances import squared_distances
 from mlpmem_jax.retrieval.engine import READ_ROWS, EngineName, row_ranges
 from mlpmem_jax.retrieval.merge import Neighbors, nearest, no_neighbors
-from mlpmem_jax.retrieval.tiles import augmented, host_device, padded_lengths, pair_scores
+from mlpmem_jax.retrieval.tiles import augmented, padded_lengths, pair_scores
 
 _MOST_THREADS = 8  # More would share a batch in pieces of too few queries a cell.
 _PIECE_BYTES = 64 << 20  # Scores of the queries that a thread works on.

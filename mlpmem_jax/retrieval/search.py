@@ -18,6 +18,7 @@ from mlpmem_jax.retrieval.index_builder import (
     ExactCache,
     Settings,
     open_index,
+    searching_with,
 )
 from mlpmem_jax.retrieval.key_major import search_by_shards
 from mlpmem_jax.retrieval.key_shards import KeyShards
@@ -94,8 +95,6 @@ class Search:
         is_exact = self.index.load().counts["engine"] == "exact"
         reference = recall.plain_search(keys) if is_exact else self.exact().search
         sample = self._sample(keys, reference, MEASUREMENT_SEED)
-        if floor is not None:  # An index that was given less reaches no more.
-            floor = min(floor, retrieval.min_recall)
         if floor is not None and not is_exact:
             chosen_on = self._sample(keys, reference, CALIBRATION_SEED)
         if not is_exact:  # Keys and index need not fit in memory together.
@@ -132,7 +131,7 @@ class Search:
 
         def searching(tried: Settings) -> Engine:
             if isinstance(engine, KeyShards):  # Each load opens its shards with the settings.
-                return open_index(index, retrieval, width, self.exact, tried)[0]
+                return searching_with(tried, index, retrieval, width)
             assert isinstance(engine, ApproximateEngine | RoutedEngine)
             engine.settings = tried
             return engine
@@ -141,8 +140,8 @@ class Search:
             return recall.measure(searching(tried), sample)
 
         lowest: Settings = settings.lowest(retrieval)
-        chosen, _ = recall.calibrate(found, lowest, settings, floor)
-        say(f"retrieve: {chosen} suffice for targets.min_recall={floor}")
+        chosen, reached = recall.calibrate(found, lowest, settings, floor)
+        say(f"retrieve: {chosen}, calibrated recall {reached:.4f} for targets.min_recall={floor}")
         return searching(chosen), chosen
 
     def search_split(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mlpmem_jax.retrieval.blocked import block_scores
+from mlpmem_jax.retrieval.blocked import block_scores, host_device
 from mlpmem_jax.retrieval.engine import row_ranges
 
 _TILE_QUERIES = 16  # Queries that are multiplied with one cell at once.
@@ -106,14 +106,6 @@ def _tiles(pair_M: np.ndarray, cell_M: np.ndarray) -> Iterator[np.ndarray]:
     for part in row_ranges(len(pair_TR), _CALL_TILES):
         one = pair_TR[part]  # Padded to one size: XLA compiles a program for each.
         yield np.pad(one, ((0, _CALL_TILES - len(one)), (0, 0)), constant_values=-1)
-
-
-def host_device() -> jax.Device:
-    """Returns a CPU device of this process: selection is NumPy's, and keys are in host memory."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out.
-        return jax.local_devices()[0]
 
 
 def augmented(query_QD: np.ndarray) -> np.ndarray:

@@ -11,8 +11,9 @@ def with_setting(run: Artifacts, setting: SearchSetting) -> Artifacts:
         "min_recall",
     )
     changed = {name: getattr(setting, name) for name in names}
-    retrieval = run.config.retrieval.model_copy(update=changed)
-    config = run.config.model_copy(update={"retrieval": retrieval})
+    retrieval = run.config.retrieval.model_copy(update={**changed, "exact_rows": "all"})
+    targets = run.config.targets.model_copy(update={"min_recall": None})  # As it is measured.
+    config = run.config.model_copy(update={"retrieval": retrieval, "targets": targets})
     return run.of(config, title=setting.name)
 
 
