@@ -31,7 +31,7 @@ class TargetInputs:
 
     Attributes:
         valid: The datastore of the validation rows, on which τ is chosen.
-        valid_neighbors: Their exact neighbours.
+        valid_neighbors: Their neighbours.
         chunking: How arrays are cut: as those of the datastore.
     """
 
