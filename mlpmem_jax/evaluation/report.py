@@ -142,8 +142,8 @@ def _remarks(results: Results, measured: Mapping[str, Any]) -> list[str]:
         costs = sample["costs_nats"]
         bracket = bracket_text(costs["low"], costs["high"], 4)
         lines.append(
-            f"kNN-LM: {sample['recall']:.4f} of the neighbours of {sample['rows']:,} test rows are "
-            f"found; all would gain {number(costs['value'], 4)} nats {bracket}".rstrip()
+            f"kNN-LM: recall {sample['recall']:.4f} on {sample['rows']:,} test rows; exact search "
+            f"would gain {number(costs['value'], 4)} nats {bracket}".rstrip()
         )
     seconds = measured.get("seconds", {})
     if seconds:
