@@ -196,8 +196,6 @@ def measure(flags: argparse.Namespace, dtype: str) -> None:
         settings = huggingface_settings(config, decoder.vocab_size, separator)
         save_decoder(decoder, Path(folder), settings)
         theirs = Transformers.start(flags.python, folder, dtype)
-    decoder.blocks.split_layers()  # As `generate` has them.
-    memory.blocks.split_layers()
     systems: dict[str, Any] = {}
     for name, second in (("decoder", None), ("+ memory", memory)):
         model = InterpolatedModel(

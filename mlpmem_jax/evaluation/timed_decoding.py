@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlpmem_jax.generation.interpolated import InterpolatedModel
+from mlpmem_jax.generation.sampling import most_probable
 from mlpmem_jax.models.decoder import Site
 from mlpmem_jax.models.interpolation import neighbor_mixture
 from mlpmem_jax.parallel.sharding import replicated
@@ -85,7 +86,7 @@ class CompiledModel:
 
         def mix(logprob_BV: jax.Array, share_BK: jax.Array, label_BK: jax.Array) -> jax.Array:
             prob_BV = neighbor_mixture(logprob_BV, share_BK, label_BK, self._weight)
-            return jnp.argmax(prob_BV, axis=-1).astype(jnp.int32)[:, None]
+            return most_probable(prob_BV)[:, None]
 
         return jax.jit(mix, out_shardings=replicated(self.model.mesh))
 
@@ -95,7 +96,7 @@ def _compiled_extend(model: InterpolatedModel, key: Site, batch: int) -> Any:
         length_B = jnp.full(batch, token_BL.shape[1], jnp.int32)
         prediction, states, cache = model.predict(parameters, cache, token_BL, length_B, (key,))
         logprob_BV = prediction.mixture()
-        token_B1 = jnp.argmax(logprob_BV, axis=-1).astype(jnp.int32)[:, None]
+        token_B1 = most_probable(logprob_BV)[:, None]
         return cache, token_B1, logprob_BV, states[key].astype(jnp.float32)
 
     everywhere = replicated(model.mesh)

@@ -88,7 +88,7 @@ class InterpolatedModel:
         separator: int,
         mesh: jax.sharding.Mesh,
     ):
-        """Takes restored networks.
+        """Takes restored networks; on a CPU each of their layers becomes arrays of its own.
 
         Args:
             decoder: The decoder; with shapes for arrays, what is made of it can be lowered.
@@ -100,6 +100,9 @@ class InterpolatedModel:
         """
         self.context_tokens = decoder.config.context_tokens
         self.vocab_size = decoder.vocab_size
+        for network in (decoder, memory):
+            if network is not None:
+                network.blocks.split_layers()
         self._decoder, decoder_state = nnx.split(decoder)
         self._memory: Any = None
         memory_state: Any = None

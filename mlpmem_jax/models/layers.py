@@ -103,9 +103,10 @@ class Parameters(nnx.Module):
         for name in self.names:
             variable = getattr(self, name)
             stacked = variable.get_value()
-            (device, *others) = stacked.devices()
-            if device.platform == "cpu" and not others:
-                variable.set_value(_layers_of(stacked))
+            if isinstance(stacked, jax.Array):  # Neither a shape nor split before.
+                (device, *others) = stacked.devices()
+                if device.platform == "cpu" and not others:
+                    variable.set_value(_layers_of(stacked))
 
     def axes(self) -> dict[str, Names]:
         """Returns the logical axes of each array by name."""

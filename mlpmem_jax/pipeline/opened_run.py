@@ -132,9 +132,6 @@ class Run:
                 f"tokens and {self.artifacts.decoder.path} one of {decoder.vocab_size}: use the "
                 "tokenizer that the decoder was trained with"
             )
-        decoder.blocks.split_layers()
-        if memory is not None and with_memory:
-            memory.blocks.split_layers()
         model = InterpolatedModel(
             decoder,
             memory if with_memory else None,

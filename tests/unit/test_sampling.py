@@ -81,8 +81,9 @@ def test_frequencies_follow_the_distribution(rule: Sampling):
     assert result.pvalue > 1e-3
 
 
-def test_greedy_is_the_argmax_and_padding_is_never_drawn():
+def test_greedy_is_the_first_argmax_and_padding_is_never_drawn():
     logprob_BV = _random_logprobs()
+    logprob_BV[0, [9, 20]] = logprob_BV[0].max() + 1
     keys = jax.random.split(jax.random.key(0), len(logprob_BV))
     greedy = sampling.sample(jnp.asarray(logprob_BV), keys, Sampling(method="greedy"))
     np.testing.assert_array_equal(greedy, logprob_BV.argmax(-1))
