@@ -14,7 +14,7 @@ from tests.conftest import ROOT, load_shipped
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 # Configurations that share the run directory of another, which their headers name.
 SHARED = {
-    **dict.fromkeys(("ablate", "joint_recipes", "search_quality"), "compare"),
+    **dict.fromkeys(("ablate", "joint_recipes", "search_quality"), "compare_paper"),
     **dict.fromkeys(("changes", "targets"), "inputs"),
 }
 
