@@ -22,8 +22,8 @@ from mlpmem_jax.pipeline.tasks import memory_task
 
 INPUTS = {
     "state": ("memory.recent_tokens=0", "memory.ngram_orders=[]"),
-    "+ 2 tokens": ("memory.recent_tokens=2", "memory.ngram_orders=[]"),
-    "+ n-grams": ("memory.recent_tokens=2", "memory.ngram_orders=[2, 3]"),
+    "+ 2 tokens": ("memory.recent_table=decoder", "memory.ngram_orders=[]"),
+    "+ n-grams": ("memory.recent_table=decoder",),
 }
 
 
