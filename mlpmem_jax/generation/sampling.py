@@ -116,8 +116,8 @@ def most_probable(logprob_BV: jax.Array) -> jax.Array:
     """
     highest_B1 = jnp.max(logprob_BV, axis=-1, keepdims=True)
     vocab = logprob_BV.shape[-1]
-    index_BV = jnp.where(logprob_BV == highest_B1, jnp.arange(vocab, dtype=jnp.int32), vocab - 1)
-    return jnp.min(index_BV, axis=-1)
+    index_BV = jnp.where(logprob_BV == highest_B1, jnp.arange(vocab, dtype=jnp.int32), vocab)
+    return jnp.min(index_BV, axis=-1) % vocab  # Of NaN nothing is the highest: token 0, no padding.
 
 
 def sample(logprob_BV: jax.Array, key_B: jax.Array, sampling: Sampling) -> jax.Array:

@@ -87,6 +87,8 @@ def test_greedy_is_the_first_argmax_and_padding_is_never_drawn():
     keys = jax.random.split(jax.random.key(0), len(logprob_BV))
     greedy = sampling.sample(jnp.asarray(logprob_BV), keys, Sampling(method="greedy"))
     np.testing.assert_array_equal(greedy, logprob_BV.argmax(-1))
+    broken = sampling.sample(jnp.full((1, 40), jnp.nan), keys[:1], Sampling(method="greedy"))
+    assert broken.tolist() == [0]
     hot = _draws(logprob_BV[0], Sampling(temperature=1e6), 5000)
     assert hot.max() == 40 - 3 - 1
 
