@@ -2,10 +2,13 @@
 
     .venv/bin/python -m benchmarks.routing [--rows 125000 500000] [--width 64] [--neighbors 128]
         [--queries 16384] [--exact-queries 2048] [--min-recall 0.9] [--rounds 2]
+        [--datastore runs/…/artifacts/datastore/ID]
 
-Makes up clustered keys, builds the index of each engine, chooses how thoroughly it searches for the
-recall, and measures the rate on training rows, engines in turns; seconds of all rows follow from
-the faster round. Prints the exponents of time in rows that the sizes give.
+Makes up clustered keys, or takes the first of a datastore, builds the index of each engine, chooses
+how thoroughly it searches for the recall, and measures the rate on training rows, engines in turns;
+seconds of all rows follow from the faster round. Rows are searched in the order of the engine,
+batches of those that `retrieve` reads at once. Prints the exponents of time in rows that the sizes
+give.
 """
 
 import argparse
@@ -18,15 +21,18 @@ from etils import epath
 
 from mlpmem_jax.config.data import RetrievalConfig
 from mlpmem_jax.console import quiet_libraries, say
+from mlpmem_jax.parallel.host import keep_freed_memory
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.retrieval import approximate, recall
 from mlpmem_jax.retrieval.engine import ArrayKeys, Engine, is_approximate_installed
 from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.index_builder import choose_settings
 from mlpmem_jax.retrieval.merge import drop_own_row
+from mlpmem_jax.retrieval.neighbors import rows_at_once
 from mlpmem_jax.retrieval.routed import CellSettings, RoutedEngine
 from mlpmem_jax.retrieval.routed_builder import finish_routed
 from mlpmem_jax.retrieval.routed_index import build_cells, unfinished_cells
+from mlpmem_jax.store.arrays import open_array, read_rows
 
 _CENTRES = 500
 _BATCH = 8192
@@ -57,11 +63,15 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--exact-queries", type=int, default=2048)
     parser.add_argument("--min-recall", type=float, default=0.9)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--datastore", type=epath.Path)
     return parser.parse_args()
 
 
-def _keys(num_rows: int, width: int) -> np.ndarray:
-    """Returns keys around centres; the variance of directions falls, as that of states does."""
+def _keys(num_rows: int, width: int, datastore: epath.Path | None) -> np.ndarray:
+    """Returns states, or keys around centres with variances that fall as those of states do."""
+    if datastore is not None:
+        stored = open_array(datastore / "key")
+        return read_rows(stored, 0, min(num_rows, stored.shape[0])).astype(np.float32)
     generator = np.random.default_rng(0)
     scale_D = (1 + np.arange(width)) ** -0.5
     centre_CD = generator.normal(size=(_CENTRES, width)) * scale_D
@@ -99,19 +109,24 @@ def _engines(flags: argparse.Namespace, keys: ArrayKeys, root: epath.Path) -> di
 
 
 def _rate(one: Built, keys: ArrayKeys, num_neighbors: int) -> float:
-    """Returns queries per second on the first training rows, in the order of the engine."""
+    """Returns queries per second, on batches from all over the rows that are read at once."""
     started = time.monotonic()
-    order_Q = one.engine.visiting_order(slice(0, one.num_queries))
-    order_Q = np.arange(one.num_queries) if order_Q is None else order_Q
-    for start in range(0, one.num_queries, _BATCH):
-        row_Q = order_Q[start : start + _BATCH]
+    block = min(keys.num_rows, rows_at_once(_BATCH, keys.width, num_neighbors))
+    order_N = one.engine.visiting_order(slice(0, block))
+    order_N = np.arange(block) if order_N is None else order_N
+    sorting = (time.monotonic() - started) * one.num_queries / block  # Its share.
+    started = time.monotonic()
+    batches = -(-one.num_queries // _BATCH)
+    for start in np.linspace(0, block - one.num_queries // batches, batches, dtype=int):
+        row_Q = order_N[start : start + one.num_queries // batches]
         drop_own_row(one.engine.search(keys.take(row_Q), num_neighbors + 1), row_Q)
-    return one.num_queries / (time.monotonic() - started)
+    return one.num_queries / (time.monotonic() - started + sorting)
 
 
 def _measured(flags: argparse.Namespace, num_rows: int) -> dict[str, tuple[float, float]]:
     """Prints a size; returns seconds of search, and of index and search, by engine."""
-    keys = ArrayKeys(_keys(num_rows, flags.width))
+    keys = ArrayKeys(_keys(num_rows, flags.width, flags.datastore))
+    num_rows = keys.num_rows
     seconds = {}
     with tempfile.TemporaryDirectory(prefix="routing-") as root:
         built = _engines(flags, keys, epath.Path(root))
@@ -141,6 +156,7 @@ def _exponent(sizes: list[int], seconds: list[float]) -> float:
 def main() -> None:
     flags = _parsed()
     quiet_libraries()
+    keep_freed_memory()
     measured = [_measured(flags, rows) for rows in flags.rows]
     if len(flags.rows) > 1:
         for place, what in enumerate(("search", "index and search")):

@@ -271,13 +271,3 @@ def _candidates(config: Config) -> Iterator[str]:
     visited, leaves = retrieval.num_leaves_to_search, retrieval.num_leaves
     if visited != "auto" and leaves != "auto" and visited > leaves:
         yield f"retrieval.num_leaves_to_search={visited} exceeds retrieval.num_leaves={leaves}"
-    cells = retrieval.cells
-    if (
-        retrieval.engine in ("routed", "auto")
-        and cells != "auto"
-        and cells > retrieval.training_rows
-    ):
-        yield (
-            f"retrieval.cells={cells} exceeds retrieval.training_rows={retrieval.training_rows}, "
-            "the rows on which cells are trained"
-        )

@@ -157,10 +157,10 @@ class RetrievalConfig(Section):
         "auto", "candidates re-ranked by exact distance; auto: 2 (K + 1), raised if needed"
     )
     dims_per_block: Width = setting(2, "dimensions quantised together")
-    training_rows: Rows = setting(100_000, "rows for training the index, at most")
+    training_rows: Rows = setting(100_000, "rows for training ScaNN's index, at most")
     cells: Annotated[int, Field(ge=1, le=10**6), WHOLE] | Auto = setting(
         "auto",
-        "cells of the routed engine; auto: about √(8 · rows), on average at least K rows each",
+        "cells of the routed engine; auto: of 256 rows and more than K on average",
     )
     cells_to_search: PositiveInt | Auto = setting(
         "auto", "cells visited per query (routed engine); auto: raised until the recall suffices"

@@ -13,11 +13,12 @@ from mlpmem_jax.retrieval import approximate
 from mlpmem_jax.retrieval.cells import num_cells
 from mlpmem_jax.retrieval.engine import is_routed
 from mlpmem_jax.retrieval.estimates import (
+    cells_memory_bytes,
     exact_bytes,
     first_cells_to_search,
     routed_index_bytes,
-    run_memory_bytes,
 )
+from mlpmem_jax.retrieval.groups import compared
 from mlpmem_jax.store.array_specs import Split, datastore_arrays, neighbors_arrays, targets_arrays
 from mlpmem_jax.store.arrays import DTYPES
 from mlpmem_jax.training.flops import (
@@ -147,12 +148,14 @@ def index_estimate(run: Artifacts) -> dict[str, Any]:
     num_rows = counted[0]
     if _is_routed(run, num_rows):
         itemsize = np.dtype(DTYPES[config.datastore.dtype]).itemsize
-        cells = num_cells(config.retrieval, num_rows)
+        cells = num_cells(config.retrieval, num_rows, width)
         return {
             "cells": cells,
             "index bytes on disk, at most": routed_index_bytes(num_rows, width, itemsize),
-            "index bytes of memory, at most": run_memory_bytes(width, itemsize),
-            "flops": 2.0 * num_rows * cells * width,
+            "index bytes of memory, at most": cells_memory_bytes(
+                num_rows, width, itemsize, config.retrieval
+            ),
+            "flops": 2.0 * num_rows * compared(cells, is_query=False) * width,
         }
     largest = min(num_rows, config.retrieval.shard_rows)
     return {
@@ -210,14 +213,14 @@ def _is_routed(run: Artifacts, num_keys: int) -> bool:
 
 
 def _routed_flops(run: Artifacts, num_keys: int) -> float:
-    """Returns the flops of a query: products with all centroids, and with the rows it visits."""
+    """Returns the flops of a query: products with centroids, and with the rows it visits."""
     config = run.config
-    cells = num_cells(config.retrieval, num_keys)
+    cells = num_cells(config.retrieval, num_keys, config.decoder.width)
     visited = first_cells_to_search(config.retrieval, num_keys, cells)
     with contextlib.suppress(ArtifactError):  # What was chosen once there is an index.
         counts = run.index.load().counts
         cells, visited = int(counts["cells"]), int(counts["cells_to_search"])
-    return 2.0 * config.decoder.width * (cells + visited * num_keys / cells)
+    return 2.0 * config.decoder.width * (compared(cells) + visited * num_keys / cells)
 
 
 def _count(run: Artifacts, split: Split) -> tuple[int, bool] | None:

@@ -33,7 +33,7 @@ from mlpmem_jax.pipeline.search_needs import (
 )
 from mlpmem_jax.retrieval import approximate
 from mlpmem_jax.retrieval.contexts import LEAST_TOKEN_BYTES
-from mlpmem_jax.retrieval.estimates import routed_index_bytes, run_memory_bytes
+from mlpmem_jax.retrieval.estimates import cells_memory_bytes, routed_index_bytes
 from mlpmem_jax.store.array_specs import (
     ArraySpec,
     Split,
@@ -146,9 +146,9 @@ def _cells_need(run: Artifacts, machine: Machine, rows: Rows) -> Need:
     itemsize = np.dtype(DTYPES[config.datastore.dtype]).itemsize
     shape = config.decoder.width, itemsize
     run_of_keys = Moment(
-        "a run of keys that are put in the order of cells",
+        "keys that are put in the order of cells",
         "use hosts with more memory",
-        host_bytes=run_memory_bytes(*shape),
+        host_bytes=cells_memory_bytes(rows["train"], *shape, config.retrieval),
     )
     moments = [run_of_keys]
     if config.retrieval.cells_to_search == "auto":

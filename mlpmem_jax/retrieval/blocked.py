@@ -103,17 +103,54 @@ class BlockedSearch:
         place_QI2 = np.empty((len(query_QD), 0, 2), np.int64)
         if skipped_Q2 is not None:
             place_QI2 = self._places_of(skipped_Q2)
-        starts = range(0, len(query_QD), _QUERIES)
-        pieces = [slice(start, start + _QUERIES) for start in starts]
-        # While NumPy selects for one piece, XLA multiplies for another.
-        workers = max(1, min(len(pieces), max(2, (os.cpu_count() or 2) // 2)))
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            parts = list(
-                pool.map(lambda one: self._search(query_QD[one], place_QI2[one], wanted), pieces)
-            )
-        if not parts:
-            parts = [Neighbors(np.empty((0, wanted), np.float32), np.empty((0, wanted), np.int64))]
-        return fit(concatenate(parts), num_neighbors)
+        parts = _in_pieces(
+            len(query_QD), lambda one: self._search(query_QD[one], place_QI2[one], wanted)
+        )
+        return fit(concatenate([*parts, no_neighbors(0, wanted)]), num_neighbors)
+
+    def search_within(
+        self, query_QD: np.ndarray, distance_Q: np.ndarray, num_neighbors: int
+    ) -> Neighbors:
+        """Returns the nearest rows that are no farther than a distance: few, so there is no sample.
+
+        Args:
+            query_QD: float32 queries.
+            distance_Q: float32, inf for any.
+            num_neighbors: K, at most.
+
+        Returns:
+            Lists ordered by (distance, row), as long as the longest that was found.
+        """
+        wanted = min(num_neighbors, self.num_rows)
+        parts = _in_pieces(
+            len(query_QD), lambda one: self._within(query_QD[one], distance_Q[one], wanted)
+        )
+        longest = max((part.row_QK.shape[1] for part in parts), default=0)
+        return concatenate([no_neighbors(0, longest), *(fit(part, longest) for part in parts)])
+
+    def _within(self, query_QD: np.ndarray, distance_Q: np.ndarray, wanted: int) -> Neighbors:
+        num_queries = len(query_QD)
+        query_QA, margin_Q = self._augmented(query_QD, _padded_queries(num_queries))
+        # A score is a squared distance less what this is of its query.
+        centred_QD = query_QD - self._mean_D.astype(np.float64)
+        constant_Q = np.einsum("qd,qd->q", centred_QD, centred_QD + 2 * self._mean_D)
+        threshold_Q = np.minimum(distance_Q - constant_Q + margin_Q, FINITE).astype(np.float32)
+        survivors = Survivors(threshold_Q, margin_Q, wanted)
+        queries, start = jnp.asarray(query_QA), 0
+        for keys in self._blocks_for(len(query_QA)):
+            score_QC = np.asarray(block_scores(queries, keys))[:num_queries]
+            survivors.add(score_QC[:, : self.num_rows - start], start)
+            start += len(keys)
+        distance_QC, row_QC = (
+            one[:, :wanted] for one in self._ranked(query_QD, survivors.places())
+        )
+        is_near_QC = np.isfinite(distance_QC) & (distance_QC <= distance_Q[:, None])
+        longest = int(is_near_QC.sum(axis=1).max(initial=0))
+        found = (
+            np.where(is_near_QC, distance_QC, np.inf),
+            np.where(is_near_QC, row_QC, MISSING_ROW),
+        )
+        return Neighbors(*(one[:, :longest] for one in found))
 
     def _places_of(self, row_Q2: np.ndarray) -> np.ndarray:
         """Returns the places of a range of rows of each query: two ranges, int64 [Q, 2, 2]."""
@@ -169,9 +206,8 @@ class BlockedSearch:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns places of candidates [Q, C], and for each query whether all K nearest are."""
         num_queries = len(query_QD)
-        num_padded = min(_QUERIES, 1 << (num_queries - 1).bit_length())
-        query_QA, margin_Q = self._augmented(query_QD, num_padded)
-        blocks = self._blocks_for(num_padded)
+        query_QA, margin_Q = self._augmented(query_QD, _padded_queries(num_queries))
+        blocks = self._blocks_for(len(query_QA))
         queries = jnp.asarray(query_QA)
         block_rows = len(blocks[0])
         num_first = -(-self._num_sampled // block_rows)
@@ -209,6 +245,19 @@ class BlockedSearch:
                 for start in range(0, len(self._key_NA), rows)
             ]
         return self._blocks[rows]
+
+
+def _in_pieces(num_queries: int, search: Callable[[slice], Neighbors]) -> list[Neighbors]:
+    """Searches piece by piece: while NumPy selects for one, XLA multiplies for another."""
+    starts = range(0, num_queries, _QUERIES)
+    pieces = [slice(start, start + _QUERIES) for start in starts]
+    workers = max(1, min(len(pieces), max(2, (os.cpu_count() or 2) // 2)))
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(search, pieces))
+
+
+def _padded_queries(num_queries: int) -> int:
+    return min(_QUERIES, 1 << (num_queries - 1).bit_length())
 
 
 def host_device() -> jax.Device:

@@ -4,7 +4,6 @@ Suffixes: C centroids, then cells; B keys of a block.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -14,33 +13,36 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlpmem_jax.config.data import RetrievalConfig
-from mlpmem_jax.errors import ConfigError
 from mlpmem_jax.parallel.sharding import AXES, replicated
 from mlpmem_jax.retrieval.engine import READ_ROWS, Keys, row_ranges
 
 ITERATIONS = 8
 _SAMPLED_PER_CELL = 32
-# Fewer sampled rows than this of a cell say little of its centroid.
+# If those take more than so many bytes: fewer, but fewer than this of a cell say little of it.
+_SAMPLE_BYTES = 1 << 30
 _LEAST_SAMPLED = 8
-_LEAST_ROWS = 256  # Of a cell, on average: smaller ones cost more to choose than to search.
-_MOST_CELLS = 1 << 16
+_ROWS = 256  # Of a cell, on average: smaller ones cost more to choose than to search.
+_MOST_CENTROID_BYTES = 1 << 30  # Every process holds them.
 # A cell has at most so many times the mean of rows: what a query visits is bounded.
 _LARGEST = 2
 _CHUNK_ROWS = 1024  # Keys that a device compares with all centroids at once.
 _SAMPLE_SEED = 4
 
 
-def num_cells(config: RetrievalConfig, num_rows: int) -> int:
-    """Returns the centroids of k-means.
+def num_cells(config: RetrievalConfig, num_rows: int, width: int) -> int:
+    """Returns the centroids of k-means, about; cells that are too large are split besides.
 
-    Auto: √(8 · rows), where choosing among centroids and searching eight cells cost the same; on
-    average at least K + 1 and 256 rows a cell; and as many as `retrieval.training_rows` can place.
+    Auto: a cell has 256 rows and K + 1 on average, or more where centroids would take too much
+    memory: what a query visits does not grow with the rows.
+
+    Args:
+        num_rows: N.
+        width: D.
     """
     if config.cells != "auto":
         return min(config.cells, num_rows)
-    least_rows = max(_LEAST_ROWS, config.num_neighbors + 1)
-    most = min(num_rows // least_rows, config.training_rows // _LEAST_SAMPLED, _MOST_CELLS)
-    return max(1, min(math.isqrt(8 * num_rows), most))
+    rows = max(_ROWS, config.num_neighbors + 1)
+    return max(1, min(num_rows // rows, _MOST_CENTROID_BYTES // (4 * width)))
 
 
 def largest_cell(num_rows: int, cells: int) -> int:
@@ -48,20 +50,19 @@ def largest_cell(num_rows: int, cells: int) -> int:
     return _LARGEST * -(-num_rows // max(1, cells))
 
 
-def draw_sample(keys: Keys, config: RetrievalConfig, cells: int, seed: int) -> np.ndarray:
+def sample_rows(num_rows: int, width: int, cells: int) -> int:
+    """Returns the rows on which so many cells are trained."""
+    most = max(_SAMPLE_BYTES // (4 * width), _LEAST_SAMPLED * cells)
+    return min(num_rows, most, _SAMPLED_PER_CELL * cells)
+
+
+def draw_sample(keys: Keys, cells: int, seed: int) -> np.ndarray:
     """Returns float32 keys of random rows, in a random order: what k-means is trained on.
 
     Raises:
-        ConfigError: There are more cells than rows to train them on.
         ArtifactError: A key is not finite.
     """
-    most = min(config.training_rows, keys.num_rows)
-    if cells > most:
-        raise ConfigError(
-            f"retrieval.cells={cells} is more than the {most} rows on which they are trained "
-            f"(retrieval.training_rows={config.training_rows})"
-        )
-    count = min(most, _SAMPLED_PER_CELL * cells)
+    count = sample_rows(keys.num_rows, keys.width, cells)
     generator = np.random.default_rng((seed, _SAMPLE_SEED))
     row_S = np.sort(generator.choice(keys.num_rows, size=count, replace=False))
     sample_SD = np.empty((count, keys.width), np.float32)
@@ -84,7 +85,8 @@ def train_centroids(sample_SD: np.ndarray, cells: int, mesh: Mesh) -> np.ndarray
         mesh: Devices, each with its share of the sample.
     """
     count, width = sample_SD.shape
-    chunk = min(_CHUNK_ROWS, -(-count // mesh.size))
+    # A power of two: small samples of many sizes share few programs.
+    chunk = min(_CHUNK_ROWS, 1 << (-(-count // mesh.size) - 1).bit_length())
     padded = np.zeros((_round_up(count, mesh.size * chunk), width), np.float32)
     # Centred: products round less.
     mean_D = sample_SD.mean(axis=0, dtype=np.float64).astype(np.float32)

@@ -150,9 +150,17 @@ def run_rows(width: int, itemsize: int) -> int:
     return max(1, _RUN_BYTES // (width * itemsize + _CELL_ROW_BYTES))
 
 
-def run_memory_bytes(width: int, itemsize: int) -> int:
-    """Returns what making cells holds: keys as read and in order, and runs that are written."""
-    return _RUN_COPIES * run_rows(width, itemsize) * (width * itemsize + _CELL_ROW_BYTES)
+def cells_memory_bytes(num_rows: int, width: int, itemsize: int, config: RetrievalConfig) -> int:
+    """Returns what making cells holds: first the sample, then keys in runs.
+
+    The sample is held twice. Of runs there are keys as read and in order, and those that are
+    written.
+    """
+    count = cells.num_cells(config, num_rows, width)
+    sample = 2 * 4 * width * cells.sample_rows(num_rows, width, count)
+    return max(
+        sample, _RUN_COPIES * run_rows(width, itemsize) * (width * itemsize + _CELL_ROW_BYTES)
+    )
 
 
 def routed_index_bytes(num_rows: int, width: int, itemsize: int) -> int:
@@ -173,7 +181,7 @@ def routed_plan(
     budget_bytes = _budget(config, memory_bytes)
     num_shards = max(1, -(-num_rows // config.shard_rows))
     # They end where a cell does.
-    more = cells.largest_cell(num_rows, cells.num_cells(config, num_rows))
+    more = cells.largest_cell(num_rows, cells.num_cells(config, num_rows, width))
 
     def held(shards: int) -> int:
         rows = min(num_rows, -(-num_rows * shards // num_shards) + more)

@@ -90,6 +90,22 @@ class ExactEngine:
         found = self._numbered(self._on_host.search(query_QD, num_neighbors, skipped_Q2))
         return lambda: found
 
+    def search_within(
+        self, query_QD: np.ndarray, distance_Q: np.ndarray, num_neighbors: int
+    ) -> Neighbors:
+        """Returns the nearest rows that are no farther than a distance of each query.
+
+        Lists are ordered by (distance, row) and may be shorter than `num_neighbors`.
+        """
+        if self._on_host is not None:
+            return self._numbered(self._on_host.search_within(query_QD, distance_Q, num_neighbors))
+        found = self.search(query_QD, num_neighbors)
+        is_near_QK = found.distance_QK <= distance_Q[:, None]
+        return Neighbors(
+            np.where(is_near_QK, found.distance_QK, np.float32(np.inf)),
+            np.where(is_near_QK, found.row_QK, MISSING_ROW),
+        )
+
     def _numbered(self, found: Neighbors) -> Neighbors:
         row_QK = np.where(found.row_QK < 0, found.row_QK, found.row_QK + self._first_row)
         return Neighbors(found.distance_QK, row_QK)

@@ -8,7 +8,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from mlpmem_jax.parallel.preemption import (
     stop_if_alone,
     stopping_where_asked,
 )
-from mlpmem_jax.parallel.sharing import is_mine, most_shared, share_of
+from mlpmem_jax.parallel.sharing import is_mine, most_shared, process_count, share_of
 from mlpmem_jax.retrieval.engine import READ_ROWS, Engine, Keys, row_ranges
 from mlpmem_jax.retrieval.merge import Neighbors, no_neighbors
 from mlpmem_jax.retrieval.queries import Queries
@@ -35,6 +35,7 @@ Consume = Callable[[np.ndarray, Neighbors], Mapping[str, np.ndarray]]
 Part = tuple[np.ndarray, concurrent.futures.Future[Mapping[str, np.ndarray]]]
 _MAX_PENDING_BATCHES = 4
 _READ_BYTES = 64 << 20
+_FOUND_BYTES = 256 << 20  # Neighbours that wait until their shard is whole.
 
 
 def check_enough_rows(num_neighbors: int, num_rows: int, name: str) -> None:
@@ -90,12 +91,16 @@ def search_split(engine: Engine, split: SplitSearch) -> dict[str, float]:
     missing = writer.missing_shards()
     searched = missing if engine.spans_processes else share_of(missing)
     num_queries = sum(queries.count(writer.rows_of(shard)) for shard in missing)
+    most_rows = rows_at_once(query_batch, keys.width, num_neighbors)
+    groups = [[shard] for shard in searched]
     # So often all processes ask whether to stop, however many shards are theirs.
     turns = len(missing) if engine.spans_processes else most_shared(missing)
+    if process_count() == 1 and queries.are_keys and engine.visiting_order(slice(0, 0)) is not None:
+        groups = _consecutive(searched, most_rows // writer.shard_rows)
+        turns = len(groups)
     done = writer.num_rows - writer.count_rows(missing)
     bar = progress(writer.num_rows, "row", split.description, initial=done)
     started = time.monotonic()
-    block_rows = max(query_batch, _READ_BYTES // (4 * keys.width))
 
     def take(row_Q: np.ndarray, finish: Callable[[], Neighbors]) -> Mapping[str, np.ndarray]:
         return split.consume(row_Q, finish())
@@ -105,10 +110,11 @@ def search_split(engine: Engine, split: SplitSearch) -> dict[str, float]:
         try:
             for turn in range(turns):
                 parts: list[Part] = []
-                shard = writer.rows_of(searched[turn]) if turn < len(searched) else slice(0, 0)
-                for block in row_ranges(shard.stop, block_rows, first=shard.start):
+                shards = groups[turn] if turn < len(groups) else []
+                is_written = any(is_mine(shard) for shard in shards)
+                for block in _blocks(writer, shards, most_rows):
                     row_N, rest_N = queries.split(block)
-                    if len(rest_N) and is_mine(searched[turn]):
+                    if len(rest_N) and is_written:
                         none = functools.partial(no_neighbors, len(rest_N), num_neighbors)
                         parts.append((rest_N, pool.submit(take, rest_N, none)))
                     bar.update(len(rest_N))
@@ -123,12 +129,12 @@ def search_split(engine: Engine, split: SplitSearch) -> dict[str, float]:
                             engine, key_ND[part], row_N[part], num_neighbors
                         )
                         bar.update(part.stop - part.start)
-                        if is_mine(searched[turn]):
+                        if is_written:
                             parts.append((row_N[part], pool.submit(take, row_N[part], found)))
                             tasks = drain([*tasks, parts[-1][1]], _MAX_PENDING_BATCHES)
                         stop_if_alone(f"{split.description}: finished shards are kept")
                 if parts:
-                    written = pool.submit(_write, writer, shard, parts)
+                    written = pool.submit(_write, writer, shards, parts)
                     tasks = drain([*tasks, written], _MAX_PENDING_BATCHES)
                 if preempted():
                     raise Preempted(f"{split.description}: finished shards are kept")
@@ -139,6 +145,31 @@ def search_split(engine: Engine, split: SplitSearch) -> dict[str, float]:
         drain(tasks, 0)
         writer.close()
     return spent(num_queries, time.monotonic() - started)
+
+
+def _consecutive(shards: Sequence[int], most: int) -> list[list[int]]:
+    """Cuts shards into runs of consecutive ones: these are searched in one order."""
+    groups: list[list[int]] = []
+    for shard in shards:
+        if groups and len(groups[-1]) < most and shard == groups[-1][-1] + 1:
+            groups[-1].append(shard)
+        else:
+            groups.append([shard])
+    return groups
+
+
+def _blocks(writer: ShardWriter, shards: Sequence[int], most_rows: int) -> Iterator[slice]:
+    """Returns the rows of consecutive shards, cut into what is read at once."""
+    if not shards:
+        return iter(())
+    first, last = writer.rows_of(shards[0]), writer.rows_of(shards[-1])
+    return row_ranges(last.stop, most_rows, first=first.start)
+
+
+def rows_at_once(query_batch: int, width: int, num_neighbors: int) -> int:
+    """Returns the rows that are read, and put in an engine's order, at once."""
+    rows = min(_READ_BYTES // (4 * width), _FOUND_BYTES // (12 * num_neighbors))
+    return max(query_batch, rows)
 
 
 def spent(num_queries: int, seconds: float) -> dict[str, float]:
@@ -160,16 +191,20 @@ def drain(
     return list(tasks[count:])
 
 
-def _write(writer: ShardWriter, shard: slice, parts: Sequence[Part]) -> None:
+def _write(writer: ShardWriter, shards: Sequence[int], parts: Sequence[Part]) -> None:
     # Tasks run in order in one thread: the parts are done.
+    first, last = writer.rows_of(shards[0]), writer.rows_of(shards[-1])
     arrays: dict[str, np.ndarray] = {}
     for row_Q, part in parts:
         for name, values in part.result().items():
             if name not in arrays:
-                shape = (shard.stop - shard.start, *values.shape[1:])
+                shape = (last.stop - first.start, *values.shape[1:])
                 arrays[name] = np.empty(shape, values.dtype)
-            arrays[name][row_Q - shard.start] = values
-    writer.put(shard.start, arrays)
+            arrays[name][row_Q - first.start] = values
+    for shard in shards:
+        rows = writer.rows_of(shard)
+        inside = slice(rows.start - first.start, rows.stop - first.start)
+        writer.put(rows.start, {name: values[inside] for name, values in arrays.items()})
 
 
 class StoredNeighbors:

@@ -20,21 +20,19 @@ from mlpmem_jax.retrieval.blocked import (
     ROUNDING,
     Survivors,
     aligned_zeros,
-    block_scores,
     host_device,
     sample_threshold,
 )
 from mlpmem_jax.retrieval.distances import squared_distances
 from mlpmem_jax.retrieval.engine import READ_ROWS, EngineName, row_ranges
+from mlpmem_jax.retrieval.groups import Centroids
 from mlpmem_jax.retrieval.merge import Neighbors, nearest, no_neighbors
 from mlpmem_jax.retrieval.tiles import augmented, padded_lengths, pair_scores
 
 _MOST_THREADS = 8  # More would share a batch in pieces of too few queries a cell.
 _PIECE_BYTES = 64 << 20  # Scores of the queries that a thread works on.
 _SURVIVORS = 9  # Scores of one neighbour that take as much: room for three, and their places.
-_ROUTED_SCORES = 1 << 23  # Of queries and all centroids at once.
-_SPARE_CELLS = 8  # Compared again by differences, so that rounding decides nothing.
-_GROWTH = 1.5
+_GROWTH = 1.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +67,21 @@ class Cells:
     """What of an index of cells is always in memory, and how the rest is read.
 
     Attributes:
-        centroid_CD: float32.
+        centroids: Of the cells.
         start_C: Place of the first row of each cell, and the number of rows: int64 [C + 1].
         read_keys: Returns keys of places [start, stop).
         read_rows: Returns their rows, int64.
     """
 
-    centroid_CD: np.ndarray
+    centroids: Centroids
     start_C: np.ndarray
     read_keys: Callable[[int, int], np.ndarray]
     read_rows: Callable[[int, int], np.ndarray]
+
+    @property
+    def centroid_CD(self) -> np.ndarray:
+        """float32."""
+        return self.centroids.centroid_CD
 
     @property
     def num_rows(self) -> int:
@@ -111,7 +114,7 @@ class Cells:
         size_C, needed = np.diff(self.start_C), min(wanted, self.num_rows)
         most = min(count, cells)
         while True:
-            cell_QV = self._nearest(query_QD, most)
+            cell_QV = self.centroids.nearest(query_QD, most)
             size_QV = size_C[cell_QV]
             before_QV = np.cumsum(size_QV, axis=1) - size_QV
             is_short = (before_QV[:, -1] + size_QV[:, -1] < needed).any()
@@ -120,23 +123,6 @@ class Cells:
             most = min(cells, 2 * most)
         is_visited = (np.arange(most) < count) | (before_QV < needed)
         return np.where(is_visited, cell_QV, -1)
-
-    def _nearest(self, query_QD: np.ndarray, count: int) -> np.ndarray:
-        """Returns the nearest cells by (distance, cell), int64 [Q, count]."""
-        cells, width = self.centroid_CD.shape
-        mean_D = self.centroid_CD.mean(axis=0)
-        centred_CA = np.empty((cells, width + 1), np.float32)
-        centred_CA[:, :width] = self.centroid_CD - mean_D
-        centred_CA[:, width] = np.square(centred_CA[:, :width]).sum(axis=1)
-        kept = min(count + _SPARE_CELLS, cells)
-        cell_QV = np.empty((len(query_QD), kept), np.int64)
-        for part in row_ranges(len(query_QD), max(1024, _ROUTED_SCORES // cells)):
-            query_RA = jax.device_put(augmented(query_QD[part] - mean_D), host_device())
-            score_RC = np.asarray(block_scores(query_RA, centred_CA))
-            score_RC = score_RC[: part.stop - part.start]
-            cell_QV[part] = np.argpartition(score_RC, kept - 1, axis=1)[:, :kept]
-        distance_QV = squared_distances(query_QD, self.centroid_CD, cell_QV)
-        return nearest(distance_QV, cell_QV, count).row_QK
 
 
 class RoutedEngine:
@@ -228,9 +214,11 @@ class RoutedEngine:
         return lambda: found
 
     def visiting_order(self, rows: slice) -> np.ndarray | None:
-        """Returns none: queries are put in the order of cells here."""
-        del rows
-        return None
+        """Returns an order of rows of the datastore in which neighbours share cells."""
+        is_inside_N = (self._row_N >= rows.start) & (self._row_N < rows.stop)
+        held = self._row_N[is_inside_N] - rows.start
+        others = np.setdiff1d(np.arange(rows.stop - rows.start), held, assume_unique=True)
+        return np.concatenate([held, others])
 
     def _visited(self, query_QD: np.ndarray, wanted: int) -> np.ndarray:
         """Returns the cells in memory that each query visits, -1 elsewhere."""

@@ -5,8 +5,9 @@ Then every shard of the result takes its part of each run. Both passes go on aft
 a shard at a time. Suffixes: C centroids, R runs, N rows.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,17 +22,15 @@ from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.hardware import check_host_memory
 from mlpmem_jax.parallel.mesh import make_mesh
 from mlpmem_jax.parallel.multihost import barrier, is_writer
-from mlpmem_jax.retrieval import index_files
+from mlpmem_jax.retrieval import groups, index_files
 from mlpmem_jax.retrieval.cells import (
-    Assigner,
     balanced,
     draw_sample,
     largest_cell,
     num_cells,
-    train_centroids,
 )
 from mlpmem_jax.retrieval.engine import READ_ROWS, Keys, check_finite, row_ranges
-from mlpmem_jax.retrieval.estimates import routed_index_bytes, run_memory_bytes, run_rows
+from mlpmem_jax.retrieval.estimates import cells_memory_bytes, routed_index_bytes, run_rows
 from mlpmem_jax.retrieval.routed import Cells
 from mlpmem_jax.store.array_specs import ArraySpec
 from mlpmem_jax.store.arrays import open_array, read_rows
@@ -66,7 +65,6 @@ def build_cells(
 
     Raises:
         UserError: There is too little disk or memory.
-        ConfigError: There are more cells than rows to train them on.
     """
     rows, width, itemsize = run_rows(keys.width, keys.dtype.itemsize), keys.width, keys.dtype
     rows = max(chunk_rows, rows - rows % chunk_rows)
@@ -79,20 +77,20 @@ def build_cells(
         _remove_intermediate(path)
         return writer.describe()
     check_host_memory(
-        run_memory_bytes(width, keys.dtype.itemsize),
-        "a run of keys that are put in the order of cells",
+        cells_memory_bytes(keys.num_rows, width, keys.dtype.itemsize, retrieval),
+        "putting keys in the order of cells",
         "use a host with more memory",
     )
     missing = routed_index_bytes(keys.num_rows, width, keys.dtype.itemsize)
     check_free_space(path, missing + writer.missing_bytes(), "the index, with its runs")
-    centroid_CD = _centroids(path, keys, retrieval, seed, mesh)
-    runs = _write_runs(path / _RUNS, keys, centroid_CD, specs)
-    count_RC = _counts(runs, len(centroid_CD))
-    most = largest_cell(keys.num_rows, len(centroid_CD))
+    centroids = _centroids(path, keys, retrieval, seed, mesh)
+    runs = _write_runs(path / _RUNS, keys, centroids, specs)
+    count_RC = _counts(runs, len(centroids.centroid_CD))
+    most = largest_cell(keys.num_rows, len(centroids.centroid_CD))
     centroid_of_C, start_C = balanced(count_RC.sum(axis=0), most)
     if is_writer():
-        cells = {"centroid": centroid_CD[centroid_of_C], "start": start_C}
-        index_files.write_whole(path / CELLS, cells)
+        kept = dataclasses.replace(centroids, centroid_CD=centroids.centroid_CD[centroid_of_C])
+        _write_centroids(path / CELLS, kept, start=start_C)
     say(f"index: {len(centroid_of_C):,} cells, the largest of {int(np.diff(start_C).max()):,} rows")
     _write_cells(writer, path / _RUNS, count_RC)
     barrier("index: cells")
@@ -107,21 +105,32 @@ def _is_absent(folder: epath.Path) -> bool:
 
 def _centroids(
     path: epath.Path, keys: Keys, retrieval: RetrievalConfig, seed: int, mesh: Mesh
-) -> np.ndarray:
+) -> groups.Centroids:
     """Returns trained centroids; those of an interrupted start are kept, or trained again."""
     if _is_absent(path / _CENTROIDS):
-        cells = num_cells(retrieval, keys.num_rows)
-        sample_SD = draw_sample(keys, retrieval, cells, seed)
+        cells = num_cells(retrieval, keys.num_rows, keys.width)
+        sample_SD = draw_sample(keys, cells, seed)
         say(f"index: k-means of {cells:,} cells on {len(sample_SD):,} rows")
-        centroid_CD = train_centroids(sample_SD, cells, mesh)
+        centroids = groups.train(sample_SD, cells, mesh)
         if is_writer():
-            index_files.write_whole(path / _CENTROIDS, {"centroid": centroid_CD})
+            _write_centroids(path / _CENTROIDS, centroids)
         barrier("index: centroids")
-    return index_files.read_whole(path / _CENTROIDS)["centroid"]
+    return _read_centroids(index_files.read_whole(path / _CENTROIDS))
+
+
+def _write_centroids(folder: epath.Path, centroids: groups.Centroids, **others: np.ndarray) -> None:
+    arrays = {"centroid": centroids.centroid_CD, "group": centroids.group_GD}
+    index_files.write_whole(folder, arrays | others)
+
+
+def _read_centroids(files: Mapping[str, np.ndarray]) -> groups.Centroids:
+    if "group" not in files:  # Of before there were groups.
+        return groups.one_group(files["centroid"])
+    return groups.Centroids(files["centroid"], files["group"])
 
 
 def _write_runs(
-    path: epath.Path, keys: Keys, centroid_CD: np.ndarray, specs: dict[str, ArraySpec]
+    path: epath.Path, keys: Keys, centroids: groups.Centroids, specs: dict[str, ArraySpec]
 ) -> ShardWriter:
     """Writes ranges of rows, each in the order of cells; every process makes its own."""
     rows, chunk_rows = specs["key"].shard_rows, specs["key"].chunk_rows
@@ -131,7 +140,7 @@ def _write_runs(
     run_specs = {name: ArraySpec(*about, rows, chunk_rows) for name, about in kept.items()}
     runs = ShardWriter(path, run_specs, keys.num_rows)
     local = jax.local_devices()
-    assign = Assigner(centroid_CD, make_mesh(MeshConfig(data=len(local)), local))
+    assign = groups.assigner(centroids, make_mesh(MeshConfig(data=len(local)), local))
     for run in runs.own_rows():
         count = run.stop - run.start
         key_ND, cell_N = np.empty((count, keys.width), keys.dtype), np.empty(count, np.int32)
@@ -233,4 +242,4 @@ def _cells(
         return key_ND
 
     files = index_files.read_whole(path / CELLS)
-    return Cells(files["centroid"], files["start"], finite, read_rows_of)
+    return Cells(_read_centroids(files), files["start"], finite, read_rows_of)

@@ -14,7 +14,8 @@ import numpy as np
 from mlpmem_jax.config.data import DatastoreConfig, RetrievalConfig
 from mlpmem_jax.console import progress, say
 from mlpmem_jax.parallel.preemption import stop_if_alone
-from mlpmem_jax.retrieval.engine import StoredKeys, row_ranges
+from mlpmem_jax.retrieval.engine import Engine, StoredKeys, row_ranges
+from mlpmem_jax.retrieval.exact import ExactEngine
 from mlpmem_jax.retrieval.index_builder import ExactCache
 from mlpmem_jax.retrieval.merge import MISSING_ROW, Neighbors, drop_own_row, fit, merge
 from mlpmem_jax.retrieval.neighbors import StoredNeighbors, check_enough_rows
@@ -22,10 +23,6 @@ from mlpmem_jax.store.array_specs import Split, neighbors_arrays
 from mlpmem_jax.store.joined import Rows
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.store.shards import ShardWriter
-
-# New rows that are asked for at first, beside so many times those expected in a list.
-_LEAST_WANTED = 8
-_SURPLUS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,30 +134,28 @@ class _Update:
         return drop_own_row(found, row_Q) if self._excludes_own else found
 
     def _merge_new(self, lists: Neighbors, query_QD: np.ndarray, place_Q: np.ndarray) -> None:
-        """Puts the new rows that are near enough into lists.
-
-        Few of a list are new: few are asked for, and more where the last of them is still near.
-        """
+        """Puts the new rows into lists that are nearer than the last of each."""
         self.among_new += len(place_Q)
-        expected = self._num_neighbors * self.num_new // self.num_rows
-        wanted = min(self._num_neighbors, _LEAST_WANTED + _SURPLUS * expected)
         farthest_Q = lists.distance_QK[place_Q, -1]
-        some = self._new(query_QD[place_Q], wanted)
-        is_near_QK = np.isfinite(some.distance_QK) & (some.distance_QK <= farthest_Q[:, None])
-        has_more_Q = is_near_QK[:, -1] & (wanted < self._num_neighbors)
-        chosen_Q = np.flatnonzero(is_near_QK[:, 0] & ~has_more_Q)
-        self._merge_into(lists, place_Q[chosen_Q], _taken(some, chosen_Q))
-        more_Q = place_Q[has_more_Q]
-        if len(more_Q):
-            self._merge_into(lists, more_Q, self._new(query_QD[more_Q], self._num_neighbors))
+        found = self._near_new(query_QD[place_Q], farthest_Q)
+        if found.row_QK.shape[1]:
+            near_Q = np.flatnonzero(found.row_QK[:, 0] >= 0)
+            some = [_taken(lists, place_Q[near_Q]), _taken(found, near_Q)]
+            self._put(lists, place_Q[near_Q], merge(some, self._num_neighbors))
 
-    def _merge_into(self, lists: Neighbors, place_Q: np.ndarray, found: Neighbors) -> None:
-        kept = _taken(lists, place_Q)
-        self._put(lists, place_Q, merge([kept, found], self._num_neighbors))
-
-    def _new(self, query_QD: np.ndarray, wanted: int) -> Neighbors:
+    def _near_new(self, query_QD: np.ndarray, distance_Q: np.ndarray) -> Neighbors:
+        """Returns the new rows that are no farther than a distance."""
         assert self._inputs.new is not None
-        found = self._inputs.new().search(query_QD, wanted)
+        engine, wanted = self._inputs.new(), self._num_neighbors
+
+        def search(part: Engine) -> Neighbors:
+            assert isinstance(part, ExactEngine)
+            return part.search_within(query_QD, distance_Q, wanted)
+
+        if isinstance(engine, ExactEngine):
+            found = search(engine)
+        else:
+            found = engine.search_with(search, wanted)
         first = self.num_rows - self.num_new
         row_QK = np.where(found.row_QK < 0, MISSING_ROW, found.row_QK + first)
         return Neighbors(found.distance_QK, row_QK)

@@ -110,6 +110,32 @@ def test_skipped_rows_are_no_neighbours(monkeypatch, keys, count):
     assert same.all() and (found.row_QK[np.isinf(distance)] == -1).all()
 
 
+@pytest.mark.parametrize(("num_rows", "count"), [(5, 9), (1500, 7), (1500, 200), (20000, 40)])
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_rows_within_a_distance(num_rows, count, offset):
+    """None, those as far as the distance, more than are wanted, and any; with a common offset."""
+    key, query = _keys(num_rows) + offset, _keys(1100, seed=1) + offset
+    distance, row = _expected(key, query[:60], min(count, num_rows))
+    within = np.tile(np.array([-1, 0, 4, 9, 30, np.inf], np.float32), 10)
+    every = np.concatenate([within, np.full(len(query) - 60, -1, np.float32)])
+    is_near = distance <= within[:, None]
+    engine = ExactEngine(ArrayKeys(key), single_device_mesh(), 1024, first_row=77)
+    found = engine.search_within(query, every, count)
+    assert found.row_QK.shape[1] == is_near.sum(axis=1).max()  # No longer than need be.
+    columns = found.row_QK.shape[1]
+    expected = np.where(is_near, row + 77, -1)[:, :columns]
+    np.testing.assert_array_equal(found.row_QK[:60], expected)
+    np.testing.assert_array_equal(
+        found.distance_QK[:60], np.where(is_near, distance, np.inf)[:, :columns]
+    )
+    assert (found.row_QK[60:] == -1).all()
+    assert engine.search_within(query[:0], every[:0], count).row_QK.shape == (0, 0)
+    engine._on_host, engine._on_mesh = None, _on_mesh(key)
+    on_mesh = engine.search_within(query[:60], within, count)
+    np.testing.assert_array_equal(on_mesh.distance_QK[:, :columns], found.distance_QK[:60])
+    assert (on_mesh.row_QK[:, columns:] == -1).all()
+
+
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_a_common_offset_costs_no_precision(offset):
     generator = np.random.default_rng(2)

@@ -5,13 +5,14 @@ import pytest
 from etils import epath
 
 from mlpmem_jax.config.data import RetrievalConfig
-from mlpmem_jax.errors import ArtifactError, ConfigError, UserError
+from mlpmem_jax.errors import ArtifactError, UserError
 from mlpmem_jax.parallel.mesh import single_device_mesh
 from mlpmem_jax.retrieval import estimates, recall, routed_index
 from mlpmem_jax.retrieval.cells import balanced, largest_cell, num_cells, train_centroids
 from mlpmem_jax.retrieval.engine import ArrayKeys
 from mlpmem_jax.retrieval.estimates import first_cells_to_search, routed_plan
 from mlpmem_jax.retrieval.exact import ExactEngine
+from mlpmem_jax.retrieval.groups import one_group
 from mlpmem_jax.retrieval.key_major import search_by_shards
 from mlpmem_jax.retrieval.key_shards import KeyShards
 from mlpmem_jax.retrieval.merge import drop_own_row
@@ -292,21 +293,14 @@ def test_keys_that_are_not_finite_are_named(tmp_path):
         _built(tmp_path, key)
 
 
-def test_more_cells_than_rows_to_train_them_are_refused(tmp_path):
-    config = CONFIG.model_copy(update={"cells": 50, "training_rows": 49})
-    with pytest.raises(ConfigError, match="retrieval.cells=50 is more than the 49 rows"):
-        _built(tmp_path, _clustered(), config)
-
-
 def test_how_many_cells_there_are_and_how_many_are_visited():
     config = RetrievalConfig(num_neighbors=128)
-    assert [num_cells(config, n) for n in (100, 125_000, 2_000_000, 8_000_000)] == [
-        1, 488, 4000, 8000,
+    assert [num_cells(config, n, 64) for n in (100, 125_000, 2_000_000, 8_000_000)] == [
+        1, 488, 7812, 31_250,
     ]  # fmt: skip
-    assert num_cells(config, 10**9) == 12_500  # training_rows / 8
-    assert num_cells(config.model_copy(update={"training_rows": 10**7}), 10**9) == 1 << 16
-    assert num_cells(RetrievalConfig(num_neighbors=1024), 125_000) == 121
-    assert num_cells(config.model_copy(update={"cells": 70}), 50) == 50
+    assert num_cells(config, 10**9, 1024) == 1 << 18  # A gigabyte of centroids.
+    assert num_cells(RetrievalConfig(num_neighbors=1024), 125_000, 64) == 121
+    assert num_cells(config.model_copy(update={"cells": 70}), 50, 64) == 50
     assert first_cells_to_search(config, 125_000, 488) == 4
     assert first_cells_to_search(RetrievalConfig(num_neighbors=1024), 125_000, 488) == 9
     assert first_cells_to_search(RetrievalConfig(cells_to_search=30), 125_000, 20) == 20
@@ -333,7 +327,7 @@ def test_centroids_are_means_of_what_is_nearest_and_none_is_idle():
 
 def test_a_cell_without_a_row_of_its_own_is_no_cell(tmp_path):
     cells = Cells(
-        np.zeros((2, 3), np.float32),
+        one_group(np.zeros((2, 3), np.float32)),
         np.array([0, 2, 4]),
         lambda start, stop: np.zeros((stop - start, 3), np.float32),
         lambda start, stop: np.arange(start, stop),

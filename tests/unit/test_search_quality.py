@@ -115,8 +115,6 @@ def test_what_the_routed_engine_reads_enters_its_recipes_alone():
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("retrieval={engine: routed, cells: 2000, training_rows: 1000}", "cells=2000 exceeds"),
-        ("retrieval={engine: auto, cells: 2000, training_rows: 1000}", "cells=2000 exceeds"),
         ("search_quality.settings=[]", "must have at least one entry"),
         ("search_quality.settings=[{name: a}, {name: a}]", "the name a is given twice"),
         ("search_quality.settings=[{name: a, num_reorder: 16}]", "num_reorder=16 must be more"),
