@@ -14,6 +14,7 @@ give.
 import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -123,8 +124,10 @@ def _rate(one: Built, keys: ArrayKeys, num_neighbors: int) -> float:
     return one.num_queries / (time.monotonic() - started + sorting)
 
 
-def _measured(flags: argparse.Namespace, num_rows: int) -> dict[str, tuple[float, float]]:
-    """Prints a size; returns seconds of search, and of index and search, by engine."""
+def _measured(
+    flags: argparse.Namespace, num_rows: int
+) -> tuple[int, dict[str, tuple[float, float]]]:
+    """Prints a size; returns rows, and seconds of search, and of index and search, by engine."""
     keys = ArrayKeys(_keys(num_rows, flags.width, flags.datastore))
     num_rows = keys.num_rows
     seconds = {}
@@ -145,10 +148,10 @@ def _measured(flags: argparse.Namespace, num_rows: int) -> dict[str, tuple[float
             f"({rates[name] / rates['exact']:.1f} x exact), all rows {search:,.1f} s, index "
             f"{one.build_secs:,.1f} s, recall {found[name]:.4f} {one.about}"
         )
-    return seconds
+    return num_rows, seconds
 
 
-def _exponent(sizes: list[int], seconds: list[float]) -> float:
+def _exponent(sizes: Sequence[int], seconds: list[float]) -> float:
     """Returns x of the N^x that fits the times of all sizes."""
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
@@ -157,11 +160,11 @@ def main() -> None:
     flags = _parsed()
     quiet_libraries()
     keep_freed_memory()
-    measured = [_measured(flags, rows) for rows in flags.rows]
+    sizes, measured = zip(*(_measured(flags, rows) for rows in flags.rows), strict=True)
     if len(flags.rows) > 1:
         for place, what in enumerate(("search", "index and search")):
             secs = {name: [one[name][place] for one in measured] for name in measured[0]}
-            shown = ", ".join(f"{n} N^{_exponent(flags.rows, s):.2f}" for n, s in secs.items())
+            shown = ", ".join(f"{n} N^{_exponent(sizes, s):.2f}" for n, s in secs.items())
             say(f"time of {what}: {shown}")
 
 

@@ -160,7 +160,7 @@ class RetrievalConfig(Section):
     training_rows: Rows = setting(100_000, "rows for training ScaNN's index, at most")
     cells: Annotated[int, Field(ge=1, le=10**6), WHOLE] | Auto = setting(
         "auto",
-        "cells of the routed engine; auto: of 256 rows and more than K on average",
+        "cells of the routed engine; auto: one for 256 rows, or for K + 1 if these are more",
     )
     cells_to_search: PositiveInt | Auto = setting(
         "auto", "cells visited per query (routed engine); auto: raised until the recall suffices"

@@ -147,7 +147,7 @@ def _cells_need(run: Artifacts, machine: Machine, rows: Rows) -> Need:
     shape = config.decoder.width, itemsize
     run_of_keys = Moment(
         "keys that are put in the order of cells",
-        "use hosts with more memory",
+        "lower retrieval.cells, or use hosts with more memory",
         host_bytes=cells_memory_bytes(rows["train"], *shape, config.retrieval),
     )
     moments = [run_of_keys]

@@ -104,6 +104,8 @@ def index(config: Config) -> Recipe:
     retrieval = config.retrieval.recipe()
     names = _INDEX + (_CELLS if config.retrieval.engine in ("routed", "auto") else ())
     recipe = {name: retrieval[name] for name in names}
+    if config.retrieval.engine == "routed":
+        del recipe["training_rows"]  # Read by ScaNN.
     if config.retrieval.engine == "auto":  # Artifacts from before it could route are the same.
         recipe = _less_defaults(recipe, RetrievalConfig(), _CELLS)
     return {"seed": config.seed, "retrieval": recipe}

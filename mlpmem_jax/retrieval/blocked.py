@@ -23,10 +23,12 @@ from mlpmem_jax.retrieval.merge import (
     Neighbors,
     concatenate,
     fit,
+    nearest,
     no_neighbors,
     sortable,
     unpack,
 )
+from mlpmem_jax.retrieval.survivors import FINITE, Survivors, margins, sample_threshold
 
 # A block of scores is 1024 x 8192 float32: keys are packed for a product once for so many
 # queries, a tenth faster than for 512. Fewer queries meet as many more keys at once.
@@ -34,11 +36,6 @@ _QUERIES = 1024
 _KEYS = 8192
 _LEAST_KEYS = 64
 _SAMPLE_ROWS = 4 * 8192
-# Minima of groups stand for the sample in its threshold, as long as few of the wanted share one.
-_GROUPS_PER_RANK = 8
-_LARGEST_GROUP = 32
-FINITE = np.finfo(np.float32).max
-ROUNDING = 8 * 2.0**-24  # Eight standard deviations of the rounding of a float32 product.
 _RANK_GROWTH = 8
 _ALIGNED_BYTES = 64  # XLA adopts memory with this alignment instead of copying it.
 
@@ -111,11 +108,11 @@ class BlockedSearch:
     def search_within(
         self, query_QD: np.ndarray, distance_Q: np.ndarray, num_neighbors: int
     ) -> Neighbors:
-        """Returns the nearest rows that are no farther than a distance: few, so there is no sample.
+        """Returns the nearest rows that are no farther than a distance of each query.
 
         Args:
             query_QD: float32 queries.
-            distance_Q: float32, inf for any.
+            distance_Q: float32, inf for any. It is the threshold, in place of a sample.
             num_neighbors: K, at most.
 
         Returns:
@@ -141,16 +138,18 @@ class BlockedSearch:
             score_QC = np.asarray(block_scores(queries, keys))[:num_queries]
             survivors.add(score_QC[:, : self.num_rows - start], start)
             start += len(keys)
-        distance_QC, row_QC = (
-            one[:, :wanted] for one in self._ranked(query_QD, survivors.places())
-        )
-        is_near_QC = np.isfinite(distance_QC) & (distance_QC <= distance_Q[:, None])
-        longest = int(is_near_QC.sum(axis=1).max(initial=0))
-        found = (
-            np.where(is_near_QC, distance_QC, np.inf),
-            np.where(is_near_QC, row_QC, MISSING_ROW),
-        )
-        return Neighbors(*(one[:, :longest] for one in found))
+        survivors.tighten()
+        place_QC = survivors.places()
+        # Few lists are long: distances of the places that are used alone.
+        query_M, column_M = np.nonzero(place_QC >= 0)
+        place_M1 = place_QC[query_M, column_M][:, None]
+        distance_M1 = squared_distances(query_QD[query_M], self._key_NA[:, : self._width], place_M1)
+        distance_QC = np.full(place_QC.shape, np.inf, np.float32)
+        distance_QC[query_M, column_M] = distance_M1[:, 0]
+        distance_QC[distance_QC > distance_Q[:, None]] = np.inf
+        row_QC = self._row_N[np.maximum(place_QC, 0)]
+        longest = min(wanted, int(np.isfinite(distance_QC).sum(axis=1).max(initial=0)))
+        return nearest(distance_QC, row_QC, longest)
 
     def _places_of(self, row_Q2: np.ndarray) -> np.ndarray:
         """Returns the places of a range of rows of each query: two ranges, int64 [Q, 2, 2]."""
@@ -196,9 +195,7 @@ class BlockedSearch:
         norm_Q = np.linalg.norm(query_QA[:num_queries].astype(np.float64), axis=1)
         query_QA[:, : self._width] *= -2
         query_QA[:num_queries, self._width] = 1  # Rows of padding stay zero: 0 · inf is NaN.
-        margin_Q = (self._largest_score + 2 * norm_Q * self._largest_norm) * (
-            2 * ROUNDING * np.sqrt(self._width)
-        )
+        margin_Q = margins(norm_Q, self._largest_norm, self._largest_score, self._width)
         return query_QA, margin_Q
 
     def _survivors(
@@ -275,81 +272,6 @@ def _padded_rows(num_rows: int) -> int:
     return -(-num_rows // _KEYS) * _KEYS
 
 
-class Survivors:
-    """Places whose score is within each query's threshold, which only drops."""
-
-    def __init__(self, threshold_Q: np.ndarray, margin_Q: np.ndarray, wanted: int):
-        self._threshold_Q = threshold_Q
-        self._margin_Q = margin_Q
-        self._wanted = wanted
-        self._allocate(3 * wanted + 64)
-
-    def _allocate(self, capacity: int) -> None:
-        num_queries = len(self._threshold_Q)
-        self._count_Q = np.zeros(num_queries, np.int64)
-        self._score_QC = np.full((num_queries, capacity), np.inf, np.float32)
-        self._place_QC = np.full((num_queries, capacity), -1, np.int64)
-
-    def places(self) -> np.ndarray:
-        """Returns int64 places [Q, C], -1 where unused."""
-        return self._place_QC[:, : int(self._count_Q.max(initial=1))]
-
-    def add(self, score_QC: np.ndarray, first_place: int) -> None:
-        """Keeps what is within the threshold among the scores of consecutive places."""
-        # A search in bytes that are nearly all zero runs at the speed of memory.
-        kept_M = np.flatnonzero(score_QC <= self._threshold_Q[:, None])
-        query_M, column_M = np.divmod(kept_M, score_QC.shape[1])
-        self._append(query_M, score_QC[query_M, column_M], first_place + column_M)
-
-    def _append(self, query_M: np.ndarray, score_M: np.ndarray, place_M: np.ndarray) -> None:
-        """Adds entries whose queries are ascending."""
-        added_Q = np.bincount(query_M, minlength=len(self._count_Q))
-        if (self._count_Q + added_Q).max(initial=0) > self._place_QC.shape[1]:
-            self.tighten()
-            most = int((self._count_Q + added_Q).max())
-            if most > self._place_QC.shape[1]:
-                self._rewrite(most + 2 * self._wanted)
-        start_Q = np.cumsum(added_Q) - added_Q
-        column_M = np.arange(len(query_M)) + (self._count_Q - start_Q)[query_M]
-        self._score_QC[query_M, column_M] = score_M
-        self._place_QC[query_M, column_M] = place_M
-        self._count_Q += added_Q
-
-    def tighten(self) -> np.ndarray:
-        """Drops what can no longer be among the K nearest.
-
-        Returns:
-            For each query, up to which score every place must have been kept.
-        """
-        most = int(self._count_Q.max(initial=0))
-        needed_Q = _kth_smallest(self._score_QC[:, :most], self._wanted) + self._margin_Q
-        self._threshold_Q = np.minimum(self._threshold_Q, needed_Q).astype(np.float32)
-        self._rewrite(self._place_QC.shape[1])
-        return needed_Q
-
-    def _rewrite(self, capacity: int) -> None:
-        is_kept = (self._score_QC <= self._threshold_Q[:, None]) & (self._place_QC >= 0)
-        query_M, column_M = np.nonzero(is_kept)
-        score_M, place_M = self._score_QC[query_M, column_M], self._place_QC[query_M, column_M]
-        self._allocate(capacity)
-        self._append(query_M, score_M, place_M)
-
-
-def sample_threshold(sample: list[np.ndarray], rank: int) -> np.ndarray:
-    """Returns a score for each query that about `rank` of the sampled keys are within."""
-    num_sampled = sum(part.shape[1] for part in sample)
-    group = _LARGEST_GROUP
-    while group > 1 and num_sampled < group * rank * _GROUPS_PER_RANK:
-        group //= 2
-    minima = []
-    for score_QC in sample:
-        num_queries, num_columns = score_QC.shape
-        # What is left over, if the sample is so small, only makes the threshold larger.
-        score_QC = score_QC[:, : num_columns - num_columns % group]
-        minima.append(score_QC.reshape(num_queries, group, -1).min(axis=1))
-    return _kth_smallest(np.concatenate(minima, axis=1), rank)
-
-
 def _without(score_QC: np.ndarray, column_QI2: np.ndarray) -> np.ndarray:
     """Returns scores, infinite in the columns [start, stop) of each query."""
     column_QI2 = np.clip(column_QI2, 0, score_QC.shape[1])
@@ -363,13 +285,6 @@ def _without(score_QC: np.ndarray, column_QI2: np.ndarray) -> np.ndarray:
         for start, stop in column_QI2[first].tolist():
             score_QC[first:last, start:stop] = np.inf
     return score_QC
-
-
-def _kth_smallest(values_QG: np.ndarray, rank: int) -> np.ndarray:
-    """Returns the rank-th smallest value of each row, inf where there are fewer."""
-    if rank > values_QG.shape[1]:
-        return np.full(len(values_QG), np.inf, np.float32)
-    return np.partition(values_QG, rank - 1, axis=1)[:, rank - 1]
 
 
 def _sample_first(num_rows: int, num_sampled: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,9 +18,8 @@ from mlpmem_jax.retrieval.engine import READ_ROWS, Keys, row_ranges
 
 ITERATIONS = 8
 _SAMPLED_PER_CELL = 32
-# If those take more than so many bytes: fewer, but fewer than this of a cell say little of it.
-_SAMPLE_BYTES = 1 << 30
-_LEAST_SAMPLED = 8
+_SAMPLE_BYTES = 1 << 30  # Many cells have fewer sampled rows, so that these take no more,
+_LEAST_SAMPLED = 8  # but not fewer than this, which would say little of a cell.
 _ROWS = 256  # Of a cell, on average: smaller ones cost more to choose than to search.
 _MOST_CENTROID_BYTES = 1 << 30  # Every process holds them.
 # A cell has at most so many times the mean of rows: what a query visits is bounded.
@@ -30,10 +29,10 @@ _SAMPLE_SEED = 4
 
 
 def num_cells(config: RetrievalConfig, num_rows: int, width: int) -> int:
-    """Returns the centroids of k-means, about; cells that are too large are split besides.
+    """Returns how many cells there are, about: those that are too large are split.
 
-    Auto: a cell has 256 rows and K + 1 on average, or more where centroids would take too much
-    memory: what a query visits does not grow with the rows.
+    Auto: one for 256 rows, or for K + 1 if these are more, as long as centroids take a gigabyte at
+    most. What a query visits does not grow with the rows then.
 
     Args:
         num_rows: N.

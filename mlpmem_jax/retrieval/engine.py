@@ -19,8 +19,8 @@ EngineName = Literal["scann", "exact", "routed"]
 # search it, where every row is a query.
 EXACT_ROWS_CPU = 60_000
 # Rows above which `auto` routes, on every platform. Accelerators score every pair up to it, some
-# hundred times faster than CPUs; on CPU it is ScaNN up to it, whose index holds so many rows in
-# one shard: every further shard costs a query as much again.
+# hundred times faster than CPUs; on CPU it is ScaNN up to it, if that is installed, whose index
+# holds so many rows in one shard: every further shard costs a query as much again.
 ROUTED_ROWS = 4_000_000
 READ_ROWS = 65536
 # Of a key's norm: the square of the distance of two keys is at most four times as large.
@@ -260,10 +260,10 @@ def choose_engine(config: RetrievalConfig, num_rows: int, platform: str) -> Choi
         if not installed:
             raise ConfigError(
                 "retrieval.engine=scann: the package scann is not installed (pip install scann; "
-                "Linux only); retrieval.engine=exact needs no package"
+                "Linux only); retrieval.engine=routed and exact need no package"
             )
         return Choice("scann", "retrieval.engine=scann")
-    if is_routed(config, num_rows):
+    if num_rows > ROUTED_ROWS:
         return Choice("routed", f"auto: {num_rows:,} rows are more than {ROUTED_ROWS:,}")
     exact_rows = EXACT_ROWS_CPU if platform == "cpu" else ROUTED_ROWS
     if num_rows <= exact_rows:
@@ -271,10 +271,12 @@ def choose_engine(config: RetrievalConfig, num_rows: int, platform: str) -> Choi
             "exact", f"auto: {num_rows:,} rows are at most {exact_rows:,}, where exact is faster"
         )
     if not installed:
-        return Choice("exact", "auto: the package scann is not installed")
+        return Choice("routed", "auto: the package scann is not installed")
     return Choice("scann", f"auto: {num_rows:,} rows are more than {exact_rows:,}")
 
 
-def is_routed(config: RetrievalConfig, num_rows: int) -> bool:
-    """Returns whether `retrieval.engine` leads to routed search, whatever the platform."""
-    return config.engine == "routed" or (config.engine == "auto" and num_rows > ROUTED_ROWS)
+def is_routed(config: RetrievalConfig, num_rows: int, platform: str = "cpu") -> bool:
+    """Returns whether `retrieval.engine` leads to routed search."""
+    if config.engine == "auto":
+        return choose_engine(config, num_rows, platform).engine == "routed"
+    return config.engine == "routed"

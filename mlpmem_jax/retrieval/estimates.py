@@ -181,11 +181,12 @@ def routed_plan(
     budget_bytes = _budget(config, memory_bytes)
     num_shards = max(1, -(-num_rows // config.shard_rows))
     # They end where a cell does.
-    more = cells.largest_cell(num_rows, cells.num_cells(config, num_rows, width))
+    count = cells.num_cells(config, num_rows, width)
+    more = cells.largest_cell(num_rows, count)
 
     def held(shards: int) -> int:
         rows = min(num_rows, -(-num_rows * shards // num_shards) + more)
-        return exact_bytes(rows, width, 1) + 8 * rows
+        return exact_bytes(rows, width, 1) + 8 * rows + 4 * count * width
 
     at_once = num_shards
     if budget_bytes is not None and held(num_shards) > budget_bytes:

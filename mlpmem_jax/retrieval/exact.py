@@ -31,6 +31,7 @@ _BLOCK_BYTES_CPU, _CHUNK_ROWS_CPU = 32 << 20, 1 << 16
 _BLOCK_SHARE, _LEAST_DEVICE_BYTES = 12, 8 << 30
 _QUERY_BLOCKS = range(8, 1024 + 1)
 _READ_ROWS = 1 << 16
+_FEW_WITHIN = 32  # Rows within a distance that devices rank at first.
 # What a platform multiplies as it is stored, one product exact in float32. Elsewhere, and on
 # a CPU, keys are float32.
 _MULTIPLIED = {"gpu": ("float16", "bfloat16"), "tpu": ("bfloat16",)}
@@ -95,12 +96,23 @@ class ExactEngine:
     ) -> Neighbors:
         """Returns the nearest rows that are no farther than a distance of each query.
 
-        Lists are ordered by (distance, row) and may be shorter than `num_neighbors`.
+        Args:
+            query_QD: float32 queries.
+            distance_Q: float32, inf for any.
+            num_neighbors: K, at most.
+
+        Returns:
+            Lists ordered by (distance, row), as long as they need be.
         """
         if self._on_host is not None:
             return self._numbered(self._on_host.search_within(query_QD, distance_Q, num_neighbors))
-        found = self.search(query_QD, num_neighbors)
-        is_near_QK = found.distance_QK <= distance_Q[:, None]
+        wanted = min(num_neighbors, _FEW_WITHIN)
+        while True:  # All together: processes search equally often.
+            found = self.search(query_QD, wanted)
+            is_near_QK = np.isfinite(found.distance_QK) & (found.distance_QK <= distance_Q[:, None])
+            if wanted == num_neighbors or not is_near_QK[:, -1].any():
+                break
+            wanted = min(num_neighbors, 4 * wanted)
         return Neighbors(
             np.where(is_near_QK, found.distance_QK, np.float32(np.inf)),
             np.where(is_near_QK, found.row_QK, MISSING_ROW),

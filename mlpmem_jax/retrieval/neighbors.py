@@ -34,8 +34,8 @@ from mlpmem_jax.store.stored_array import StoredArray
 Consume = Callable[[np.ndarray, Neighbors], Mapping[str, np.ndarray]]
 Part = tuple[np.ndarray, concurrent.futures.Future[Mapping[str, np.ndarray]]]
 _MAX_PENDING_BATCHES = 4
-_READ_BYTES = 64 << 20
-_FOUND_BYTES = 256 << 20  # Neighbours that wait until their shard is whole.
+# Of keys that are read at once, and of what is found for them, which waits until shards are whole.
+_READ_BYTES, _FOUND_BYTES = 256 << 20, 256 << 20
 
 
 def check_enough_rows(num_neighbors: int, num_rows: int, name: str) -> None:
@@ -92,12 +92,15 @@ def search_split(engine: Engine, split: SplitSearch) -> dict[str, float]:
     searched = missing if engine.spans_processes else share_of(missing)
     num_queries = sum(queries.count(writer.rows_of(shard)) for shard in missing)
     most_rows = rows_at_once(query_batch, keys.width, num_neighbors)
-    groups = [[shard] for shard in searched]
+    together = [[shard] for shard in searched]
     # So often all processes ask whether to stop, however many shards are theirs.
     turns = len(missing) if engine.spans_processes else most_shared(missing)
-    if process_count() == 1 and queries.are_keys and engine.visiting_order(slice(0, 0)) is not None:
-        groups = _consecutive(searched, most_rows // writer.shard_rows)
-        turns = len(groups)
+    has_order = queries.are_keys and engine.visiting_order(slice(0, 0)) is not None
+    if not has_order:
+        most_rows = max(query_batch, most_rows // 4)
+    elif process_count() == 1:
+        together = _consecutive(searched, most_rows // writer.shard_rows)
+        turns = len(together)
     done = writer.num_rows - writer.count_rows(missing)
     bar = progress(writer.num_rows, "row", split.description, initial=done)
     started = time.monotonic()
@@ -110,8 +113,8 @@ def search_split(engine: Engine, split: SplitSearch) -> dict[str, float]:
         try:
             for turn in range(turns):
                 parts: list[Part] = []
-                shards = groups[turn] if turn < len(groups) else []
-                is_written = any(is_mine(shard) for shard in shards)
+                shards = together[turn] if turn < len(together) else []
+                is_written = len(shards) > 0 and is_mine(shards[0])
                 for block in _blocks(writer, shards, most_rows):
                     row_N, rest_N = queries.split(block)
                     if len(rest_N) and is_written:
@@ -149,13 +152,13 @@ def search_split(engine: Engine, split: SplitSearch) -> dict[str, float]:
 
 def _consecutive(shards: Sequence[int], most: int) -> list[list[int]]:
     """Cuts shards into runs of consecutive ones: these are searched in one order."""
-    groups: list[list[int]] = []
+    found: list[list[int]] = []
     for shard in shards:
-        if groups and len(groups[-1]) < most and shard == groups[-1][-1] + 1:
-            groups[-1].append(shard)
+        if found and len(found[-1]) < most and shard == found[-1][-1] + 1:
+            found[-1].append(shard)
         else:
-            groups.append([shard])
-    return groups
+            found.append([shard])
+    return found
 
 
 def _blocks(writer: ShardWriter, shards: Sequence[int], most_rows: int) -> Iterator[slice]:
@@ -163,7 +166,9 @@ def _blocks(writer: ShardWriter, shards: Sequence[int], most_rows: int) -> Itera
     if not shards:
         return iter(())
     first, last = writer.rows_of(shards[0]), writer.rows_of(shards[-1])
-    return row_ranges(last.stop, most_rows, first=first.start)
+    num_rows = last.stop - first.start
+    even = -(-num_rows // -(-num_rows // most_rows))
+    return row_ranges(last.stop, even, first=first.start)
 
 
 def rows_at_once(query_batch: int, width: int, num_neighbors: int) -> int:

@@ -15,18 +15,12 @@ import jax
 import numpy as np
 
 from mlpmem_jax.config.data import RetrievalConfig
-from mlpmem_jax.retrieval.blocked import (
-    FINITE,
-    ROUNDING,
-    Survivors,
-    aligned_zeros,
-    host_device,
-    sample_threshold,
-)
+from mlpmem_jax.retrieval.blocked import aligned_zeros, host_device
 from mlpmem_jax.retrieval.distances import squared_distances
 from mlpmem_jax.retrieval.engine import READ_ROWS, EngineName, row_ranges
 from mlpmem_jax.retrieval.groups import Centroids
 from mlpmem_jax.retrieval.merge import Neighbors, nearest, no_neighbors
+from mlpmem_jax.retrieval.survivors import FINITE, Survivors, margins, sample_threshold
 from mlpmem_jax.retrieval.tiles import augmented, padded_lengths, pair_scores
 
 _MOST_THREADS = 8  # More would share a batch in pieces of too few queries a cell.
@@ -80,7 +74,7 @@ class Cells:
 
     @property
     def centroid_CD(self) -> np.ndarray:
-        """float32."""
+        """Centroids of the cells, float32."""
         return self.centroids.centroid_CD
 
     @property
@@ -110,19 +104,21 @@ class Cells:
             count: Cells to visit.
             wanted: Rows to visit at least, if there are as many.
         """
-        cells = len(self.centroid_CD)
-        size_C, needed = np.diff(self.start_C), min(wanted, self.num_rows)
-        most = min(count, cells)
-        while True:
-            cell_QV = self.centroids.nearest(query_QD, most)
-            size_QV = size_C[cell_QV]
-            before_QV = np.cumsum(size_QV, axis=1) - size_QV
-            is_short = (before_QV[:, -1] + size_QV[:, -1] < needed).any()
-            if not is_short or most == cells:
-                break
+        cells, needed = len(self.centroid_CD), min(wanted, self.num_rows)
+        count = min(count, cells)
+        cell_QV = self.centroids.nearest(query_QD, count)
+        size_C = np.diff(self.start_C)
+        short_Q, most = np.flatnonzero(size_C[cell_QV].sum(axis=1) < needed), count
+        while len(short_Q) and most < cells:
             most = min(cells, 2 * most)
-        is_visited = (np.arange(most) < count) | (before_QV < needed)
-        return np.where(is_visited, cell_QV, -1)
+            cell_SV = self.centroids.nearest(query_QD[short_Q], most)
+            size_SV = size_C[cell_SV]
+            before_SV = np.cumsum(size_SV, axis=1) - size_SV
+            is_visited = (np.arange(most) < count) | (before_SV < needed)
+            cell_QV = _widened(cell_QV, most)
+            cell_QV[short_Q] = np.where(is_visited, cell_SV, -1)
+            short_Q = short_Q[size_SV.sum(axis=1) < needed]
+        return cell_QV
 
 
 class RoutedEngine:
@@ -263,9 +259,7 @@ class RoutedEngine:
             augmented(centred_QD), self._keys, self._start_C, self._length_C, cell_QV
         )
         norm_Q = np.linalg.norm(centred_QD.astype(np.float64), axis=1)
-        margin_Q = (self._largest_score + 2 * norm_Q * self._largest_norm) * (
-            2 * ROUNDING * np.sqrt(query_QD.shape[1])
-        )
+        margin_Q = margins(norm_Q, self._largest_norm, self._largest_score, query_QD.shape[1])
         # Where there are fewer than K rows, all but the places without one.
         threshold_Q = np.minimum(sample_threshold([score_QW], num_neighbors) + margin_Q, FINITE)
         survivors = Survivors(threshold_Q.astype(np.float32), margin_Q, num_neighbors)
@@ -289,7 +283,10 @@ class RoutedEngine:
 def _stacked(parts: list[np.ndarray]) -> np.ndarray:
     """Joins the visits of consecutive queries; where some are fewer, -1 follows."""
     most = max((part.shape[1] for part in parts), default=1)
-    filled = [
-        np.pad(part, ((0, 0), (0, most - part.shape[1])), constant_values=-1) for part in parts
-    ]
+    filled = [_widened(part, most) for part in parts]
     return np.concatenate(filled) if filled else np.empty((0, most), np.int64)
+
+
+def _widened(cell_QV: np.ndarray, most: int) -> np.ndarray:
+    """Returns visits with places for so many; -1 where there is none."""
+    return np.pad(cell_QV, ((0, 0), (0, most - cell_QV.shape[1])), constant_values=-1)

@@ -2,25 +2,21 @@
 
 First *runs*: ranges of rows, as many as memory for one allows, each written in the order of cells.
 Then every shard of the result takes its part of each run. Both passes go on after a kill, a run or
-a shard at a time. Suffixes: C centroids, R runs, N rows.
+a shard at a time. Suffixes: C centroids, R runs, N rows, P places.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from mlpmem_jax.config.data import RetrievalConfig
-from mlpmem_jax.config.networks import MeshConfig
 from mlpmem_jax.console import say
 from mlpmem_jax.parallel.agreement import of_first
 from mlpmem_jax.parallel.hardware import check_host_memory
-from mlpmem_jax.parallel.mesh import make_mesh
 from mlpmem_jax.parallel.multihost import barrier, is_writer
 from mlpmem_jax.retrieval import groups, index_files
 from mlpmem_jax.retrieval.cells import (
@@ -79,20 +75,20 @@ def build_cells(
     check_host_memory(
         cells_memory_bytes(keys.num_rows, width, keys.dtype.itemsize, retrieval),
         "putting keys in the order of cells",
-        "use a host with more memory",
+        "lower retrieval.cells, or use a host with more memory",
     )
     missing = routed_index_bytes(keys.num_rows, width, keys.dtype.itemsize)
     check_free_space(path, missing + writer.missing_bytes(), "the index, with its runs")
     centroids = _centroids(path, keys, retrieval, seed, mesh)
     runs = _write_runs(path / _RUNS, keys, centroids, specs)
-    count_RC = _counts(runs, len(centroids.centroid_CD))
+    count_C = _counts(runs, len(centroids.centroid_CD))
     most = largest_cell(keys.num_rows, len(centroids.centroid_CD))
-    centroid_of_C, start_C = balanced(count_RC.sum(axis=0), most)
+    centroid_of_C, start_C = balanced(count_C, most)
     if is_writer():
-        kept = dataclasses.replace(centroids, centroid_CD=centroids.centroid_CD[centroid_of_C])
+        kept = groups.Centroids.of(centroids.centroid_CD[centroid_of_C], centroids.group_GD)
         _write_centroids(path / CELLS, kept, start=start_C)
     say(f"index: {len(centroid_of_C):,} cells, the largest of {int(np.diff(start_C).max()):,} rows")
-    _write_cells(writer, path / _RUNS, count_RC)
+    _write_cells(writer, runs, count_C)
     barrier("index: cells")
     _remove_intermediate(path)
     return writer.describe()
@@ -119,14 +115,18 @@ def _centroids(
 
 
 def _write_centroids(folder: epath.Path, centroids: groups.Centroids, **others: np.ndarray) -> None:
-    arrays = {"centroid": centroids.centroid_CD, "group": centroids.group_GD}
+    arrays = {
+        "centroid": centroids.centroid_CD,
+        "group": centroids.group_GD,
+        "around": centroids.around_GM,
+    }
     index_files.write_whole(folder, arrays | others)
 
 
 def _read_centroids(files: Mapping[str, np.ndarray]) -> groups.Centroids:
-    if "group" not in files:  # Of before there were groups.
+    if "group" not in files:  # The index is from before there were groups.
         return groups.one_group(files["centroid"])
-    return groups.Centroids(files["centroid"], files["group"])
+    return groups.Centroids(*(files[name] for name in ("centroid", "group", "around")))
 
 
 def _write_runs(
@@ -139,8 +139,7 @@ def _write_runs(
     kept["cell"] = ((), np.int32)
     run_specs = {name: ArraySpec(*about, rows, chunk_rows) for name, about in kept.items()}
     runs = ShardWriter(path, run_specs, keys.num_rows)
-    local = jax.local_devices()
-    assign = groups.assigner(centroids, make_mesh(MeshConfig(data=len(local)), local))
+    assign = groups.assigner(centroids, groups.local_mesh())
     for run in runs.own_rows():
         count = run.stop - run.start
         key_ND, cell_N = np.empty((count, keys.width), keys.dtype), np.empty(count, np.int32)
@@ -158,21 +157,31 @@ def _write_runs(
 
 
 def _counts(runs: ShardWriter, cells: int) -> np.ndarray:
-    """Returns how many rows of each run each cell has, int64 [R, C]."""
+    """Returns how many rows each cell has, int64 [C]."""
+    count_C = np.zeros(cells, np.int64)
+    for cell_N in _cells_of_runs(runs):
+        count_C += np.bincount(cell_N, minlength=cells)
+    return count_C
+
+
+def _cells_of_runs(runs: ShardWriter) -> Iterator[np.ndarray]:
+    """Yields the cell of each row of every run, ascending: int32."""
     store = open_array(runs.path / "cell")
-    count_RC = np.zeros((runs.num_shards, cells), np.int64)
     for run in range(runs.num_shards):
         rows = runs.rows_of(run)
-        count_RC[run] = np.bincount(read_rows(store, rows.start, rows.stop), minlength=cells)
-    return count_RC
+        yield read_rows(store, rows.start, rows.stop)
 
 
-def _write_cells(writer: ShardWriter, runs: epath.Path, count_RC: np.ndarray) -> None:
+def _write_cells(writer: ShardWriter, runs: ShardWriter, count_C: np.ndarray) -> None:
     """Writes the shards of the result that are missing; every process makes its own."""
-    stores = {name: open_array(runs / name) for name in ("key", "row", "cell")}
-    parts_of = _parts(count_RC, writer.shard_rows)
-    for places in writer.own_rows():
-        parts = [part for part in parts_of(places) if part.start < part.stop]
+    stores = {name: open_array(runs.path / name) for name in ("key", "row", "cell")}
+    missing = writer.own_rows()
+    bounds = sorted({place for places in missing for place in (places.start, places.stop)})
+    before_RP = _rows_before(runs, count_C, np.array(bounds, np.int64))
+    for places in missing:
+        start_R, stop_R = (before_RP[:, bounds.index(at)] for at in (places.start, places.stop))
+        parts = [slice(*part) for part in zip(start_R.tolist(), stop_R.tolist(), strict=True)]
+        parts = [part for part in parts if part.start < part.stop]
         # In the order of runs, and so of rows: a stable sort leaves a cell's rows ascending.
         read = {
             name: np.concatenate([read_rows(store, part.start, part.stop) for part in parts])
@@ -183,26 +192,18 @@ def _write_cells(writer: ShardWriter, runs: epath.Path, count_RC: np.ndarray) ->
     writer.close()
 
 
-def _parts(count_RC: np.ndarray, run_rows: int) -> Callable[[slice], list[slice]]:
-    """Returns a function from places of the result to the rows of each run that lie there."""
-    offset_C = np.append(0, np.cumsum(count_RC.sum(axis=0)))
-    earlier_RC = np.cumsum(count_RC, axis=0) - count_RC  # Rows of a cell in earlier runs.
-    inside_RC = np.cumsum(count_RC, axis=1) - count_RC  # Rows of a run in earlier cells.
-    first_R = np.arange(len(count_RC)) * run_rows
-
-    def before(place: int) -> np.ndarray:
-        """Returns how many rows of each run lie before a place."""
-        cell = int(np.searchsorted(offset_C, place, side="right")) - 1
-        if cell == count_RC.shape[1]:
-            return count_RC.sum(axis=1)
-        own_R = place - offset_C[cell] - earlier_RC[:, cell]
-        return inside_RC[:, cell] + np.clip(own_R, 0, count_RC[:, cell])
-
-    def parts(places: slice) -> list[slice]:
-        bounds = zip(first_R + before(places.start), first_R + before(places.stop), strict=True)
-        return [slice(int(start), int(stop)) for start, stop in bounds]
-
-    return parts
+def _rows_before(runs: ShardWriter, count_C: np.ndarray, place_P: np.ndarray) -> np.ndarray:
+    """Returns where the rows of each run end that lie before some places of the result: [R, P]."""
+    offset_C = np.append(0, np.cumsum(count_C))
+    cell_P = np.searchsorted(offset_C, place_P, side="right") - 1
+    own_P = place_P - offset_C[cell_P]  # Rows of the cell at a place that lie before it.
+    before_RP = np.empty((runs.num_shards, len(place_P)), np.int64)
+    for run, cell_N in enumerate(_cells_of_runs(runs)):
+        first_P, stop_P = (np.searchsorted(cell_N, cell_P, side) for side in ("left", "right"))
+        taken_P = np.clip(own_P, 0, stop_P - first_P)
+        before_RP[run] = runs.rows_of(run).start + first_P + taken_P
+        own_P = own_P - taken_P
+    return before_RP
 
 
 def _remove_intermediate(path: epath.Path) -> None:

@@ -1,9 +1,12 @@
 """K-means and the assignment of keys over eight devices, against one device."""
 
+from unittest import mock
+
 import numpy as np
 
 from mlpmem_jax.config.networks import MeshConfig
 from mlpmem_jax.parallel.mesh import make_mesh, single_device_mesh
+from mlpmem_jax.retrieval import groups
 from mlpmem_jax.retrieval.cells import Assigner, train_centroids
 
 
@@ -23,6 +26,12 @@ def main() -> None:
         np.testing.assert_array_equal(found, train_centroids(sample, 21, mesh))
         cells = Assigner(one, mesh)(key)
         np.testing.assert_array_equal(cells, Assigner(one, single_device_mesh())(key))
+        with mock.patch.object(groups, "_AROUND", 8):  # Eight cells around each of 16 groups.
+            alone, shared = (groups.train(sample, 21, on) for on in (single_device_mesh(), mesh))
+        assert len(alone.group_GD) == 16
+        np.testing.assert_allclose(shared.centroid_CD, alone.centroid_CD, rtol=1e-3, atol=1e-3)
+        given = groups.assigner(alone, mesh)(key)
+        np.testing.assert_array_equal(given, groups.assigner(alone, single_device_mesh())(key))
         print(f"equal: {data}x{fsdp}x{tensor}")
 
 

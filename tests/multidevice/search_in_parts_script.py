@@ -55,16 +55,18 @@ def index_config():
 
 
 def routed(path, keys, mesh):
-    """Makes an index of cells, five runs by all processes; returns what opens parts of it."""
+    """Makes an index of cells in groups, five runs by all processes; returns what opens parts."""
     from mlpmem_jax.config.data import RetrievalConfig
-    from mlpmem_jax.retrieval import estimates
+    from mlpmem_jax.retrieval import estimates, groups
     from mlpmem_jax.retrieval.routed import CellSettings, RoutedEngine
     from mlpmem_jax.retrieval.routed_index import build_cells, unfinished_cells
 
     estimates._RUN_BYTES = 320 * (4 * WIDTH + 12)
+    groups._AROUND = 12
     config = RetrievalConfig(engine="routed", cells=20)
     build_cells(path, keys, 64, config, 0, mesh)
     cells = unfinished_cells(path)
+    assert len(cells.centroids.group_GD) == 16
     everything = CellSettings(10**6)
     return lambda shards: RoutedEngine(cells, everything, cells.shard(shards, 5))
 

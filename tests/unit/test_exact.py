@@ -136,6 +136,22 @@ def test_rows_within_a_distance(num_rows, count, offset):
     assert (on_mesh.row_QK[:, columns:] == -1).all()
 
 
+@pytest.mark.parametrize("ratio", [1, 30, 1000])
+def test_a_distance_that_is_far_from_all_keys_loses_none_by_rounding(ratio):
+    """The distance is that of a row, so that rounding alone decides what is within."""
+    generator = np.random.default_rng(0)
+    key = generator.normal(size=(300, 8)).astype(np.float32)
+    query = (ratio * generator.normal(size=(2000, 8))).astype(np.float32)
+    distance, row = _expected(key, query, 300)
+    engine = ExactEngine(ArrayKeys(key), single_device_mesh(), 1024)
+    for rank in (0, 5, 299):
+        found = engine.search_within(query, distance[:, rank], 300)
+        is_near = distance <= distance[:, rank : rank + 1]
+        columns = is_near.sum(axis=1).max()
+        expected = np.where(is_near, row, -1)[:, :columns]
+        np.testing.assert_array_equal(found.row_QK, expected)
+
+
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_a_common_offset_costs_no_precision(offset):
     generator = np.random.default_rng(2)

@@ -178,7 +178,7 @@ def test_the_choice_of_engine_is_explained(monkeypatch, installed):
         for platform in ("cpu", "gpu", "tpu")
     }
     for platform in ("cpu", "gpu", "tpu"):
-        between = "scann" if installed and platform == "cpu" else "exact"
+        between = "exact" if platform != "cpu" else "scann" if installed else "routed"
         engines = [one.engine for (_, on), one in chosen.items() if on == platform]
         assert engines == ["exact", between, between, "routed"]
         assert chosen[4_000_001, platform].why == "auto: 4,000,001 rows are more than 4,000,000"
