@@ -11,6 +11,8 @@ import dataclasses
 import math
 import sys
 
+from mlpmem_jax.retrieval.groups import compared
+
 DAY = 86_400.0
 SIZES = (100e6, 5e9, 300e9)
 
@@ -80,8 +82,11 @@ class Inputs:
     )
     shard_rows: float = _given(1e6, "retrieval.shard_rows (chosen: its default is 4 million)")
     leaf_share: float = _given(0.04, "leaves visited (measured: 60 of 1513, recall@256 0.997)")
-    routed_shards: float = _given(
-        8, "shards that a query visits when centroids choose them (assumed)"
+    cells: float = _given(1e6, "retrieval.cells (chosen: its largest)")
+    rows_of_cell: float = _given(1025, "K + 1: fewer cells where these would hold less")
+    visited_cells: float = _given(9, "VISITED")
+    routed_flops_per_sec_core: float = _given(
+        1e10, "RATE"
     )
     targets_rows_per_sec_core: float = _given(
         16.5e3, "neighbours to targets (measured: 33,000 rows/s on 2 cores)"
@@ -109,6 +114,7 @@ class Plan:
     search_all_secs: float
     search_all_network_secs: float
     merge_secs: float
+    routed_centroids_bytes: float
     search_routed_secs: float
     exact_flops: float
     exact_secs: float
@@ -130,7 +136,8 @@ def plan(rows: float, given: Inputs) -> Plan:
     # Every query against one shard: the points of the leaves visited, their codes.
     shards_of_host = math.ceil(shards / given.hosts)  # Those that have most set the pace.
     query_in_shard = given.leaf_share * rows_in_shard * codes / given.scann_codes_per_sec_core
-    routed = min(shards, given.routed_shards)
+    cells = max(1.0, min(given.cells, rows / given.rows_of_cell))
+    compared_cells = compared(int(cells)) + given.visited_cells * rows / cells
     network = given.host_network_bytes_per_sec
     text = rows * given.text_bytes_per_token
     answer_bytes = 12 * given.neighbors  # row int64, distance float32
@@ -160,7 +167,9 @@ def plan(rows: float, given: Inputs) -> Plan:
         # Each host reads every query, and is sent what each of them has found for it.
         search_all_network_secs=rows * (state_bytes + given.hosts * answer_bytes) / network,
         merge_secs=rows / given.hosts * min(shards, given.hosts) * given.merge_secs_per_list,
-        search_routed_secs=rows * routed * query_in_shard / cores,
+        routed_centroids_bytes=4 * cells * given.width,
+        search_routed_secs=2 * given.width * rows * compared_cells
+        / (given.routed_flops_per_sec_core * cores),
         exact_flops=exact,
         exact_secs=given.exact_passes * exact / flops_per_sec,
         # float32 on the devices, whatever is stored.
@@ -190,7 +199,8 @@ _ROWS = (
     ("retrieve", "every query, every shard", "search_all_secs"),
     ("retrieve", "its network", "search_all_network_secs"),
     ("retrieve", "merging, beside the search", "merge_secs"),
-    ("retrieve", "routed by centroids, codes in the cells (not built)", "search_routed_secs"),
+    ("retrieve", "routed, centroids in every host", "routed_centroids_bytes"),
+    ("retrieve", "routed", "search_routed_secs"),
     ("retrieve", "exact on the mesh, flops", "exact_flops"),
     ("retrieve", "exact on the mesh", "exact_secs"),
     ("retrieve", "chips that hold all keys", "exact_chips_for_keys"),

@@ -388,6 +388,6 @@ def _import() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"retrieval.engine=scann: the package scann cannot be imported ({error}); "
-            "retrieval.engine=exact needs no package"
+            "retrieval.engine=routed needs no package"
         ) from None
     return scann

@@ -260,7 +260,7 @@ def choose_engine(config: RetrievalConfig, num_rows: int, platform: str) -> Choi
         if not installed:
             raise ConfigError(
                 "retrieval.engine=scann: the package scann is not installed (pip install scann; "
-                "Linux only); retrieval.engine=routed and exact need no package"
+                "Linux only); retrieval.engine=routed needs no package"
             )
         return Choice("scann", "retrieval.engine=scann")
     if num_rows > ROUTED_ROWS:

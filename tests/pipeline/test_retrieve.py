@@ -294,11 +294,11 @@ def test_a_low_recall_is_warned_of_and_targets_are_made(make_run, capsys):
     assert 0 < calibrated < 0.95 and 0 < measured < 0.95
 
 
-def test_a_missing_package_names_the_exact_engine(make_run, monkeypatch):
+def test_a_missing_package_names_the_engine_that_needs_none(make_run, monkeypatch):
     monkeypatch.setitem(sys.modules, "scann", None)
-    with pytest.raises(ConfigError, match=r"scann: .*not installed.*retrieval.engine=exact"):
+    with pytest.raises(ConfigError, match=r"scann: .*not installed.*retrieval.engine=routed"):
         run_stages(index.stages(make_run("retrieval.engine=scann")))
-    with pytest.raises(ConfigError, match=r"scann.*retrieval.engine=exact needs no package"):
+    with pytest.raises(ConfigError, match=r"scann.*retrieval.engine=routed needs no package"):
         approximate._import()
 
 
