@@ -139,8 +139,8 @@ class RetrievalConfig(Section):
     engine: Literal["auto", "scann", "exact", "routed"] = setting(
         "auto",
         "scann: approximate, re-ranked exactly; exact: brute force; routed: exact inside the "
-        "k-means cells nearest to a query; auto: by the number of rows, routed above 4 million, and "
-        "on a CPU without ScaNN above 60,000",
+        "k-means cells nearest to a query; auto: by the number of rows: exact, ScaNN (CPU), "
+        "routed; which at which is in docs/design.md",
     )
     num_neighbors: Width = setting(256, "neighbours per row, K, without the row itself")
     min_recall: Fraction = setting(

@@ -18,10 +18,10 @@ EngineName = Literal["scann", "exact", "routed"]
 # Rows up to which `auto` scores every pair on CPU: it costs less than to build an index and
 # search it, where every row is a query.
 EXACT_ROWS_CPU = 60_000
-# Rows above which `auto` routes, on every platform. Accelerators score every pair up to it, some
-# hundred times faster than CPUs; on CPU it is ScaNN up to it, if that is installed, whose index
-# holds so many rows in one shard: every further shard costs a query as much again.
-ROUTED_ROWS = 4_000_000
+# Rows above which `auto` routes. Accelerators score every pair up to it, some hundred times faster
+# than CPUs. On a CPU it is ScaNN up to it: at equal recall as fast at a million rows, and half as
+# fast at two (benchmarks.routing).
+ROUTED_ROWS, ROUTED_ROWS_CPU = 4_000_000, 1_500_000
 READ_ROWS = 65536
 # Of a key's norm: the square of the distance of two keys is at most four times as large.
 _LARGEST_SQUARE = float(np.finfo(np.float32).max) / 8
@@ -263,8 +263,9 @@ def choose_engine(config: RetrievalConfig, num_rows: int, platform: str) -> Choi
                 "Linux only); retrieval.engine=routed needs no package"
             )
         return Choice("scann", "retrieval.engine=scann")
-    if num_rows > ROUTED_ROWS:
-        return Choice("routed", f"auto: {num_rows:,} rows are more than {ROUTED_ROWS:,}")
+    most_rows = ROUTED_ROWS_CPU if platform == "cpu" else ROUTED_ROWS
+    if num_rows > most_rows:
+        return Choice("routed", f"auto: {num_rows:,} rows are more than {most_rows:,}")
     exact_rows = EXACT_ROWS_CPU if platform == "cpu" else ROUTED_ROWS
     if num_rows <= exact_rows:
         return Choice(

@@ -176,7 +176,7 @@ def test_auto_says_what_it_chose_and_an_index_that_is_there_decides(make_run, ca
     run = make_run("retrieval.engine=auto")
     run_stages(index.stages(run))
     assert "index: exact engine (auto: 3,000 rows are at most" in capsys.readouterr().out
-    monkeypatch.setattr(engine, "ROUTED_ROWS", 2999)
+    monkeypatch.setattr(engine, "ROUTED_ROWS_CPU", 2999)
     machine = this_machine(str(run.store))
     assert chosen_engine(run, machine, ROWS["train"]) == "exact"
     assert ROUTED_FLOPS not in targets_estimate(run, "train")
@@ -205,7 +205,7 @@ def test_targets_take_a_less_thorough_search_than_the_index(make_run, name, caps
 
 
 def test_auto_routes_many_rows_from_plan_to_the_knn_lm(make_run, capsys, monkeypatch):
-    monkeypatch.setattr(engine, "ROUTED_ROWS", 2999)
+    monkeypatch.setattr(engine, "ROUTED_ROWS_CPU", 2999)
     run = make_run("retrieval.engine=auto", "retrieval.cells=40")
     machine = this_machine(str(run.store))
     assert chosen_engine(run, machine, ROWS["train"]) == "routed"

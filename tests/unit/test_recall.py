@@ -174,14 +174,15 @@ def test_the_choice_of_engine_is_explained(monkeypatch, installed):
     config = RetrievalConfig()
     chosen = {
         (rows, platform): choose_engine(config, rows, platform)
-        for rows in (60_000, 60_001, 4_000_000, 4_000_001)
-        for platform in ("cpu", "gpu", "tpu")
+        for platform, most in (("cpu", 1_500_000), ("gpu", 4_000_000), ("tpu", 4_000_000))
+        for rows in (60_000, 60_001, most, most + 1)
     }
     for platform in ("cpu", "gpu", "tpu"):
         between = "exact" if platform != "cpu" else "scann" if installed else "routed"
         engines = [one.engine for (_, on), one in chosen.items() if on == platform]
         assert engines == ["exact", between, between, "routed"]
-        assert chosen[4_000_001, platform].why == "auto: 4,000,001 rows are more than 4,000,000"
+    assert chosen[1_500_001, "cpu"].why == "auto: 1,500,001 rows are more than 1,500,000"
+    assert chosen[4_000_001, "tpu"].why == "auto: 4,000,001 rows are more than 4,000,000"
     assert "60,000 rows are at most 60,000" in chosen[60_000, "cpu"].why
     routed = choose_engine(RetrievalConfig(engine="routed"), 1000, "cpu")
     assert (routed.engine, routed.why) == ("routed", "retrieval.engine=routed")
