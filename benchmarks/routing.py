@@ -117,11 +117,12 @@ def _rate(one: Built, keys: ArrayKeys, num_neighbors: int) -> float:
     order_N = np.arange(block) if order_N is None else order_N
     sorting = (time.monotonic() - started) * one.num_queries / block  # Its share.
     started = time.monotonic()
-    batches = -(-one.num_queries // _BATCH)
-    for start in np.linspace(0, block - one.num_queries // batches, batches, dtype=int):
-        row_Q = order_N[start : start + one.num_queries // batches]
+    size = min(_BATCH, one.num_queries)
+    for start in np.linspace(0, block - size, one.num_queries // size, dtype=int):
+        row_Q = order_N[start : start + size]
         drop_own_row(one.engine.search(keys.take(row_Q), num_neighbors + 1), row_Q)
-    return one.num_queries / (time.monotonic() - started + sorting)
+    num_searched = one.num_queries // size * size
+    return num_searched / (time.monotonic() - started + sorting)
 
 
 def _measured(

@@ -85,9 +85,7 @@ class Inputs:
     cells: float = _given(1e6, "retrieval.cells (chosen: its largest)")
     rows_of_cell: float = _given(1025, "K + 1: fewer cells where these would hold less")
     visited_cells: float = _given(9, "VISITED")
-    routed_flops_per_sec_core: float = _given(
-        1e10, "RATE"
-    )
+    routed_flops_per_sec_core: float = _given(1e10, "RATE")
     targets_rows_per_sec_core: float = _given(
         16.5e3, "neighbours to targets (measured: 33,000 rows/s on 2 cores)"
     )
@@ -168,7 +166,10 @@ def plan(rows: float, given: Inputs) -> Plan:
         search_all_network_secs=rows * (state_bytes + given.hosts * answer_bytes) / network,
         merge_secs=rows / given.hosts * min(shards, given.hosts) * given.merge_secs_per_list,
         routed_centroids_bytes=4 * cells * given.width,
-        search_routed_secs=2 * given.width * rows * compared_cells
+        search_routed_secs=2
+        * given.width
+        * rows
+        * compared_cells
         / (given.routed_flops_per_sec_core * cores),
         exact_flops=exact,
         exact_secs=given.exact_passes * exact / flops_per_sec,

@@ -140,7 +140,7 @@ class RetrievalConfig(Section):
         "auto",
         "scann: approximate, re-ranked exactly; exact: brute force; routed: exact inside the "
         "k-means cells nearest to a query; auto: by the number of rows: exact, ScaNN (CPU), "
-        "routed; which at which is in docs/design.md",
+        "routed (docs/design.md)",
     )
     num_neighbors: Width = setting(256, "neighbours per row, K, without the row itself")
     min_recall: Fraction = setting(
@@ -161,7 +161,8 @@ class RetrievalConfig(Section):
     training_rows: Rows = setting(100_000, "rows for training ScaNN's index, at most")
     cells: Annotated[int, Field(ge=1, le=10**6), WHOLE] | Auto = setting(
         "auto",
-        "cells of the routed engine; auto: one for 256 rows, or for K + 1 if these are more",
+        "cells of the routed engine; auto: one for 256 rows, or for K + 1 if these are more; "
+        "centroids take at most 1 GiB",
     )
     cells_to_search: PositiveInt | Auto = setting(
         "auto", "cells visited per query (routed engine); auto: raised until the recall suffices"

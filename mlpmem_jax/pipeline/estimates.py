@@ -7,11 +7,11 @@ import numpy as np
 
 from mlpmem_jax.corpus.row_estimates import UNKNOWN_ROWS, count_rows, rows_entry
 from mlpmem_jax.errors import ArtifactError
+from mlpmem_jax.parallel.hardware import this_machine
 from mlpmem_jax.pipeline.graph import Artifacts
-from mlpmem_jax.pipeline.search_needs import indexed_engine
+from mlpmem_jax.pipeline.search_needs import chosen_engine
 from mlpmem_jax.retrieval import approximate
 from mlpmem_jax.retrieval.cells import num_cells
-from mlpmem_jax.retrieval.engine import is_routed
 from mlpmem_jax.retrieval.estimates import (
     cells_memory_bytes,
     exact_bytes,
@@ -208,8 +208,7 @@ def targets_estimate(run: Artifacts, split: Split) -> dict[str, Any]:
 
 
 def _is_routed(run: Artifacts, num_keys: int) -> bool:
-    found = indexed_engine(run)
-    return is_routed(run.config.retrieval, num_keys) if found is None else found == "routed"
+    return chosen_engine(run, this_machine(str(run.store)), num_keys) == "routed"
 
 
 def _routed_flops(run: Artifacts, num_keys: int) -> float:

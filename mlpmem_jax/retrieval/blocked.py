@@ -143,9 +143,11 @@ class BlockedSearch:
         # Few lists are long: distances of the places that are used alone.
         query_M, column_M = np.nonzero(place_QC >= 0)
         place_M1 = place_QC[query_M, column_M][:, None]
-        distance_M1 = squared_distances(query_QD[query_M], self._key_NA[:, : self._width], place_M1)
         distance_QC = np.full(place_QC.shape, np.inf, np.float32)
-        distance_QC[query_M, column_M] = distance_M1[:, 0]
+        for part in (slice(start, start + _KEYS) for start in range(0, len(query_M), _KEYS)):
+            some_QD, key_ND = query_QD[query_M[part]], self._key_NA[:, : self._width]
+            distance_B1 = squared_distances(some_QD, key_ND, place_M1[part])
+            distance_QC[query_M[part], column_M[part]] = distance_B1[:, 0]
         distance_QC[distance_QC > distance_Q[:, None]] = np.inf
         row_QC = self._row_N[np.maximum(place_QC, 0)]
         longest = min(wanted, int(np.isfinite(distance_QC).sum(axis=1).max(initial=0)))

@@ -18,8 +18,10 @@ from mlpmem_jax.retrieval.engine import READ_ROWS, Keys, row_ranges
 
 ITERATIONS = 8
 _SAMPLED_PER_CELL = 32
-_SAMPLE_BYTES = 1 << 30  # Many cells have fewer sampled rows, so that these take no more,
-_LEAST_SAMPLED = 8  # but not fewer than this, which would say little of a cell.
+# Sampled rows take this much at most: cells have fewer where there are many,
+_SAMPLE_BYTES = 1 << 30
+# but not fewer than this, which would say little of a cell.
+_LEAST_SAMPLED = 8
 _ROWS = 256  # Of a cell, on average: smaller ones cost more to choose than to search.
 _MOST_CENTROID_BYTES = 1 << 30  # Every process holds them.
 # A cell has at most so many times the mean of rows: what a query visits is bounded.

@@ -274,10 +274,3 @@ def choose_engine(config: RetrievalConfig, num_rows: int, platform: str) -> Choi
     if not installed:
         return Choice("routed", "auto: the package scann is not installed")
     return Choice("scann", f"auto: {num_rows:,} rows are more than {exact_rows:,}")
-
-
-def is_routed(config: RetrievalConfig, num_rows: int, platform: str = "cpu") -> bool:
-    """Returns whether `retrieval.engine` leads to routed search."""
-    if config.engine == "auto":
-        return choose_engine(config, num_rows, platform).engine == "routed"
-    return config.engine == "routed"

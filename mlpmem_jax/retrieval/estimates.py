@@ -190,8 +190,7 @@ def routed_plan(
 
     at_once = num_shards
     if budget_bytes is not None and held(num_shards) > budget_bytes:
-        one = held(1)
-        at_once = min(num_shards, max(1, budget_bytes // one))
+        at_once = min(num_shards, max(1, budget_bytes // held(1)))
     key = f"retrieval.shard_rows={config.shard_rows} (another index)"
     return _plan(config, num_shards, at_once, held(at_once), key)
 

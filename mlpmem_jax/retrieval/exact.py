@@ -102,7 +102,7 @@ class ExactEngine:
             num_neighbors: K, at most.
 
         Returns:
-            Lists ordered by (distance, row), as long as they need be.
+            Lists ordered by (distance, row), of at most K entries.
         """
         if self._on_host is not None:
             return self._numbered(self._on_host.search_within(query_QD, distance_Q, num_neighbors))

@@ -6,7 +6,6 @@ Suffixes: C centroids, G groups, M centroids around a group, S sampled rows, B k
 queries, V centroids that are wanted.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
@@ -19,18 +18,18 @@ from mlpmem_jax.parallel.agreement import array_of_first
 from mlpmem_jax.parallel.mesh import make_mesh
 from mlpmem_jax.retrieval.cells import Assigner, train_centroids
 from mlpmem_jax.retrieval.distances import squared_distances
-from mlpmem_jax.retrieval.engine import row_ranges
+from mlpmem_jax.retrieval.engine import READ_ROWS, row_ranges
 from mlpmem_jax.retrieval.merge import nearest
 
-# A query is compared with so many centroids; up to so many there is one group, and it is compared
-# with all.
+# Centroids that a query is compared with. Up to this number there is a single group.
 _AROUND = 2048
-# A key with fewer, to find the cell that it belongs to.
-_AROUND_TO_ASSIGN = 512
-_FINENESS = 4  # Groups are so many times √C.
+_AROUND_TO_ASSIGN = 512  # That a key is compared with, to find its cell while cells are made.
+_FINENESS = 4  # Groups for √C centroids.
 _SAMPLED_PER_GROUP = 64
+# Cells that were split have one centroid: more of them would leave no place for others.
+_MOST_COPIES = 256
 _SCORES = 1 << 23  # Of queries and centroids at once.
-_SPARE = 8  # Compared again by differences, so that rounding decides nothing.
+_SPARE = 8  # Compared again by differences, so that rounding has no effect.
 
 
 def num_groups(cells: int) -> int:
@@ -45,49 +44,68 @@ def compared(cells: int, *, is_query: bool = True) -> int:
     return num_groups(cells) + (_AROUND if is_query else _AROUND_TO_ASSIGN)
 
 
-@dataclasses.dataclass(frozen=True)
 class Centroids:
     """Centroids of cells, and of groups of these.
 
-    Attributes:
+    Args:
         centroid_CD: float32.
         group_GD: float32; a single one: all centroids are compared.
         around_GM: The centroids nearest to each group, nearest first, int32; none if it is one.
     """
 
-    centroid_CD: np.ndarray
-    group_GD: np.ndarray
-    around_GM: np.ndarray
+    def __init__(self, centroid_CD: np.ndarray, group_GD: np.ndarray, around_GM: np.ndarray):
+        self.centroid_CD, self.group_GD, self.around_GM = centroid_CD, group_GD, around_GM
+        self._mean_D = centroid_CD.mean(axis=0)
+        self._norm_C = np.empty(len(centroid_CD), np.float32)
+        for part in row_ranges(len(centroid_CD), READ_ROWS):
+            centred_BD = centroid_CD[part] - self._mean_D
+            self._norm_C[part] = np.einsum("bd,bd->b", centred_BD, centred_BD)
+        self._groups = None if len(group_GD) == 1 else one_group(group_GD)
 
     @classmethod
     def of(cls, centroid_CD: np.ndarray, group_GD: np.ndarray) -> "Centroids":
-        """Returns centroids with what is around each group."""
-        count = min(_AROUND, len(centroid_CD)) if len(group_GD) > 1 else 0
+        """Returns centroids with what is around each group; equal ones must be neighbours."""
+        one = cls(centroid_CD, group_GD, np.empty((len(group_GD), 0), np.int32))
+        if len(group_GD) == 1:
+            return one
+        is_new_C = np.append(True, (centroid_CD[1:] != centroid_CD[:-1]).any(axis=1))
+        first_C = np.maximum.accumulate(np.where(is_new_C, np.arange(len(is_new_C)), 0))
+        number_C = np.flatnonzero(np.arange(len(is_new_C)) - first_C < _MOST_COPIES)
+        count = min(_AROUND, len(number_C))
         around_GM = np.empty((len(group_GD), count), np.int32)
-        if count:
-            scorer = _Scorer(centroid_CD)
-            for part in _parts(len(group_GD), len(centroid_CD)):
-                score_GC = scorer(group_GD[part])
-                number_GM = np.argpartition(score_GC, count - 1, axis=1)[:, :count]
-                score_GM = np.take_along_axis(score_GC, number_GM, axis=1)
-                order_GM = np.lexsort((number_GM, score_GM), axis=1)
-                around_GM[part] = np.take_along_axis(number_GM, order_GM, axis=1)
+        for part in _parts(len(group_GD), len(number_C)):
+            score_GC = one._scores(group_GD[part], number_C)
+            place_GM = np.argpartition(score_GC, count - 1, axis=1)[:, :count]
+            score_GM = np.take_along_axis(score_GC, place_GM, axis=1)
+            order_GM = np.lexsort((place_GM, score_GM), axis=1)
+            around_GM[part] = number_C[np.take_along_axis(place_GM, order_GM, axis=1)]
         return cls(centroid_CD, group_GD, around_GM)
 
-    def nearest(self, query_QD: np.ndarray, count: int) -> np.ndarray:
+    def groups_of(self, query_QD: np.ndarray) -> np.ndarray:
+        """Returns the group that is nearest to each query, int64 [Q]."""
+        if self._groups is None:
+            return np.zeros(len(query_QD), np.int64)
+        return self._groups.nearest(query_QD, 1)[:, 0]
+
+    def nearest(
+        self, query_QD: np.ndarray, count: int, group_Q: np.ndarray | None = None
+    ) -> np.ndarray:
         """Returns the nearest centroids in order of distance, int64 [Q, V].
 
-        With several groups, the nearest of those around the group that is nearest to a query;
-        if more than a quarter of these are wanted, of all.
+        With several groups, the nearest of those around the group of a query; if more than a
+        quarter of these are wanted, of all.
+
+        Args:
+            query_QD: float32 queries.
+            count: V.
+            group_Q: Their groups, where these are known.
         """
-        if len(self.group_GD) == 1 or 4 * count > _AROUND:
-            return _nearest(query_QD, self.centroid_CD, count)
+        if self._groups is None or 4 * count > self.around_GM.shape[1]:
+            return self._nearest(query_QD, count, None)
         number_QV = np.empty((len(query_QD), count), np.int64)
-        group_Q = _nearest(query_QD, self.group_GD, 1)[:, 0]
-        for group, place_Q in members(group_Q):
+        for group, place_Q in members(self.groups_of(query_QD) if group_Q is None else group_Q):
             around_M = np.sort(self.around_GM[group])
-            found_QV = _nearest(query_QD[place_Q], self.centroid_CD[around_M], count)
-            number_QV[place_Q] = around_M[found_QV]
+            number_QV[place_Q] = self._nearest(query_QD[place_Q], count, around_M)
         return number_QV
 
     def assigned(self, key_BD: np.ndarray, group_B: np.ndarray) -> np.ndarray:
@@ -95,9 +113,30 @@ class Centroids:
         number_B = np.empty(len(key_BD), np.int32)
         for group, place_B in members(group_B):
             around_M = np.sort(self.around_GM[group, :_AROUND_TO_ASSIGN])
-            score_BM = _Scorer(self.centroid_CD[around_M])(key_BD[place_B])
-            number_B[place_B] = around_M[score_BM.argmin(axis=1)]
+            number_B[place_B] = around_M[self._scores(key_BD[place_B], around_M).argmin(axis=1)]
         return number_B
+
+    def _nearest(self, query_QD: np.ndarray, count: int, number_M: np.ndarray | None) -> np.ndarray:
+        """Returns the nearest of some centroids, or of all, in order of distance: int64 [Q, V]."""
+        num_compared = len(self.centroid_CD) if number_M is None else len(number_M)
+        kept = min(count + _SPARE, num_compared)
+        number_QV = np.empty((len(query_QD), kept), np.int64)
+        for part in _parts(len(query_QD), num_compared):
+            score_QM = self._scores(query_QD[part], number_M)
+            place_QV = np.argpartition(score_QM, kept - 1, axis=1)[:, :kept]
+            number_QV[part] = place_QV if number_M is None else number_M[place_QV]
+        distance_QV = squared_distances(query_QD, self.centroid_CD, number_QV)
+        return nearest(distance_QV, number_QV, count).row_QK
+
+    def _scores(self, query_QD: np.ndarray, number_M: np.ndarray | None) -> np.ndarray:
+        """Returns squared distances up to a constant of the query, float32 [Q, M]."""
+        centroid_MD, norm_M = self.centroid_CD, self._norm_C
+        if number_M is not None:
+            centroid_MD, norm_M = centroid_MD[number_M], norm_M[number_M]
+        # ‖c − m‖² − 2 c·(q − m): as small as distances allow, so that they round little.
+        score_QM = (-2 * (query_QD - self._mean_D)) @ centroid_MD.T
+        score_QM += norm_M
+        return score_QM
 
 
 def one_group(centroid_CD: np.ndarray) -> Centroids:
@@ -110,7 +149,7 @@ def train(sample_SD: np.ndarray, cells: int, mesh: Mesh) -> Centroids:
 
     Args:
         sample_SD: float32 keys in a random order, the same in all processes.
-        cells: C; of several groups each has a power of two, and C is met on average.
+        cells: C; approximate with several groups, because each gets a power of two.
         mesh: Devices of all processes, each with its share of the sample.
     """
     if num_groups(cells) == 1:
@@ -155,31 +194,6 @@ def members(group_N: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     order_N = np.argsort(group_N, kind="stable")
     found, first = np.unique(group_N[order_N], return_index=True)
     return zip(found.tolist(), np.split(order_N, first)[1:], strict=True)
-
-
-class _Scorer:
-    """Gives squared distances from some centroids, up to a constant of the query."""
-
-    def __init__(self, centroid_CD: np.ndarray):
-        self._mean_D = centroid_CD.mean(axis=0)  # Centred: products round less.
-        self._centred_CD = centroid_CD - self._mean_D
-        self._norm_C = np.einsum("cd,cd->c", self._centred_CD, self._centred_CD)
-
-    def __call__(self, query_QD: np.ndarray) -> np.ndarray:
-        """Returns float32 [Q, C]."""
-        score_QC = (-2 * (query_QD - self._mean_D)) @ self._centred_CD.T
-        score_QC += self._norm_C
-        return score_QC
-
-
-def _nearest(query_QD: np.ndarray, centroid_CD: np.ndarray, count: int) -> np.ndarray:
-    """Returns the nearest of some centroids in order of distance, int64 [Q, V]."""
-    kept, scorer = min(count + _SPARE, len(centroid_CD)), _Scorer(centroid_CD)
-    number_QV = np.empty((len(query_QD), kept), np.int64)
-    for part in _parts(len(query_QD), len(centroid_CD)):
-        number_QV[part] = np.argpartition(scorer(query_QD[part]), kept - 1, axis=1)[:, :kept]
-    distance_QV = squared_distances(query_QD, centroid_CD, number_QV)
-    return nearest(distance_QV, number_QV, count).row_QK
 
 
 def _parts(num_queries: int, cells: int) -> Iterator[slice]:

@@ -162,13 +162,13 @@ def _consecutive(shards: Sequence[int], most: int) -> list[list[int]]:
 
 
 def _blocks(writer: ShardWriter, shards: Sequence[int], most_rows: int) -> Iterator[slice]:
-    """Returns the rows of consecutive shards, cut into what is read at once."""
+    """Yields the rows of consecutive shards, cut into what is read at once."""
     if not shards:
-        return iter(())
+        return
     first, last = writer.rows_of(shards[0]), writer.rows_of(shards[-1])
     num_rows = last.stop - first.start
     even = -(-num_rows // -(-num_rows // most_rows))
-    return row_ranges(last.stop, even, first=first.start)
+    yield from row_ranges(last.stop, even, first=first.start)
 
 
 def rows_at_once(query_batch: int, width: int, num_neighbors: int) -> int:

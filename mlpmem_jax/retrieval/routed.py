@@ -96,22 +96,26 @@ class Cells:
         """Returns the rows of consecutive cells."""
         return int(self.start_C[cells.stop] - self.start_C[cells.start])
 
-    def visited(self, query_QD: np.ndarray, count: int, wanted: int) -> np.ndarray:
+    def visited(
+        self, query_QD: np.ndarray, count: int, wanted: int, group_Q: np.ndarray | None = None
+    ) -> np.ndarray:
         """Returns the cells that each query visits, nearest first: int64 [Q, V], -1 for none.
 
         Args:
             query_QD: float32 queries.
             count: Cells to visit.
             wanted: Rows to visit at least, if there are as many.
+            group_Q: The group of centroids nearest to each query, where it is known.
         """
         cells, needed = len(self.centroid_CD), min(wanted, self.num_rows)
         count = min(count, cells)
-        cell_QV = self.centroids.nearest(query_QD, count)
+        cell_QV = self.centroids.nearest(query_QD, count, group_Q)
         size_C = np.diff(self.start_C)
         short_Q, most = np.flatnonzero(size_C[cell_QV].sum(axis=1) < needed), count
         while len(short_Q) and most < cells:
             most = min(cells, 2 * most)
-            cell_SV = self.centroids.nearest(query_QD[short_Q], most)
+            group_S = None if group_Q is None else group_Q[short_Q]
+            cell_SV = self.centroids.nearest(query_QD[short_Q], most, group_S)
             size_SV = size_C[cell_SV]
             before_SV = np.cumsum(size_SV, axis=1) - size_SV
             is_visited = (np.arange(most) < count) | (before_SV < needed)
@@ -178,9 +182,7 @@ class RoutedEngine:
         found = no_neighbors(len(query_QD), num_neighbors)
         threads = min(_MOST_THREADS, max(2, (os.cpu_count() or 2) // 2))
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            parts = list(row_ranges(len(query_QD), max(1, -(-len(query_QD) // threads))))
-            visits = pool.map(lambda part: self._visited(query_QD[part], num_neighbors), parts)
-            cell_QV = _stacked(list(visits))
+            cell_QV = self._visits(query_QD, num_neighbors, threads, pool)
             order_Q = self._by_cell(cell_QV)
             pieces = list(self._pieces(cell_QV, order_Q, num_neighbors, threads))
             lists = pool.map(
@@ -216,11 +218,30 @@ class RoutedEngine:
         others = np.setdiff1d(np.arange(rows.stop - rows.start), held, assume_unique=True)
         return np.concatenate([held, others])
 
-    def _visited(self, query_QD: np.ndarray, wanted: int) -> np.ndarray:
+    def _visits(
+        self,
+        query_QD: np.ndarray,
+        wanted: int,
+        threads: int,
+        pool: concurrent.futures.ThreadPoolExecutor,
+    ) -> np.ndarray:
         """Returns the cells in memory that each query visits, -1 elsewhere."""
-        if self._visited_rows is not None:
-            wanted = self._visited_rows
-        cell_QV = self._cells.visited(query_QD, self.settings.cells_to_search, wanted)
+        count = self.settings.cells_to_search
+        wanted = wanted if self._visited_rows is None else self._visited_rows
+        # Queries of a group are compared with the same centroids: a thread has all of them.
+        group_Q = self._cells.centroids.groups_of(query_QD)
+        order_Q = np.argsort(group_Q, kind="stable")
+        parts = np.array_split(order_Q, threads)
+        found = _stacked(
+            list(
+                pool.map(
+                    lambda part: self._cells.visited(query_QD[part], count, wanted, group_Q[part]),
+                    parts,
+                )
+            )
+        )
+        cell_QV = np.empty_like(found)
+        cell_QV[order_Q] = found
         is_held = (cell_QV >= self._held.start) & (cell_QV < self._held.stop)
         return np.where(is_held, cell_QV, -1)
 

@@ -6,7 +6,7 @@ a shard at a time. Suffixes: C centroids, R runs, N rows, P places.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ from mlpmem_jax.store.stored_array import StoredArray
 
 CELLS = "cells"
 _CENTROIDS, _RUNS = "centroids", "runs"
+_BOUNDS_BYTES = 256 << 20  # Of where shards of the result begin and end in runs.
 _RUN_CHUNK_ROWS = 64  # A shard of the result takes few rows of each of many runs.
 
 
@@ -176,10 +177,24 @@ def _write_cells(writer: ShardWriter, runs: ShardWriter, count_C: np.ndarray) ->
     """Writes the shards of the result that are missing; every process makes its own."""
     stores = {name: open_array(runs.path / name) for name in ("key", "row", "cell")}
     missing = writer.own_rows()
-    bounds = sorted({place for places in missing for place in (places.start, places.stop)})
-    before_RP = _rows_before(runs, count_C, np.array(bounds, np.int64))
-    for places in missing:
-        start_R, stop_R = (before_RP[:, bounds.index(at)] for at in (places.start, places.stop))
+    at_once = max(1, _BOUNDS_BYTES // (16 * runs.num_shards))
+    for some in row_ranges(len(missing), at_once):
+        _write_some(writer, missing[some], runs, count_C, stores)
+    writer.close()
+
+
+def _write_some(
+    writer: ShardWriter,
+    missing: Sequence[slice],
+    runs: ShardWriter,
+    count_C: np.ndarray,
+    stores: Mapping[str, Any],
+) -> None:
+    """Writes some shards of the result, each from its part of every run."""
+    bounds = np.array([(places.start, places.stop) for places in missing], np.int64)
+    before_RP = _rows_before(runs, count_C, bounds.ravel()).reshape(runs.num_shards, -1, 2)
+    for number, places in enumerate(missing):
+        start_R, stop_R = before_RP[:, number, 0], before_RP[:, number, 1]
         parts = [slice(*part) for part in zip(start_R.tolist(), stop_R.tolist(), strict=True)]
         parts = [part for part in parts if part.start < part.stop]
         # In the order of runs, and so of rows: a stable sort leaves a cell's rows ascending.
@@ -189,7 +204,6 @@ def _write_cells(writer: ShardWriter, runs: ShardWriter, count_C: np.ndarray) ->
         }
         order_N = np.argsort(read.pop("cell"), kind="stable")
         writer.put(places.start, {name: values[order_N] for name, values in read.items()})
-    writer.close()
 
 
 def _rows_before(runs: ShardWriter, count_C: np.ndarray, place_P: np.ndarray) -> np.ndarray:

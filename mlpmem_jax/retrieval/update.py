@@ -134,7 +134,7 @@ class _Update:
         return drop_own_row(found, row_Q) if self._excludes_own else found
 
     def _merge_new(self, lists: Neighbors, query_QD: np.ndarray, place_Q: np.ndarray) -> None:
-        """Puts into each list the new rows that are nearer than its last."""
+        """Puts into each list the new rows that are no farther than its last."""
         self.among_new += len(place_Q)
         farthest_Q = lists.distance_QK[place_Q, -1]
         found = self._near_new(query_QD[place_Q], farthest_Q)

@@ -86,7 +86,7 @@ def test_a_missing_package_is_noticed_first(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "scann", None)
     assert _start("run", tmp_path / "run", "retrieval.engine=scann") == 2
     (line,) = _errors(capsys)
-    assert "retrieval.engine=scann" in line and "retrieval.engine=exact" in line
+    assert "retrieval.engine=scann" in line and "retrieval.engine=routed" in line
     assert not (tmp_path / "run").exists()
 
 

@@ -105,6 +105,23 @@ def test_few_values_make_few_groups_and_all_rows_are_found(tmp_path, key):
     assert all(len(set(rows)) == 25 for rows in some.row_QK.tolist())
 
 
+def test_split_cells_leave_room_for_others(monkeypatch):
+    """Most rows are equal: their cells share a centroid, and do not fill what is around it."""
+    monkeypatch.setattr(groups, "_MOST_COPIES", 16)
+    far = _keys(300)
+    centroid_CD = np.concatenate([np.repeat(far[:1], 1000, axis=0), far[1:]])
+    found = groups.Centroids.of(centroid_CD, far[:40])
+    assert found.around_GM.shape == (40, 128)
+    copies = (found.around_GM < 1000).sum(axis=1)
+    assert copies.max() == 16
+    # Of all that is no further copy, the nearest; of the copies any.
+    every = np.concatenate([centroid_CD[:16], far[1:]])
+    expected = np.sort(np.square(far[:40, None] - every).sum(axis=2), axis=1)[:, :128]
+    distance = np.square(far[:40, None] - centroid_CD[found.around_GM]).sum(axis=2)
+    np.testing.assert_allclose(distance, expected, rtol=1e-4, atol=1e-4)
+    assert all(len(set(one)) == 128 for one in found.around_GM.tolist())
+
+
 def test_recall_is_that_of_cells_without_groups(tmp_path, monkeypatch):
     key, found = _keys(), {}
     keys = ArrayKeys(key)
