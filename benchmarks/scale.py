@@ -82,10 +82,18 @@ class Inputs:
     )
     shard_rows: float = _given(1e6, "retrieval.shard_rows (chosen: its default is 4 million)")
     leaf_share: float = _given(0.04, "leaves visited (measured: 60 of 1513, recall@256 0.997)")
-    cells: float = _given(1e6, "retrieval.cells (chosen: its largest)")
-    rows_of_cell: float = _given(1025, "K + 1: fewer cells where these would hold less")
-    visited_cells: float = _given(9, "VISITED")
-    routed_flops_per_sec_core: float = _given(1e10, "RATE")
+    cells: float = _given(
+        1e6, "retrieval.cells (chosen: its largest; auto takes a gigabyte of them)"
+    )
+    rows_of_cell: float = _given(1025, "K + 1, of a cell at least (our format)")
+    visited_cells: float = _given(
+        15, "cells of a query (measured: benchmarks.routing, 8M rows of width 64, recall 0.92)"
+    )
+    # 321 queries a second, each 2 · 1024 · (110 + 30 · 909).
+    routed_flops_per_sec_core: float = _given(
+        321 * 2 * 1024 * (110 + 30 * 909),
+        "of a routed search (measured: benchmarks.routing, 100k rows of width 1024, K 1024)",
+    )
     targets_rows_per_sec_core: float = _given(
         16.5e3, "neighbours to targets (measured: 33,000 rows/s on 2 cores)"
     )

@@ -26,8 +26,11 @@ def test_what_is_quadratic_and_what_is_not():
     for field in ("search_all_secs", "exact_secs"):
         # (Hosts hold whole shards, so not to the last digit.)
         assert getattr(large, field) == pytest.approx(100 * getattr(small, field), rel=0.01)
-    for field in ("embed_secs", "keys_bytes", "train_stored_secs", "search_routed_secs"):
+    for field in ("embed_secs", "keys_bytes", "train_stored_secs"):
         assert getattr(large, field) == pytest.approx(10 * getattr(small, field))
+    # Routed: what a query visits is the same until there are as many cells as there can be.
+    times = [plan(size, GIVEN).search_routed_secs / size for size in (1e7, 1e9, 1e10, 1e11)]
+    assert times[0] < times[1] < 1.3 * times[0] and times[3] > 9 * times[2]
 
 
 def test_measured_search_rate_is_reproduced():
