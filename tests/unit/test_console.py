@@ -168,7 +168,12 @@ def test_limits_of_the_process_are_named(tmp_path, command, limit, expected):
     place = ["--config", CONFIG, "--workdir", str(tmp_path / "run")]
     if command == "pretrain":
         assert run("tokenize", *place).returncode == 0
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        # Under `ulimit -f` Python writes compiled modules in part, and other tests would import them.
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     done = subprocess.run(
         ["bash", "-c", f'ulimit {limit} && exec "$@"', "bash", sys.executable, "-m", "mlpmem_jax",
          command, *place],
