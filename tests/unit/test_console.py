@@ -171,7 +171,7 @@ def test_limits_of_the_process_are_named(tmp_path, command, limit, expected):
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_ENABLE_COMPILATION_CACHE": "false",
-        # Under `ulimit -f` Python writes compiled modules in part, and other tests would import them.
+        # Python writes compiled modules in part under `ulimit -f`, for other tests to import.
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     done = subprocess.run(
