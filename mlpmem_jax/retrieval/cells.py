@@ -18,9 +18,9 @@ from mlpmem_jax.retrieval.engine import READ_ROWS, Keys, row_ranges
 
 ITERATIONS = 8
 _SAMPLED_PER_CELL = 32
-# Sampled rows take this much at most: cells have fewer where there are many,
+# Where the sample would take more than this, a cell has fewer rows in it.
 _SAMPLE_BYTES = 1 << 30
-# but not fewer than this, which would say little of a cell.
+# Fewer sampled rows than this say little of a cell.
 _LEAST_SAMPLED = 8
 _ROWS = 256  # Of a cell, on average: smaller ones cost more to choose than to search.
 _MOST_CENTROID_BYTES = 1 << 30  # Every process holds them.
