@@ -49,7 +49,12 @@ class RecipeConfig(Section):
     parts: Literal["all", "decoder", "beside"] = setting(
         "all",
         "all: decoder with memory; decoder: the decoder alone; beside: the decoder interpolated "
-        "with the configuration's decoder",
+        "with the decoder of the configuration or of base",
+    )
+    base: Text | None = setting(
+        None,
+        "an earlier one of compare.recipes, whose configuration is changed; not set: the "
+        "configuration",
     )
     teacher: Text | None = setting(None, "one of compare.teachers; not set: the row's decoder")
 

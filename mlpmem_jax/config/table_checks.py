@@ -54,19 +54,26 @@ def _settings(config: Config) -> Iterator[str]:
 
 def _recipes(config: Config) -> Iterator[str]:
     rows: list[str] = list(ALL_ROWS)
+    earlier: list[str] = []
     teachers = [teacher.name for teacher in config.compare.teachers]
     for place, recipe in enumerate(config.compare.recipes):
         where, teacher = f"compare.recipes.{place}", recipe.teacher
         if recipe.name in rows:
             yield f"{where}.name={recipe.name} is the name of another row"
-        if not recipe.overrides and teacher is None:
+        if not recipe.overrides and teacher is None and recipe.base is None:
             yield f"{where}.overrides=[] must change at least one key"
         if teacher is not None and teacher not in teachers:
             known = ", ".join(teachers) or "there are none"
             yield f"{where}.teacher={teacher} is none of compare.teachers ({known})"
         if teacher is not None and recipe.parts != "all":
             yield f"{where}.teacher={teacher} teaches a memory: {where}.parts must be all"
+        if recipe.base is not None and recipe.base not in earlier:
+            known = ", ".join(earlier) or "there are none"
+            yield f"{where}.base={recipe.base} is none of the rows before it ({known})"
+        if recipe.base is not None and teacher is not None:
+            yield f"{where}.teacher={teacher} has no effect with {where}.base: it is that row's"
         rows.append(recipe.name)
+        earlier.append(recipe.name)
 
 
 def _teachers(config: Config) -> Iterator[str]:

@@ -62,6 +62,25 @@ from tests.pipeline.test_compare import run
             "compare.recipes.0: a teacher must have the tokens of what it teaches",
         ),
         (
+            ["compare.recipes=[{name: a, base: b}, {name: b, overrides: [train.alpha=1]}]"],
+            "compare.recipes.0.base=b is none of the rows before it (there are none)",
+        ),
+        (
+            ["compare.recipes=[{name: a, teacher: wide}, {name: b, base: a, teacher: wide}]"],
+            "compare.recipes.1.teacher=wide has no effect with compare.recipes.1.base",
+        ),
+        (
+            [
+                "compare.recipes=[{name: a, overrides: [decoder.width=16]}, {name: b, base: a, "
+                "parts: beside}]"
+            ],
+            "compare.recipes.1.overrides=[] have no effect",
+        ),
+        (
+            ["compare.recipes=[{name: a, overrides: [train.x=1]}, {name: b, base: a}]"],
+            "compare.recipes.0: train.x=1: unknown key",
+        ),
+        (
             ["compare.recipes=[{name: a, parts: beside, overrides: [corpus.max_bytes=70_000]}]"],
             "compare.recipes.0: parts=beside mixes networks, which need the same tokens",
         ),

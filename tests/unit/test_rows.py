@@ -95,6 +95,32 @@ def test_a_row_can_mix_the_decoder_with_another(tiny_config: Config):
     assert len(set(row.decoders())) == 2
 
 
+def test_a_row_can_start_from_another_row(tiny_config: Config):
+    """Its decoder and its targets are that row's, whether it has a memory or stands beside it."""
+    own = ", ".join(
+        (
+            "{name: wide, parts: decoder, overrides: [decoder.width=24]}",
+            "{name: wide-memory, base: wide}",
+            "{name: wide-ce, base: wide-memory, overrides: [train.alpha=0]}",
+            "{name: second, base: wide, parts: beside, "
+            "overrides: [decoder.num_layers=1, pretrain.alpha=0.4]}",
+        )
+    )
+    config = changed_config(tiny_config, {}, [f"compare.recipes=[{own}]"])
+    check_recipes(Artifacts(config))
+    plan = SeedPlan(config, 7)
+    rows = {one.name: planned_row(plan, one.name) for one in config.compare.recipes}
+    runs = {name: [part.run for part in row.parts] for name, row in rows.items() if row}
+    assert runs["wide"][0].config.decoder.width == 24
+    wide = {runs[name][0].decoder.relative for name in runs}
+    assert wide == {runs["wide"][0].decoder.relative} != {plan.base.run.decoder.relative}
+    memory, plain = (runs[name][1] for name in ("wide-memory", "wide-ce"))
+    assert (memory.config.train.alpha, plain.config.train.alpha) == (0.4, 0)
+    assert memory.targets("train").relative == plain.targets("train").relative
+    second = runs["second"][1].decoder
+    assert memory.targets("train").relative in {made.relative for made in second.inputs}
+
+
 def test_networks_of_other_tokens_are_not_mixed(make_config: Callable[..., Config]):
     recipe = "{name: second, parts: beside, overrides: [tokenizer.vocab_size=290]}"
     config = make_config(f"compare.recipes=[{recipe}]")

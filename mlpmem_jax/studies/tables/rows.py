@@ -102,13 +102,24 @@ class SeedPlan:
         }
         return Part("joint", changed_variant(self.base, overrides, label))
 
+    def base_of(self, recipe: RecipeConfig) -> Variant:
+        """Returns the configuration that a row of one's own changes, with its decoder and targets.
+
+        Raises:
+            ConfigError: A key or value of another row or of a teacher is wrong.
+        """
+        if recipe.base is not None:
+            (named,) = (one for one in self.config.compare.recipes if one.name == recipe.base)
+            return changed_variant(self.base_of(named), {}, named.name, named.overrides)
+        return self.base if recipe.teacher is None else self.taught(recipe.teacher)
+
     def changed(self, recipe: RecipeConfig) -> Variant:
         """Returns the configuration with the changes of a row of one's own.
 
         Raises:
             ConfigError: A key or value is wrong.
         """
-        base = self.base if recipe.teacher is None else self.taught(recipe.teacher)
+        base = self.base_of(recipe)
         if recipe.parts == "all":
             return changed_variant(base, {}, recipe.name, texts=recipe.overrides)
         alone = without_memory(base)
@@ -306,7 +317,9 @@ def _own_parts(recipe: RecipeConfig, plan: SeedPlan) -> tuple[Part, ...]:
     alone = Part("decoder", changed)
     if recipe.parts == "decoder":
         return (alone,)
-    return (plan.decoder, alone) if recipe.parts == "beside" else model_parts(changed)
+    if recipe.parts == "beside":
+        return (Part("decoder", plan.base_of(recipe)), alone)
+    return model_parts(changed)
 
 
 def row_recipe(compare: CompareConfig, key: str) -> RowRecipe:
@@ -341,12 +354,14 @@ def check_recipes(run: Artifacts) -> None:
             refused.add(teacher.name)
             mistakes += [f"compare.teachers.{place}: {message}" for message in error.messages]
     for place, recipe in enumerate(config.compare.recipes):
-        if recipe.teacher in refused:
+        if refused & {recipe.teacher, recipe.base}:
+            refused.add(recipe.name)
             continue
         where = f"compare.recipes.{place}"
         try:
             parts = _own_parts(recipe, plan)
         except ConfigError as error:
+            refused.add(recipe.name)
             mistakes += [f"{where}: {message}" for message in error.messages]
             continue
         if len({part.run.tokens.relative for part in parts}) > 1:
@@ -354,7 +369,8 @@ def check_recipes(run: Artifacts) -> None:
                 f"{where}: parts={recipe.parts} mixes networks, which need the same tokens: the "
                 "same keys of corpus and tokenizer"
             )
-        if _scored(parts) <= configured:
+        found = _scored(parts)
+        if found <= configured or len(found) < len(parts):  # A decoder is not mixed with itself.
             mistakes.append(f"{where}.overrides={list(recipe.overrides)} have no effect")
     if mistakes:
         raise ConfigError(mistakes)
