@@ -163,7 +163,11 @@ class MemoryConfig(Section):
     )
     ngram_width: Width = setting(32, "width of each n-gram table")
     head: Literal["untied", "tied"] = setting("untied", "output head; tied: the decoder's")
-    gate: Literal["none", "learned"] = setting("none", "learned: λ per token, from the input")
+    gate: Literal["none", "learned", "fitted"] = setting(
+        "none",
+        "λ per token, from the input; learned: trained with the joint loss; fitted: fitted to "
+        "validation once the memory is trained",
+    )
     gate_floor: float = setting(0.0, "smallest distance of the gate from 0 and 1", ge=0, le=0.49)
     temperature: float = setting(1.0, "divides the memory's logits", ge=1e-3, le=1e3)
     norm_epsilon: Epsilon = setting(1e-5, "constant added to the variance in norms")
@@ -178,6 +182,11 @@ class MemoryConfig(Section):
         if self.biases == "auto":
             return "all" if self.block == "gelu" else "none"
         return self.biases
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether λ is a function of the input."""
+        return self.gate != "none"
 
     @property
     def num_read_tokens(self) -> int:

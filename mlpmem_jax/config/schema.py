@@ -139,11 +139,16 @@ class Config(Section):
         return self.train.interpolation if final is None else final
 
     @property
+    def reads_logprob(self) -> bool:
+        """Whether `train` reads the decoder's log-probabilities with the stored rows."""
+        return self.loss_weights.joint > 0 or self.memory.gate == "fitted"
+
+    @property
     def attends_within(self) -> bool:
         """Whether attention stays within documents."""
         return self.corpus.attention == "within"
 
     @property
     def brings_interpolation(self) -> bool:
-        """Whether λ is part of training: fixed in the loss, or given by a gate."""
-        return self.memory.gate == "learned" or self.trained_interpolation is not None
+        """Whether `train` decides λ: fixed in the loss, or given by a gate."""
+        return self.memory.has_gate or self.trained_interpolation is not None

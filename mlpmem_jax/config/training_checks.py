@@ -67,6 +67,11 @@ def _losses(config: Config) -> Iterator[str]:
 
 def _gate(config: Config) -> Iterator[str]:
     train, floor = config.train, config.memory.gate_floor
+    if config.memory.gate == "fitted" and config.decoder_runs:
+        yield (
+            "memory.gate=fitted is fitted to stored rows of validation: it requires "
+            f"train.mode=memory and train.inputs=stored, not {train.mode} and {train.inputs}"
+        )
     if config.memory.gate != "learned":
         return
     if config.loss_weights.joint == 0:

@@ -60,7 +60,7 @@ def score_joint(
             )
             for name, head in heads.items()
         }
-        if memory.config.gate == "learned":
+        if memory.config.has_gate:
             rows["gate"] = memory.interpolation(input_BRX)
         return rows
 

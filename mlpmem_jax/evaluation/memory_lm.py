@@ -61,7 +61,7 @@ def score_memory(
     assert source.batch_size is not None
     graphdef, state = nnx.split(memory)
     tables = (None, None) if decoder is None else (decoder.head_VD(), decoder.embedding[...])
-    has_gate = memory.config.gate == "learned"
+    has_gate = memory.config.has_gate
 
     def score(state: Any, tables: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
         network: Any = nnx.merge(graphdef, state)

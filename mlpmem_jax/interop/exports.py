@@ -59,7 +59,7 @@ def model_settings(
             "ngram_rows": padded_vocab_size(memory.ngram_rows),
             "ngram_width": memory.ngram_width,
             "head": memory.head,
-            "gate": memory.gate,
+            "gate": "learned" if memory.has_gate else "none",
             "gate_floor": memory.gate_floor,
             "temperature": memory.temperature,
             "interpolation": weight,

@@ -85,7 +85,7 @@ def _own_parts(config: MemoryConfig, decoder_width: int, vocab_size: int) -> Ite
         vectors |= {"input_mean": "input_mean", "input_inverse_std": "input_inverse_std"}
     elif config.input_norm == "rms":
         vectors["input/input_norm_scale"] = "input_norm.weight"
-    if config.gate == "learned":
+    if config.has_gate:
         row = (1, input_width)
         yield Entry("gate", None, Tensor("gate.weight", row, np.ravel, lambda x: x.reshape(row)))
         yield Entry("gate_bias", None, Tensor("gate.bias", (1,)))

@@ -85,7 +85,7 @@ class Memory(nnx.Module):
         if config.head == "untied":
             table = (self.padded_vocab, width)
             self.head = parameter(table, ("vocab", "embed"), scale, "head", rngs)
-        if config.gate == "learned":
+        if config.has_gate:
             # Zero weights: at first every input gets the same λ.
             self.gate = parameter((input_width,), ("state",), 0.0, "vector", rngs, exact=True)
             start = gate_logit(gate_start, config.gate_floor)
@@ -194,14 +194,14 @@ class Memory(nnx.Module):
         return x_TE.reshape(*input_BLX.shape[:-1], config.width)
 
     def interpolation(self, input_BLX: jax.Array) -> jax.Array:
-        """Returns λ of each input, float32 [...], in [floor, 1 - floor] (memory.gate=learned)."""
-        assert self.config.gate == "learned"
-        logit_BL = self._normalized(input_BLX) @ self.gate[...] + self.gate_bias[0]
+        """Returns λ of each input, float32 [...], in [floor, 1 - floor] (memory.gate)."""
+        assert self.config.has_gate
+        logit_BL = self.normalized(input_BLX) @ self.gate[...] + self.gate_bias[0]
         floor = self.config.gate_floor
         return floor + (1 - 2 * floor) * jax.nn.sigmoid(logit_BL)
 
-    def _normalized(self, input_TX: jax.Array) -> jax.Array:
-        """Returns the input as the network reads it, float32."""
+    def normalized(self, input_TX: jax.Array) -> jax.Array:
+        """Returns the input as network and gate read it, float32 [..., X]."""
         config = self.config
         x_TX = input_TX.astype(jnp.float32)
         if config.input_norm == "standardize":
@@ -213,7 +213,7 @@ class Memory(nnx.Module):
 
     def _read_input(self, input_TX: jax.Array) -> jax.Array:
         config = self.config
-        x_TX = self._normalized(input_TX).astype(self.dtype)
+        x_TX = self.normalized(input_TX).astype(self.dtype)
         if self.input_width != config.width:
             arrays, axes = self.projection.arrays(), self.projection.axes()
             x_TX = project(x_TX, arrays, axes, "projection")

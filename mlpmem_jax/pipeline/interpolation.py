@@ -33,7 +33,7 @@ def interpolation(run: Artifacts) -> float | None:
         )
     if config.generate.interpolation != "auto":
         return config.generate.interpolation
-    if config.memory.gate == "learned":
+    if config.memory.has_gate:
         return None
     if config.trained_interpolation is not None:
         return config.trained_interpolation

@@ -196,7 +196,7 @@ def compiled_models(
         for site in (config.datastore.key, config.datastore.input)
     )
     weight = None
-    if config.memory.gate != "learned":
+    if not config.memory.has_gate:
         weight = float(systems["memory"]["interpolation"])
     separator = separator_id(run)
     return {

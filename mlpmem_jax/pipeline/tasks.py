@@ -32,7 +32,7 @@ def run_data(run: Artifacts, section: Literal["pretrain", "train"]) -> RunData:
         targets={split: run.targets(split) for split in targets},
         num_recent=config.memory.num_read_tokens if section == "train" else 0,
         within=config.attends_within,
-        with_logprob=config.loss_weights.joint > 0,
+        with_logprob=config.reads_logprob,
     )
 
 
@@ -46,7 +46,7 @@ def blank_run(run: Artifacts) -> BlankRun:
         datastore=config.datastore,
         targets=config.targets,
         within=config.attends_within,
-        with_logprob=config.loss_weights.joint > 0,
+        with_logprob=config.reads_logprob,
     )
 
 

@@ -74,6 +74,9 @@ def fit(
             if step == start:  # While it was compiled there was nothing to save.
                 stack.enter_context(stopping_where_asked())
             monitor.dispatched(step + 1, metrics, feed.wait_secs)
+            if step + 1 == stop:
+                monitor.pause()
+                state = task.finish(state)
             if _due(step + 1, config.eval_interval_steps, stop):
                 monitor.pause()
                 monitor.validation(step + 1, task.validate(state))

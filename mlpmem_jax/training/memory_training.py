@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from mlpmem_jax.input.feed import Batch
@@ -12,10 +13,11 @@ from mlpmem_jax.input.windows import WindowsOf
 from mlpmem_jax.models.decoder import Decoder
 from mlpmem_jax.models.memory import Memory
 from mlpmem_jax.training.flops import decoder_flops_per_token, memory_training_flops_per_token
+from mlpmem_jax.training.gate_fitting import Outputs, fitted_gate
 from mlpmem_jax.training.input_statistics import measured_statistics, with_statistics
 from mlpmem_jax.training.interpolation import interpolation_of
 from mlpmem_jax.training.joint_loss import joint_loss
-from mlpmem_jax.training.losses import memory_loss
+from mlpmem_jax.training.losses import memory_loss, token_logprob
 from mlpmem_jax.training.networks import memory_builder
 from mlpmem_jax.training.run_data import TaskData
 from mlpmem_jax.training.state import TrainState, split_module
@@ -70,12 +72,14 @@ class MemoryTask(WindowTask):
         self.vocab_size = data.vocab_size
         windows = data.tokens_with_targets if settings.online else data.stored_rows
         width = settings.decoder.width
+        self._window_tokens = settings.window_tokens
+        self._valid = windows("valid", settings.window_tokens)
         super().__init__(
             settings.train,
             mesh,
             memory_builder(settings.memory, width, data.vocab_size, settings.train.interpolation),
             train=windows("train", settings.window_tokens),
-            valid=windows("valid", settings.window_tokens),
+            valid=self._valid,
             window_tokens=settings.window_tokens,
             seed=settings.seed,
             mix_windows=settings.mix_windows,
@@ -137,6 +141,45 @@ class MemoryTask(WindowTask):
         memory = nnx.merge(self._graphdef, state.params, state.fixed)
         return with_statistics(state, memory, memory, measured)
 
+    def finish(self, state: TrainState) -> TrainState:
+        """Fits the gate (memory.gate=fitted); the rest of the memory stays as it is."""
+        if self._memory.gate != "fitted":
+            return state
+        memory: Memory = nnx.merge(self._graphdef, state.params, state.fixed)
+        gate = fitted_gate(
+            self._gate_outputs,
+            ((state.params, state.fixed), self.frozen),
+            self._valid,
+            self._mesh,
+            batch_size=self._train.batch_size,
+            window_tokens=self._window_tokens,
+            num_features=memory.input_width,
+            floor=self._memory.gate_floor,
+        )
+        if gate is None:
+            return state
+        for parameter, value in ((memory.gate, gate.weight_X), (memory.gate_bias, [gate.bias])):
+            new = np.asarray(value, parameter[...].dtype)
+            parameter[...] = jax.device_put(new, parameter[...].sharding)
+        return dataclasses.replace(state, params=split_module(memory)[1])
+
+    def _gate_outputs(self, network: Any, frozen: Any, batch: Batch) -> Outputs:
+        memory: Memory = nnx.merge(self._graphdef, *network)
+        input_BLX = self._inputs(memory, frozen, batch)
+        logprob_BL = token_logprob(
+            memory.hidden(input_BLX),
+            memory.head_VE(self._decoder_head(frozen)),
+            batch["label"],
+            vocab_size=memory.vocab_size,
+            chunk_tokens=self._train.loss_chunk_tokens,
+        )
+        return memory.normalized(input_BLX), logprob_BL, batch["logprob"]
+
+    def _decoder_head(self, frozen: Any) -> jax.Array | None:
+        if self._memory.head != "tied":
+            return None
+        return nnx.merge(self._decoder_graphdef, frozen).head_VD()
+
     def _measured_inputs(self, arrays: Any, batch: Batch) -> jax.Array:
         network, frozen = arrays
         return self._inputs(nnx.merge(self._graphdef, *network), frozen, batch)
@@ -160,11 +203,9 @@ class MemoryTask(WindowTask):
 
     def loss(self, model: Memory, frozen: Any, batch: Batch, step: jax.Array) -> LossParts:
         """The memory's loss summed over the scored rows of the batch."""
-        head_VD = None
-        if self._memory.head == "tied":
-            head_VD = nnx.merge(self._decoder_graphdef, frozen).head_VD()
         input_BLX = self._inputs(model, frozen, batch)
-        hidden_BLE, head_VE = model.hidden(input_BLX), model.head_VE(head_VD)
+        hidden_BLE = model.hidden(input_BLX)
+        head_VE = model.head_VE(self._decoder_head(frozen))
         limits = {"vocab_size": model.vocab_size, "chunk_tokens": self._train.loss_chunk_tokens}
         if self._terms.weights.joint:
             weight_BL = interpolation_of(self._train, model, input_BLX, step)

@@ -26,7 +26,7 @@ def validation_windows(num_windows: int, most: int) -> np.ndarray:
     return np.random.default_rng(0).integers(bound[:-1], bound[1:])
 
 
-class _WholeBatches:
+class WholeBatches:
     """Some windows of a source, filled up to whole batches with windows of no weight."""
 
     def __init__(self, source: WindowSource, window_N: np.ndarray, batch_size: int):
@@ -67,7 +67,7 @@ class Validator:
             sums: (network state, frozen arrays, batch) to summed metrics; jitted here.
         """
         window_N = validation_windows(source.num_windows, num_batches * batch_size)
-        self._source = _WholeBatches(source, window_N, batch_size)
+        self._source = WholeBatches(source, window_N, batch_size)
         self._mesh = mesh
         self._batch_size = batch_size
         self._sums = jax.jit(sums)

@@ -117,6 +117,7 @@ def _check_same(one, eight):
     "changes",
     [
         ("train.inputs=online",),
+        ("memory.gate=fitted",),
         (
             "train.mode=joint",
             "memory.gate=learned",
@@ -131,7 +132,7 @@ def _check_same(one, eight):
     ],
 )
 def test_training_that_runs_the_decoder_on_two_processes(tiny_run, on_processes, tmp_path, changes):
-    """The steps in which both networks run, against one device; also the λ that they learn."""
+    """The steps in which both networks run, against one device; also a λ learned or fitted."""
     mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     runs, texts = [], []
     for place, shape in enumerate((None, mesh)):

@@ -71,6 +71,9 @@ class Task:
     def continued(self, abstract):
         return None
 
+    def finish(self, state):
+        return state
+
     def prepare(self, state):
         return state
 

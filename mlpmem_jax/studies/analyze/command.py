@@ -49,9 +49,10 @@ def stages(run: Artifacts) -> list[Stage]:
 
 
 def _check(run: Artifacts) -> None:
-    if run.config.memory.gate == "learned":
+    if run.config.memory.has_gate:
         raise ConfigError(
-            "memory.gate=learned: analyze mixes with one λ for all tokens (memory.gate=none)"
+            f"memory.gate={run.config.memory.gate}: analyze mixes with one λ for all tokens "
+            "(memory.gate=none)"
         )
     check_devices(run, "datastore", "evaluate")
     check_current(run)

@@ -152,6 +152,11 @@ def main(run: Artifacts, options: Options) -> int:
             f"decoder.pretrained={config.decoder.pretrained}: overfitting trains a decoder, and an "
             "imported one is not trained further"
         )
+    if config.memory.gate == "fitted":
+        raise ConfigError(
+            "memory.gate=fitted is fitted after the last step, and overfitting scores the end of "
+            "every epoch: use memory.gate=none"
+        )
     check_trains_memory(run, "overfitting")
     table = functools.partial(table_stage, run)
     return run_suite("overfitting", run, options, works(run), table, _print)
