@@ -12,7 +12,6 @@ from flax import nnx
 from mlpmem_jax.config.data import StateSite
 from mlpmem_jax.config.networks import DecoderConfig
 from mlpmem_jax.config.rope import RopeScaling
-from mlpmem_jax.models.attention import causal_attention
 from mlpmem_jax.models.decoder import Decoder, Site
 from mlpmem_jax.models.ngrams import hashed
 from mlpmem_jax.models.rotary import rotary_angles, rotate
@@ -355,28 +354,6 @@ def test_cache_equals_full_forward(family, loop):
         for site in sites:
             np.testing.assert_allclose(got_states[site][:, 0], states[site][row_B, at_B], atol=3e-5)
     np.testing.assert_array_equal(cache.length_B, length_B + LENGTH - 9)
-
-
-@pytest.mark.parametrize(
-    ("heads", "length", "window"),
-    [(4, 20, None), (2, 150, None), (1, 70, None), (2, 150, 17), (1, 150, 100), (4, 20, 20)],
-)
-def test_blocked_attention_equals_dense(heads, length, window):
-    """Value and gradients, several blocks, grouped queries, with and without segments."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = [(2, length, 4, 8), (2, length, heads, 8), (2, length, heads, 8)]
-    qkv = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
-    for segment_BL in (None, jnp.cumsum(jnp.arange(2 * length).reshape(2, length) % 13 == 0, 1)):
-
-        def loss(qkv, implementation, segment_BL=segment_BL):
-            return jnp.sum(jnp.sin(causal_attention(*qkv, segment_BL, implementation, window)))
-
-        both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-        value, grads = both(qkv, "blocked")
-        expected, expected_grads = both(qkv, "xla")
-        np.testing.assert_allclose(value, expected, rtol=1e-5)
-        for a, b in zip(grads, expected_grads, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_rotation_keeps_only_the_distance():
