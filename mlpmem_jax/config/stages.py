@@ -128,7 +128,9 @@ class TrainConfig(TrainingConfig):
         "auto", "weight of the decoder's loss; auto: 1 if mode=joint, else 0"
     )
     memory_weight: LossWeight = setting("auto", "weight of the memory's loss; auto: 1")
-    interpolation: Fraction = setting(0.3, "λ in the joint loss; initial λ with a schedule or gate")
+    interpolation: Fraction = setting(
+        0.3, "λ in the joint loss; initial λ with a schedule or a learned gate"
+    )
     interpolation_final: Fraction | None = setting(
         None, "final λ of a linear schedule; not set: constant λ"
     )

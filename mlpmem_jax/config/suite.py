@@ -53,8 +53,7 @@ class RecipeConfig(Section):
     )
     base: Text | None = setting(
         None,
-        "an earlier one of compare.recipes, whose configuration is changed; not set: the "
-        "configuration",
+        "name of an earlier row of compare.recipes; this row starts from its configuration",
     )
     teacher: Text | None = setting(None, "one of compare.teachers; not set: the row's decoder")
 

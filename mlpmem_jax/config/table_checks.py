@@ -55,6 +55,7 @@ def _settings(config: Config) -> Iterator[str]:
 def _recipes(config: Config) -> Iterator[str]:
     rows: list[str] = list(ALL_ROWS)
     earlier: list[str] = []
+    mixed = [recipe.name for recipe in config.compare.recipes if recipe.parts == "beside"]
     teachers = [teacher.name for teacher in config.compare.teachers]
     for place, recipe in enumerate(config.compare.recipes):
         where, teacher = f"compare.recipes.{place}", recipe.teacher
@@ -71,7 +72,9 @@ def _recipes(config: Config) -> Iterator[str]:
             known = ", ".join(earlier) or "there are none"
             yield f"{where}.base={recipe.base} is none of the rows before it ({known})"
         if recipe.base is not None and teacher is not None:
-            yield f"{where}.teacher={teacher} has no effect with {where}.base: it is that row's"
+            yield f"{where}.teacher={teacher}: with {where}.base it is the teacher of that row"
+        if recipe.base in mixed:
+            yield f"{where}.base={recipe.base} mixes two decoders (parts=beside): name another row"
         rows.append(recipe.name)
         earlier.append(recipe.name)
 

@@ -72,6 +72,14 @@ def _gate(config: Config) -> Iterator[str]:
             "memory.gate=fitted is fitted to stored rows of validation: it requires "
             f"train.mode=memory and train.inputs=stored, not {train.mode} and {train.inputs}"
         )
+    elif config.memory.gate == "fitted":
+        for key, value, unset in (
+            ("joint_weight", config.loss_weights.joint, 0),
+            ("interpolation_final", train.interpolation_final, None),
+            ("gate_prior", train.gate_prior, 0),
+        ):
+            if value != unset:
+                yield f"train.{key}={value}: λ is fitted after training (memory.gate=fitted)"
     if config.memory.gate != "learned":
         return
     if config.loss_weights.joint == 0:

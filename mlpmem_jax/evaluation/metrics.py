@@ -206,6 +206,12 @@ def choice_notes(valid: DocumentCounts) -> list[str]:
     return ["intervals include the choice of λ on validation; τ is held fixed"]
 
 
+FITTED_GATE_NOTE = (
+    "a gate fitted to validation is held fixed in the intervals; its validation nats are of the "
+    "rows that it was fitted to"
+)
+
+
 def documents_text(counts: DocumentCounts) -> str:
     """Returns how many documents have scored tokens, and of how many files if it is fewer."""
     number = int(np.count_nonzero(counts.tokens_D))

@@ -77,7 +77,7 @@ def finished_memory(
 def starting_memory(
     run: Artifacts, mesh: jax.sharding.Mesh, artifact: Artifact | None = None
 ) -> Memory:
-    """Restores the memory that training begins with; a gate that is new is left out.
+    """Restores the memory that training begins with; a gate that one of both lacks is left out.
 
     Args:
         run: The artifacts of the configuration.
@@ -92,11 +92,15 @@ def starting_memory(
     trained = artifact.load().recipe["memory"]
     check_start(run, artifact)
     memory = run.config.memory
-    if trained["gate"] == "none":
+    if trained["gate"] == "none" or memory.gate == "none":
         gate = {name: trained[name] for name in ("gate", "gate_floor")}
         memory = memory.model_copy(update=gate)
     config = run.config.model_copy(update={"memory": memory})
-    return finished_memory(run.of(config, given=run.given | {"memory": artifact}), mesh)
+    network = finished_memory(run.of(config, given=run.given | {"memory": artifact}), mesh)
+    if memory.has_gate and not run.config.memory.has_gate:
+        del network.gate, network.gate_bias
+        network.config = run.config.memory
+    return network
 
 
 def finished_networks(

@@ -11,6 +11,7 @@ from mlpmem_jax.evaluation.cost import costs, datastore_bytes
 from mlpmem_jax.evaluation.joint_lm import score_joint
 from mlpmem_jax.evaluation.labels import StoredSplit
 from mlpmem_jax.evaluation.memory_lm import Remembered, score_memory
+from mlpmem_jax.evaluation.metrics import FITTED_GATE_NOTE
 from mlpmem_jax.evaluation.run_scores import EVALUATED, RunScores, score_run
 from mlpmem_jax.evaluation.timed_decoding import CompiledModel, System, make_search, time_tokens
 from mlpmem_jax.generation.interpolated import InterpolatedModel
@@ -121,6 +122,8 @@ def evaluate_run(run: Artifacts, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any
     searched = datastore_bytes(run.datastore("train"), run.index)
     for system, cost in costs(decoder, memory, results["systems"], searched).items():
         results["systems"][system] |= cost
+    if config.memory.gate == "fitted":
+        results["notes"].append(FITTED_GATE_NOTE)
     results["diagnostics"] = scored.diagnostics()
     results["retrieval"] = _retrieval(run)
     if exact_sample.artifacts(run):

@@ -4,6 +4,7 @@ Suffixes: N rows, X features.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 from scipy import optimize, special
@@ -11,7 +12,9 @@ from scipy import optimize, special
 # Of features of unit deviation; infinite: one λ for all rows.
 _RIDGES = (np.inf, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 _BLOCKS = 16  # Rows that follow one another are of the same text: they are left out together.
+_LEAST_ROWS = 256  # With fewer, one λ.
 _MAX_ITERATIONS = 200
+_ROWS_AT_ONCE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Gate:
         weight_X: float64.
         bias: Of the same sum.
         ridge: The penalty that was chosen; infinite: all weights are 0.
-        nats: Mean −log p of rows that the fit had left out, with this ridge.
+        nats: Mean −log p of rows that the fit had left out, with this ridge; not a number where
+            there are too few rows to leave any out.
         nats_one: The same with one λ for all rows.
     """
 
@@ -38,7 +42,7 @@ class GateRows:
     """Rows that a gate is fitted to.
 
     Attributes:
-        feature_NX: float [N, X].
+        feature_NX: float32 [N, X].
         memory_N: float log p of the label by the model whose weight is λ.
         decoder_N: The same by the other.
     """
@@ -47,11 +51,13 @@ class GateRows:
     memory_N: np.ndarray
     decoder_N: np.ndarray
 
-    def of(self, chosen_N: np.ndarray) -> "GateRows":
-        """Returns some of the rows (bool [N])."""
-        return GateRows(
-            self.feature_NX[chosen_N], self.memory_N[chosen_N], self.decoder_N[chosen_N]
-        )
+    def __getitem__(self, part: slice) -> "GateRows":
+        """Returns some of the rows, as views."""
+        return GateRows(self.feature_NX[part], self.memory_N[part], self.decoder_N[part])
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.memory_N)
 
 
 def fit_gate(rows: GateRows, floor: float) -> Gate:
@@ -61,35 +67,80 @@ def fit_gate(rows: GateRows, floor: float) -> Gate:
     to two halves, and each half is scored by the gate of the other.
 
     Args:
-        rows: At least `_BLOCKS` of them.
+        rows: In the order of their text. Rows whose label neither model expects at all count for
+            nothing.
         floor: Smallest distance of λ from 0 and 1, below 0.5.
+
+    Raises:
+        ValueError: No row is left, or one is not finite.
     """
-    mean_X = rows.feature_NX.mean(axis=0, dtype=np.float64)
-    deviation_X = np.maximum(rows.feature_NX.std(axis=0, dtype=np.float64), 1e-6)
-    scaled_NX = ((rows.feature_NX - mean_X) / deviation_X).astype(np.float32)
-    rows = dataclasses.replace(rows, feature_NX=scaled_NX)
-    count = len(rows.memory_N)
-    half_N = np.arange(count) * _BLOCKS // count % 2 == 0
-    halves = [(rows.of(half_N), rows.of(~half_N)), (rows.of(~half_N), rows.of(half_N))]
-    starts = [_start(rows.feature_NX.shape[1]) for _ in halves]
-    nats = []
-    for ridge in _RIDGES:  # Each begins with the solution of the stronger one before.
-        starts = [
-            _fitted(fitted, floor, ridge, start)
-            for (fitted, _), start in zip(halves, starts, strict=True)
-        ]
-        left_out = [
-            _loss(solution, out, floor, 0.0)[0] * len(out.memory_N)
-            for (_, out), solution in zip(halves, starts, strict=True)
-        ]
-        nats.append(sum(left_out) / count)
-    best = int(np.argmin(nats))
-    solution = _start(rows.feature_NX.shape[1])
-    for ridge in _RIDGES[: best + 1]:
-        solution = _fitted(rows, floor, ridge, solution)
+    halves, mean_X, deviation_X = _scaled_halves(rows)
+    whole = halves.whole
+    nats, best = [np.nan], 0
+    if len(whole) >= _LEAST_ROWS:
+        nats = [_left_out(halves, solutions, floor) for solutions in _paths(halves, floor)]
+        best = int(np.argmin(nats))
+    solution = _start(whole.feature_NX.shape[1])
+    for ridge in _RIDGES[: best + 1]:  # Each begins with the solution of the stronger one before.
+        solution = _fitted(whole, floor, ridge, solution)
     weight_X = solution[1:] / deviation_X
     bias = float(solution[0] - weight_X @ mean_X)
+    if not (np.all(np.isfinite(weight_X)) and np.isfinite(bias)):
+        raise ValueError("the gate's weights are not finite")
     return Gate(weight_X, bias, _RIDGES[best], float(nats[best]), float(nats[0]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Halves:
+    """Scaled rows, those of the one half before those of the other."""
+
+    whole: GateRows
+    first: int
+
+    @property
+    def both(self) -> tuple[GateRows, GateRows]:
+        return self.whole[: self.first], self.whole[self.first :]
+
+
+def _scaled_halves(rows: GateRows) -> tuple[_Halves, np.ndarray, np.ndarray]:
+    """Returns the rows that count, with features of mean 0 and deviation 1, and both of before."""
+    kept_N = np.flatnonzero(np.maximum(rows.memory_N, rows.decoder_N) > -np.inf)
+    is_nan = np.isnan(rows.memory_N).any() or np.isnan(rows.decoder_N).any()
+    if is_nan or not len(kept_N):
+        raise ValueError("log-probabilities are not a number, or no label has any")
+    second_N = np.arange(len(kept_N)) * _BLOCKS // len(kept_N) % 2
+    kept_N = kept_N[np.argsort(second_N, kind="stable")]
+    feature_NX = rows.feature_NX[kept_N].astype(np.float32, copy=False)
+    mean_X = feature_NX.mean(axis=0, dtype=np.float64)
+    square_X = np.zeros_like(mean_X)
+    for at in range(0, len(kept_N), _ROWS_AT_ONCE):
+        part_NX = feature_NX[at : at + _ROWS_AT_ONCE]
+        part_NX -= mean_X.astype(np.float32)
+        square_X += np.square(part_NX, dtype=np.float64).sum(axis=0)
+    deviation_X = np.maximum(np.sqrt(square_X / len(kept_N)), 1e-6)
+    feature_NX /= deviation_X.astype(np.float32)
+    if not np.all(np.isfinite(deviation_X)):
+        raise ValueError("features are not finite")
+    scaled = GateRows(feature_NX, rows.memory_N[kept_N], rows.decoder_N[kept_N])
+    return _Halves(scaled, int(np.sum(second_N == 0))), mean_X, deviation_X
+
+
+def _paths(halves: _Halves, floor: float) -> Iterator[list[np.ndarray]]:
+    """Yields the solutions of both halves for each ridge, from the strongest."""
+    solutions = [_start(half.feature_NX.shape[1]) for half in halves.both]
+    for ridge in _RIDGES:
+        solutions = [
+            _fitted(half, floor, ridge, start)
+            for half, start in zip(halves.both, solutions, strict=True)
+        ]
+        yield solutions
+
+
+def _left_out(halves: _Halves, solutions: list[np.ndarray], floor: float) -> float:
+    """Returns mean nats, each half scored with the solution of the other."""
+    scored = zip(reversed(halves.both), solutions, strict=True)
+    sums = [_loss(solution, half, floor, 0.0)[0] * len(half) for half, solution in scored]
+    return sum(sums) / len(halves.whole)
 
 
 def _start(num_features: int) -> np.ndarray:

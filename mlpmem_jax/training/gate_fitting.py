@@ -1,10 +1,11 @@
 """The gate of a trained memory, fitted to validation rows (memory.gate=fitted).
 
-A gate that learns from training rows sees a memory that knows them, and trusts it everywhere.
+A gate that learns from training rows sees a memory that knows them, and gives it nearly all weight.
 
 Suffixes: B windows, L rows of a window, N rows, X width of the memory's inputs.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +13,17 @@ import jax
 import numpy as np
 
 from mlpmem_jax.console import say
+from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.input.feed import Batch, Feed
 from mlpmem_jax.input.windows import WindowSource
-from mlpmem_jax.parallel.sharding import replicated
+from mlpmem_jax.parallel.agreement import of_first
+from mlpmem_jax.parallel.multihost import is_writer
+from mlpmem_jax.parallel.sharding import DATA, FSDP, replicated
 from mlpmem_jax.stats.gating import Gate, GateRows, fit_gate
 from mlpmem_jax.training.validation import WholeBatches, validation_windows
 
 _MOST_VALUES = 1 << 26  # Of features: 256 MiB on each host.
-_LEAST_ROWS = 256
+_VALUES_AT_ONCE = 1 << 24  # On each device, but for a mesh that needs more windows.
 
 # Of a batch: features [B, L, X], log p(label) of the memory and of the decoder [B, L].
 Outputs = tuple[jax.Array, jax.Array, jax.Array]
@@ -31,11 +35,10 @@ def fitted_gate(
     source: WindowSource,
     mesh: jax.sharding.Mesh,
     *,
-    batch_size: int,
     window_tokens: int,
     num_features: int,
     floor: float,
-) -> Gate | None:
+) -> Gate:
     """Runs a memory over validation rows and fits a gate to them.
 
     Args:
@@ -43,47 +46,67 @@ def fitted_gate(
         arrays: Network and frozen arrays.
         source: Windows of the validation split, with `weight` and `logprob`.
         mesh: Devices.
-        batch_size: Windows in a batch.
         window_tokens: Rows in a window, L.
         num_features: X.
         floor: Smallest distance of λ from 0 and 1.
 
     Returns:
-        The gate, the same in all processes; None where the split has too few rows to fit one.
+        The gate, the same in all processes.
+
+    Raises:
+        RunFailed: The memory's log-probabilities are not finite.
     """
-    most = max(1, _MOST_VALUES // (num_features * window_tokens))
-    window_N = validation_windows(source.num_windows, most)
-    batches = WholeBatches(source, window_N, batch_size)
+    values = num_features * window_tokens
+    shards = mesh.shape[DATA] * mesh.shape[FSDP]
+    window_N = validation_windows(source.num_windows, max(1, _MOST_VALUES // values))
+    at_once = max(1, min(_VALUES_AT_ONCE // values, len(window_N)) // shards) * shards
+    batches = WholeBatches(source, window_N, at_once)
     feed = Feed(
         batches,
         mesh,
-        batch_size=batch_size,
+        batch_size=at_once,
         seed=0,
-        steps=range(batches.num_windows // batch_size),
+        steps=range(batches.num_windows // at_once),
         shuffled=False,
     )
 
     def of_batch(network: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, ...]:
         return (*outputs(network, frozen, batch), batch["weight"] > 0)
 
-    # Every process gets all rows: each fits the same gate.
     jitted = jax.jit(of_batch, out_shardings=replicated(mesh))
     parts: list[list[np.ndarray]] = []
     with jax.set_mesh(mesh):
         for batch in feed:
-            *found, scored_BL = jax.device_get(jitted(*arrays, batch))
-            parts.append([array[scored_BL] for array in found])
-    rows = GateRows(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-    count = len(rows.memory_N)
-    if count < _LEAST_ROWS:
-        say(
-            f"train: {count} scored rows of validation are too few to fit a gate "
-            f"({_LEAST_ROWS} at least): it gives train.interpolation everywhere"
-        )
-        return None
-    gate = fit_gate(rows, floor)
+            found = jitted(*arrays, batch)
+            if is_writer():
+                *values_of, scored_BL = jax.device_get(found)
+                parts.append([array[scored_BL] for array in values_of])
+    return _of_first(parts, floor)
+
+
+def _of_first(parts: list[list[np.ndarray]], floor: float) -> Gate:
+    """Returns the gate that process 0 fits, on every process: others may round in another way."""
+    told: dict[str, Any] = {}
+    if is_writer():
+        rows = GateRows(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+        parts.clear()
+        try:
+            gate = fit_gate(rows, floor)
+            told = dataclasses.asdict(gate) | {"weight_X": gate.weight_X.tolist()}
+            _say(gate, len(rows))
+        except ValueError as error:
+            told = {"error": str(error)}
+    told = of_first(told)
+    if "error" in told:
+        raise RunFailed(f"train: memory.gate=fitted: {told['error']}")
+    return Gate(**told | {"weight_X": np.asarray(told["weight_X"])})
+
+
+def _say(gate: Gate, count: int) -> None:
+    if np.isnan(gate.nats):
+        say(f"train: one λ fitted to {count:,} validation rows, too few for a gate")
+        return
     say(
         f"train: gate fitted to {count:,} validation rows (ridge {gate.ridge:g}): {gate.nats:.3f} "
         f"nats on left-out blocks of them, {gate.nats_one:.3f} with one λ"
     )
-    return gate

@@ -74,12 +74,10 @@ def fit(
             if step == start:  # While it was compiled there was nothing to save.
                 stack.enter_context(stopping_where_asked())
             monitor.dispatched(step + 1, metrics, feed.wait_secs)
-            if step + 1 == stop:
-                monitor.pause()
-                state = task.finish(state)
             if _due(step + 1, config.eval_interval_steps, stop):
                 monitor.pause()
-                monitor.validation(step + 1, task.validate(state))
+                state, more = task.finish(state) if step + 1 == stop else (state, {})
+                monitor.validation(step + 1, {**task.validate(state), **more})
             stops = preempted()
             if stops or saves(step + 1):
                 monitor.settle()  # A poisoned state must not become a checkpoint.

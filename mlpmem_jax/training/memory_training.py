@@ -1,7 +1,8 @@
 """What `train` trains in mode `memory`: the MLP Memory, beside a frozen decoder (section 3.2)."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -141,27 +142,26 @@ class MemoryTask(WindowTask):
         memory = nnx.merge(self._graphdef, state.params, state.fixed)
         return with_statistics(state, memory, memory, measured)
 
-    def finish(self, state: TrainState) -> TrainState:
+    def finish(self, state: TrainState) -> tuple[TrainState, Mapping[str, float]]:
         """Fits the gate (memory.gate=fitted); the rest of the memory stays as it is."""
         if self._memory.gate != "fitted":
-            return state
+            return state, {}
         memory: Memory = nnx.merge(self._graphdef, state.params, state.fixed)
         gate = fitted_gate(
             self._gate_outputs,
             ((state.params, state.fixed), self.frozen),
             self._valid,
             self._mesh,
-            batch_size=self._train.batch_size,
             window_tokens=self._window_tokens,
             num_features=memory.input_width,
             floor=self._memory.gate_floor,
         )
-        if gate is None:
-            return state
         for parameter, value in ((memory.gate, gate.weight_X), (memory.gate_bias, [gate.bias])):
             new = np.asarray(value, parameter[...].dtype)
             parameter[...] = jax.device_put(new, parameter[...].sharding)
-        return dataclasses.replace(state, params=split_module(memory)[1])
+        state = dataclasses.replace(state, params=split_module(memory)[1])
+        left_out = {"gate_nats": gate.nats, "gate_nats_one": gate.nats_one}
+        return state, {} if math.isnan(gate.nats) else left_out
 
     def _gate_outputs(self, network: Any, frozen: Any, batch: Batch) -> Outputs:
         memory: Memory = nnx.merge(self._graphdef, *network)

@@ -88,9 +88,9 @@ class WindowTask(abc.ABC):
         """Returns a fresh state with what it needs from data or from other networks."""
         return state
 
-    def finish(self, state: TrainState) -> TrainState:
-        """Returns the state after the last step with what is set once training is over."""
-        return state
+    def finish(self, state: TrainState) -> tuple[TrainState, Mapping[str, float]]:
+        """Returns the state with what is set once training is over, and metrics of that."""
+        return state, {}
 
     def feed(self, steps: range) -> Feed:
         """Returns the training batches of some steps."""

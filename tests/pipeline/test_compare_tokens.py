@@ -12,7 +12,8 @@ from mlpmem_jax.stats.mixing import solve
 from mlpmem_jax.store.array_specs import Split
 from mlpmem_jax.store.arrays import open_array, read_rows
 from mlpmem_jax.studies.tables.part_scores import Part
-from mlpmem_jax.studies.tables.rows import SeedPlan, planned_row
+from mlpmem_jax.studies.tables.rows import planned_row
+from mlpmem_jax.studies.tables.seed_plan import SeedPlan
 from tests.pipeline.conftest import TINY
 from tests.pipeline.test_compare import SMALL, json_of, run
 

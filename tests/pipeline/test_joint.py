@@ -24,7 +24,7 @@ from mlpmem_jax.pipeline.refresh import Phases
 from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.pipeline.stage import run_stage
 from mlpmem_jax.store.run_record import RunRecord
-from mlpmem_jax.studies.tables.rows import model_parts
+from mlpmem_jax.studies.tables.seed_plan import model_parts
 from mlpmem_jax.studies.tables.variants import Variant
 from tests.pipeline.tokenizing import files_of
 

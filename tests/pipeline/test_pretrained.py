@@ -20,7 +20,8 @@ from mlpmem_jax.pipeline.networks import finished_decoder
 from mlpmem_jax.pipeline.resolve import resolved
 from mlpmem_jax.store.manifest import Artifact
 from mlpmem_jax.store.stored_array import StoredArray
-from mlpmem_jax.studies.tables.rows import SeedPlan, planned_row
+from mlpmem_jax.studies.tables.rows import planned_row
+from mlpmem_jax.studies.tables.seed_plan import SeedPlan
 from tests.gguf_files import byte_level_tables, write_gguf
 from tests.pipeline.tokenizing import files_of
 

@@ -67,14 +67,36 @@ from tests.pipeline.test_compare import run
         ),
         (
             ["compare.recipes=[{name: a, teacher: wide}, {name: b, base: a, teacher: wide}]"],
-            "compare.recipes.1.teacher=wide has no effect with compare.recipes.1.base",
+            "compare.recipes.1.teacher=wide: with compare.recipes.1.base it is",
         ),
         (
             [
                 "compare.recipes=[{name: a, overrides: [decoder.width=16]}, {name: b, base: a, "
                 "parts: beside}]"
             ],
-            "compare.recipes.1.overrides=[] have no effect",
+            "compare.recipes.1.overrides=[] have no effect: a decoder is mixed with itself",
+        ),
+        (
+            [
+                "compare.recipes=[{name: a, overrides: [train.alpha=1]}, {name: b, base: a, "
+                "overrides: [train.log_interval_steps=3]}]"
+            ],
+            "compare.recipes.1.overrides=['train.log_interval_steps=3'] have no effect: the row is",
+        ),
+        (
+            [
+                "compare.recipes=[{name: a, parts: beside, overrides: [decoder.width=24]}, "
+                "{name: b, base: a}]"
+            ],
+            "compare.recipes.1.base=a mixes two decoders (parts=beside)",
+        ),
+        (
+            [
+                "compare.recipes=[{name: a, overrides: [train.mode=joint, "
+                "train.decoder_optimizer.warmup_steps=1]}, "
+                "{name: b, base: a, parts: beside, overrides: [decoder.width=24]}]"
+            ],
+            "compare.recipes.1: base=a: its decoder is trained with its memory",
         ),
         (
             ["compare.recipes=[{name: a, overrides: [train.x=1]}, {name: b, base: a}]"],

@@ -72,7 +72,7 @@ class Task:
         return None
 
     def finish(self, state):
-        return state
+        return state, {}
 
     def prepare(self, state):
         return state

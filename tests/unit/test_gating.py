@@ -65,8 +65,28 @@ def test_it_is_the_minimum_of_the_penalised_mean():
     assert value(ours) <= plain.fun + 1e-5
 
 
-def test_labels_that_neither_model_expects_do_no_harm():
+def test_labels_that_no_model_expects_count_for_nothing():
     rows = _rows(0, count=400)
-    rows.memory_N[:5], rows.decoder_N[:5], rows.decoder_N[5:9] = -2000.0, -1500.0, -np.inf
+    rows.memory_N[:5], rows.decoder_N[:5] = -2000.0, -1500.0
+    rows.decoder_N[5:9] = -np.inf
+    rows.memory_N[9:12], rows.decoder_N[9:12] = -np.inf, -np.inf
     gate = fit_gate(rows, 0.0)
-    assert np.all(np.isfinite(gate.weight_X)) and np.isfinite(gate.nats)
+    kept = np.r_[0:9, 12:400]
+    without = GateRows(rows.feature_NX[kept], rows.memory_N[kept], rows.decoder_N[kept])
+    np.testing.assert_array_equal(gate.weight_X, fit_gate(without, 0.0).weight_X)
+    assert np.any(gate.weight_X) and np.isfinite(gate.nats)
+
+
+def test_few_rows_get_the_best_single_weight():
+    rows = _rows(0, count=100)
+    gate, one = fit_gate(rows, 0.0), solve(rows.memory_N, rows.decoder_N)
+    assert not np.any(gate.weight_X) and np.isnan(gate.nats)
+    assert special.expit(gate.bias) == pytest.approx(one.weight, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["feature_NX", "memory_N", "decoder_N"])
+def test_what_is_not_a_number_is_refused(name):
+    rows = _rows(0, count=400)
+    getattr(rows, name)[7] = np.nan
+    with pytest.raises(ValueError, match="not"):
+        fit_gate(rows, 0.0)

@@ -13,7 +13,8 @@ from mlpmem_jax.studies.ablate import command as ablate
 from mlpmem_jax.studies.compare import command as compare
 from mlpmem_jax.studies.overfitting import command as overfitting
 from mlpmem_jax.studies.tables.part_scores import Part
-from mlpmem_jax.studies.tables.rows import ROWS, SeedPlan, check_recipes, planned_row
+from mlpmem_jax.studies.tables.rows import ROWS, check_recipes, planned_row
+from mlpmem_jax.studies.tables.seed_plan import SeedPlan
 from mlpmem_jax.studies.tables.variants import made_by
 from tests.unit.test_variants import CONTINUED
 
@@ -119,6 +120,25 @@ def test_a_row_can_start_from_another_row(tiny_config: Config):
     assert memory.targets("train").relative == plain.targets("train").relative
     second = runs["second"][1].decoder
     assert memory.targets("train").relative in {made.relative for made in second.inputs}
+
+
+def test_a_chain_of_rows_is_one_row_with_all_their_changes(tiny_config: Config):
+    """Also where a row on the way changes the memory's input alone, or has no memory."""
+    changes = ("datastore.input.layer=1.0", "pretrain.num_steps=9", "targets.temperature=3.0")
+    chain = (
+        f"{{name: a, overrides: [{changes[0]}]}}",
+        f"{{name: b, base: a, parts: decoder, overrides: [{changes[1]}]}}",
+        f"{{name: c, base: b, overrides: [{changes[2]}]}}",
+    )
+    flat = f"{{name: flat, overrides: [{', '.join(changes)}]}}"
+    config = changed_config(tiny_config, {}, [f"compare.recipes=[{', '.join((*chain, flat))}]"])
+    plan = SeedPlan(config, 7)
+    last, whole = planned_row(plan, "c"), planned_row(plan, "flat")
+    assert last is not None and whole is not None
+    assert last.made_of() == whole.made_of()
+    assert last.parts[1].run.memory.relative != plan.base.run.memory.relative
+    with pytest.raises(ConfigError, match=r"compare\.recipes\.3.*the row is c"):
+        check_recipes(Artifacts(config))
 
 
 def test_networks_of_other_tokens_are_not_mixed(make_config: Callable[..., Config]):

@@ -15,7 +15,8 @@ from mlpmem_jax.pipeline.sources import Sources
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.studies.cost import command as cost
 from mlpmem_jax.studies.search_quality import command as search_quality
-from mlpmem_jax.studies.tables.rows import SeedPlan, planned_row
+from mlpmem_jax.studies.tables.rows import planned_row
+from mlpmem_jax.studies.tables.seed_plan import SeedPlan
 from mlpmem_jax.studies.tables.variants import (
     Variant,
     base_variant,

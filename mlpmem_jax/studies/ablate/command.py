@@ -14,7 +14,7 @@ from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.studies.ablate import sweeps
 from mlpmem_jax.studies.ablate.sweeps import CONFIGURED, value_text
-from mlpmem_jax.studies.tables.rows import Row, SeedPlan, model_parts
+from mlpmem_jax.studies.tables.rows import Row
 from mlpmem_jax.studies.tables.runner import (
     RowsBySeed,
     Work,
@@ -22,6 +22,7 @@ from mlpmem_jax.studies.tables.runner import (
     rows_stage,
     run_suite,
 )
+from mlpmem_jax.studies.tables.seed_plan import SeedPlan, model_parts
 from mlpmem_jax.studies.tables.variants import Variant, changed_variant, taught_variant
 
 RESULTS = "ablate.json"

@@ -11,7 +11,7 @@ from mlpmem_jax.pipeline.options import Options
 from mlpmem_jax.pipeline.reports import print_files, write_files
 from mlpmem_jax.pipeline.stage import Stage
 from mlpmem_jax.store.manifest import Artifact, Completion
-from mlpmem_jax.studies.tables.rows import SeedPlan, check_recipes, planned_row, row_recipe
+from mlpmem_jax.studies.tables.rows import check_recipes, planned_row, row_recipe
 from mlpmem_jax.studies.tables.runner import (
     RowsBySeed,
     Work,
@@ -19,6 +19,7 @@ from mlpmem_jax.studies.tables.runner import (
     rows_stage,
     run_suite,
 )
+from mlpmem_jax.studies.tables.seed_plan import SeedPlan
 
 RESULTS = "compare.json"
 MEASURED = "measured.json"

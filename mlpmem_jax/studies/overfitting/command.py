@@ -18,7 +18,7 @@ from mlpmem_jax.store.manifest import Artifact, Completion
 from mlpmem_jax.studies.overfitting import epochs
 from mlpmem_jax.studies.overfitting.epochs import LABELS, row_key
 from mlpmem_jax.studies.tables.part_scores import Part
-from mlpmem_jax.studies.tables.rows import Row, SeedPlan, model_parts
+from mlpmem_jax.studies.tables.rows import Row
 from mlpmem_jax.studies.tables.runner import (
     RowsBySeed,
     Work,
@@ -26,6 +26,7 @@ from mlpmem_jax.studies.tables.runner import (
     rows_stage,
     run_suite,
 )
+from mlpmem_jax.studies.tables.seed_plan import SeedPlan, model_parts
 from mlpmem_jax.studies.tables.variants import changed_variant
 
 RESULTS = "overfitting.json"

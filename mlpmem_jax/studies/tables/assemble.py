@@ -8,6 +8,7 @@ import numpy as np
 from mlpmem_jax.corpus.tokens import TokenSplit
 from mlpmem_jax.evaluation.draws import Settings
 from mlpmem_jax.evaluation.labels import SplitLabels
+from mlpmem_jax.evaluation.metrics import FITTED_GATE_NOTE
 from mlpmem_jax.evaluation.statistics import summarise
 from mlpmem_jax.evaluation.systems import SeedScores, SplitParts, System
 from mlpmem_jax.pipeline import networks
@@ -48,7 +49,11 @@ def table_results(run: Artifacts, rows: Rows, settings: Settings) -> dict[str, A
         )
         for number, row in enumerate(next(iter(rows.values())))
     ]
-    return summarise(systems, seeds, settings)
+    results = summarise(systems, seeds, settings)
+    gates = {part.run.config.memory.gate for row in rows[next(iter(rows))] for part in row.parts}
+    if "fitted" in gates:
+        results["notes"].append(FITTED_GATE_NOTE)
+    return results
 
 
 def _label(row: Row) -> str:

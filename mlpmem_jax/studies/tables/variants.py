@@ -201,7 +201,7 @@ def _continued(base: Variant, run: Artifacts) -> Variant:
     """Returns a variant whose joint training begins with the memory of its base."""
     before, changed = base.config, run.config
     memory = changed.memory
-    if before.memory.gate == "none":  # A gate can be put on a memory that has none.
+    if before.memory.gate != "learned":  # A gate can be put on a memory that was trained without.
         gate = {name: getattr(before.memory, name) for name in ("gate", "gate_floor")}
         memory = memory.model_copy(update=gate)
     as_before = changed.model_copy(update={"train": before.train, "memory": memory})
