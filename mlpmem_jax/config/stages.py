@@ -100,7 +100,7 @@ class PretrainConfig(TrainingConfig):
     alpha: Fraction = setting(
         0.0,
         "weight of KL(p_kNN ‖ p_LM) against cross-entropy, with the targets of another run "
-        "(targets.workdir; in a table those of the configuration)",
+        "(targets.workdir; in a table the configuration's or its base row's)",
     )
 
 

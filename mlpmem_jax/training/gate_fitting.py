@@ -23,7 +23,7 @@ from mlpmem_jax.stats.gating import Gate, GateRows, fit_gate
 from mlpmem_jax.training.validation import WholeBatches, validation_windows
 
 _MOST_VALUES = 1 << 26  # Of features: 256 MiB on each host.
-_VALUES_AT_ONCE = 1 << 24  # On each device, but for a mesh that needs more windows.
+_VALUES_AT_ONCE = 1 << 24  # Of features on each device, but for a mesh that needs more windows.
 
 # Of a batch: features [B, L, X], log p(label) of the memory and of the decoder [B, L].
 Outputs = tuple[jax.Array, jax.Array, jax.Array]
@@ -35,6 +35,7 @@ def fitted_gate(
     source: WindowSource,
     mesh: jax.sharding.Mesh,
     *,
+    batch_size: int,
     window_tokens: int,
     num_features: int,
     floor: float,
@@ -46,6 +47,7 @@ def fitted_gate(
         arrays: Network and frozen arrays.
         source: Windows of the validation split, with `weight` and `logprob`.
         mesh: Devices.
+        batch_size: Windows of a batch of training; no more are run at once.
         window_tokens: Rows in a window, L.
         num_features: X.
         floor: Smallest distance of λ from 0 and 1.
@@ -59,7 +61,8 @@ def fitted_gate(
     values = num_features * window_tokens
     shards = mesh.shape[DATA] * mesh.shape[FSDP]
     window_N = validation_windows(source.num_windows, max(1, _MOST_VALUES // values))
-    at_once = max(1, min(_VALUES_AT_ONCE // values, len(window_N)) // shards) * shards
+    most = min(_VALUES_AT_ONCE // values, len(window_N), batch_size)
+    at_once = max(1, most // shards) * shards
     batches = WholeBatches(source, window_N, at_once)
     feed = Feed(
         batches,

@@ -87,7 +87,8 @@ def fit(
                 checkpoints.close()
                 monitor.close()
                 raise Preempted(f"{task.name}: saved at step {step + 1} of {stop}")
-        if start == stop:  # The start before was killed when all but its record was done.
+        if start == stop:  # The start before was killed when all but its record was done. What
+            # `finish` set is in the checkpoint; its metrics are in the log of that start.
             monitor.pause()
             monitor.validation(stop, task.validate(state))
         monitor.settle()

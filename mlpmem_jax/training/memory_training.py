@@ -152,6 +152,7 @@ class MemoryTask(WindowTask):
             ((state.params, state.fixed), self.frozen),
             self._valid,
             self._mesh,
+            batch_size=self._train.batch_size,
             window_tokens=self._window_tokens,
             num_features=memory.input_width,
             floor=self._memory.gate_floor,

@@ -92,11 +92,25 @@ from tests.pipeline.test_compare import run
         ),
         (
             [
+                "compare.recipes=[{name: a, parts: decoder, overrides: [pretrain.alpha=0.4]}, "
+                "{name: b, base: a, parts: decoder, overrides: [decoder.num_layers=1]}]"
+            ],
+            "compare.recipes.1: base=a has pretrain.alpha=0.4: rows cannot start from a row whose",
+        ),
+        (
+            [
+                "compare.recipes=[{name: a, overrides: [pretrain.alpha=0.4, "
+                "targets.temperature=2.0]}, {name: b, overrides: [train.x=1]}]"
+            ],
+            "compare.recipes.0: pretrain.alpha=0.4: a decoder cannot learn from targets",
+        ),
+        (
+            [
                 "compare.recipes=[{name: a, overrides: [train.mode=joint, "
                 "train.decoder_optimizer.warmup_steps=1]}, "
                 "{name: b, base: a, parts: beside, overrides: [decoder.width=24]}]"
             ],
-            "compare.recipes.1: base=a: its decoder is trained with its memory",
+            "compare.recipes.1: base=a has train.mode=joint: rows cannot start from a row whose",
         ),
         (
             ["compare.recipes=[{name: a, overrides: [train.x=1]}, {name: b, base: a}]"],

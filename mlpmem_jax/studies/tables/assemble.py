@@ -50,8 +50,8 @@ def table_results(run: Artifacts, rows: Rows, settings: Settings) -> dict[str, A
         for number, row in enumerate(next(iter(rows.values())))
     ]
     results = summarise(systems, seeds, settings)
-    gates = {part.run.config.memory.gate for row in rows[next(iter(rows))] for part in row.parts}
-    if "fitted" in gates:
+    mixtures = (part for row in rows[next(iter(rows))] for part in row.parts)
+    if any(part.kind == "mixture" and part.run.config.memory.gate == "fitted" for part in mixtures):
         results["notes"].append(FITTED_GATE_NOTE)
     return results
 

@@ -146,16 +146,16 @@ def check_recipes(run: Artifacts) -> None:
         where = f"compare.recipes.{place}"
         try:
             parts = _own_parts(recipe, plan)
+            found, tokens = _scored(parts), {part.run.tokens.relative for part in parts}
         except ConfigError as error:
             refused.add(recipe.name)
             mistakes += [f"{where}: {message}" for message in error.messages]
             continue
-        if len({part.run.tokens.relative for part in parts}) > 1:
+        if len(tokens) > 1:
             mistakes.append(
                 f"{where}: parts={recipe.parts} mixes networks, which need the same tokens: the "
                 "same keys of corpus and tokenizer"
             )
-        found = _scored(parts)
         if len(found) < len(parts):
             mistakes.append(
                 f"{where}.overrides={list(recipe.overrides)} have no effect: a decoder is mixed "

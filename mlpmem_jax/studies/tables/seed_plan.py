@@ -81,8 +81,25 @@ class SeedPlan:
         return next((one for one in self.config.compare.recipes if one.name == recipe.base), None)
 
     def _overrides(self, recipe: RecipeConfig) -> tuple[str, ...]:
+        """Returns those of a chain of rows.
+
+        Raises:
+            ConfigError: A row of it, not the last, has a decoder that learns from targets.
+        """
         earlier = self._earlier(recipe)
-        return (*(self._overrides(earlier) if earlier else ()), *recipe.overrides)
+        if earlier is None:
+            return tuple(recipe.overrides)
+        before = self._overrides(earlier)
+        for text in before:
+            key, _, value = (word.strip() for word in text.partition("="))
+            if (key, value) == ("train.mode", "joint") or (
+                key == "pretrain.alpha" and value not in ("0", "0.0")
+            ):
+                raise ConfigError(
+                    f"base={earlier.name} has {key}={value}: rows cannot start from a row whose "
+                    "decoder learns from targets"
+                )
+        return (*before, *recipe.overrides)
 
     def _root(self, recipe: RecipeConfig) -> Variant:
         """Returns the configuration, with the teacher of the first row of a chain."""
@@ -100,13 +117,7 @@ class SeedPlan:
         earlier = self._earlier(recipe)
         if earlier is None:
             return self._root(recipe)
-        found = changed_variant(self._root(recipe), {}, earlier.name, self._overrides(earlier))
-        if found.config.train.mode == "joint":
-            raise ConfigError(
-                f"base={earlier.name}: its decoder is trained with its memory; rows can start from "
-                "rows with train.mode=memory"
-            )
-        return found
+        return changed_variant(self._root(recipe), {}, earlier.name, self._overrides(earlier))
 
     def changed(self, recipe: RecipeConfig) -> Variant:
         """Returns the configuration with the changes of a row of one's own.
@@ -128,11 +139,7 @@ class SeedPlan:
     def decoder_of_base(self, recipe: RecipeConfig) -> Part:
         """Returns the decoder that a row with parts=beside mixes with its own."""
         earlier = self._earlier(recipe)
-        if earlier is None:
-            return self.decoder
-        if earlier.parts == "all":
-            self.base_of(recipe)  # Refuses joint training.
-        return Part("decoder", self.changed(earlier))
+        return self.decoder if earlier is None else Part("decoder", self.changed(earlier))
 
     def taught(self, name: str) -> Variant:
         """Returns the configuration with its memory taught by another decoder.

@@ -208,8 +208,8 @@ def _continued(base: Variant, run: Artifacts) -> Variant:
     if before.train.mode != "memory" or as_before != before:
         raise ConfigError(
             "train.memory_start=checkpoint: joint training of a row can begin with the memory of "
-            "the configuration itself alone: train.mode=memory there, and only keys of train and "
-            "the gate different here"
+            "the configuration, or of the row that base names: train.mode=memory there, and only "
+            "keys of train and the gate different here"
         )
     if base.teacher is not base.run:
         _refuse_teacher_with_refresh(changed)
