@@ -17,7 +17,6 @@ from mlpmem_jax.errors import RunFailed
 from mlpmem_jax.input.feed import Batch, Feed
 from mlpmem_jax.input.windows import WindowSource
 from mlpmem_jax.parallel.agreement import of_first
-from mlpmem_jax.parallel.multihost import is_writer
 from mlpmem_jax.parallel.sharding import DATA, FSDP, replicated
 from mlpmem_jax.stats.gating import Gate, GateRows, fit_gate
 from mlpmem_jax.training.validation import WholeBatches, validation_windows
@@ -80,29 +79,24 @@ def fitted_gate(
     parts: list[list[np.ndarray]] = []
     with jax.set_mesh(mesh):
         for batch in feed:
-            found = jitted(*arrays, batch)
-            if is_writer():
-                *values_of, scored_BL = jax.device_get(found)
-                parts.append([array[scored_BL] for array in values_of])
+            # Reading waits: processes must not run different batches at the same time.
+            *found, scored_BL = jax.device_get(jitted(*arrays, batch))
+            parts.append([array[scored_BL] for array in found])
     return _of_first(parts, floor)
 
 
 def _of_first(parts: list[list[np.ndarray]], floor: float) -> Gate:
-    """Returns the gate that process 0 fits, on every process: others may round in another way."""
-    told: dict[str, Any] = {}
-    if is_writer():
-        rows = GateRows(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-        parts.clear()
-        try:
-            gate = fit_gate(rows, floor)
-            told = dataclasses.asdict(gate) | {"weight_X": gate.weight_X.tolist()}
-            _say(gate, len(rows))
-        except ValueError as error:
-            told = {"error": str(error)}
-    told = of_first(told)
-    if "error" in told:
-        raise RunFailed(f"train: memory.gate=fitted: {told['error']}")
-    return Gate(**told | {"weight_X": np.asarray(told["weight_X"])})
+    """Returns the gate that process 0 fits; the others fit too, and may round in another way."""
+    rows = GateRows(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    parts.clear()
+    try:
+        gate = fit_gate(rows, floor)
+        told = of_first(dataclasses.asdict(gate) | {"weight_X": gate.weight_X.tolist()})
+    except ValueError as error:  # Of the same rows, in all processes.
+        raise RunFailed(f"train: memory.gate=fitted: {error}") from error
+    gate = Gate(**told | {"weight_X": np.asarray(told["weight_X"])})
+    _say(gate, len(rows))
+    return gate
 
 
 def _say(gate: Gate, count: int) -> None:
