@@ -146,13 +146,13 @@ def _slope_table(results: Results) -> str:
             rows.append(
                 [
                     name,
-                    QUANTITIES[quantity],
+                    QUANTITIES[quantity].removesuffix(", p50"),
                     *_slope_cells(slope),
                     *(_slope_cells(above) if above else (number(None, 3), "")),
                 ]
             )
     header = [
-        "slope against rows\n(both log)", "", "slope", f"{level}\ninterval",
+        "slope against rows\n(both log)", "median", "slope", f"{level}\ninterval",
         "above the\ndecoder's", f"{level}\ninterval",
     ]  # fmt: skip
     return render(header, rows)
