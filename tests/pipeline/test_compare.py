@@ -286,7 +286,7 @@ def test_killed_while_it_trains_scores_and_writes_equals_uninterrupted(
             [*command, *arguments], env=environment, capture_output=True, text=True, timeout=600
         )
         assert died.returncode == -signal.SIGKILL, (role, died.stdout, died.stderr)
-        memory = SeedPlan(config, 0).memory()
+        memory = planned_row(SeedPlan(config, 0), "memory").parts[1]
         begun = {
             "memory": lambda memory=memory: memory.run.memory,
             "scores": lambda memory=memory: memory.scores("test"),
