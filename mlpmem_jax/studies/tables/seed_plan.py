@@ -84,7 +84,7 @@ class SeedPlan:
         """Returns those of a chain of rows.
 
         Raises:
-            ConfigError: A row of it, not the last, has a decoder that learns from targets.
+            ConfigError: The decoder of a row before the last learns from targets or with a memory.
         """
         earlier = self._earlier(recipe)
         if earlier is None:
@@ -97,7 +97,7 @@ class SeedPlan:
             ):
                 raise ConfigError(
                     f"base={earlier.name} has {key}={value}: rows cannot start from a row whose "
-                    "decoder learns from targets"
+                    "decoder learns from targets or with a memory"
                 )
         return (*before, *recipe.overrides)
 
