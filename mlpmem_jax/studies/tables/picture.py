@@ -47,8 +47,8 @@ def draw(results: Results, measured: Results) -> bytes:
     decoder = next(row for row in rows if row["key"] == results["reference"])
     reference = decoder["test_nats"]["value"]
     draw_rows(left, rows, [color_of(row) for row in rows], reference)
-    several = "; dots below: each seed" if len(results["seeds"]) > 1 else ""
-    about = f"bars: {level_text(results)} interval of the paired difference to the decoder{several}"
+    several = "; dots: seeds" if len(results["seeds"]) > 1 else ""
+    about = f"bars: {level_text(results)} interval of the difference to the decoder{several}"
     style.wide_title(left, f"Test, {seeds_text(results)}", about)
     _draw_costs(right, rows, measured, reference)
     return style.as_png(figure)
